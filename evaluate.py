@@ -1,0 +1,68 @@
+"""What is measured: the loss at the learnt positions, perplexity from it, and the exact match of greedy answers.
+
+In a small model the logits are the largest tensor of all, tokens * vocabulary numbers. Only positions whose next token is a
+label need any, so the output head is shown only those; whatever the architecture does to its logits afterwards still happens.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import data
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Products in `dtype`; nothing to cast for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def label_loss(model: PreTrainedModel, batch: data.Batch, dtype: torch.dtype) -> Tensor:
+    """Cross entropy, summed over the labels of a batch: a float32 scalar."""
+    labels = batch.labels[:, 1:]  # the token at t + 1 is what t predicts
+    learnt = labels != data.IGNORE  # (B, T - 1)
+    only_learnt = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: inputs[0][:, :-1][learnt])
+    with only_learnt, autocast(learnt.device, dtype):
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return F.cross_entropy(output.logits.float(), labels[learnt], reduction="sum")  # logits (labels, vocabulary)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, examples: list[data.Example], batch_size: int, pad_id: int, dtype: torch.dtype) -> float:
+    """exp of the mean loss a label over all examples."""
+    model.eval()
+    batches = [data.collate(examples[i : i + batch_size], pad_id).to(model.device) for i in range(0, len(examples), batch_size)]
+    return math.exp(sum(label_loss(model, batch, dtype).item() for batch in batches) / sum(batch.n_labels for batch in batches))
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], length: int,
+            dtype: torch.dtype, batch_size: int = 100) -> list[str]:
+    """Greedy answers of at most `length` tokens to prompts of token ids, which are padded on the left to end together."""
+    model.eval()
+    end, texts = tokenizer.eos_token_id, []
+    # Torch multiplies a sliced (B, 1, hidden) tensor by copying the head's weight B times; a contiguous one it does not.
+    contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: inputs[0].contiguous())
+    with contiguous, autocast(model.device, dtype):
+        for i in range(0, len(prompts), batch_size):
+            batch = prompts[i : i + batch_size]
+            width = max(map(len, batch))
+            ids = torch.tensor([[end] * (width - len(p)) + p for p in batch], device=model.device)  # (B, width)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
+            output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=length, do_sample=False, pad_token_id=end)
+            texts += tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[data.Example], dtype: torch.dtype,
+                show: int = 0) -> float | None:
+    """The share of answers that are right to the letter (None without examples); the first `show` are printed."""
+    if not examples:
+        return None
+    length = max(len(e.ids) - e.n_prompt for e in examples)
+    got = answers(model, tokenizer, [e.ids[: e.n_prompt] for e in examples], length, dtype)
+    for example, text in list(zip(examples, got))[:show]:
+        print(f"  asked   {example.prompt}\n  wanted  {example.answer}\n  got     {' '.join(text.split())[:100]}")
+    return sum(text == example.answer for example, text in zip(examples, got)) / len(examples)

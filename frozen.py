@@ -1,0 +1,76 @@
+"""A weight that never changes, kept in 4 bits: nf4 and double_quant put together as one module of a network.
+
+Equation 6 of the paper: the dense weight is made of the packed codes and of constants that are themselves made of codes,
+
+    W' = dequant(dequant(nested_absmax, absmax), packed)
+
+Buffers, for a weight of n elements (the names are those of a bitsandbytes checkpoint):
+
+    packed          uint8 (ceil(n/2), 1)
+    absmax          uint8 (ceil(n/64),); float32 without double quantization
+    nested_absmax   float32 (ceil(n/64/256),)      } with double quantization only
+    nested_offset   float32 (1,)                   }
+    weight          the dense tensor itself, and nothing else, with codebook=None: ordinary 16-bit LoRA stands on it
+
+together 4 + 8/64 + 32/(64 * 256) = 4.127 bits an element and one mean. The codebook is a constant of the format, the same for
+all layers, and is neither saved nor counted.
+
+Calling the module dequantizes. Who calls drops the result as soon as it has been multiplied: the dense weights of a model
+never exist together.
+
+Differs from bitsandbytes: the state lives in ordinary buffers, so that state_dict, .to() and deepcopy need no special case
+but one: `.half()` and its kin must not round the float32 constants, and here they do not.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import double_quant as second
+import nf4
+
+
+class FrozenWeight(nn.Module):
+    """A weight of any shape in 4 bits (or dense, with codebook=None). `frozen(dtype)` gives it back, dense, in that dtype."""
+
+    def __init__(self, weight: Tensor, block_size: int = 64, double_quant: bool = True, codebook: Tensor | None = nf4.NF4) -> None:
+        """Raises: ValueError as `nf4.quantize` does: NaN, infinity, a block size that is not a power of two."""
+        super().__init__()
+        self.shape, self.dtype, self.block_size, self.double_quant = weight.shape, weight.dtype, block_size, double_quant
+        buffers = {"weight": weight.detach()}
+        if codebook is not None:
+            q = nf4.quantize(weight, block_size, codebook)
+            buffers, codebook = {"packed": q.packed, "absmax": q.absmax}, q.codebook
+        if codebook is not None and double_quant:
+            dq = second.quantize(q.absmax)
+            buffers |= {"absmax": dq.codes, "nested_absmax": dq.absmax, "nested_offset": dq.offset}
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("codebook", codebook, persistent=False)
+
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight, in `dtype` or in the dtype it came in; the caller owns it, unless the base is dense already."""
+        if self.codebook is None:
+            return self.weight.to(dtype or self.dtype)
+        absmax = self.absmax
+        if self.double_quant:
+            absmax = second.dequantize(second.DoubleQuantized(absmax, self.nested_absmax, self.nested_offset))
+        return nf4.dequantize(nf4.Quantized(self.packed, absmax, self.codebook, self.shape, self.dtype, self.block_size), dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """What the weight costs in memory, read off the tensors that hold it."""
+        return sum(buffer.nbytes for name, buffer in self.named_buffers() if name != "codebook")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """What .to(), .half() and .cuda() call. Buffers change their device, but 4-bit ones never their dtype."""
+        exact = {} if self.codebook is None else dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            if getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, {8 * self.nbytes / max(self.shape.numel(), 1):.3f} bits an element"

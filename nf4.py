@@ -1,0 +1,156 @@
+"""NF4: sixteen levels at the quantiles of a normal distribution, and weights stored as indices into them.
+
+The weights of a trained layer are close to normal around zero, so a 4-bit code should spend its levels where a normal
+has its mass. Equation 4 of the paper (QLoRA, section 3, arXiv 2305.14314) asks for the quantiles
+
+    q_i = 1/2 (Q(i / 17) + Q((i + 1) / 17)),   i = 0 ... 15,   Q the inverse cumulative distribution of N(0, 1),
+
+which is -inf at i = 0 and has no exact zero. The code that the authors published, and everyone uses, does this instead:
+8 levels from the positive half, 7 from the negative half, one exact zero, all divided by the largest (`normal_float`).
+
+Blockwise quantization (equations 1 and 2). The flattened weight is cut into blocks of 64. Each block is divided by its
+largest magnitude, `absmax`, so that it fills [-1, 1]; every number becomes the index of the nearest level:
+
+    code_j = argmin_i | w_j / absmax - level_i |          w'_j = level[code_j] * absmax
+
+Layout, byte for byte that of bitsandbytes:
+
+    weight (out, in)    row-major; blocks run across row ends; the last block may be ragged
+    packed (n/2, 1)     uint8: element 2j in the high nibble, element 2j + 1 in the low nibble
+    absmax (n/64,)      float32, one a block
+
+Error. |w - w'| <= h * absmax, with h half the widest gap between levels: 0.1519 for NF4, the gap from -1 to -0.6962.
+Add the rounding of float32 (the product with 1/absmax, the midpoints, the product with absmax) and of the output dtype.
+
+Differs from the paper: the levels, as said. "Every level is used equally often" is not true after division by absmax: the
+outermost levels see little but each block's largest number.
+Differs from bitsandbytes: NaN and infinity are refused instead of poisoning their block; a block whose absmax is so small
+or so large that 1/absmax leaves float32's normal range is scaled by a power of two first instead of being lost; any
+shape works, () and (0,) too; codebooks of 4 to 256 levels.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from scipy.special import ndtri
+from torch import Tensor
+
+
+def normal_float(bits: int) -> Tensor:
+    """The `bits`-bit NormalFloat code: ascending float32 levels of shape (2**bits,), from -1 to 1 with an exact 0.
+
+    The outermost quantile cannot be 0 or 1, where Q is infinite. It is the mean of 1 - 1/(2 * 2**bits), the centre of the
+    last of 2**bits bins, and 1 - 1/(2 * (2**bits - 1)), rounded to seven decimals as published: 0.9677083 at 4 bits.
+
+    >>> [round(level, 4) for level in normal_float(2).tolist()]
+    [-1.0, 0.0, 0.4358, 1.0]
+
+    Raises: ValueError unless 2 <= bits <= 8.   Source: paper, section 3 and the code of its authors.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"a NormalFloat code has 2 to 8 bits, got {bits}")
+    size, half = 2**bits, 2 ** (bits - 1)
+    outermost = round(1 - (1 / (2 * size) + 1 / (2 * (size - 1))) / 2, 7)
+    positive = ndtri(torch.linspace(outermost, 0.5, half + 1)[:-1].numpy())  # 2**(bits-1) quantiles
+    negative = -ndtri(torch.linspace(outermost, 0.5, half)[:-1].numpy())  # one fewer: zero takes the place
+    levels = torch.tensor(sorted([*negative.tolist(), 0.0, *positive.tolist()]))
+    return levels / levels.max()
+
+
+NF4 = normal_float(4)
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A blockwise quantized tensor: everything that `dequantize` needs, and nothing else.
+
+    packed      uint8 (ceil(n/2), 1), two codes a byte; (n, 1), one code a byte, for a codebook of more than 16 levels
+    absmax      float32 (ceil(n/block_size),)
+    codebook    float32, the ascending levels
+    shape, dtype, block_size of the tensor it came from; n = prod(shape)
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    codebook: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    block_size: int
+
+
+def quantize(weight: Tensor, block_size: int = 64, codebook: Tensor = NF4) -> Quantized:
+    """Quantize a floating-point tensor of any shape, strides and dtype, block by block, to the nearest level.
+
+    A number exactly between two levels takes the lower one. Zero stays zero if the codebook holds zero, and a block of
+    zeros stays zero in any case.
+    Error: |weight - dequantize(...)| <= half the widest gap * absmax, plus rounding (see the module).
+    Raises: ValueError for a dtype that is not floating point, NaN, infinity or a number beyond float32 (with their count
+    and the first index), a block size that is not a power of two >= 2, or a codebook that is not ascending.
+    """
+    _check_arguments(weight, block_size, codebook)
+    flat = weight.detach().to(torch.float32).reshape(-1)  # (n,) row-major
+    _check_finite(flat, weight.shape)
+    codebook = codebook.to(flat.device)
+    blocks = _into_blocks(flat, block_size)  # (n_blocks, block_size)
+    absmax = blocks.abs().amax(1)  # (n_blocks,)
+
+    # 1/absmax overflows for a tiny absmax and loses bits for a huge one. A power of two moves both to safe ground and
+    # changes no code. A block of zeros gets the reciprocal 0, and with it the code of zero.
+    shift = torch.where(absmax < 2.0**-64, 2.0**64, torch.where(absmax > 2.0**64, 2.0**-64, 1.0))
+    reciprocal = torch.where(absmax > 0, 1 / (absmax * shift), 0.0)
+    normalised = (blocks * shift[:, None]).mul_(reciprocal[:, None])  # in [-1, 1], up to rounding
+
+    midpoints = (codebook[1:] + codebook[:-1]) / 2
+    codes = torch.bucketize(normalised, midpoints, out_int32=True)  # midpoint[i-1] < x <= midpoint[i] has code i
+    return Quantized(_pack(codes, flat.numel(), codebook), absmax, codebook, weight.shape, weight.dtype, block_size)
+
+
+def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor of shape q.shape that the codes stand for: level * absmax in float32, then cast to `dtype` (or q.dtype)."""
+    n = math.prod(q.shape)
+    codebook = q.codebook.to(q.packed.device)
+    if codebook.numel() <= 16:  # one look-up decodes both nibbles of a byte, two float32 moved as one 8-byte word
+        sixteen = F.pad(codebook, (0, 16 - codebook.numel()))
+        pairs = torch.cartesian_prod(sixteen, sixteen)  # (256, 2): row 16 * high + low holds both levels
+        codebook = pairs.view(torch.int64).flatten()  # (256,)
+    levels = codebook.index_select(0, q.packed.flatten().int()).view(torch.float32)[:n]  # (n,)
+    blocks = _into_blocks(levels, q.block_size)  # (n_blocks, block_size)
+    return blocks.mul_(q.absmax[:, None]).reshape(-1)[:n].reshape(q.shape).to(q.dtype if dtype is None else dtype)
+
+
+def _pack(codes: Tensor, n: int, codebook: Tensor) -> Tensor:
+    """Integer codes (n_blocks, block_size) -> uint8 (ceil(n/2), 1), the first of a pair in the high nibble."""
+    codes = codes.to(torch.uint8).reshape(-1)
+    if codebook.numel() > 16:
+        return codes[:n].reshape(-1, 1)
+    pairs = codes[: n + n % 2].reshape(-1, 2)  # an odd n takes one code of the zeros that fill the last block
+    return (pairs[:, :1] << 4) | pairs[:, 1:]
+
+
+def _into_blocks(flat: Tensor, block_size: int) -> Tensor:
+    """(n,) -> (ceil(n/block_size), block_size), the last block filled up with zeros. A view if there is nothing to fill."""
+    missing = -flat.numel() % block_size
+    return (F.pad(flat, (0, missing)) if missing else flat).reshape(-1, block_size)
+
+
+def _check_arguments(weight: Tensor, block_size: int, codebook: Tensor) -> None:
+    if not weight.is_floating_point():
+        raise ValueError(f"only floating-point tensors can be quantized, got {weight.dtype}")
+    if not isinstance(block_size, int) or block_size < 2 or block_size & (block_size - 1):
+        raise ValueError(f"the block size must be a power of two >= 2, got {block_size}; the paper uses 64")
+    ascending = codebook.dim() == 1 and bool((codebook[1:] > codebook[:-1]).all())
+    if codebook.dtype != torch.float32 or not ascending or not 2 <= codebook.numel() <= 256:
+        raise ValueError("a codebook is 2 to 256 strictly ascending float32 levels, such as nf4.normal_float(4)")
+
+
+def _check_finite(flat: Tensor, shape: torch.Size) -> None:
+    bad = ~torch.isfinite(flat)
+    if bad.any():
+        first = torch.unravel_index(bad.nonzero()[0, 0], shape)
+        where = tuple(int(i) for i in first)
+        raise ValueError(
+            f"{int(bad.sum())} of {flat.numel()} weights are NaN, infinite or beyond float32, the first at index {where}: "
+            "repair the checkpoint; quantizing would spread them over their blocks"
+        )

@@ -1,0 +1,71 @@
+"""What a run leaves for people: metrics.jsonl line by line while it goes, then loss.png, report.json and a table."""
+
+import json
+import platform
+from pathlib import Path
+
+import matplotlib
+import torch
+import transformers
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
+
+
+def keep_metrics(path: Path, steps: int) -> None:
+    """Drop the lines of steps that a resumed run will do again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= steps))
+
+
+def totals(metrics: Path) -> dict:
+    """Steps, seconds and tokens a second of all the lines."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    seconds = sum(line["seconds"] for line in lines)
+    return {"steps": len(lines), "seconds": seconds, "tokens_per_second": sum(line["tokens"] for line in lines) / seconds}
+
+
+def plot_loss(metrics: Path, picture: Path) -> None:
+    """Loss by step, and its running mean, as a PNG."""
+    losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    smooth = [sum(losses[max(0, i - 4) : i + 1]) / len(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="0.7", linewidth=1, label="each step")
+    axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="mean of 5 steps")
+    axes.set(xlabel="step", ylabel="cross entropy of a learnt token", yscale="log", title="Training loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def write_report(report: dict, folder: Path) -> None:
+    """report.json, with the versions that made it."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    (folder / "report.json").write_text(json.dumps(report | {"versions": versions}, indent=2) + "\n")
+
+
+def table(report: dict) -> str:
+    """The report as text for a terminal."""
+    mb = "{:10.1f} MB".format
+    lines = [f"{'frozen base':32}{'16-bit':>13}{'as kept':>13}"]
+    for name, (_, in_16bit, kept) in report["components"].items():
+        lines.append(f"  {name:30}{mb(in_16bit / 1e6)}{mb(kept / 1e6)}")
+    lines.append(f"  {'together':30}{mb(report['base_bytes_16bit'] / 1e6)}{mb(report['base_bytes_4bit'] / 1e6)}")
+    lines.append(f"  {report['bits_per_weight']:.3f} bits a weight in the linear layers")
+    lines.append(f"\n{report['metric']:32}{'before':>13}{'after':>13}")
+    shown = (lambda x: f"{100 * x:.0f} %") if report["metric"] == "exact match" else (lambda x: f"{x:.2f}")
+    rows = {f"{report['quant']} base": (report["before"], report["after"])}
+    if report["before_unseen"] is not None:
+        rows["  phrasings never trained on"] = report["before_unseen"], report["after_unseen"]
+    if "compare" in report:
+        rows["16-bit LoRA, same seed"] = report["compare"]["before"], report["compare"]["after"]
+    lines += [f"  {name:30}{shown(before):>13}{shown(after):>13}" for name, (before, after) in rows.items()]
+    share = report["trainable_parameters"] / report["total_parameters"]
+    lines.append(f"\ntrained    {report['trainable_parameters']:,} of {report['total_parameters']:,} parameters ({share:.2%})")
+    lines.append("pager      " + ", ".join(f"{name} {count:,}" for name, count in report["pager"].items()))
+    lines.append(f"time       {report['seconds']:.0f} s for {report['steps']} steps, "
+                 f"{report['tokens_per_second']:.0f} tokens/s; {report['seconds_total']:.0f} s with loading and evaluation")
+    lines.append(f"memory     {report['peak_rss_bytes'] / 1e9:.2f} GB resident at the peak")
+    return "\n".join(lines)

@@ -1,0 +1,237 @@
+"""What rounding may do, and no more: every tolerance of the tests, derived. Nothing of the project is imported here, so a wrong
+implementation cannot loosen its own grade.
+
+The model of arithmetic. A rounded operation returns fl(v) with |fl(v) - v| <= u |v| + tiny, where u is the unit roundoff of the
+format and `tiny` half the distance between its subnormal numbers (sums and differences need no `tiny`: they are exact there).
+Higham's gamma_n = n u / (1 - n u) covers n such factors, whatever the order of the operations: (1 + d1) ... (1 + dn) differs
+from 1 by at most gamma_n (Accuracy and Stability of Numerical Algorithms, lemma 3.1).
+
+The bounds themselves are evaluated in float64, whose own rounding is smaller than the second-order terms that are rounded up.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy import integrate, special
+from torch import Tensor
+
+UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+TINY = {torch.float64: 2.0**-1074, torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
+U = UNIT_ROUNDOFF[torch.float32]
+
+
+def gamma(n: int, dtype: torch.dtype = torch.float32) -> float:
+    """Relative error of n rounded operations in a row (Higham, lemma 3.1); a sum of n + 1 numbers or a dot product of n."""
+    nu = n * UNIT_ROUNDOFF[dtype]
+    return nu / (1 - nu)
+
+
+def cast(magnitude: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """Error of rounding a number of at most this magnitude to `dtype`: u |v|, or half a subnormal step."""
+    return UNIT_ROUNDOFF[dtype] * magnitude + TINY[dtype]
+
+
+def half_gap(codebook: Tensor) -> float:
+    """The farthest that a number in [-1, 1] can lie from its nearest level: half the widest gap, or what the ends leave out."""
+    levels = codebook.double()
+    return max((levels[1:] - levels[:-1]).max().item() / 2, 1 + levels[0].item(), 1 - levels[-1].item())
+
+
+def decision_error() -> float:
+    """How far from the true midpoint, as a fraction of absmax, a number can still be given the wrong one of two levels: 2u + u^2.
+
+    The normalised number is fl(x fl(1/a)): the reciprocal is off by u, relatively; the product, below 1 where a midpoint is, by
+    half a float32 step, u/2; and the float32 midpoint by u/2. The last term holds the products of these.
+    """
+    return 2 * U + U**2
+
+
+def decision_slack() -> float:
+    """How much farther away, as a fraction of absmax, the chosen level may be than the nearest: twice the decision error."""
+    return 2 * decision_error()
+
+
+def roundtrip(absmax: Tensor, codebook: Tensor, source: torch.dtype, target: torch.dtype) -> Tensor:
+    """|x - dequantize(quantize(x))| for numbers of a block with this absmax, which came in `source` and are returned in `target`.
+
+        a (h + 2u + u^2)     the nearest level, h away, and the decision error
+        a u + tiny           the float32 product level * absmax
+        cast                 to `target`, of a number no larger than a (1 + u); nothing where target holds all float32 numbers
+        a u + tiny           the cast of float64 input to float32
+
+    The products of a block that is first scaled by a power of two are those of a block with a larger absmax: no new term.
+    """
+    a = absmax.double()
+    error = a * (half_gap(codebook) + decision_error()) + cast(a, torch.float32)
+    if target in (torch.float16, torch.bfloat16):
+        error = error + cast(a * (1 + U) + TINY[torch.float32], target)
+    return error + cast(a, torch.float32) if source == torch.float64 else error
+
+
+def requantizing_is_safe(absmax: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bool, a block: whether the level that a decoded number came from is certainly its nearest one again.
+
+    Needs a codebook that holds -1 and 1: then absmax itself decodes exactly (it came in `dtype`). A level l decodes to
+    l a (1 + u) (1 + u_dtype) + tiny + tiny_dtype; then the decision error comes in. All this must stay under half the narrower gap at l. It does unless the subnormal steps are wide beside absmax, or the format is too
+    coarse for the code. A block of zeros stays one.
+    """
+    a, levels = absmax.double()[:, None], codebook.double()
+    gaps = levels[1:] - levels[:-1]
+    inf = torch.full((1,), math.inf, dtype=torch.float64)
+    room = torch.minimum(torch.cat([inf, gaps]), torch.cat([gaps, inf])) / 2  # (levels,)
+    half = dtype in (torch.float16, torch.bfloat16)
+    factor, step = U + (UNIT_ROUNDOFF[dtype] if half else 0.0), TINY[torch.float32] + (TINY[dtype] if half else 0.0)
+    moved = levels.abs() * factor * (1 + U) + step / a.clamp(min=TINY[torch.float32]) + decision_error()
+    return (moved < room).all(1) | (a[:, 0] == 0)
+
+
+def double_quantized(constants: Tensor, nested_absmax: Tensor, codebook: Tensor) -> Tensor:
+    """|c - dequantize(quantize(c))| for constants c, given for each the nested absmax N of its block (same shape).
+
+    The stored offset o is used on both ways, so that its own rounding costs nothing:
+        u |c - o| <= u N (1 + 2u)      the subtraction
+        roundtrip(N)                   the 8-bit code, to float32
+        u (c + all of the above)       the addition of o; clamping to [0, largest] only comes nearer
+    """
+    c, n = constants.double(), nested_absmax.double()
+    error = roundtrip(n, codebook, torch.float32, torch.float32) + U * n * (1 + 2 * U)
+    return error + U * (c + error)
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A float64 tensor and how far, element by element, a rounded computation of it may be off: running error analysis.
+
+    The operations here say what a low-precision program may do; writing a formula with them yields its bound. A product may be
+    accumulated in any order, in float32 or better (float64 for float64), and may be rounded to `dtype` at its end.
+    """
+
+    value: Tensor
+    error: Tensor
+
+    @classmethod
+    def exact(cls, tensor: Tensor) -> "Bounded":
+        value = tensor.detach().double()
+        return cls(value, torch.zeros_like(value))
+
+    @property
+    def most(self) -> Tensor:
+        """The largest magnitude that the rounded computation can have here."""
+        return self.value.abs() + self.error
+
+    @property
+    def T(self) -> "Bounded":
+        return Bounded(self.value.T, self.error.T)
+
+    def to(self, dtype: torch.dtype) -> "Bounded":
+        """Rounded to dtype: cast(most) more."""
+        return Bounded(self.value, self.error + cast(self.most, dtype))
+
+    def times(self, factor: Tensor | float, dtype: torch.dtype) -> "Bounded":
+        """Times numbers that are exact in float64, whose float32 (or better) value is rounded once, and the product once more."""
+        factor = torch.as_tensor(factor, dtype=torch.float64)
+        scaled = Bounded(self.value * factor, self.error * factor.abs())
+        return Bounded(scaled.value, scaled.error + U * scaled.most * (dtype != torch.float64)).to(dtype)
+
+    def plus(self, other: "Bounded", dtype: torch.dtype) -> "Bounded":
+        return Bounded(self.value + other.value, self.error + other.error).to(dtype)
+
+    def matmul(self, other: "Bounded", dtype: torch.dtype) -> "Bounded":
+        """X Y for X, Y in error by E, F: |X| F + E |Y| + E F, and gamma_K |X| |Y| for K products and sums, then one rounding."""
+        inner = max(self.value.shape[-1], 1)
+        spread = self.value.abs() @ other.error + self.error @ other.value.abs() + self.error @ other.error
+        accumulator = dtype if dtype == torch.float64 else torch.float32
+        rounding = gamma(inner, accumulator) * (self.most @ other.most) + 2 * inner * TINY[accumulator]
+        product = Bounded(self.value @ other.value, spread + rounding)
+        return product if dtype in (torch.float32, torch.float64) else product.to(dtype)
+
+    def allows(self, computed: Tensor) -> bool:
+        """Whether a computed tensor is within the bound everywhere; float64's own rounding of `value` is far below it."""
+        return bool(((computed.detach().double() - self.value).abs() <= self.error).all())
+
+
+def in_float64(bounded: Bounded, terms: int) -> Bounded:
+    """The same with the rounding of the float64 reference itself allowed for: where a bound may be as small as that."""
+    return Bounded(bounded.value, bounded.error + gamma(terms, torch.float64) * bounded.most)
+
+
+def lora_forward(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
+                 keep: Tensor | None, dtype: torch.dtype) -> Bounded:
+    """y = x W^T + b + s ((keep x) A^T) B^T in `dtype`, from operands that are rounded to `dtype` first.
+
+    x and `weight` may be given wider than dtype; rounding what is exact already costs a u that is not needed, and no more.
+    """
+    x_, W, A, B = (Bounded.exact(t) for t in (x, weight, lora_A, lora_B))
+    x_, W, A, B = (t if t_in.dtype == dtype else t.to(dtype) for t, t_in in zip((x_, W, A, B), (x, weight, lora_A, lora_B), strict=True))
+    h = (x_ if keep is None else x_.times(keep.double(), torch.float64)).matmul(A.T, dtype)
+    y = x_.matmul(W.T, dtype)
+    if bias is not None:
+        b = Bounded.exact(bias)
+        y = y.plus(b if bias.dtype == dtype else b.to(dtype), dtype)
+    return in_float64(y.plus(h.matmul(B.T, dtype).times(scaling, dtype), dtype), 4 * max(x.shape[-1], 1))
+
+
+def lora_backward(g: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float,
+                  keep: Tensor | None, dtype: torch.dtype) -> tuple[Bounded, Bounded, Bounded]:
+    """dL/dx, dL/dA and dL/dB of the same, for an incoming gradient g that is exact in `dtype`.
+
+    dh = s g B, dB = s g^T h, dA = dh^T (keep x), dx = g W + keep (dh A).
+    """
+    operands = (x, weight, lora_A, lora_B)
+    x_, W, A, B = (Bounded.exact(t) if t.dtype == dtype else Bounded.exact(t).to(dtype) for t in operands)
+    g_ = Bounded.exact(g)
+    dropped = x_ if keep is None else x_.times(keep.double(), torch.float64)
+    h = dropped.matmul(A.T, dtype)
+    dh = g_.matmul(B, dtype).times(scaling, dtype)
+    dB = g_.T.matmul(h, dtype).times(scaling, dtype)
+    dA = dh.T.matmul(dropped, dtype)
+    through = dh.matmul(A, dtype)
+    dx = (through if keep is None else through.times(keep.double(), torch.float64)).plus(g_.matmul(W, dtype), dtype)
+    terms = 4 * max(*x.shape, *lora_B.shape, 1)
+    return in_float64(dx, terms), in_float64(dA, terms), in_float64(dB, terms)
+
+
+def cosine(n: int) -> float:
+    """Error of <p, q> / (|p| |q|), or of <p, q> / |q|^2 over |p| / |q|, for p, q of n numbers, computed in float32.
+
+    The dot product is off by gamma_n |p| |q|, each norm by a factor 1 + gamma_{n+1}, and the cosine is at most 1.
+    """
+    return gamma(n) + 2 * gamma(n + 2) + gamma(n + 2) ** 2
+
+
+def least_cosine(relative_error: float) -> float:
+    """The least cosine between v and v + e with |e| <= relative_error |v|: the sine of the angle is at most relative_error."""
+    return math.sqrt(max(0.0, 1 - relative_error**2)) if relative_error < 1 else -1.0
+
+
+def mean_absolute_error(codebook: Tensor, block_size: int) -> float:
+    """The mean |x - x'| of N(0, 1) numbers, quantized in blocks, without rounding: an integral over order statistics.
+
+    The largest magnitude c of a block of B has the density B F(c)^(B-1) f(c), where F and f belong to |x|. It is decoded exactly;
+    the other B - 1 are independent N(0, 1) numbers cut off at c. On [lo, hi] around the level l,
+    the integral of |x - l| phi(x) is a difference of phi and Phi at lo, l and hi.
+    """
+    levels = codebook.double().tolist()
+    edges = [-1.0, *((low + high) / 2 for low, high in zip(levels[:-1], levels[1:], strict=True)), 1.0]
+
+    def above(low: float, high: float, level: float) -> float:
+        """The integral of (x - level) phi(x) from low to high."""
+        phi = (math.exp(-(low**2) / 2) - math.exp(-(high**2) / 2)) / math.sqrt(2 * math.pi)
+        return phi - level * (special.ndtr(high) - special.ndtr(low))
+
+    def truncated(c: float) -> float:
+        """Mean error of a number that is known to lie in [-c, c]."""
+        cells = zip(levels, edges[:-1], edges[1:], strict=True)
+        return sum(above(c * l, c * hi, c * l) - above(c * lo, c * l, c * l) for l, lo, hi in cells) / special.erf(c / math.sqrt(2))
+
+    def integrand(c: float) -> float:
+        density = block_size * special.erf(c / math.sqrt(2)) ** (block_size - 1) * math.sqrt(2 / math.pi) * math.exp(-(c**2) / 2)
+        return density * truncated(c)
+
+    return (block_size - 1) / block_size * integrate.quad(integrand, 1e-6, 10, limit=400)[0]
+
+
+def of_a_mean(samples: Tensor, sigmas: float = 6.0) -> float:
+    """How far the mean of independent samples may be from its expectation: six standard errors, exceeded once in 5e8 times."""
+    return sigmas * samples.double().std().item() / math.sqrt(samples.numel())

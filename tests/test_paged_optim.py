@@ -1,0 +1,512 @@
+"""The pager may decide where the state lies, never what it says: every comparison here is of bits."""
+
+import copy
+import errno
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import paged_optim
+from paged_optim import Page, PagedAdamW, Pager
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LAYOUTS = ["contiguous", "transposed", "every other", "inner columns"]
+ROOT = Path(paged_optim.__file__).parent
+no_madvise = pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the platform takes no hints")
+
+
+def bits(tensor: Tensor) -> list[int]:
+    """Every bit of every element, but one NaN for all: hardware picks a NaN's sign and payload as it likes."""
+    flat = tensor.detach().flatten()
+    return torch.where(flat.isnan(), torch.full_like(flat, torch.nan), flat).view(torch.uint8).tolist()
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same values (rows, columns) in other strides."""
+    if layout == "transposed":
+        return values.T.contiguous().T
+    if layout == "every other":
+        return torch.zeros(values.shape[0], 2 * values.shape[1], dtype=values.dtype)[:, ::2].copy_(values)
+    if layout == "inner columns":
+        return torch.zeros(values.shape[0], values.shape[1] + 3, dtype=values.dtype)[:, 1:-2].copy_(values)
+    return values
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run in numbers, to be repeated by different optimizers."""
+
+    shapes: list[tuple[int, int]] = field(default_factory=lambda: [(3, 5), (1, 7), (2, 2)])
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+    grad_layout: str = "contiguous"
+    lr: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    steps: int = 4
+    missing: int = 3  # of this many gradients one is missing; 0: none
+    scale: float = 1.0
+
+    def params(self) -> list[nn.Parameter]:
+        make = torch.Generator().manual_seed(1)
+        values = [torch.randn(shape, generator=make, dtype=torch.float64).to(self.dtype) for shape in self.shapes]
+        return [nn.Parameter(laid_out(value, self.layout)) for value in values]
+
+    def groups(self, params: list[nn.Parameter]) -> list[dict]:
+        """Two groups where there are two parameters, the second with hyperparameters of its own."""
+        second = [{"params": params[1:], "lr": self.lr / 3, "weight_decay": 0.0}] if len(params) > 1 else []
+        return [{"params": params[:1]}, *second]
+
+    def hyper(self) -> dict:
+        return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+
+    def train(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter], first: int = 0, last: int | None = None) -> None:
+        for step in range(first, self.steps if last is None else last):
+            make = torch.Generator().manual_seed(100 + step)
+            for index, param in enumerate(params):
+                grad = (torch.randn(param.shape, generator=make, dtype=torch.float64) * self.scale).to(self.dtype)
+                absent = self.missing and (step + index) % self.missing == self.missing - 1
+                param.grad = None if absent else laid_out(grad, self.grad_layout)
+            optimizer.step()
+
+    def outcome(self, make: Callable[..., torch.optim.Optimizer], **options: object) -> tuple:
+        """Bits of all parameters and of all state after the run, and the optimizer."""
+        params = self.params()
+        optimizer = make(self.groups(params), **self.hyper(), **options)
+        self.train(optimizer, params)
+        return snapshot(params, optimizer), optimizer
+
+
+def snapshot(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list:
+    state = optimizer.state_dict()["state"]
+    moments = [[index, float(state[index]["step"]), *(bits(state[index][k]) for k in ("exp_avg", "exp_avg_sq"))] for index in sorted(state)]
+    return [[bits(param) for param in params], moments]
+
+
+def plain(groups: list[dict], **hyper: object) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, foreach=False, fused=False, **hyper)
+
+
+def positive_zeros(tree: list | int | float, run: Run) -> list | int | float:
+    """The snapshot, with -0 made 0 in its tensors where beta1 is 0: see the test of lerp_ below."""
+    if run.betas[0] > 0 or not isinstance(tree, list):
+        return tree
+    if tree and all(type(leaf) is int and leaf < 256 for leaf in tree):
+        return bits(torch.tensor(tree, dtype=torch.uint8).view(run.dtype) + 0.0)
+    return [positive_zeros(branch, run) for branch in tree]
+
+
+shapes = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 70)), min_size=1, max_size=4)
+runs = st.builds(
+    Run, shapes, st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS),
+    lr=st.sampled_from([0.0, 1e-3, 0.5]), betas=st.sampled_from([(0.9, 0.999), (0.0, 0.0), (0.3, 0.95)]),
+    eps=st.sampled_from([0.0, 1e-8, 1e-3]), weight_decay=st.sampled_from([0.0, 0.01, 1.5]),
+    steps=st.integers(1, 4), missing=st.integers(0, 3), scale=st.sampled_from([0.0, 1e-30, 1.0, 1e4]),
+)  # fmt: skip
+
+
+@given(runs, st.integers(1, 40), st.integers(1, 6))
+@example(Run(dtype=torch.bfloat16, layout="transposed", grad_layout="every other"), 1, 1)
+@example(Run(shapes=[(7, 33)], dtype=torch.float16), 31, 1)
+@example(Run(shapes=[(2, 4)], dtype=torch.float64, betas=(0.0, 0.0), steps=1, missing=0, scale=0.0), 1, 1)  # zeros' signs
+@settings(deadline=None)
+def test_any_page_size_and_budget_gives_the_bits_of_one_page_and_of_torch(run: Run, elements: int, budget: int) -> None:
+    page_bytes = elements * 2 * run.dtype.itemsize
+    paged, optimizer = run.outcome(PagedAdamW, page_bytes=page_bytes, resident_bytes=budget * page_bytes)
+    assert paged == run.outcome(PagedAdamW)[0]
+    assert positive_zeros(paged, run) == positive_zeros(run.outcome(plain)[0], run)
+    assert optimizer.pager.peak <= budget * page_bytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "elements"), [(1, 1), (17, 1), (257, 2), (70001, 641), (70001, 65537), (300007, 32771)])
+def test_pages_of_odd_sizes_and_tensors_split_between_threads_keep_the_bits(dtype: torch.dtype, n: int, elements: int) -> None:
+    run = Run(shapes=[(1, n)], dtype=dtype, steps=3, missing=0)
+    width = 2 * dtype.itemsize
+    assert run.outcome(PagedAdamW, page_bytes=width * elements, resident_bytes=width * elements)[0] == run.outcome(plain)[0]
+
+
+def test_a_million_odd_elements_keep_the_bits() -> None:
+    mine, theirs = Run(shapes=[(1, 1000003)], steps=2).params()[0], Run(shapes=[(1, 1000003)], steps=2).params()[0]
+    for param, optimizer in [(mine, PagedAdamW([mine], page_bytes=2**17 - 8, resident_bytes=2**18)), (theirs, plain([{"params": [theirs]}]))]:
+        for seed in range(2):
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+    assert torch.equal(mine, theirs)
+
+
+def test_a_half_precision_add_with_alpha_is_not_invariant_which_is_why_it_is_avoided() -> None:
+    """Should this fail on a build, the operation has become invariant there, and the comment in adamw_ is out of date."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("seen with the AVX2 and AVX-512 kernels only")
+    make = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(1000, generator=make).bfloat16() for _ in range(2))
+    apart = torch.cat([a.add(b, alpha=-0.37) for a, b in zip(x.split(7), y.split(7))])
+    assert not torch.equal(apart, x.add(y, alpha=-0.37))
+
+
+def test_torch_lerp_of_weight_one_is_not_invariant_in_the_sign_of_zero_which_is_why_beta1_zero_copies() -> None:
+    """torch.optim.AdamW inherits this at beta1 = 0: its moment of a gradient of -0 depends on the element's place."""
+    ends = torch.zeros(65).neg()
+    whole, apart = torch.zeros(65).lerp_(ends, 1.0), torch.cat([start.lerp_(end, 1.0) for start, end in zip(torch.zeros(65).split(1), ends.split(1))])
+    assert torch.equal(whole, apart)
+    assert bits(whole) != bits(apart)
+
+
+# The pager
+
+def three_pages(budget: int = 32) -> tuple[Pager, list[Page]]:
+    param = nn.Parameter(torch.zeros(6))
+    pager, pages = Pager(budget), [Page(param, slice(i, i + 2), 16) for i in (0, 2, 4)]
+    pager.house(pages)
+    return pager, pages
+
+
+def test_the_least_recently_used_page_is_evicted_not_the_first_in_nor_the_last_used() -> None:
+    pager, (a, b, c) = three_pages()
+    for page in (a, b, a, c):
+        pager.fetch(page, write=True)
+    assert list(pager.cache) == [a, c]
+
+
+def test_a_clean_page_is_not_written_back_and_a_dirty_one_once() -> None:
+    pager, (a, b, c) = three_pages(budget=16)
+    pager.fetch(a, write=True).fill_(1)
+    pager.fetch(b, write=True).fill_(2)
+    assert pager.counters["bytes_out"] == 16
+    assert pager.fetch(a).tolist() == [[1, 1], [1, 1]]
+    pager.fetch(b)  # evicts a, which is clean by now
+    assert pager.counters == {"hits": 0, "faults": 4, "evictions": 3, "bytes_in": 32, "bytes_out": 32, "prefetches": 0}
+    assert pager.fetch(a).tolist() == [[1, 1], [1, 1]]
+
+
+def test_the_budget_holds_after_every_access(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch, seen = Pager.fetch, []
+
+    def watched(self: Pager, page: Page, write: bool = False) -> Tensor:
+        moments = fetch(self, page, write)
+        assert self.resident == sum(tensor.nbytes for tensor in self.cache.values()) <= self.budget
+        seen.append(self.resident)
+        return moments
+
+    monkeypatch.setattr(Pager, "fetch", watched)
+    _, optimizer = Run().outcome(PagedAdamW, page_bytes=24, resident_bytes=60)
+    assert max(seen) == optimizer.pager.peak <= 60
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 9), st.integers(1, 9), st.integers(2, 4))
+@settings(deadline=None)
+def test_above_the_budget_each_step_moves_all_of_the_state_in_and_out(sizes: list[int], elements: int, pages: int, steps: int) -> None:
+    run = Run(shapes=[(1, n) for n in sizes], missing=0, steps=steps)
+    page_bytes, state = 8 * elements, 8 * sum(sizes)
+    params = run.params()
+    optimizer = PagedAdamW(params, page_bytes=page_bytes, resident_bytes=pages * page_bytes)
+    run.train(optimizer, params)
+    count, rest = sum(-(-n // elements) for n in sizes), optimizer.pager.resident
+    if state <= pages * page_bytes:
+        wanted = {"hits": (steps - 1) * count, "faults": count, "evictions": 0, "bytes_in": 0, "bytes_out": 0}
+        assert not any(page.store for cut in optimizer.pages.values() for page in cut)
+    else:
+        wanted = {"hits": 0, "faults": steps * count, "evictions": steps * count - len(optimizer.pager.cache),
+                  "bytes_in": (steps - 1) * state, "bytes_out": steps * state - rest}  # fmt: skip
+    assert {name: optimizer.counters[name] for name in wanted} == wanted
+
+
+@no_madvise
+def test_prefetch_announces_exactly_the_stored_pages_of_the_next_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    announced = []
+
+    class Recording(mmap.mmap):
+        def madvise(self, option: int, start: int, length: int) -> None:
+            announced.append((option, start, length))
+            super().madvise(option, start, length)
+
+    monkeypatch.setattr(paged_optim.mmap, "mmap", Recording)
+    page_bytes = 2 * mmap.PAGESIZE - 8  # so that most pages start inside a page of the system
+    params = [nn.Parameter(torch.zeros(2 * page_bytes // 8)) for _ in range(3)]  # two pages each
+    optimizer = PagedAdamW(params, page_bytes=page_bytes, resident_bytes=2 * page_bytes)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert announced == []  # nothing was stored when the second and the third were next
+    optimizer.step()
+    starts = [page.offset for param in params[1:] for page in optimizer.pages[param]]
+    # When the second is next, its pages are stored; so are the third's, though they were resident as the step began.
+    leads = [start % mmap.PAGESIZE for start in starts]
+    assert announced == [(mmap.MADV_WILLNEED, start - lead, lead + page_bytes) for start, lead in zip(starts, leads)]
+    assert optimizer.counters["prefetches"] == len(announced) == 4
+
+
+# The store
+
+def test_no_file_can_be_seen_while_it_is_in_use_or_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    _, optimizer = Run().outcome(PagedAdamW, page_bytes=16, resident_bytes=16)
+    assert optimizer.counters["bytes_out"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+CHILD = """
+import os, signal, sys, tempfile
+tempfile.tempdir = sys.argv[1]
+import torch
+from paged_optim import PagedAdamW
+weight = torch.nn.Parameter(torch.ones(64))
+optimizer = PagedAdamW([weight], page_bytes=64, resident_bytes=64)
+for weight.grad in torch.ones(3, 64):
+    optimizer.step()
+assert optimizer.counters["bytes_in"] > 0
+if sys.argv[2] == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "raise":
+    raise KeyError("on purpose")
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("exit", 0), ("raise", 1), ("kill", -signal.SIGKILL)])
+def test_no_file_is_left_however_the_process_ends(tmp_path: Path, end: str, code: int) -> None:
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(CHILD), str(tmp_path), end]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code
+    assert list(tmp_path.iterdir()) == []
+    assert end == "raise" or done.stderr == ""  # nor a complaint about buffers at exit
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the platform does not reserve")
+def test_a_full_disk_is_one_clear_error_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(paged_optim.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"must hold 48 bytes, got 'No space left.*set TMPDIR.*resident_bytes") as caught:
+        PagedAdamW([nn.Parameter(torch.zeros(6))], page_bytes=16, resident_bytes=32)
+    assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads st_blocks")
+def test_the_space_of_the_store_is_really_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Measured(mmap.mmap):
+        def __new__(cls, fd: int, size: int) -> mmap.mmap:
+            sizes.append((os.fstat(fd).st_blocks * 512 >= size, os.fstat(fd).st_nlink))
+            return super().__new__(cls, fd, size)
+
+    sizes: list[tuple[bool, int]] = []
+    monkeypatch.setattr(paged_optim.mmap, "mmap", Measured)
+    PagedAdamW([nn.Parameter(torch.zeros(2**16))], page_bytes=2**12, resident_bytes=2**12)
+    assert sizes == [(True, 0)]
+
+
+def test_a_group_added_later_makes_room_for_the_groups_before_it() -> None:
+    first, second = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = PagedAdamW([first], page_bytes=16, resident_bytes=32)
+    reference_params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    reference = plain(reference_params[:1])
+    for param, each in ((first, optimizer), (reference_params[0], reference)):
+        param.grad = torch.arange(4.0)
+        each.step()
+    assert optimizer.pages[first][0].store is None
+    optimizer.add_param_group({"params": [second], "lr": 0.5})
+    reference.add_param_group({"params": reference_params[1:], "lr": 0.5})
+    for params, each in (([first, second], optimizer), (reference_params, reference)):
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.arange(4.0) + 1
+            each.step()
+    assert snapshot([first, second], optimizer) == snapshot(reference_params, reference)
+    assert optimizer.pager.peak == 32
+
+
+def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
+    first, second = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = PagedAdamW([first])
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.add_param_group({"params": [second], "lr": -1.0})
+    assert len(optimizer.param_groups) == 1 and list(optimizer.pages) == [first]
+    optimizer.add_param_group({"params": [second]})  # it may be offered again
+
+
+# Saving and loading
+
+MAKERS = [(plain, {}), (PagedAdamW, {}), (PagedAdamW, {"page_bytes": 24, "resident_bytes": 24}), (PagedAdamW, {"page_bytes": 40, "resident_bytes": 100})]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("saver", "save_options"), MAKERS)
+@pytest.mark.parametrize(("loader", "load_options"), MAKERS)
+def test_a_state_saved_by_either_optimizer_continues_in_either(saver, save_options, loader, load_options, dtype) -> None:
+    run = Run(dtype=dtype, layout="transposed", steps=5)
+    params = run.params()
+    optimizer = saver(run.groups(params), **run.hyper(), **save_options)
+    run.train(optimizer, params, last=2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    resumed_params = [nn.Parameter(param.detach().clone()) for param in params]
+    resumed = loader(run.groups(resumed_params), **load_options)
+    run.train(resumed, resumed_params, last=1)  # a past of its own, which the load must wipe out
+    for mine, theirs in zip(resumed_params, params):
+        mine.data.copy_(theirs.data)
+    resumed.load_state_dict(saved)
+    assert snapshot(resumed_params, resumed) == snapshot(params, optimizer)
+    run.train(optimizer, params, first=2)
+    run.train(resumed, resumed_params, first=2)
+    assert snapshot(resumed_params, resumed) == snapshot(params, optimizer)
+
+
+def test_a_loaded_state_is_a_copy_and_a_saved_one_a_snapshot() -> None:
+    run, params = Run(), Run().params()
+    optimizer = PagedAdamW(params, page_bytes=16, resident_bytes=16)
+    run.train(optimizer, params)
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    storages = [tensor.untyped_storage().data_ptr() for slot in saved["state"].values() for tensor in slot.values()]
+    assert len(set(storages)) == len(storages)  # safetensors refuses tensors that share one
+    optimizer.load_state_dict(saved)
+    run.train(optimizer, params)
+    for index, slot in saved["state"].items():
+        assert all(torch.equal(slot[name], before["state"][index][name]) for name in slot)
+
+
+def test_a_copy_is_refused_because_it_would_have_no_pages() -> None:
+    with pytest.raises(TypeError, match=r"its store has no name; save state_dict\(\)"):
+        copy.deepcopy(PagedAdamW(Run().params()))
+
+
+def test_the_layout_of_the_state_is_that_of_torch() -> None:
+    mine, theirs = Run().outcome(PagedAdamW)[1].state_dict(), Run().outcome(plain)[1].state_dict()
+    assert list(mine) == list(theirs) and list(mine["state"]) == list(theirs["state"])
+    for index, slot in theirs["state"].items():
+        assert {k: (v.shape, v.dtype) for k, v in mine["state"][index].items()} == {k: (v.shape, v.dtype) for k, v in slot.items()}
+    assert [group["params"] for group in mine["param_groups"]] == [group["params"] for group in theirs["param_groups"]]
+
+
+def test_a_parameter_that_the_loaded_state_does_not_know_starts_afresh() -> None:
+    run, params = Run(missing=0), Run().params()
+    optimizer = PagedAdamW(params, page_bytes=16, resident_bytes=16)
+    run.train(optimizer, params)
+    optimizer.load_state_dict(PagedAdamW(Run().params()).state_dict())
+    assert optimizer.state_dict()["state"] == {}
+    fresh_params = [nn.Parameter(param.detach().clone()) for param in params]
+    fresh = PagedAdamW(fresh_params)
+    run.train(optimizer, params)
+    run.train(fresh, fresh_params)
+    assert snapshot(params, optimizer) == snapshot(fresh_params, fresh)
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
+    params = Run().params()
+    optimizer = PagedAdamW(params, page_bytes=16, resident_bytes=16)
+    Run().train(optimizer, params)
+    before = snapshot(params, optimizer)
+    wrong_shape, amsgrad, fewer = (copy.deepcopy(optimizer.state_dict()) for _ in range(3))
+    wrong_shape["state"][0]["exp_avg"] = torch.zeros(5, 3)
+    amsgrad["param_groups"][0]["amsgrad"] = True
+    fewer["param_groups"][0]["params"].pop()
+    for state, message in [(wrong_shape, r"\(3, 5\), got \[\(5, 3\)"), (amsgrad, "amsgrad"), (fewer, "size of optimizer's group")]:
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(state)
+        assert snapshot(params, optimizer) == before
+
+
+# The optimizer as torch knows it
+
+def test_schedulers_closures_and_zero_grad_work_as_in_torch() -> None:
+    ends = []
+    for make in (plain, lambda groups: PagedAdamW(groups, page_bytes=16, resident_bytes=16)):
+        weight = nn.Parameter(torch.arange(5.0))
+        optimizer = make([{"params": [weight]}])
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = (weight**2).sum()
+            loss.backward()
+            return loss.detach()
+
+        losses = []
+        for _ in range(5):
+            losses.append(float(optimizer.step(closure)))
+            scheduler.step()
+        optimizer.zero_grad()
+        ends.append((bits(weight), losses, optimizer.param_groups[0]["lr"], weight.grad))
+    assert ends[0] == ends[1] and ends[0][3] is None
+
+
+def test_a_sparse_gradient_is_refused_before_anything_changes() -> None:
+    dense, sparse = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = PagedAdamW([dense, sparse])
+    dense.grad, sparse.grad = torch.ones(4), torch.ones(4).to_sparse()
+    with pytest.raises(ValueError, match=r"dense, got torch.sparse_coo; call to_dense"):
+        optimizer.step()
+    assert dense.tolist() == [1, 1, 1, 1] and not optimizer.state
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"lr": -1e-3}, "lr must be at least 0, got -0.001; "),
+    ({"lr": float("nan")}, "lr must be at least 0, got nan; "),
+    ({"eps": -1e-8}, "eps must be at least 0, got -1e-08; "),
+    ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1; "),
+    ({"betas": (1.0, 0.9)}, r"betas must lie in \[0, 1\), got \(1.0, 0.9\); "),
+    ({"betas": (0.9, -0.1)}, r"betas must lie in \[0, 1\), got \(0.9, -0.1\); "),
+    ({"page_bytes": 7}, "a page must hold an element's moments, got 7; set page_bytes to 8 or more"),
+    ({"page_bytes": 64.0}, "page_bytes must be an int, got 64.0; "),
+    ({"page_bytes": True}, "page_bytes must be an int, got True; "),
+    ({"page_bytes": 64, "resident_bytes": 63}, "resident_bytes must hold a page, got 63; give 64 or more, or None"),
+])  # fmt: skip
+def test_a_number_out_of_range_is_refused_with_rule_value_and_remedy(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PagedAdamW([nn.Parameter(torch.zeros(3))], **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32])
+def test_parameters_that_are_not_real_floating_point_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"real floating point, got {dtype}; "):
+        PagedAdamW([torch.zeros(3, dtype=dtype)])
+
+
+# Mutants: what the comparison above must notice
+
+adamw_ = paged_optim.adamw_
+
+
+def bias_correction_off_by_one(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
+    adamw_(param, grad, moments.zero_() if step == 1 else moments, step + 1, group)
+
+
+def decay_after_update(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
+    adamw_(param, grad, moments, step, {**group, "weight_decay": 0.0})
+    param.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+def moments_that_are_never_started(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
+    adamw_(param, grad, moments.fill_(1) if step == 1 else moments, step + (step == 1), group)
+
+
+@pytest.mark.parametrize("mutant", [bias_correction_off_by_one, decay_after_update, moments_that_are_never_started])
+def test_a_mutant_of_the_arithmetic_is_noticed(mutant: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = Run().outcome(plain)[0]
+    assert Run().outcome(PagedAdamW, page_bytes=24, resident_bytes=48)[0] == wanted
+    monkeypatch.setattr(paged_optim, "adamw_", mutant)
+    assert Run().outcome(PagedAdamW, page_bytes=24, resident_bytes=48)[0] != wanted
+
+
+def test_a_pager_that_forgets_a_page_was_written_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch, wanted = Pager.fetch, Run().outcome(plain)[0]
+
+    def forgetful(self: Pager, page: Page, write: bool = False) -> Tensor:
+        return fetch(self, page, write and not page.stored)  # the first value is kept, later ones are lost
+
+    monkeypatch.setattr(Pager, "fetch", forgetful)
+    assert Run().outcome(PagedAdamW, page_bytes=24, resident_bytes=24)[0] != wanted
