@@ -102,14 +102,14 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
     Raises: ValueError if there is none, it is damaged, or `settings` are not those that it was written under.
     """
     if not path.is_file():
-        raise ValueError(f"there is no {path} to resume from: a run writes it with --save-every, on Ctrl-C and at its end")
+        raise ValueError(f"there is no {path} to resume from: it is written on Ctrl-C, at the end, and with --save-every")
     tensors = read_tensors(path)
     with safe_open(path, "pt") as file:
         progress = json.loads((file.metadata() or {}).get("progress", "{}"))
     if progress.keys() != {"step", "settings", "before"}:
         raise ValueError(f"{path} is not the state of a run")
     was = progress["settings"]
-    differs = [f"--{key.replace('_', '-')} was {was.get(key)}, is {now}" for key, now in settings.items() if was.get(key) != now]
+    differs = [f"{key} was {was.get(key)}, is {now}" for key, now in settings.items() if was.get(key) != now]
     if differs:
         raise ValueError(f"cannot go on from {path}: {'; '.join(differs)}")
     adapter = {name.removeprefix("adapter."): tensor for name, tensor in tensors.items() if name.startswith("adapter.")}

@@ -118,11 +118,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Exa
 
 # ---- generated tasks: (prompt, answer) pairs for training, held out, and of unseen phrasings
 
-NAMES = "Alice Bob Carla Dmitri Elena Farid Grace Hiro Ines Jack Keiko Liam Maria Noah Olga Priya Quinn Rosa Sam Tara Uma".split()
+NAMES = "Alice Bob Carla Dmitri Elena Farid Grace Hiro Ines Jack Keiko Liam Maria Noah Olga Priya Quinn Rosa Sam Tara".split()
 CITIES = "Paris Oslo Lima Cairo Tokyo Quito Rome Delhi Boston Lagos Sydney Berlin Madrid Toronto Nairobi Seoul".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 ITEMS = ("apples, blue pens, coffee mugs, desk lamps, erasers, folding chairs, green notebooks, headphones, ink cartridges, "
-         "keyboards, light bulbs, monitors, napkins, oranges, paper clips, rulers, staplers, tea bags, umbrellas, wine").split(", ")
+         "keyboards, light bulbs, monitors, napkins, oranges, paper clips, rulers, staplers, tea bags, wine").split(", ")
 PHRASINGS = [
     "{name} from {city} wants {quantity} {item} by {day}.",
     "Please ship {quantity} {item} to {name} in {city} before {day}.",

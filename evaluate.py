@@ -43,6 +43,7 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
     """Greedy answers of at most `length` tokens to prompts of token ids, which are padded on the left to end together."""
     model.eval()
     end, texts = tokenizer.eos_token_id, []
+    greedy = {"max_new_tokens": length, "do_sample": False, "pad_token_id": end}
     # Torch multiplies a sliced (B, 1, hidden) tensor by copying the head's weight B times; a contiguous one it does not.
     contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: inputs[0].contiguous())
     with contiguous, autocast(model.device, dtype):
@@ -51,7 +52,7 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
             width = max(map(len, batch))
             ids = torch.tensor([[end] * (width - len(p)) + p for p in batch], device=model.device)  # (B, width)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
-            output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=length, do_sample=False, pad_token_id=end)
+            output = model.generate(input_ids=ids, attention_mask=mask, **greedy)  # (B, width + new)
             texts += tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     return [text.strip() for text in texts]
 

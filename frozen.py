@@ -34,7 +34,8 @@ import nf4
 class FrozenWeight(nn.Module):
     """A weight of any shape in 4 bits (or dense, with codebook=None). `frozen(dtype)` gives it back, dense, in that dtype."""
 
-    def __init__(self, weight: Tensor, block_size: int = 64, double_quant: bool = True, codebook: Tensor | None = nf4.NF4) -> None:
+    def __init__(self, weight: Tensor, block_size: int = 64, double_quant: bool = True,
+                 codebook: Tensor | None = nf4.NF4) -> None:
         """Raises: ValueError as `nf4.quantize` does: NaN, infinity, a block size that is not a power of two."""
         super().__init__()
         self.shape, self.dtype, self.block_size, self.double_quant = weight.shape, weight.dtype, block_size, double_quant

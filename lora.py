@@ -10,15 +10,11 @@ With g = dL/dy and h = d(x) A^T (tokens, r), the chain rule by hand:
     dL/dB = s g^T h        dL/dh = s g B        dL/dA = (dL/dh)^T d(x)        dL/dx = g W' + d'((dL/dh) A)
 
 No gradient for W is wanted, so x is kept for A alone, and W' is needed only while it multiplies: it is dequantized in
-forward, dropped, and dequantized again in backward. What lives on between the two, besides the parameters:
+forward, dropped, and dequantized again in backward. What lives on between the two, besides the parameters, is x (tokens, in),
+h (tokens, r), and with dropout its mask, one bool for each element of x.
 
-    x (tokens, in) and h (tokens, r) in the compute dtype, and with dropout its mask, one bool for each element of x
-
-Precision: the products run in `compute_dtype` if one is given, else in autocast's dtype, else in x's. A and B stay float32
-and are cast for the product; the gradients come back in float32.
-
-Differs from PEFT: one autograd function for base and adapter instead of a node per product; a merge goes to a dense weight
-and says what a 4-bit merge would have lost; unmerging is exact, because the codes are never touched.
+Differs from PEFT: base and adapter are one autograd function; a merge goes to a dense weight and says what a 4-bit merge
+would have lost; unmerging is exact, because the codes are never touched.
 """
 
 import math
@@ -28,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from frozen import FrozenWeight
 from nf4 import NF4
@@ -37,21 +34,21 @@ class LoRAMatmul(torch.autograd.Function):
     """y = x W^T + b + s (keep x A^T) B^T, where `base(dtype)` makes W (out, in) whenever it is needed."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, keep: Tensor | None,
+    def forward(ctx: FunctionCtx, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, keep: Tensor | None,
                 scaling: float, base: Callable[[torch.dtype], Tensor]) -> Tensor:
         """x (tokens, in), lora_A (r, in), lora_B (out, r), bias (out,), keep bool (tokens, in) -> (tokens, out)."""
         with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(x, base(x.dtype), None if bias is None else bias.to(x.dtype))  # (tokens, out)
+            y = F.linear(x, base(x.dtype), bias)  # (tokens, out)
             h = F.linear(x if keep is None else x * keep, lora_A.to(x.dtype))  # (tokens, r)
             y.addmm_(h, lora_B.to(x.dtype).T, alpha=scaling)
         trains = any(ctx.needs_input_grad[1:3])
         ctx.save_for_backward(x if trains else None, h if trains else None, keep, lora_A, lora_B)
-        ctx.scaling, ctx.base, ctx.bias_dtype = scaling, base, bias.dtype if bias is not None else None
+        ctx.scaling, ctx.base = scaling, base
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         """g (tokens, out) -> the gradients of x, lora_A, lora_B and bias. A second derivative is refused."""
         x, h, keep, lora_A, lora_B = ctx.saved_tensors
         needs_x, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:4]
@@ -65,13 +62,13 @@ class LoRAMatmul(torch.autograd.Function):
             if needs_x:
                 dx = dh @ lora_A.to(g.dtype)  # (tokens, in)
                 dx = (dx if keep is None else dx.mul_(keep)).addmm_(g, ctx.base(g.dtype))
-        return dx, dA, dB, g.sum(0).to(ctx.bias_dtype) if needs_bias else None, None, None, None
+        return dx, dA, dB, g.sum(0) if needs_bias else None, None, None, None
 
 
 class QLoRALinear(nn.Module):
     """A frozen 4-bit linear layer with a trainable adapter. Made by `from_linear` or, for a whole model, by `attach`.
 
-    base: FrozenWeight (out, in).   lora_A (r, in) and lora_B (out, r): float32 parameters.   bias (out,): frozen, or None.
+    base: FrozenWeight (out, in). lora_A (r, in), lora_B (out, r): float32, cast for the products. bias (out,): frozen, or None.
     """
 
     def __init__(self, linear: nn.Linear, base: FrozenWeight, r: int, lora_alpha: float, lora_dropout: float,
@@ -82,8 +79,8 @@ class QLoRALinear(nn.Module):
             raise ValueError(f"r must be at least 1 and at most {min(base.shape)}, the layer's smaller side; got {r}")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout is a probability, 0 <= p < 1; got {lora_dropout}")
-        self.r, self.lora_alpha, self.lora_dropout, self.scaling = r, lora_alpha, lora_dropout, lora_alpha / r
-        self.compute_dtype = compute_dtype
+        self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
+        self.lora_dropout, self.compute_dtype = lora_dropout, compute_dtype
         kind = {"dtype": torch.promote_types(base.dtype, torch.float32), "device": linear.weight.device}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **kind))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **kind))
@@ -96,24 +93,23 @@ class QLoRALinear(nn.Module):
     def from_linear(cls, linear: nn.Linear, r: int = 8, lora_alpha: float = 16, lora_dropout: float = 0.0, block_size: int = 64,
                     double_quant: bool = True, codebook: Tensor | None = NF4,
                     compute_dtype: torch.dtype | None = None) -> "QLoRALinear":
-        """Quantize a dense layer, or with codebook=None keep it dense: 16-bit LoRA.
-
-        Raises: ValueError as `nf4.quantize` does, or for an r or a dropout out of range.
-        """
+        """Quantize a dense layer; codebook=None keeps it dense, for 16-bit LoRA. Raises: ValueError."""
         base = FrozenWeight(linear.weight, block_size, double_quant, codebook)
         return cls(linear, base, r, lora_alpha, lora_dropout, compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out) in autocast's dtype where autocast is on, else in x's."""
+        """x (..., in) -> (..., out), in autocast's dtype where it is on, else in x's; computed in compute_dtype if given."""
         device = x.device.type
         result = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         flat = x.to(self.compute_dtype or result).reshape(-1, self.in_features)  # (tokens, in)
+        bias = None if self.bias is None else self.bias.to(flat.dtype)
         if self.merged is not None:
-            y = F.linear(flat, self.merged.to(flat.dtype), None if self.bias is None else self.bias.to(flat.dtype))
+            with torch.autocast(device, enabled=False):
+                y = F.linear(flat, self.merged.to(flat.dtype), bias)
         else:
             p = self.lora_dropout if self.training else 0.0
             keep = torch.rand(flat.shape, device=x.device) >= p if p else None
-            y = LoRAMatmul.apply(flat, self.lora_A, self.lora_B, self.bias, keep, self.scaling / (1 - p), self.base)
+            y = LoRAMatmul.apply(flat, self.lora_A, self.lora_B, bias, keep, self.scaling / (1 - p), self.base)
         return y.reshape(*x.shape[:-1], self.out_features).to(result)
 
     def update(self) -> Tensor:
@@ -128,22 +124,18 @@ class QLoRALinear(nn.Module):
         """Drop the merged weight: the layer is bit for bit what it was."""
         self.merged = None
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, bias={self.bias is not None}"
-
 
 def attach(model: nn.Module, targets: str | Iterable[str] = "all-linear", **settings: object) -> nn.Module:
     """Freeze a model and give its linear layers a 4-bit base and an adapter, in place, one layer at a time.
 
-    Every nn.Linear takes part but the output head, tied to the embedding or not (adapters on all of them are what it takes to
-    match 16-bit fine-tuning: paper, section 4); or those whose name is, or ends in, one of `targets`. `settings` are those of
-    QLoRALinear.from_linear.
-    Raises: ValueError if there is no such layer, or, naming the layer, if one cannot be quantized or adapted.
+    Every nn.Linear takes part but the output head (adapters on all of them are what it takes to match 16-bit fine-tuning:
+    paper, section 4), or those whose name is, or ends in, one of `targets`. `settings`: see QLoRALinear.from_linear.
+    Raises: ValueError if there is no such layer, or naming the one that cannot be quantized or adapted.
     """
     groups = _find_layers(model, targets)
     model.requires_grad_(False)
     dense_bytes = base_bytes = 0
-    for names in groups:  # the names of one layer: more than one where the model uses it twice
+    for names in groups:
         linear = model.get_submodule(names[0])
         try:
             layer = QLoRALinear.from_linear(linear, **settings)
@@ -152,13 +144,13 @@ def attach(model: nn.Module, targets: str | Iterable[str] = "all-linear", **sett
         for name in names:
             model.set_submodule(name, layer)
         dense_bytes, base_bytes = dense_bytes + linear.weight.nbytes, base_bytes + layer.base.nbytes
-    print(f"attached adapters of rank {layer.r} to {len(groups)} linear layers, whose {dense_bytes / 1e6:.1f} MB are now "
-          f"{base_bytes / 1e6:.1f} MB; everything but the adapters is frozen")
+    print(f"adapters of rank {layer.r} on {len(groups)} linear layers, whose {dense_bytes / 1e6:.1f} MB are now "
+          f"{base_bytes / 1e6:.1f} MB; the rest is frozen")
     return model
 
 
 def _find_layers(model: nn.Module, targets: str | Iterable[str]) -> list[list[str]]:
-    """The layers to adapt, each as the list of its names in the model."""
+    """The layers to adapt, each as the list of its names in the model: more than one where the model uses it twice."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     names_of: dict[nn.Module, list[str]] = {}
@@ -198,11 +190,10 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
         if frozen.codebook is not None:
             fourbit = FrozenWeight(base + update, frozen.block_size, frozen.double_quant, frozen.codebook)
             realised, wanted = (fourbit() - base).flatten(), update.flatten()
-            length = wanted.norm().item()
-            kept = (realised @ wanted).item() / length**2 if length else 1.0
-            audit[name] = MergeAudit(length, kept, kept * length / realised.norm().item() if length else 1.0)
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter((base + update).to(frozen.dtype), requires_grad=False)
-        linear.bias = layer.bias
-        model.set_submodule(name, linear.train(layer.training))
+            length, moved, dot = wanted.norm().item(), realised.norm().item(), (realised @ wanted).item()
+            cosine = dot / (length * moved) if length and moved else float(not length)
+            audit[name] = MergeAudit(length, dot / length**2 if length else 1.0, cosine)
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(layer.training)
+        linear.weight, linear.bias = nn.Parameter((base + update).to(frozen.dtype), requires_grad=False), layer.bias
+        model.set_submodule(name, linear)
     return model, audit

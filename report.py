@@ -50,8 +50,8 @@ def table(report: dict) -> str:
     """The report as text for a terminal."""
     mb = "{:10.1f} MB".format
     lines = [f"{'frozen base':32}{'16-bit':>13}{'as kept':>13}"]
-    for name, (_, in_16bit, kept) in report["components"].items():
-        lines.append(f"  {name:30}{mb(in_16bit / 1e6)}{mb(kept / 1e6)}")
+    base = {name: row for name, row in report["components"].items() if name != "adapters"}
+    lines += [f"  {name:30}{mb(in_16bit / 1e6)}{mb(kept / 1e6)}" for name, (_, in_16bit, kept) in base.items()]
     lines.append(f"  {'together':30}{mb(report['base_bytes_16bit'] / 1e6)}{mb(report['base_bytes_4bit'] / 1e6)}")
     lines.append(f"  {report['bits_per_weight']:.3f} bits a weight in the linear layers")
     lines.append(f"\n{report['metric']:32}{'before':>13}{'after':>13}")
@@ -63,7 +63,9 @@ def table(report: dict) -> str:
         rows["16-bit LoRA, same seed"] = report["compare"]["before"], report["compare"]["after"]
     lines += [f"  {name:30}{shown(before):>13}{shown(after):>13}" for name, (before, after) in rows.items()]
     share = report["trainable_parameters"] / report["total_parameters"]
-    lines.append(f"\ntrained    {report['trainable_parameters']:,} of {report['total_parameters']:,} parameters ({share:.2%})")
+    adapters = report["components"]["adapters"][2] / 1e6
+    lines.append(f"\ntrained    {report['trainable_parameters']:,} of {report['total_parameters']:,} parameters ({share:.2%}), "
+                 f"{adapters:.1f} MB")
     lines.append("pager      " + ", ".join(f"{name} {count:,}" for name, count in report["pager"].items()))
     lines.append(f"time       {report['seconds']:.0f} s for {report['steps']} steps, "
                  f"{report['tokens_per_second']:.0f} tokens/s; {report['seconds_total']:.0f} s with loading and evaluation")

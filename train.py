@@ -18,7 +18,6 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -148,7 +147,7 @@ def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, examples: li
           save: Callable[[int], None], metrics: Path, args: argparse.Namespace) -> None:
     """Steps start + 1 to max_steps, each a line in `metrics`. Raises: KeyboardInterrupt after a signal, the state saved."""
     model.train()
-    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="training", dynamic_ncols=True, mininterval=1)
+    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, dynamic_ncols=True, mininterval=1)
     with StopAfterStep() as stop, open(metrics, "a", encoding="utf-8") as log:
         for step in bar:
             began = time.perf_counter()
@@ -160,7 +159,8 @@ def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, examples: li
                     "rss_bytes": memory.rss_bytes()}
             log.write(json.dumps(line) + "\n")
             log.flush()
-            bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:.0f} tokens/s, {line['rss_bytes'] / 1e9:.2f} GB", refresh=False)
+            seen = f"loss {loss:.4f}, {tokens / seconds:.0f} tokens/s, {line['rss_bytes'] / 1e9:.2f} GB"
+            bar.set_postfix_str(seen, refresh=False)
             last = step + 1 == args.max_steps
             if stop.asked or last or (args.save_every and (step + 1) % args.save_every == 0):
                 save(step + 1)
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         again = shlex.join([word for word in (argv or sys.argv[1:]) if word != "--resume"] + ["--resume"])
         saved = (args.output_dir / "state.safetensors").exists()
-        print("\nstopped" + (f"; go on with\n  python train.py {again}" if saved else " before the first step"), file=sys.stderr)
+        print(f"\nstopped; go on with\n  python train.py {again}" if saved else "\nstopped: no step to save", file=sys.stderr)
         return 130
 
 

@@ -99,6 +99,12 @@ def double_quantized(constants: Tensor, nested_absmax: Tensor, codebook: Tensor)
     return error + U * (c + error)
 
 
+def both_quantized(absmax: Tensor, nested_absmax: Tensor, codebook: Tensor, code8: Tensor, source: torch.dtype, target: torch.dtype) -> Tensor:
+    """|w - w'|, a block, where the block's absmax was itself quantized: no level is above 1, so an error of absmax counts once."""
+    constants = double_quantized(absmax, nested_absmax, code8)
+    return constants + roundtrip(absmax.double() + constants, codebook, source, target)
+
+
 @dataclass(frozen=True)
 class Bounded:
     """A float64 tensor and how far, element by element, a rounded computation of it may be off: running error analysis.
@@ -146,9 +152,11 @@ class Bounded:
         product = Bounded(self.value @ other.value, spread + rounding)
         return product if dtype in (torch.float32, torch.float64) else product.to(dtype)
 
-    def allows(self, computed: Tensor) -> bool:
-        """Whether a computed tensor is within the bound everywhere; float64's own rounding of `value` is far below it."""
-        return bool(((computed.detach().double() - self.value).abs() <= self.error).all())
+    def allows(self, computed: Tensor, reference: Tensor | None = None) -> bool:
+        """Whether a computed tensor is within the bound of `value`, or of another computation of it in float64."""
+        reference = self.value if reference is None else reference.detach()
+        distance = (computed.detach().double() - reference).abs()
+        return distance.shape == self.error.shape and bool((distance <= self.error).all())
 
 
 def in_float64(bounded: Bounded, terms: int) -> Bounded:
@@ -156,31 +164,39 @@ def in_float64(bounded: Bounded, terms: int) -> Bounded:
     return Bounded(bounded.value, bounded.error + gamma(terms, torch.float64) * bounded.most)
 
 
+def operand(tensor: Tensor, dtype: torch.dtype) -> Bounded:
+    """A tensor as it enters a product in `dtype`: rounded, unless it is in that dtype already."""
+    return Bounded.exact(tensor) if tensor.dtype == dtype else Bounded.exact(tensor).to(dtype)
+
+
 def lora_forward(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
                  keep: Tensor | None, dtype: torch.dtype) -> Bounded:
-    """y = x W^T + b + s ((keep x) A^T) B^T in `dtype`, from operands that are rounded to `dtype` first.
-
-    x and `weight` may be given wider than dtype; rounding what is exact already costs a u that is not needed, and no more.
-    """
-    x_, W, A, B = (Bounded.exact(t) for t in (x, weight, lora_A, lora_B))
-    x_, W, A, B = (t if t_in.dtype == dtype else t.to(dtype) for t, t_in in zip((x_, W, A, B), (x, weight, lora_A, lora_B), strict=True))
+    """y = x W^T + b + s ((keep x) A^T) B^T in `dtype`, from operands that are rounded to `dtype` first."""
+    x_, W, A, B = (operand(t, dtype) for t in (x, weight, lora_A, lora_B))
     h = (x_ if keep is None else x_.times(keep.double(), torch.float64)).matmul(A.T, dtype)
     y = x_.matmul(W.T, dtype)
     if bias is not None:
-        b = Bounded.exact(bias)
-        y = y.plus(b if bias.dtype == dtype else b.to(dtype), dtype)
+        y = y.plus(operand(bias, dtype), dtype)
     return in_float64(y.plus(h.matmul(B.T, dtype).times(scaling, dtype), dtype), 4 * max(x.shape[-1], 1))
+
+
+def merged_forward(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
+                   kept_in: torch.dtype, dtype: torch.dtype) -> Bounded:
+    """y = x (W + s B A)^T + b in `dtype`, where the sum is made in float32 and kept in the dtype `kept_in`."""
+    update = Bounded.exact(lora_B).matmul(Bounded.exact(lora_A), torch.float32).times(scaling, torch.float32)
+    W = update.plus(Bounded.exact(weight), torch.float32)
+    W = W if kept_in == torch.float32 else W.to(kept_in)
+    y = operand(x, dtype).matmul((W if dtype in (kept_in, torch.float32) else W.to(dtype)).T, dtype)
+    return in_float64(y if bias is None else y.plus(operand(bias, dtype), dtype), 4 * max(x.shape[-1], 1))
 
 
 def lora_backward(g: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float,
                   keep: Tensor | None, dtype: torch.dtype) -> tuple[Bounded, Bounded, Bounded]:
-    """dL/dx, dL/dA and dL/dB of the same, for an incoming gradient g that is exact in `dtype`.
+    """dL/dx, dL/dA and dL/dB of the same, for an incoming gradient g.
 
     dh = s g B, dB = s g^T h, dA = dh^T (keep x), dx = g W + keep (dh A).
     """
-    operands = (x, weight, lora_A, lora_B)
-    x_, W, A, B = (Bounded.exact(t) if t.dtype == dtype else Bounded.exact(t).to(dtype) for t in operands)
-    g_ = Bounded.exact(g)
+    g_, x_, W, A, B = (operand(t, dtype) for t in (g, x, weight, lora_A, lora_B))
     dropped = x_ if keep is None else x_.times(keep.double(), torch.float64)
     h = dropped.matmul(A.T, dtype)
     dh = g_.matmul(B, dtype).times(scaling, dtype)

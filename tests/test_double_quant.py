@@ -1,0 +1,156 @@
+"""The laws of double_quant.py: the 8-bit code, and constants that come back near, never negative and never infinite."""
+
+import math
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from bounds import cast, decision_slack, double_quantized, gamma
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from strategies import BLOCK_SIZES, Constants, constants, same_bits
+from torch import Tensor
+
+import double_quant
+
+LARGEST = torch.finfo(torch.float32).max
+blocks_of = st.sampled_from(BLOCK_SIZES)
+
+
+def nested_absmax_of(dq: double_quant.DoubleQuantized) -> Tensor:
+    """One nested absmax a constant, in the shape of the constants."""
+    return dq.absmax.repeat_interleave(dq.block_size)[: dq.codes.numel()].reshape(dq.codes.shape)
+
+
+def test_the_8_bit_code_is_that_of_bitsandbytes_bit_for_bit() -> None:
+    assert same_bits(double_quant.dynamic_code(), bnb.create_dynamic_map())
+    assert same_bits(double_quant.DYNAMIC, bnb.create_dynamic_map())
+
+
+def test_the_8_bit_code_ascends_with_zero_at_127_and_no_minus_one() -> None:
+    code = double_quant.DYNAMIC
+    assert code.shape == (256,) and (code[1:] > code[:-1]).all()
+    assert same_bits(code[127], torch.tensor(0.0))
+    assert code[255] == 1 and torch.equal(code[:127], -code[128:255].flip(0))
+
+
+@given(constants, blocks_of)
+@example(Constants(exponent=-149), 256)
+@example(Constants(pattern="largest"), 256)
+@example(Constants(shape=()), 256)
+@example(Constants(pattern="all sizes", exponent=128), 2)
+def test_the_error_is_within_half_gap_of_the_nested_absmax(recipe: Constants, block_size: int) -> None:
+    absmax = recipe.tensor()
+    dq = double_quant.quantize(absmax, block_size)
+    error = (absmax.double() - double_quant.dequantize(dq).double()).abs()
+    assert (error <= double_quantized(absmax, nested_absmax_of(dq), double_quant.DYNAMIC)).all()
+
+
+def test_half_gap_is_reached_where_the_code_has_no_minus_one() -> None:
+    absmax = torch.tensor([0.0, 2.0])  # minus their mean: -1, 1
+    dq = double_quant.quantize(absmax)
+    error = (absmax.double() - double_quant.dequantize(dq).double()).abs()
+    ratio = error / double_quantized(absmax, nested_absmax_of(dq), double_quant.DYNAMIC)
+    assert 0.99 <= ratio.max() <= 1
+
+
+@given(constants, blocks_of)
+def test_codes_nested_constants_and_offset_have_the_documented_layout(recipe: Constants, block_size: int) -> None:
+    absmax = recipe.tensor()
+    dq = double_quant.quantize(absmax, block_size)
+    assert (dq.codes.dtype, dq.codes.shape) == (torch.uint8, absmax.shape)
+    assert (dq.absmax.dtype, dq.absmax.shape) == (torch.float32, (-(-absmax.numel() // block_size),))
+    assert (dq.offset.dtype, dq.offset.shape, dq.block_size) == (torch.float32, (1,), block_size)
+    decoded = double_quant.dequantize(dq)
+    assert (decoded.dtype, decoded.shape) == (torch.float32, absmax.shape)
+
+
+@given(constants)
+@example(Constants(pattern="largest"))
+def test_the_offset_is_the_mean_even_where_the_float32_sum_overflows(recipe: Constants) -> None:
+    absmax = recipe.tensor()
+    assume(absmax.numel() > 0)
+    mean = absmax.double().mean().item()
+    offset = double_quant.quantize(absmax).offset.item()
+    assert abs(offset - mean) <= gamma(absmax.numel()) * mean + cast(mean, torch.float32)  # n - 1 additions, one division
+
+
+def test_the_mean_is_taken_off_so_that_equal_constants_come_back_exactly() -> None:
+    absmax = torch.full((512,), 0.75)
+    dq = double_quant.quantize(absmax)
+    assert dq.absmax.eq(0).all() and same_bits(double_quant.dequantize(dq), absmax)
+
+
+@given(constants, blocks_of)
+def test_every_constant_takes_its_nearest_8_bit_level(recipe: Constants, block_size: int) -> None:
+    absmax = recipe.tensor()
+    dq = double_quant.quantize(absmax, block_size)
+    centred = (absmax - dq.offset).double().reshape(-1)  # the subtraction is float32's
+    nested = nested_absmax_of(dq).double().reshape(-1)
+    distance = (torch.where(nested > 0, centred / nested, 0.0)[:, None] - double_quant.DYNAMIC.double()).abs()
+    chosen = distance.gather(1, dq.codes.reshape(-1, 1).long())[:, 0]
+    assert (chosen <= distance.amin(1) + decision_slack()).all()
+
+
+@given(constants, blocks_of)
+@example(Constants(pattern="some zeros"), 256)
+@example(Constants(pattern="all sizes", exponent=128), 256)
+def test_a_decoded_constant_is_never_negative_nor_infinite(recipe: Constants, block_size: int) -> None:
+    decoded = double_quant.dequantize(double_quant.quantize(recipe.tensor(), block_size))
+    assert ((decoded >= 0) & (decoded <= LARGEST)).all()
+
+
+def test_a_constant_that_would_decode_to_less_than_zero_is_clamped() -> None:
+    """Zero, less the mean, lies between two levels, and for some means the nearer is the lower one."""
+    negative = []
+    for zero_at in torch.linspace(0.01, 1, 100).tolist():
+        dq = double_quant.quantize(torch.tensor([0.0, 0.0, 3.0, zero_at]))
+        unclamped = double_quant.DYNAMIC[dq.codes.long()] * dq.absmax + dq.offset
+        negative.append(bool((unclamped < 0).any()))
+        assert (double_quant.dequantize(dq) >= 0).all()
+    assert any(negative)  # so the clamp is needed
+
+
+@given(constants)
+def test_the_input_is_not_modified(recipe: Constants) -> None:
+    absmax = recipe.tensor()
+    before = absmax.clone()
+    dq = double_quant.quantize(absmax)
+    parts = [part.clone() for part in (dq.codes, dq.absmax, dq.offset)]
+    double_quant.dequantize(dq)
+    assert same_bits(absmax, before)
+    assert all(same_bits(part, copy) for part, copy in zip((dq.codes, dq.absmax, dq.offset), parts, strict=True))
+
+
+def test_a_negative_constant_is_refused() -> None:
+    with pytest.raises(ValueError, match="magnitudes >= 0, got -1.5"):
+        double_quant.quantize(torch.tensor([1.0, -1.5, 2.0]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_infinity_are_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="NaN, infinite"):
+        double_quant.quantize(torch.tensor([1.0, 2.0, bad, 3.0, bad]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_infinity_are_refused_with_their_count_and_first_index(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"2 of 5 .*first at index \(2,\)"):
+        double_quant.quantize(torch.tensor([1.0, 2.0, bad, 3.0, bad]))
+
+
+@pytest.mark.parametrize("block_size", [0, 1, 3, 100, 256.0])
+def test_a_block_size_that_is_no_power_of_two_is_refused(block_size: object) -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        double_quant.quantize(torch.ones(4), block_size)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([256, 1000, 2560]))
+def test_decoding_equals_that_of_bitsandbytes(seed: int, n: int) -> None:
+    """Its CPU code chooses the second-nearest level now and then, so the codes are ours; the values must agree."""
+    absmax = Constants((n,), seed=seed).tensor()
+    dq = double_quant.quantize(absmax)
+    theirs = bnb.dequantize_blockwise(dq.codes, absmax=dq.absmax, code=double_quant.DYNAMIC, blocksize=256) + dq.offset
+    assert torch.equal(double_quant.dequantize(dq), theirs)
+    _, state = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
+    assert same_bits(dq.absmax, state.absmax)
