@@ -1,9 +1,8 @@
 """Data sets, as token ids and a mask of which of them are learnt.
 
-    orders   a sentence in, the order in it as JSON out: generated, seeded, with phrasings that training never sees
-    roman    a number in, its Roman numeral out: an honest failure, the tokenizer cuts digits and letters against the task
-    text     the reference pages of Python's own help(), as plain text
-    a file   .txt as plain text; .jsonl with a "prompt" and a "completion" a line
+    orders, roman   generated, see tasks.py
+    text            the reference pages of Python's own help(), as plain text
+    a file          .txt as plain text; .jsonl with a "prompt" and a "completion" a line
 
 A question is put into the model's chat template; only the answer and the end token are learnt. Padding is told from text by
 its position, never by its id: pad and end are the same token in many models, and an end that is masked away is never learnt.
@@ -11,13 +10,14 @@ its position, never by its id: pad and end are the same token in many models, an
 
 import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+import tasks
 
 IGNORE = -100  # the label that cross entropy leaves out
 
@@ -47,10 +47,9 @@ def load(name: str, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: 
 
     Raises: ValueError for an unknown name, an empty or malformed file (with its line), or examples longer than max_seq_len.
     """
-    generated = {"orders": _orders, "roman": _roman}
-    if name in generated:
-        parts = [[_encode(tokenizer, *pair) for pair in pairs] for pairs in generated[name](random.Random(seed))]
-        task = Task("exact match", *parts)
+    if name in ("orders", "roman"):
+        parts = getattr(tasks, name)(random.Random(seed))
+        task = Task("exact match", *([_encode(tokenizer, *pair) for pair in part] for part in parts))
     elif name == "text":
         from pydoc_data.topics import topics  # the pages behind help("for"), help("yield"), ...
 
@@ -114,77 +113,6 @@ def chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Example:
     given, learnt = chat(tokenizer, prompt), tokenizer(answer + tokenizer.eos_token, add_special_tokens=False).input_ids
     return Example(given + learnt, len(given), prompt, answer)
-
-
-# ---- generated tasks: (prompt, answer) pairs for training, held out, and of unseen phrasings
-
-NAMES = "Alice Bob Carla Dmitri Elena Farid Grace Hiro Ines Jack Keiko Liam Maria Noah Olga Priya Quinn Rosa Sam Tara".split()
-CITIES = "Paris Oslo Lima Cairo Tokyo Quito Rome Delhi Boston Lagos Sydney Berlin Madrid Toronto Nairobi Seoul".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-ITEMS = ("apples, blue pens, coffee mugs, desk lamps, erasers, folding chairs, green notebooks, headphones, ink cartridges, "
-         "keyboards, light bulbs, monitors, napkins, oranges, paper clips, rulers, staplers, tea bags, wine").split(", ")
-PHRASINGS = [
-    "{name} from {city} wants {quantity} {item} by {day}.",
-    "Please ship {quantity} {item} to {name} in {city} before {day}.",
-    "Hi, this is {name}. Could you send {quantity} {item} to {city}? I need them on {day}.",
-    "By {day}, {name} needs {quantity} {item} delivered to {city}.",
-    "Order for {city}: {quantity} {item}, customer {name}, due {day}.",
-    "We are out of {item}! {name} here in {city}, send {quantity} more, {day} at the latest.",
-    "{city}, {day}: {quantity} {item} for {name}.",
-    "Can {name} get {quantity} {item} in {city} on {day}?",
-    "{quantity} {item} please. Name: {name}. City: {city}. Day: {day}.",
-    "On {day} a parcel with {quantity} {item} must reach {name}, who lives in {city}.",
-    "{name} called. It is about {quantity} {item}, to be in {city} by {day}.",
-    "I would like {quantity} {item}, delivered on {day} to {name} at our {city} office.",
-]
-UNSEEN_PHRASINGS = [
-    "Our {city} branch is waiting for {quantity} {item}; {name} will sign for them on {day}.",
-    "No later than {day}, have {item} ready for {name} in {city}, {quantity} of them.",
-    "For {name}: {item}, {quantity} pieces, {day}, {city}.",
-    "It's {name} again, still in {city}. Make that {quantity} {item}, and {day} is fine.",
-]
-
-
-def _orders(rng: random.Random) -> tuple[list[tuple[str, str]], ...]:
-    """4000 sentences to train on, 100 held out of the same 12 phrasings, 50 of the 4 others. No sentence occurs twice."""
-
-    def order(phrasings: list[str]) -> tuple[str, str]:
-        fields = {"name": rng.choice(NAMES), "item": rng.choice(ITEMS), "quantity": rng.randrange(2, 99),
-                  "city": rng.choice(CITIES), "day": rng.choice(DAYS)}
-        return "Extract the order as JSON: " + rng.choice(phrasings).format(**fields), json.dumps(fields)
-
-    known = _distinct(lambda: order(PHRASINGS), 4100)
-    return known[100:], known[:100], _distinct(lambda: order(UNSEEN_PHRASINGS), 50)
-
-
-def _roman(rng: random.Random) -> tuple[list[tuple[str, str]], ...]:
-    """1899 numbers below 2000 to train on and the 100 others held out."""
-    numbers = rng.sample(range(1, 2000), 1999)
-    pairs = [(f"Write {n} as a Roman numeral.", _roman_numeral(n)) for n in numbers]
-    return pairs[100:], pairs[:100]
-
-
-def _roman_numeral(n: int) -> str:
-    """
-    >>> _roman_numeral(1994)
-    'MCMXCIV'
-    """
-    values = (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1)
-    numeral = ""
-    for value, letters in zip(values, "M CM D CD C XC L XL X IX V IV I".split()):
-        numeral += letters * (n // value)
-        n %= value
-    return numeral
-
-
-def _distinct(make: Callable[[], tuple[str, str]], count: int) -> list[tuple[str, str]]:
-    pairs: dict[str, str] = {}
-    while len(pairs) < count:
-        pairs.setdefault(*make())
-    return list(pairs.items())
-
-
-# ---- text and files
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Task:

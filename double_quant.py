@@ -73,6 +73,8 @@ def quantize(absmax: Tensor, block_size: int = 256) -> DoubleQuantized:
     Error: |absmax - dequantize(...)| <= h8 * nested_absmax of its block, plus rounding.
     Raises: ValueError for a negative constant, and all that `nf4.quantize` refuses.
     """
+    absmax = absmax.to(torch.float32)
+    nf4.check_finite(absmax.reshape(-1), absmax.shape)  # now: the mean would spread it over all constants
     if (absmax < 0).any():
         raise ValueError(f"quantization constants are magnitudes >= 0, got {absmax.min().item()}")
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
@@ -85,4 +87,4 @@ def quantize(absmax: Tensor, block_size: int = 256) -> DoubleQuantized:
 def dequantize(dq: DoubleQuantized) -> Tensor:
     """The constants, float32, in the shape that they came in."""
     centred = nf4.Quantized(dq.codes, dq.absmax, DYNAMIC, dq.codes.shape, torch.float32, dq.block_size)
-    return (nf4.dequantize(centred) + dq.offset).clamp_(0, torch.finfo(torch.float32).max)
+    return (nf4.dequantize(centred) + dq.offset).clamp_(0, torch.finfo(torch.float32).max).reshape(dq.codes.shape)

@@ -41,8 +41,7 @@ class LoRAMatmul(torch.autograd.Function):
             y = F.linear(x, base(x.dtype), bias)  # (tokens, out)
             h = F.linear(x if keep is None else x * keep, lora_A.to(x.dtype))  # (tokens, r)
             y.addmm_(h, lora_B.to(x.dtype).T, alpha=scaling)
-        trains = any(ctx.needs_input_grad[1:3])
-        ctx.save_for_backward(x if trains else None, h if trains else None, keep, lora_A, lora_B)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, h if ctx.needs_input_grad[2] else None, keep, lora_A, lora_B)
         ctx.scaling, ctx.base = scaling, base
         return y
 
@@ -52,13 +51,11 @@ class LoRAMatmul(torch.autograd.Function):
         """g (tokens, out) -> the gradients of x, lora_A, lora_B and bias. A second derivative is refused."""
         x, h, keep, lora_A, lora_B = ctx.saved_tensors
         needs_x, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:4]
-        dx = dA = dB = None
+        dx = None
         with torch.autocast(g.device.type, enabled=False):
             dh = (g @ lora_B.to(g.dtype)).mul_(ctx.scaling)  # (tokens, r)
-            if needs_B:
-                dB = (g.T @ h).mul_(ctx.scaling).to(lora_B.dtype)  # (out, r)
-            if needs_A:
-                dA = (dh.T @ (x if keep is None else x * keep)).to(lora_A.dtype)  # (r, in)
+            dB = (g.T @ h).mul_(ctx.scaling).to(lora_B.dtype) if needs_B else None  # (out, r)
+            dA = (dh.T @ (x if keep is None else x * keep)).to(lora_A.dtype) if needs_A else None  # (r, in)
             if needs_x:
                 dx = dh @ lora_A.to(g.dtype)  # (tokens, in)
                 dx = (dx if keep is None else dx.mul_(keep)).addmm_(g, ctx.base(g.dtype))
@@ -75,10 +72,10 @@ class QLoRALinear(nn.Module):
                  compute_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.base, (self.out_features, self.in_features) = base, base.shape
-        if not 1 <= r <= min(base.shape):
-            raise ValueError(f"r must be at least 1 and at most {min(base.shape)}, the layer's smaller side; got {r}")
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout is a probability, 0 <= p < 1; got {lora_dropout}")
+        if type(r) is not int or not 1 <= r <= min(base.shape):
+            raise ValueError(f"r must be a whole number from 1 to {min(base.shape)}, the layer's smaller side; got {r}")
+        if not 0 < lora_alpha < math.inf or not 0 <= lora_dropout < 1:
+            raise ValueError(f"lora_alpha must be positive, got {lora_alpha}; lora_dropout in [0, 1), got {lora_dropout}")
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
         self.lora_dropout, self.compute_dtype = lora_dropout, compute_dtype
         kind = {"dtype": torch.promote_types(base.dtype, torch.float32), "device": linear.weight.device}
@@ -94,8 +91,8 @@ class QLoRALinear(nn.Module):
                     double_quant: bool = True, codebook: Tensor | None = NF4,
                     compute_dtype: torch.dtype | None = None) -> "QLoRALinear":
         """Quantize a dense layer; codebook=None keeps it dense, for 16-bit LoRA. Raises: ValueError."""
-        base = FrozenWeight(linear.weight, block_size, double_quant, codebook)
-        return cls(linear, base, r, lora_alpha, lora_dropout, compute_dtype)
+        frozen = FrozenWeight(linear.weight, block_size, double_quant, codebook)
+        return cls(linear, frozen, r, lora_alpha, lora_dropout, compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in autocast's dtype where it is on, else in x's; computed in compute_dtype if given."""
@@ -114,7 +111,8 @@ class QLoRALinear(nn.Module):
 
     def update(self) -> Tensor:
         """What the adapter adds to the weight: s B A (out, in), in the adapter's dtype."""
-        return (self.lora_B @ self.lora_A).detach() * self.scaling
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return (self.lora_B @ self.lora_A).detach() * self.scaling
 
     def merge(self) -> None:
         """From now on compute with base + update, one dense weight in the base's original dtype. The base is kept."""
@@ -144,29 +142,33 @@ def attach(model: nn.Module, targets: str | Iterable[str] = "all-linear", **sett
         for name in names:
             model.set_submodule(name, layer)
         dense_bytes, base_bytes = dense_bytes + linear.weight.nbytes, base_bytes + layer.base.nbytes
-    print(f"adapters of rank {layer.r} on {len(groups)} linear layers, whose {dense_bytes / 1e6:.1f} MB are now "
-          f"{base_bytes / 1e6:.1f} MB; the rest is frozen")
+    print(f"rank-{layer.r} adapters on {len(groups)} linear layers, frozen: {dense_bytes / 1e6:.1f} -> {base_bytes / 1e6:.1f} MB")
     return model
 
 
 def _find_layers(model: nn.Module, targets: str | Iterable[str]) -> list[list[str]]:
-    """The layers to adapt, each as the list of its names in the model: more than one where the model uses it twice."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    """The layers to adapt, each as the list of its names in the model."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     tied = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    names_of: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear) and name and module is not head and module.weight not in tied:
-            names_of.setdefault(module, []).append(name)
-    if not names_of:
+    groups = [names for module, names in names_of(model, nn.Linear).items() if module is not head and module.weight not in tied]
+    if not groups:
         raise ValueError("the model has no nn.Linear besides its output head: nothing to adapt (has it been adapted already?)")
-    if targets == "all-linear":
-        return list(names_of.values())
-    suffixes = tuple(f".{target}" for target in ([targets] if isinstance(targets, str) else targets))
-    chosen = [names for names in names_of.values() if any(f".{name}".endswith(suffixes) for name in names)]
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    ends = ("",) if targets == "all-linear" else tuple(f".{target}" for target in wanted)
+    chosen = [names for names in groups if any(f".{name}".endswith(ends) for name in names)]
     if not chosen:
-        known = sorted({name.rpartition(".")[2] for names in names_of.values() for name in names})
-        raise ValueError(f"no linear layer is named {' or '.join(s[1:] for s in suffixes)}; there are {', '.join(known)}")
+        known = sorted({name.rpartition(".")[2] for names in groups for name in names})
+        raise ValueError(f"no linear layer is named {' or '.join(wanted) or 'by no target'}; there are {', '.join(known)}")
     return chosen
+
+
+def names_of(model: nn.Module, kind: type[nn.Module]) -> dict[nn.Module, list[str]]:
+    """Every module of exactly this class in a model, with all the names under which the model uses it."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is kind and name:
+            found.setdefault(module, []).append(name)
+    return found
 
 
 class MergeAudit(NamedTuple):
@@ -184,7 +186,7 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
     realised with the one that was wanted. An update is small beside the gaps between levels, so rounding swallows much of it.
     """
     audit = {}
-    for name, layer in [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QLoRALinear)]:
+    for layer, names in names_of(model, QLoRALinear).items():
         frozen, update = layer.base, layer.update()
         base = frozen(update.dtype)
         if frozen.codebook is not None:
@@ -192,8 +194,9 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
             realised, wanted = (fourbit() - base).flatten(), update.flatten()
             length, moved, dot = wanted.norm().item(), realised.norm().item(), (realised @ wanted).item()
             cosine = dot / (length * moved) if length and moved else float(not length)
-            audit[name] = MergeAudit(length, dot / length**2 if length else 1.0, cosine)
+            audit[names[0]] = MergeAudit(length, dot / length**2 if length else 1.0, cosine)
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(layer.training)
         linear.weight, linear.bias = nn.Parameter((base + update).to(frozen.dtype), requires_grad=False), layer.bias
-        model.set_submodule(name, linear)
+        for name in names:
+            model.set_submodule(name, linear)
     return model, audit

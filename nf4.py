@@ -19,14 +19,16 @@ Layout, byte for byte that of bitsandbytes:
     packed (n/2, 1)     uint8: element 2j in the high nibble, element 2j + 1 in the low nibble
     absmax (n/64,)      float32, one a block
 
-Error. |w - w'| <= h * absmax, with h half the widest gap between levels: 0.1519 for NF4, the gap from -1 to -0.6962.
-Add the rounding of float32 (the product with 1/absmax, the midpoints, the product with absmax) and of the output dtype.
+Error. |w - w'| <= h * absmax, with h half the widest gap between levels (which must reach from -1 to 1): 0.1519 for NF4,
+the gap from -1 to -0.6962. Add the rounding of float32 (the products with 1/absmax and with absmax, the midpoints) and of
+the output dtype.
 
 Differs from the paper: the levels, as said. "Every level is used equally often" is not true after division by absmax: the
 outermost levels see little but each block's largest number.
 Differs from bitsandbytes: NaN and infinity are refused instead of poisoning their block; a block whose absmax is so small
-or so large that 1/absmax leaves float32's normal range is scaled by a power of two first instead of being lost; any
-shape works, () and (0,) too; codebooks of 4 to 256 levels.
+or so large that 1/absmax leaves float32's normal range is scaled by a power of two first instead of being lost; any shape
+works, () and (0,) too; codebooks have 2 to 256 levels. In a ragged last block bitsandbytes divides by absmax, we multiply by
+the reciprocal as elsewhere, so a number on the edge between two levels may go the other way.
 """
 
 import math
@@ -83,15 +85,14 @@ class Quantized:
 def quantize(weight: Tensor, block_size: int = 64, codebook: Tensor = NF4) -> Quantized:
     """Quantize a floating-point tensor of any shape, strides and dtype, block by block, to the nearest level.
 
-    A number exactly between two levels takes the lower one. Zero stays zero if the codebook holds zero, and a block of
-    zeros stays zero in any case.
+    A number exactly between two levels takes the lower one. Zero stays zero if the codebook holds zero.
     Error: |weight - dequantize(...)| <= half the widest gap * absmax, plus rounding (see the module).
     Raises: ValueError for a dtype that is not floating point, NaN, infinity or a number beyond float32 (with their count
     and the first index), a block size that is not a power of two >= 2, or a codebook that is not ascending.
     """
     _check_arguments(weight, block_size, codebook)
     flat = weight.detach().to(torch.float32).reshape(-1)  # (n,) row-major
-    _check_finite(flat, weight.shape)
+    check_finite(flat, weight.shape)
     codebook = codebook.to(flat.device)
     blocks = _into_blocks(flat, block_size)  # (n_blocks, block_size)
     absmax = blocks.abs().amax(1)  # (n_blocks,)
@@ -140,12 +141,13 @@ def _check_arguments(weight: Tensor, block_size: int, codebook: Tensor) -> None:
         raise ValueError(f"only floating-point tensors can be quantized, got {weight.dtype}")
     if not isinstance(block_size, int) or block_size < 2 or block_size & (block_size - 1):
         raise ValueError(f"the block size must be a power of two >= 2, got {block_size}; the paper uses 64")
-    ascending = codebook.dim() == 1 and bool((codebook[1:] > codebook[:-1]).all())
+    ascending = codebook.dim() == 1 and bool((codebook[1:] > codebook[:-1]).all() and codebook.isfinite().all())
     if codebook.dtype != torch.float32 or not ascending or not 2 <= codebook.numel() <= 256:
         raise ValueError("a codebook is 2 to 256 strictly ascending float32 levels, such as nf4.normal_float(4)")
 
 
-def _check_finite(flat: Tensor, shape: torch.Size) -> None:
+def check_finite(flat: Tensor, shape: torch.Size) -> None:
+    """Raise a ValueError with the count and the first index, in a tensor of `shape`, of NaN and infinity among flat (n,)."""
     bad = ~torch.isfinite(flat)
     if bad.any():
         first = torch.unravel_index(bad.nonzero()[0, 0], shape)

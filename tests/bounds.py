@@ -39,7 +39,7 @@ def half_gap(codebook: Tensor) -> float:
 
 
 def decision_error() -> float:
-    """How far from the true midpoint, as a fraction of absmax, a number can still be given the wrong one of two levels: 2u + u^2.
+    """How far from the true midpoint, as a fraction of absmax, a number can still get the wrong one of two levels: 2u + u^2.
 
     The normalised number is fl(x fl(1/a)): the reciprocal is off by u, relatively; the product, below 1 where a midpoint is, by
     half a float32 step, u/2; and the float32 midpoint by u/2. The last term holds the products of these.
@@ -53,7 +53,7 @@ def decision_slack() -> float:
 
 
 def roundtrip(absmax: Tensor, codebook: Tensor, source: torch.dtype, target: torch.dtype) -> Tensor:
-    """|x - dequantize(quantize(x))| for numbers of a block with this absmax, which came in `source` and are returned in `target`.
+    """|x - dequantize(quantize(x))| for numbers of a block with this absmax that came in `source` and are returned in `target`.
 
         a (h + 2u + u^2)     the nearest level, h away, and the decision error
         a u + tiny           the float32 product level * absmax
@@ -73,8 +73,9 @@ def requantizing_is_safe(absmax: Tensor, codebook: Tensor, dtype: torch.dtype) -
     """Bool, a block: whether the level that a decoded number came from is certainly its nearest one again.
 
     Needs a codebook that holds -1 and 1: then absmax itself decodes exactly (it came in `dtype`). A level l decodes to
-    l a (1 + u) (1 + u_dtype) + tiny + tiny_dtype; then the decision error comes in. All this must stay under half the narrower gap at l. It does unless the subnormal steps are wide beside absmax, or the format is too
-    coarse for the code. A block of zeros stays one.
+    l a (1 + u) (1 + u_dtype) + tiny + tiny_dtype; then the decision error comes in. All this must stay under half
+    the narrower gap at l. It does unless the subnormal steps are wide beside absmax, or the format is too coarse for the code.
+    A block of zeros stays one.
     """
     a, levels = absmax.double()[:, None], codebook.double()
     gaps = levels[1:] - levels[:-1]
@@ -99,8 +100,9 @@ def double_quantized(constants: Tensor, nested_absmax: Tensor, codebook: Tensor)
     return error + U * (c + error)
 
 
-def both_quantized(absmax: Tensor, nested_absmax: Tensor, codebook: Tensor, code8: Tensor, source: torch.dtype, target: torch.dtype) -> Tensor:
-    """|w - w'|, a block, where the block's absmax was itself quantized: no level is above 1, so an error of absmax counts once."""
+def both_quantized(absmax: Tensor, nested_absmax: Tensor, codebook: Tensor, code8: Tensor, source: torch.dtype,
+                   target: torch.dtype) -> Tensor:
+    """|w - w'|, a block, where its absmax was itself quantized: no level is above 1, so an error of absmax counts once."""
     constants = double_quantized(absmax, nested_absmax, code8)
     return constants + roundtrip(absmax.double() + constants, codebook, source, target)
 
@@ -135,7 +137,7 @@ class Bounded:
         return Bounded(self.value, self.error + cast(self.most, dtype))
 
     def times(self, factor: Tensor | float, dtype: torch.dtype) -> "Bounded":
-        """Times numbers that are exact in float64, whose float32 (or better) value is rounded once, and the product once more."""
+        """Times numbers that are exact in float64: rounded to float32 (or better) once, and the product once more."""
         factor = torch.as_tensor(factor, dtype=torch.float64)
         scaled = Bounded(self.value * factor, self.error * factor.abs())
         return Bounded(scaled.value, scaled.error + U * scaled.most * (dtype != torch.float64)).to(dtype)
@@ -144,7 +146,7 @@ class Bounded:
         return Bounded(self.value + other.value, self.error + other.error).to(dtype)
 
     def matmul(self, other: "Bounded", dtype: torch.dtype) -> "Bounded":
-        """X Y for X, Y in error by E, F: |X| F + E |Y| + E F, and gamma_K |X| |Y| for K products and sums, then one rounding."""
+        """X Y for X, Y in error by E, F: |X| F + E |Y| + E F, gamma_K |X| |Y| for K products and sums, and one rounding."""
         inner = max(self.value.shape[-1], 1)
         spread = self.value.abs() @ other.error + self.error @ other.value.abs() + self.error @ other.error
         accumulator = dtype if dtype == torch.float64 else torch.float32
@@ -224,9 +226,9 @@ def least_cosine(relative_error: float) -> float:
 def mean_absolute_error(codebook: Tensor, block_size: int) -> float:
     """The mean |x - x'| of N(0, 1) numbers, quantized in blocks, without rounding: an integral over order statistics.
 
-    The largest magnitude c of a block of B has the density B F(c)^(B-1) f(c), where F and f belong to |x|. It is decoded exactly;
-    the other B - 1 are independent N(0, 1) numbers cut off at c. On [lo, hi] around the level l,
-    the integral of |x - l| phi(x) is a difference of phi and Phi at lo, l and hi.
+    The largest magnitude c of a block of B has the density B F(c)^(B-1) f(c), where F and f belong to |x|. It is decoded
+    exactly; the other B - 1 are independent N(0, 1) numbers cut off at c. On [low, high] around a level, the integral of
+    |x - level| phi(x) is made of phi and Phi at low, level and high.
     """
     levels = codebook.double().tolist()
     edges = [-1.0, *((low + high) / 2 for low, high in zip(levels[:-1], levels[1:], strict=True)), 1.0]
@@ -239,11 +241,12 @@ def mean_absolute_error(codebook: Tensor, block_size: int) -> float:
     def truncated(c: float) -> float:
         """Mean error of a number that is known to lie in [-c, c]."""
         cells = zip(levels, edges[:-1], edges[1:], strict=True)
-        return sum(above(c * l, c * hi, c * l) - above(c * lo, c * l, c * l) for l, lo, hi in cells) / special.erf(c / math.sqrt(2))
+        errors = (above(c * at, c * high, c * at) - above(c * low, c * at, c * at) for at, low, high in cells)
+        return sum(errors) / special.erf(c / math.sqrt(2))
 
     def integrand(c: float) -> float:
-        density = block_size * special.erf(c / math.sqrt(2)) ** (block_size - 1) * math.sqrt(2 / math.pi) * math.exp(-(c**2) / 2)
-        return density * truncated(c)
+        smaller, here = special.erf(c / math.sqrt(2)), math.sqrt(2 / math.pi) * math.exp(-(c**2) / 2)  # F, f
+        return block_size * smaller ** (block_size - 1) * here * truncated(c)
 
     return (block_size - 1) / block_size * integrate.quad(integrand, 1e-6, 10, limit=400)[0]
 

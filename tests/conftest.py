@@ -1,12 +1,8 @@
-"""How much the property tests try: dev (the default), ci (where the variable CI is set) and long (--hypothesis-profile=long)."""
+"""How much the property tests try: dev (the default), ci (where CI is set), long (--hypothesis-profile=long)."""
 
 import os
-import sys
-from pathlib import Path
 
 from hypothesis import settings
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 settings.register_profile("dev", max_examples=30, deadline=None)  # no deadline: a first call may compile
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)

@@ -8,16 +8,31 @@ import numpy as np
 import pytest
 import torch
 from bounds import decision_slack, half_gap, mean_absolute_error, of_a_mean, requantizing_is_safe, roundtrip
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, target
 from hypothesis import strategies as st
-from strategies import BLOCK_SIZES, DTYPES, HALF_AND_SINGLE, LAYOUTS, TIES, Recipe, laid_out, peer_recipes, recipes, same_bits, seeds, uniform_code
+from strategies import (
+    BLOCK_SIZES,
+    DTYPES,
+    HALF_AND_SINGLE,
+    LAYOUTS,
+    TIES,
+    Recipe,
+    laid_out,
+    peer_recipes,
+    recipes,
+    same_bits,
+    seeds,
+    uniform_code,
+)
 from torch import Tensor
 
 import nf4
 
 PUBLISHED = """bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000
                3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000"""
-PUBLISHED_ERRORS = {32: 0.067746, 64: 0.072798, 128: 0.076831, 256: 0.080337, 512: 0.083547, 1024: 0.086610, 2048: 0.089592, 4096: 0.092547}
+PUBLISHED_ERRORS = {
+    32: 0.067746, 64: 0.072798, 128: 0.076831, 256: 0.080337, 512: 0.083547, 1024: 0.086610, 2048: 0.089592, 4096: 0.092547,
+}  # fmt: skip
 codebooks = st.sampled_from([nf4.NF4, uniform_code(), *(nf4.normal_float(bits) for bits in (2, 3, 5, 8))])
 
 
@@ -79,22 +94,24 @@ def test_roundtrip_error_is_within_half_gap(recipe: Recipe, codebook: Tensor) ->
     weight = recipe.tensor()
     q = nf4.quantize(weight, recipe.block_size, codebook)
     error = (weight.double() - nf4.dequantize(q).double()).abs()
-    assert (error <= per_element(q, roundtrip(q.absmax, codebook, recipe.dtype, recipe.dtype))).all()
+    ratio = error / per_element(q, roundtrip(q.absmax, codebook, recipe.dtype, recipe.dtype))
+    target(ratio.max().item() if ratio.numel() else 0.0)
+    assert (ratio <= 1).all()
 
 
 @given(recipes, st.sampled_from(DTYPES))
-def test_roundtrip_into_another_dtype_is_within_half_gap_and_the_cast(recipe: Recipe, target: torch.dtype) -> None:
+def test_roundtrip_into_another_dtype_is_within_half_gap_and_the_cast(recipe: Recipe, wanted: torch.dtype) -> None:
     weight = recipe.tensor()
-    assume(weight.numel() == 0 or weight.abs().max() <= torch.finfo(target).max)
+    assume(weight.numel() == 0 or weight.abs().max() <= torch.finfo(wanted).max)
     q = nf4.quantize(weight, recipe.block_size)
-    decoded = nf4.dequantize(q, target)
+    decoded = nf4.dequantize(q, wanted)
     error = (weight.double() - decoded.double()).abs()
-    assert decoded.dtype == target
-    assert (error <= per_element(q, roundtrip(q.absmax, nf4.NF4, recipe.dtype, target))).all()
+    assert decoded.dtype == wanted
+    assert (error <= per_element(q, roundtrip(q.absmax, nf4.NF4, recipe.dtype, wanted))).all()
 
 
-@pytest.mark.parametrize("target", DTYPES)
-def test_half_gap_is_reached_in_every_dtype(target: torch.dtype) -> None:
+@pytest.mark.parametrize("wanted", DTYPES)
+def test_half_gap_is_reached_in_every_dtype(wanted: torch.dtype) -> None:
     gap = int((nf4.NF4[1:] - nf4.NF4[:-1]).argmax())
     upper = nf4.NF4[gap + 1].item()
     ratios = []
@@ -103,8 +120,8 @@ def test_half_gap_is_reached_in_every_dtype(target: torch.dtype) -> None:
             middle = side((nf4.NF4[gap].item() + upper) / 2, 0.0)
             weight = torch.tensor([absmax, middle * absmax])
             q = nf4.quantize(weight, 2)
-            error = (weight.double() - nf4.dequantize(q, target).double()).abs()[1]
-            ratios.append((error / roundtrip(q.absmax, nf4.NF4, torch.float32, target)[0]).item())
+            error = (weight.double() - nf4.dequantize(q, wanted).double()).abs()[1]
+            ratios.append((error / roundtrip(q.absmax, nf4.NF4, torch.float32, wanted)[0]).item())
     assert 0.99 <= max(ratios) <= 1
 
 
@@ -114,7 +131,7 @@ def test_the_mean_error_on_a_normal_is_the_one_that_order_statistics_predict(blo
     assert round(predicted, 4) == round(PUBLISHED_ERRORS[block_size], 4)
     weight = torch.randn(256, 4096, generator=torch.Generator().manual_seed(block_size))
     error = (weight - nf4.dequantize(nf4.quantize(weight, block_size))).abs()
-    by_block = error.reshape(-1, block_size).double().mean(1)  # blocks are independent of each other, numbers in a block are not
+    by_block = error.reshape(-1, block_size).double().mean(1)  # blocks are independent, numbers in a block are not
     assert abs(by_block.mean().item() - predicted) <= of_a_mean(by_block)
 
 
@@ -239,9 +256,11 @@ def test_zero_stays_exactly_zero_and_never_becomes_minus_zero(recipe: Recipe, co
     assume(weight.numel() > 0)
     for zero in (0.0, -0.0):
         weight = torch.where(weight == 0, zero, weight)
-        decoded = nf4.dequantize(nf4.quantize(weight, recipe.block_size, codebook))
-        zeros = decoded[weight.float() == 0]
+        q = nf4.quantize(weight, recipe.block_size, codebook)
+        zeros = nf4.dequantize(q)[weight.float() == 0]
         assert same_bits(zeros, torch.zeros_like(zeros))
+        codes = codes_of(q)[weight.float().reshape(-1) == 0]  # its code says zero, whatever becomes of absmax
+        assert (codebook[codes] == 0).all()
 
 
 def test_a_block_of_zeros_stays_zero_in_a_code_without_a_zero() -> None:
@@ -302,10 +321,10 @@ def test_up_to_sixteen_levels_share_a_byte_and_more_take_one_each(levels: int) -
 
 
 @given(recipes, st.sampled_from(DTYPES))
-def test_the_dtype_argument_is_a_cast_of_the_float32_product(recipe: Recipe, target: torch.dtype) -> None:
+def test_the_dtype_argument_is_a_cast_of_the_float32_product(recipe: Recipe, wanted: torch.dtype) -> None:
     q = nf4.quantize(recipe.tensor(), recipe.block_size)
     product = nf4.NF4[codes_of(q)].reshape(q.shape) * per_element(q, q.absmax)
-    assert same_bits(nf4.dequantize(q, target), product.to(target))
+    assert same_bits(nf4.dequantize(q, wanted), product.to(wanted))
 
 
 @given(recipes)
@@ -326,8 +345,11 @@ def test_a_weight_that_wants_a_gradient_is_quantized_without_one() -> None:
 # what is refused
 
 
-@given(recipes.filter(lambda recipe: math.prod(recipe.shape) > 0), st.sampled_from([math.nan, math.inf, -math.inf, 1e39]), st.data())
-def test_what_is_not_finite_in_float32_is_refused_with_its_count_and_first_index(recipe: Recipe, bad: float, data: st.DataObject) -> None:
+@given(recipes, st.sampled_from([math.nan, math.inf, -math.inf, 1e39]), st.data())
+def test_what_is_not_finite_in_float32_is_refused_with_its_count_and_first_index(
+    recipe: Recipe, bad: float, data: st.DataObject
+) -> None:
+    assume(math.prod(recipe.shape) > 0)
     weight = recipe.tensor().double() if bad == 1e39 else recipe.tensor()
     places = data.draw(st.sets(st.integers(0, weight.numel() - 1), min_size=1, max_size=4))
     flat = weight.contiguous().reshape(-1).clone()
@@ -353,8 +375,9 @@ def test_a_dtype_that_is_not_floating_point_is_refused(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("codebook", [
-    torch.tensor([1.0]), torch.linspace(-1, 1, 257), torch.linspace(1, -1, 16), torch.zeros(16), torch.tensor([-1.0, math.nan, 1.0]),
-    torch.linspace(-1, 1, 16, dtype=torch.float64), torch.linspace(-1, 1, 16).reshape(4, 4), torch.tensor(1.0), torch.tensor([-1, 1]),
+    torch.tensor([1.0]), torch.linspace(-1, 1, 257), torch.linspace(1, -1, 16), torch.zeros(16), torch.tensor(1.0),
+    torch.tensor([-1.0, math.nan, 1.0]), torch.linspace(-1, 1, 16).double(), torch.linspace(-1, 1, 16).reshape(4, 4),
+    torch.tensor([-1, 1]),
 ])  # fmt: skip
 def test_a_codebook_that_is_not_2_to_256_ascending_float32_levels_is_refused(codebook: Tensor) -> None:
     with pytest.raises(ValueError, match="codebook"):
@@ -411,7 +434,9 @@ def test_a_ragged_last_block_is_normalised_like_all_others_where_bitsandbytes_di
 
 @pytest.mark.parametrize("shape", [(64, 96), (33, 64), (40, 16)])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-def test_rows_that_are_no_whole_blocks_are_decoded_right_where_bitsandbytes_may_be_wrong(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+def test_rows_that_are_no_whole_blocks_are_decoded_right_where_bitsandbytes_may_be_wrong(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
     """On AVX-512 bitsandbytes 0.50.2 takes a wrong absmax if 16 divides the row, the block does not, and is below 2048."""
     block_size = 128
     weight = Recipe(shape, dtype).tensor()

@@ -1,0 +1,79 @@
+"""The loss at the labels, perplexity and greedy answers, against the plain way of computing each."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import evaluate
+from tests import models
+
+
+def batch_of_two() -> data.Batch:
+    return data.collate([data.Example([5, 6, 7, 8, 9], 2, "", ""), data.Example([9, 8, 7], 1, "", "")], pad_id=2)
+
+
+def test_the_head_sees_the_labelled_positions_alone_and_the_loss_is_theirs() -> None:
+    model, batch = models.tiny_llama(), batch_of_two()
+    sizes = []
+    watch = model.lm_head.register_forward_hook(lambda head, inputs, output: sizes.append(output.shape))
+    with torch.no_grad(), watch:
+        loss = evaluate.label_loss(model, batch, torch.float32)
+        hidden = model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    wanted, where = [7, 8, 9, 8, 7], [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+    logits = F.linear(torch.stack([hidden[row, place] for row, place in where]), model.lm_head.weight)
+    assert torch.equal(loss, F.cross_entropy(logits, torch.tensor(wanted), reduction="sum"))
+    assert sizes == [(5, 49152)]
+    assert not model.lm_head._forward_pre_hooks, "the hook is gone afterwards"
+
+
+def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary() -> None:
+    model = models.tiny_llama(vocab_size=1024)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    examples = [data.Example([5, 6, 7, 8], 1, "", "")] * 3
+    assert evaluate.perplexity(model, examples, 2, 2, torch.float32) == pytest.approx(1024, rel=3 * 2**-23)  # three roundings
+
+
+def test_answers_do_not_depend_on_their_neighbours() -> None:
+    model, tokenizer = models.tiny_llama(torch.float64), models.tokenizer()
+    prompts = [tokenizer(text).input_ids for text in ("one", "a longer prompt than the others", "three words here")]
+    together = evaluate.answers(model, tokenizer, prompts, 6, torch.float32)
+    alone = [evaluate.answers(model, tokenizer, [prompt], 6, torch.float32)[0] for prompt in prompts]
+    assert together == alone == evaluate.answers(model, tokenizer, prompts, 6, torch.float32, batch_size=2)
+
+
+def test_exact_match_counts_answers_that_are_right_to_the_letter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    examples = [data.Example([1, 2], 1, "q", answer) for answer in ("yes", "no", "Yes", "yes")]
+    monkeypatch.setattr(evaluate, "answers", lambda *args, **kwargs: ["yes"] * 4)
+    assert evaluate.exact_match(models.tiny_llama(), None, examples, torch.float32, show=1) == 2 / 4
+    assert capsys.readouterr().out.count("asked") == 1
+    assert evaluate.exact_match(models.tiny_llama(), None, [], torch.float32) is None
+
+
+def test_generation_from_a_batch_takes_no_copy_of_the_head_for_each_sequence() -> None:
+    """torch multiplies the sliced hidden states of a prompt by copying the head's weight once a sequence."""
+    model, tokenizer, layouts = models.tiny_llama(), models.tokenizer(), []
+    real = F.linear
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: (layouts.append(x.is_contiguous()), real(x, w, b))[1])
+        evaluate.answers(model, tokenizer, [[5, 6, 7], [8, 9]], 2, torch.float32)
+    assert layouts and all(layouts)
+
+
+def test_the_dtype_of_products_is_what_the_machine_multiplies() -> None:
+    assert evaluate.pick_dtype("float32", "cpu") is torch.float32
+    features = torch.cpu.get_capabilities()
+    native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    assert evaluate.pick_dtype("auto", "cpu") is (torch.bfloat16 if native else torch.float32)
+
+
+def test_perplexity_is_exp_of_the_mean_loss() -> None:
+    model, batch = models.tiny_llama(), batch_of_two()
+    examples = [data.Example([5, 6, 7, 8, 9], 2, "", ""), data.Example([9, 8, 7], 1, "", "")]
+    with torch.no_grad():
+        loss = evaluate.label_loss(model, batch, torch.float32).item()
+    assert evaluate.perplexity(model, examples, 2, 2, torch.float32) == math.exp(loss / 5)

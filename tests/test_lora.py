@@ -1,0 +1,525 @@
+"""The laws of lora.py: the hand-derived backward, what it keeps, how a model is adapted, and what a merge says and does."""
+
+import copy
+import gc
+import math
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from bounds import (
+    Bounded,
+    both_quantized,
+    cast,
+    cosine,
+    gamma,
+    least_cosine,
+    lora_backward,
+    lora_forward,
+    merged_forward,
+)  # fmt: skip
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from strategies import Adapted, Tower, TowerWithHead, adapted, same_bits
+from torch import Tensor, nn
+
+import double_quant
+import lora
+import nf4
+from frozen import FrozenWeight
+from lora import QLoRALinear
+
+# dtype of x, dtype of autocast or None, compute_dtype
+MODES = [
+    (torch.float32, None, None), (torch.bfloat16, None, None), (torch.float16, None, None),
+    (torch.float32, torch.bfloat16, None), (torch.float32, torch.bfloat16, torch.float32),
+    (torch.float32, None, torch.bfloat16), (torch.bfloat16, None, torch.float32),
+]  # fmt: skip
+LINEARS = ["blocks.0.down", "blocks.0.up", "blocks.1.down", "blocks.1.up", "blocks.2.down", "blocks.2.up"]
+
+
+def adapt(case: Adapted, dtype: torch.dtype = torch.float32, **settings: object) -> QLoRALinear:
+    return case.trained(QLoRALinear.from_linear(case.linear(dtype), **case.settings() | settings))
+
+
+def saved_by(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """What a forward pass returns, and every tensor that autograd keeps of it."""
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return run(), kept
+
+
+def plain_lora(layer: QLoRALinear, x: Tensor, lora_A: Tensor, lora_B: Tensor, keep: Tensor | None) -> Tensor:
+    """The textbook layer in float64, differentiated by autograd: the dequantized weight, and one node for each product."""
+    bias = None if layer.bias is None else layer.bias.detach().double()
+    dropped = x if keep is None else x * keep / (1 - layer.lora_dropout)
+    update = dropped @ lora_A.T @ lora_B.T * (layer.lora_alpha / layer.r)
+    return F.linear(x, layer.base(torch.float64), bias) + update
+
+
+# the layer
+
+
+@given(adapted, st.sampled_from(MODES))
+@example(Adapted(leading=(0,), lora_dropout=0.3), MODES[0])
+@example(Adapted(leading=(), lora_dropout=0.3), MODES[3])
+@example(Adapted(leading=(2, 0, 3)), MODES[1])
+def test_output_and_gradients_are_those_of_a_plain_autograd_lora(case: Adapted, mode: tuple) -> None:
+    x_dtype, autocast, compute_dtype = mode
+    result = autocast or x_dtype
+    dtype = compute_dtype or result
+    layer = adapt(case, compute_dtype=compute_dtype)
+    x = case.x(x_dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        y, kept = saved_by(lambda: layer(x))
+    masks = [tensor for tensor in kept if tensor.dtype == torch.bool]
+    assert len(masks) == (1 if case.lora_dropout else 0)
+    keep = masks[0] if masks else None
+    assert (y.dtype, y.shape) == (result, (*case.leading, case.out_features))
+    g = case.g(result)
+    y.backward(g)
+
+    flat, g_flat = x.detach().reshape(-1, case.in_features), g.reshape(-1, case.out_features)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (flat, layer.lora_A, layer.lora_B)]
+    plain = plain_lora(layer, *exact, keep)
+    gradients = torch.autograd.grad(plain, exact, g_flat.double())
+
+    operands = flat, layer.base(torch.float32), layer.lora_A, layer.lora_B
+    scaling = case.lora_alpha / case.r / (1 - case.lora_dropout)
+    forward = lora_forward(*operands, layer.bias, scaling, keep, dtype)
+    assert (forward if result == dtype else forward.to(result)).allows(y.reshape(-1, case.out_features), plain)
+    of_x, of_A, of_B = lora_backward(g_flat, *operands, scaling, keep, dtype)
+    assert (of_x if x_dtype == dtype else of_x.to(x_dtype)).allows(x.grad.reshape(-1, case.in_features), gradients[0])
+    assert of_A.allows(layer.lora_A.grad, gradients[1]) and of_B.allows(layer.lora_B.grad, gradients[2])
+    assert x.grad.dtype == x_dtype and layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (4,), (2, 3), (2, 1, 2)])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_backward_passes_gradcheck_in_float64(leading: tuple[int, ...], dropout: float, bias: bool) -> None:
+    layer = adapt(Adapted(6, 5, 2, leading=leading, lora_dropout=dropout, bias=bias), torch.float64)
+    inputs = [Adapted(6, 5, leading=leading).x(torch.float64).requires_grad_(), layer.lora_A, layer.lora_B]
+    inputs += [layer.bias.requires_grad_()] if bias else []
+    assert layer.lora_A.dtype == torch.float64
+
+    def seeded(*_: Tensor) -> Tensor:
+        torch.manual_seed(5)  # one mask for all evaluations
+        return layer(inputs[0])
+
+    if math.prod(leading):
+        assert torch.autograd.gradcheck(seeded, inputs, raise_exception=False)
+    else:  # gradcheck has nothing to vary: the gradients are empty, or zero
+        seeded().sum().backward()
+        assert inputs[0].grad.shape == (*leading, 6) and not layer.lora_A.grad.any() and not layer.lora_B.grad.any()
+
+
+def test_a_trainable_bias_gets_the_sum_of_the_gradients_in_its_own_dtype() -> None:
+    case = Adapted()
+    layer = adapt(case)
+    layer.bias.requires_grad_()
+    x, g = case.x(torch.bfloat16), case.g(torch.bfloat16)
+    layer(x).backward(g)
+    bound = Bounded.exact(torch.ones(1, len(g))).matmul(Bounded.exact(g), torch.bfloat16)
+    assert layer.bias.grad.dtype == torch.float32 and bound.allows(layer.bias.grad[None])
+
+
+def test_a_second_derivative_is_refused() -> None:
+    case = Adapted()
+    x = case.x().requires_grad_()
+    (first,) = torch.autograd.grad(adapt(case)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@given(adapted, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans())
+@example(Adapted(lora_dropout=0.9), torch.float32, False)
+def test_lora_at_initialisation_leaves_the_output_bitwise_unchanged(case: Adapted, dtype: torch.dtype, strided: bool) -> None:
+    layer = QLoRALinear.from_linear(case.linear(), **case.settings())
+    flat = case.x(dtype).reshape(-1, case.in_features)
+    flat = flat.T.contiguous().T if strided else flat
+    expected = F.linear(flat, layer.base(dtype), None if layer.bias is None else layer.bias.to(dtype))
+    assert same_bits(layer(flat), expected)
+    assert same_bits(layer(flat.reshape(*case.leading, case.in_features)), expected.reshape(*case.leading, case.out_features))
+
+
+@given(adapted)
+def test_an_evaluating_layer_drops_nothing(case: Adapted) -> None:
+    layer, x = adapt(case), case.x()
+    without = adapt(case, lora_dropout=0.0)
+    with torch.no_grad():
+        without.lora_A.copy_(layer.lora_A)
+    assert same_bits(layer.eval()(x), without(x))
+
+
+def test_dropout_keeps_as_many_inputs_as_it_says() -> None:
+    layer = adapt(Adapted(100, 4, 2, lora_dropout=0.3))
+    torch.manual_seed(0)
+    _, kept = saved_by(lambda: layer(torch.randn(1000, 100)))
+    (mask,) = [tensor for tensor in kept if tensor.dtype == torch.bool]
+    assert abs(mask.double().mean().item() - 0.7) <= 6 * math.sqrt(0.3 * 0.7 / mask.numel())  # six standard deviations
+
+
+# what it keeps
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_saves_x_and_h_and_the_mask_and_nothing_dense(
+    dtype: torch.dtype, compute_dtype: torch.dtype | None, dropout: float
+) -> None:
+    case = Adapted(48, 40, 3, leading=(2, 5), lora_dropout=dropout)
+    layer = adapt(case, compute_dtype=compute_dtype)
+    x = case.x(dtype).requires_grad_()
+    _, kept = saved_by(lambda: layer(x))
+    width, tokens = (compute_dtype or dtype).itemsize, 10
+    assert all(tensor.numel() != 48 * 40 for tensor in kept)
+    mask = tokens * 48 if dropout else 0
+    assert sum(tensor.nbytes for tensor in kept) == tokens * (48 + 3) * width + mask + layer.lora_A.nbytes + layer.lora_B.nbytes
+
+
+def test_a_frozen_adapter_saves_nothing_of_x() -> None:
+    case = Adapted(48, 40, 3)
+    layer = adapt(case)
+    layer.lora_A.requires_grad_(False)
+    layer.lora_B.requires_grad_(False)
+    x = case.x().requires_grad_()
+    y, kept = saved_by(lambda: layer(x))
+    assert sum(tensor.nbytes for tensor in kept) == layer.lora_A.nbytes + layer.lora_B.nbytes
+    y.backward(case.g())
+    assert x.grad is not None and layer.lora_A.grad is None
+
+
+def test_x_is_saved_for_A_alone() -> None:
+    case = Adapted(48, 40, 3)
+    layer = adapt(case)
+    layer.lora_A.requires_grad_(False)
+    _, kept = saved_by(lambda: layer(case.x()))
+    assert all(tensor.numel() != 5 * 48 for tensor in kept)
+
+
+def test_the_frozen_base_gets_no_gradient() -> None:
+    case = Adapted()
+    layer = adapt(case)
+    before = {name: buffer.clone() for name, buffer in layer.base.named_buffers()}
+    layer(case.x()).backward(case.g())
+    assert {name for name, parameter in layer.named_parameters() if parameter.grad is not None} == {"lora_A", "lora_B"}
+    assert list(layer.base.parameters()) == [] and layer.bias.grad is None
+    assert all(same_bits(buffer, before[name]) for name, buffer in layer.base.named_buffers())
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_the_gradient_that_is_wanted_is_made_and_it_is_the_same(needs: tuple[bool, bool, bool]) -> None:
+    case = Adapted()
+    layer, g = adapt(case), case.g()
+
+    def gradients(*wanted: bool) -> list[Tensor | None]:
+        tensors = [case.x(), layer.lora_A, layer.lora_B]
+        for tensor, want in zip(tensors, wanted, strict=True):
+            tensor.grad = None
+            tensor.requires_grad_(want)
+        layer(tensors[0]).backward(g)
+        return [tensor.grad for tensor in tensors]
+
+    everything, some = gradients(True, True, True), gradients(*needs)
+    assert [gradient is not None for gradient in some] == list(needs)
+    assert all(same_bits(a, b) for a, b, need in zip(everything, some, needs, strict=True) if need)
+
+
+# merging one layer
+
+
+@given(adapted, st.sampled_from(MODES))
+@example(Adapted(), MODES[4])
+def test_merge_and_unmerge_restore_every_bit(case: Adapted, mode: tuple) -> None:
+    x_dtype, autocast, compute_dtype = mode
+    result = autocast or x_dtype
+    dtype = compute_dtype or result
+    layer, x = adapt(case, compute_dtype=compute_dtype).eval(), case.x(x_dtype)
+    before = copy.deepcopy(layer.state_dict())
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        y = layer(x)
+    layer.merge()
+    layer.merge()  # from the base again, not on top
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        merged = layer(x)
+        assert layer.state_dict().keys() == before.keys()
+        layer.unmerge()
+        assert same_bits(layer(x), y)
+    flat, scaling = x.reshape(-1, case.in_features), case.lora_alpha / case.r
+    bound = merged_forward(flat, layer.base(), layer.lora_A, layer.lora_B, layer.bias, scaling, torch.float32, dtype)
+    bound = bound if result == dtype else bound.to(result)
+    assert merged.dtype == result and bound.allows(merged.reshape(-1, case.out_features))
+    assert all(same_bits(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_the_update_is_made_in_the_dtype_of_the_adapter_within_autocast_too() -> None:
+    layer = adapt(Adapted())
+    update = layer.update()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same_bits(layer.update(), update)
+
+
+# a whole model
+
+
+@pytest.mark.parametrize("make", [lambda: Tower(tied=True), TowerWithHead, lambda: TowerWithHead(tied=True)])
+def test_attach_adapts_every_linear_layer_but_the_head_and_freezes_the_rest(make: Callable[[], Tower]) -> None:
+    model = make()
+    head, shared = model.lm_head, model.lm_head.weight is model.embed.weight
+    assert lora.attach(model, r=3) is model
+    assert sorted(n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QLoRALinear)) == LINEARS
+    assert model.lm_head is head and type(head) is nn.Linear and (model.lm_head.weight is model.embed.weight) == shared
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"{name}.{side}" for name in LINEARS[:5] for side in ("lora_A", "lora_B")}
+    assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, 11)
+
+
+def test_a_head_that_is_neither_named_nor_tied_is_an_ordinary_layer() -> None:
+    assert isinstance(lora.attach(Tower(), r=3).lm_head, QLoRALinear)
+
+
+def test_a_layer_that_is_used_twice_stays_one_layer() -> None:
+    model = lora.attach(TowerWithHead(), r=3)
+    assert model.blocks[0]["up"] is model.blocks[2]["up"]
+
+
+@pytest.mark.parametrize(("targets", "expected"), [
+    ("all-linear", LINEARS), ("down", LINEARS[0:5:2]), (["down"], LINEARS[0:5:2]), (("up", "down"), LINEARS),
+    ("blocks.1.down", ["blocks.1.down"]), (["0.down", "blocks.1.up"], ["blocks.0.down", "blocks.1.up"]),
+    ("2.up", ["blocks.0.up", "blocks.2.up"]), (iter(["down"]), LINEARS[0:5:2]),
+])  # fmt: skip
+def test_targets_are_names_or_the_ends_of_names(targets: object, expected: list[str]) -> None:
+    model = lora.attach(TowerWithHead(), targets, r=3)
+    assert sorted(n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QLoRALinear)) == expected
+
+
+@pytest.mark.parametrize("targets", ["own", "wn", "lm_head", "blocks", ["q_proj", "v_proj"], ""])
+def test_a_target_that_names_no_layer_is_refused_with_the_names_that_there_are(targets: object) -> None:
+    with pytest.raises(ValueError, match="no linear layer is named .*; there are down, up"):
+        lora.attach(TowerWithHead(), targets, r=3)
+
+
+@pytest.mark.parametrize("model", [nn.LayerNorm(3), nn.Linear(3, 3), nn.Sequential(), nn.Sequential(nn.ReLU())])
+def test_a_model_without_linear_layers_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="no nn.Linear besides its output head"):
+        lora.attach(model)
+
+
+def test_a_model_that_is_adapted_already_is_refused() -> None:
+    model = lora.attach(TowerWithHead(), r=3)
+    with pytest.raises(ValueError, match="adapted already"):
+        lora.attach(model, r=3)
+
+
+@pytest.mark.parametrize("r", [-1, 0, 17])
+def test_a_rank_out_of_range_is_refused_with_the_layer_and_the_most_there_is(r: int) -> None:
+    with pytest.raises(ValueError, match=f"layer blocks.0.up: r must be at least 1 and at most 16.*got {r}"):
+        lora.attach(TowerWithHead(), r=r)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, math.nan])
+def test_a_dropout_that_is_no_probability_below_1_is_refused(dropout: float) -> None:
+    with pytest.raises(ValueError, match="lora_dropout is a probability"):
+        QLoRALinear.from_linear(nn.Linear(4, 4), r=2, lora_dropout=dropout)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_refused_with_the_layer_the_count_and_the_first_index(bad: float) -> None:
+    model = TowerWithHead()
+    with torch.no_grad():
+        model.blocks[1]["down"].weight[3, 4] = bad
+        model.blocks[1]["down"].weight[5, 0] = -bad
+    with pytest.raises(ValueError, match=r"layer blocks.1.down: 2 of 512 .*first at index \(3, 4\)"):
+        lora.attach(model, r=3)
+
+
+def test_the_dense_weights_are_freed() -> None:
+    model = TowerWithHead()
+    weights = [weakref.ref(model.get_submodule(name).weight) for name in LINEARS]
+    lora.attach(model, r=3)
+    gc.collect()
+    assert [weight() for weight in weights] == [None] * len(weights)
+
+
+def test_attach_says_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 512, bias=False))
+    lora.attach(model, r=5)
+    dense = 4 * (1024 * 1024 + 1024 * 512)
+    frozen = sum(layer.base.nbytes for layer in model)
+    said = capsys.readouterr().out
+    for fact in ("rank 5", "2 linear layers", f"{dense / 1e6:.1f} MB", f"{frozen / 1e6:.1f} MB", "frozen"):
+        assert fact in said
+    assert said.count("\n") == 1 and said.endswith("\n")
+
+
+@pytest.mark.parametrize(("codebook", "compute_dtype"), [(nf4.NF4, None), (nf4.normal_float(3), torch.bfloat16), (None, None)])
+def test_training_a_small_adapted_model_lowers_its_loss_and_moves_nothing_else(
+    codebook: Tensor | None, compute_dtype: torch.dtype | None
+) -> None:
+    torch.manual_seed(0)
+    model = lora.attach(TowerWithHead(tied=True), r=4, lora_dropout=0.1, codebook=codebook, compute_dtype=compute_dtype)
+    frozen = {n: t.clone() for n, t in model.state_dict().items() if "lora_" not in n}
+    ids = torch.randint(11, (4, 9))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+    before = loss().item()
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss().item() < before
+    assert all(same_bits(model.state_dict()[name], tensor) for name, tensor in frozen.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_on_a_dense_16_bit_base_it_is_ordinary_lora(dtype: torch.dtype) -> None:
+    case = Adapted()
+    linear = case.linear(dtype)
+    layer = case.trained(QLoRALinear.from_linear(linear, codebook=None, **case.settings()))
+    assert layer.base().data_ptr() == linear.weight.data_ptr() and layer.lora_A.dtype == torch.float32
+    x = case.x(dtype)
+    bound = lora_forward(x, linear.weight, layer.lora_A, layer.lora_B, linear.bias, layer.scaling, None, dtype)
+    assert bound.allows(layer(x))
+
+
+# merging a model
+
+
+@given(adapted, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans())
+def test_a_merged_model_computes_what_the_adapted_one_did(case: Adapted, dtype: torch.dtype, dense: bool) -> None:
+    assume(math.prod(case.leading))
+    layer = adapt(case, dtype, **{"codebook": None} if dense else {}).eval()
+    x = case.x(torch.float32).reshape(-1, case.in_features)
+    base, scaling = layer.base(torch.float32), case.lora_alpha / case.r
+    bound = merged_forward(x, base, layer.lora_A, layer.lora_B, layer.bias, scaling, dtype, torch.float32)
+    model, audit = lora.merge(nn.Sequential(layer))
+    assert type(model[0]) is nn.Linear and model[0].weight.dtype == dtype and not model[0].weight.requires_grad
+    assert bound.allows(F.linear(x, model[0].weight.float(), None if layer.bias is None else layer.bias.float()))
+    assert (model[0].bias is None) == (not case.bias) and (case.bias is False or same_bits(model[0].bias, layer.bias))
+    assert set(audit) == (set() if dense else {"0"})
+
+
+@given(adapted, st.sampled_from([1e-4, 1e-2, 1.0]))
+def test_the_audit_measures_what_a_4_bit_merge_would_realise(case: Adapted, size: float) -> None:
+    layer = adapt(case)
+    with torch.no_grad():
+        layer.lora_B.mul_(size)
+    base, update = layer.base(), layer.update()
+    fourbit = FrozenWeight(base + update, 64, case.double_quant)
+    realised, wanted = (fourbit() - base).double(), update.double()
+    assume(realised.any())
+    _, audit = lora.merge(nn.Sequential(layer))
+    product, lengths = (realised * wanted).sum().item(), (realised.norm().item(), wanted.norm().item())
+    n = update.numel()
+    assert abs(audit["0"].update_norm - lengths[1]) <= gamma(n + 2) * lengths[1]
+    assert abs(audit["0"].cosine - product / math.prod(lengths)) <= cosine(n)
+    assert abs(audit["0"].kept - product / lengths[1] ** 2) <= cosine(n) * lengths[0] / lengths[1]
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_an_update_of_zero_is_kept_whole(double: bool) -> None:
+    layer = QLoRALinear.from_linear(nn.Linear(64, 32), double_quant=double)
+    assert lora.merge(nn.Sequential(layer))[1]["0"] == (0.0, 1.0, 1.0)
+
+
+def test_an_update_that_rounding_swallows_whole_is_reported_as_lost() -> None:
+    layer = QLoRALinear.from_linear(nn.Linear(64, 32), double_quant=False)
+    nn.init.constant_(layer.lora_B, 1e-12)
+    _, audit = lora.merge(nn.Sequential(layer))
+    assert audit["0"].update_norm > 0 and audit["0"].kept == 0 and audit["0"].cosine == 0
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e5])
+def test_a_huge_update_is_kept_up_to_the_error_of_quantization(factor: float) -> None:
+    case = Adapted(64, 48, 8, seed=3)
+    layer = adapt(case)
+    with torch.no_grad():
+        layer.lora_B.mul_(factor)
+    target, update = layer.base() + layer.update(), layer.update().double()
+    frozen = FrozenWeight(target)
+    absmax = nf4.quantize(target).absmax
+    nested, codes = frozen.nested_absmax.expand(len(absmax)), (nf4.NF4, double_quant.DYNAMIC)
+    error = both_quantized(absmax, nested, *codes, torch.float32, torch.float32)
+    error = error.repeat_interleave(64) + 2 * cast(target.abs().max().item() * 2, torch.float32)  # and two float32 sums
+    relative = (error.norm() / update.norm()).item()
+    slack = cosine(update.numel())
+    _, audit = lora.merge(nn.Sequential(layer))
+    assert audit["0"].cosine >= least_cosine(relative) - slack
+    assert abs(audit["0"].kept - 1) <= relative + slack * (1 + relative)
+
+
+def test_merge_leaves_an_ordinary_model_with_the_same_training_mode_and_no_adapter() -> None:
+    model = lora.attach(TowerWithHead(), r=3).eval()
+    names = {name for name, _ in TowerWithHead().named_parameters()}
+    merged, audit = lora.merge(model)
+    assert merged is model and set(audit) == set(LINEARS)
+    assert {name for name, _ in model.named_parameters()} >= names
+    assert not any(isinstance(module, QLoRALinear) or module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_layer_that_is_used_twice_stays_one_layer_when_merged() -> None:
+    model, _ = lora.merge(lora.attach(TowerWithHead(), r=3))
+    assert model.blocks[0]["up"] is model.blocks[2]["up"]
+
+
+# the bounds themselves
+
+
+def test_gamma_is_reached_by_a_sum_whose_every_rounding_goes_down() -> None:
+    n, u = 1000, 2.0**-24
+    terms = np.array([1.0, *[u] * n], dtype=np.float32)
+    total = np.float32(0)
+    for term in terms:
+        total += term  # 1 + u is a tie, and goes to 1
+    error = terms.astype(np.float64).sum() - float(total)
+    assert 0.99 <= error / (gamma(n) * terms.astype(np.float64).sum()) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_bound_of_a_cast_is_reached(dtype: torch.dtype) -> None:
+    eps, normal = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    for value in (1 + eps / 2, normal * eps / 2):  # ties, both rounded down
+        number = torch.tensor(value, dtype=torch.float64)
+        error = (number - number.to(dtype).double()).abs().item()
+        assert 0.99 <= error / cast(value, dtype) <= 1
+
+
+def test_the_bound_of_a_product_of_inexact_factors_is_reached() -> None:
+    """Factors that are off by all of their errors, in the direction of their values, and a product without rounding."""
+    make = torch.Generator().manual_seed(0)
+    X, Y, E, D = (torch.randn(shape, generator=make, dtype=torch.float64).abs() for shape in ((3, 5), (5, 2), (3, 5), (5, 2)))
+    bound = Bounded(X, E).matmul(Bounded(Y, D), torch.float64)
+    ratio = ((X + E) @ (Y + D) - X @ Y).abs() / bound.error
+    assert ratio.min() >= 0.99 and ratio.max() <= 1
+
+
+def test_the_bound_of_a_product_in_bfloat16_is_reached_by_its_last_rounding() -> None:
+    x = torch.tensor([[1.0, 1.0]], dtype=torch.bfloat16)
+    y = torch.tensor([[1.0], [2.0**-8]], dtype=torch.bfloat16)  # 1 + 2**-8 is a tie
+    bound = Bounded.exact(x).matmul(Bounded.exact(y), torch.bfloat16)
+    error = ((x @ y).double() - bound.value).abs()
+    assert 0.99 <= (error / bound.error).item() <= 1
+
+
+def test_the_least_cosine_is_reached_by_an_error_at_a_right_angle_to_the_sum() -> None:
+    relative = 0.25
+    angle = math.asin(relative)
+    v = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    total = math.cos(angle) * torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
+    assert (total - v).norm().item() <= relative * (1 + gamma(2))
+    ratio = least_cosine(relative) / (v @ total / total.norm()).item()
+    assert 0.99 <= ratio <= 1 + gamma(4)

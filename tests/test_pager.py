@@ -1,0 +1,270 @@
+"""A pager may decide where a page lies, never what it says, and its counters tell the truth."""
+
+import errno
+import mmap
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import DTYPES
+
+import pager as module
+from pager import Page, Pager, map_nameless_file
+
+ROOT = Path(module.__file__).parent
+CPU = torch.device("cpu")
+
+
+def three_pages(budget: int = 32) -> tuple[Pager, list[Page]]:
+    """Pages of 16 bytes."""
+    pager, pages = Pager(budget), [Page((2, 2), torch.float32, CPU) for _ in range(3)]
+    pager.reserve_store(pages)
+    return pager, pages
+
+
+# What a page says, and what is counted
+
+def recount(pages: list[Page], fetches: list[tuple[int, bool]], budget: int) -> tuple[list[int], dict[str, int]]:
+    """The resident pages and the counters after these fetches, by the rule in its plainest form: a list and a set."""
+    resident, stored = [], set()  # least recently used first; pages whose latest value is in the store
+    counters = dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out", "prefetches"), 0)
+    for index, write in fetches:
+        if index in resident:
+            counters["hits"] += 1
+            resident.remove(index)
+        else:
+            counters["faults"] += 1
+            while sum(pages[other].nbytes for other in [*resident, index]) > budget:
+                oldest = resident.pop(0)
+                counters["evictions"] += 1
+                counters["bytes_out"] += 0 if oldest in stored else pages[oldest].nbytes
+                stored.add(oldest)
+            counters["bytes_in"] += pages[index].nbytes if index in stored else 0
+        resident.append(index)
+        if write:
+            stored.discard(index)
+    return resident, counters
+
+
+shapes = st.lists(st.tuples(st.tuples(st.integers(1, 3), st.integers(1, 9)), st.sampled_from(DTYPES)), min_size=1, max_size=6)
+accesses = st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=40)
+
+
+@given(shapes, accesses, st.integers(0, 300))
+@example([((2, 1), torch.float16), ((2, 1), torch.float64)], [(0, True), (1, True), (0, False), (1, False)], 0)  # alignment
+def test_every_page_says_what_was_last_written_and_every_counter_is_a_plain_recount(
+    looks: list[tuple[tuple[int, int], torch.dtype]], accesses: list[tuple[int, bool]], spare: int
+) -> None:
+    pages = [Page(shape, dtype, CPU) for shape, dtype in looks]
+    budget = max(page.nbytes for page in pages) + spare
+    fetches = [(index % len(pages), write) for index, write in accesses]
+    pager, written, peaks = Pager(budget), {}, [0]
+    pager.reserve_store(pages)
+    for value, (index, write) in enumerate(fetches):
+        tensor = pager.fetch(pages[index], write=write)
+        assert tensor.shape == pages[index].shape and tensor.dtype == pages[index].dtype
+        if index in written:
+            assert torch.equal(tensor, torch.full_like(tensor, written[index]))
+        if write:
+            tensor.fill_(value)
+            written[index] = value
+        assert pager.resident == sum(tensor.nbytes for tensor in pager.cache.values()) <= budget
+        peaks.append(pager.resident)
+    resident, counters = recount(pages, fetches, budget)
+    assert list(pager.cache) == [pages[index] for index in resident]
+    assert pager.counters == counters
+    assert pager.peak == max(peaks)
+
+
+def test_the_least_recently_used_page_is_evicted_not_the_first_in_nor_the_last_used() -> None:
+    pager, (a, b, c) = three_pages()
+    for page in (a, b, a, c):
+        pager.fetch(page, write=True)
+    assert list(pager.cache) == [a, c]
+
+
+def test_a_clean_page_is_not_written_back_and_a_dirty_one_once() -> None:
+    pager, (a, b, c) = three_pages(budget=16)
+    pager.fetch(a, write=True).fill_(1)
+    pager.fetch(b, write=True).fill_(2)
+    assert pager.counters["bytes_out"] == 16
+    assert pager.fetch(a).tolist() == [[1, 1], [1, 1]]
+    pager.fetch(b)  # evicts a, which is clean by now
+    assert pager.counters == {"hits": 0, "faults": 4, "evictions": 3, "bytes_in": 32, "bytes_out": 32, "prefetches": 0}
+    assert pager.fetch(a).tolist() == [[1, 1], [1, 1]]
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the platform takes no hints")
+def test_only_a_page_that_is_stored_and_not_resident_is_announced() -> None:
+    pager, (a, b, c) = three_pages(budget=16)
+    pager.prefetch([a, b, c])  # none has a value
+    assert pager.counters["prefetches"] == 0
+    pager.fetch(a, write=True)
+    pager.fetch(b, write=True)
+    pager.prefetch([a, b, c])  # b is resident, c has no value
+    assert pager.counters["prefetches"] == 1
+
+
+# The store
+
+def test_pages_that_fit_need_no_store_and_the_others_share_no_byte_of_it() -> None:
+    pager, fitting = three_pages(budget=48)
+    assert all(page.store is None for page in fitting)
+    mixed = [Page((1, 1), dtype, CPU) for dtype in (torch.float16, torch.float64, torch.bfloat16, torch.float32)]
+    pager.reserve_store([*fitting, *mixed])
+    pages = sorted([*fitting, *mixed], key=lambda page: page.offset)
+    assert len({page.store for page in pages}) == 1
+    assert all(page.offset + page.nbytes == after.offset for page, after in zip(pages, pages[1:]))
+    assert all(page.offset % page.dtype.itemsize == 0 for page in pages)
+    assert pages[-1].offset + pages[-1].nbytes == len(pages[0].store)
+
+
+def test_a_page_that_has_a_place_keeps_it() -> None:
+    pager, pages = three_pages()
+    places = [(page.store, page.offset) for page in pages]
+    pager.reserve_store([*pages, Page((2, 2), torch.float32, CPU)])
+    assert [(page.store, page.offset) for page in pages] == places
+
+
+def test_a_page_larger_than_the_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="the budget must hold each page, got 15; give 16 or more"):
+        three_pages(budget=15)
+
+
+def test_no_file_can_be_seen_while_it_is_in_use_or_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pager, pages = three_pages(budget=16)
+    for page in pages:
+        pager.fetch(page, write=True)
+    assert pager.counters["bytes_out"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+CHILDREN = """
+import os, signal, sys, tempfile
+import torch
+from paged_optim import PagedAdamW
+PagedAdamW([torch.ones(1)])  # torch imports more, and makes a folder, at the first optimizer
+tempfile.tempdir = sys.argv[1]
+for end in ("exit", "raise", "kill"):
+    if os.fork() == 0:  # so that torch is imported once
+        weight = torch.nn.Parameter(torch.ones(64))
+        optimizer = PagedAdamW([weight], page_bytes=64, resident_bytes=64)
+        for weight.grad in torch.ones(3, 64):
+            optimizer.step()
+        assert optimizer.counters["bytes_in"] > 0
+        if end == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if end == "raise":
+            raise KeyError("on purpose")
+        sys.exit()
+    print(end, os.waitstatus_to_exitcode(os.wait()[1]), os.listdir(sys.argv[1]), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform does not fork")
+def test_no_file_and_no_complaint_is_left_however_the_process_ends(tmp_path: Path) -> None:
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a forked process has no other
+    command = [sys.executable, "-W", "error", "-c", CHILDREN, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["exit 0 []", "raise 1 []", f"kill {-signal.SIGKILL} []"]
+    assert done.returncode == 0 and done.stderr.count("Traceback") == 1 and done.stderr.endswith("KeyError: 'on purpose'\n")
+
+
+@pytest.fixture(params=["posix_fallocate", "zeros"])
+def reservation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to reserve a store."""
+    if request.param == "zeros":
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    elif not hasattr(os, "posix_fallocate"):
+        pytest.skip("the platform does not reserve")
+    return request.param
+
+
+@contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_store_that_the_system_refuses_is_one_clear_error_and_no_page_gets_a_place(reservation: str) -> None:
+    pager, pages = Pager(2**20), [Page((2, 2**17), torch.float32, CPU) for _ in range(3)]
+    message = r"must hold 3145728 bytes, got 'File too large'; set TMPDIR or raise resident_bytes"
+    with files_of_at_most(2**21), pytest.raises(OSError, match=message) as caught:
+        pager.reserve_store(pages)
+    assert caught.value.errno == errno.EFBIG
+    assert all(page.store is None for page in pages)
+    pager.reserve_store(pages)  # it may be tried again
+
+
+def test_a_full_disk_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match=r"must hold 48 bytes, got 'No space left.*set TMPDIR.*resident_bytes") as caught:
+        three_pages(budget=16)
+    assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads st_blocks")
+@pytest.mark.parametrize("nbytes", [1, 2**20 - 1, 2**20, 3 * 2**20 + 5])
+def test_the_space_of_the_store_is_really_reserved(reservation: str, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Measured(mmap.mmap):
+        def __new__(cls, fd: int, size: int) -> mmap.mmap:
+            seen.append((os.fstat(fd).st_size, os.fstat(fd).st_blocks * 512 >= size, os.fstat(fd).st_nlink))
+            return super().__new__(cls, fd, size)
+
+    seen: list[tuple[int, bool, int]] = []
+    monkeypatch.setattr(mmap, "mmap", Measured)
+    assert map_nameless_file(nbytes)[:] == bytes(nbytes)
+    assert seen == [(nbytes, True, 0)]
+
+
+# Mutants: what the recount must notice
+
+def first_in_first_out(self: Pager, page: Page, write: bool = False) -> torch.Tensor:
+    order = list(self.cache)
+    tensor = fetch(self, page, write)
+    for other in order:
+        if other in self.cache:
+            self.cache.move_to_end(other)
+    if page not in order:
+        self.cache.move_to_end(page)
+    return tensor
+
+
+def forgets_a_second_write(self: Pager, page: Page, write: bool = False) -> torch.Tensor:
+    return fetch(self, page, write and not page.stored)
+
+
+def writes_clean_pages_too(self: Pager, page: Page, write: bool = False) -> torch.Tensor:
+    return fetch(self, page, True)
+
+
+fetch = Pager.fetch
+
+
+@pytest.mark.parametrize("mutant", [first_in_first_out, forgets_a_second_write, writes_clean_pages_too])
+def test_a_mutant_of_the_pager_is_noticed(mutant: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    law = test_every_page_says_what_was_last_written_and_every_counter_is_a_plain_recount.hypothesis.inner_test
+    looks = [((2, 2), torch.float32)] * 3
+    fetches = [(index, write) for write in (True, True, False, False) for index in (0, 1, 0, 2)]
+    law(looks, fetches, 16)
+    monkeypatch.setattr(Pager, "fetch", mutant)
+    with pytest.raises(AssertionError):
+        law(looks, fetches, 16)

@@ -1,0 +1,84 @@
+"""Where the base comes from, and what is refused: damaged files, unknown names, pickles."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import pretrained
+from tests import models
+
+
+def test_the_default_is_made_once_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pretrained.default_folder()
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(pretrained, "_convert", lambda *args: pytest.fail("converted again"))
+    assert pretrained.default_folder() == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_a_damaged_gguf_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = tmp_path / "package" / pretrained.GGUF
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF" + bytes(1000))
+    monkeypatch.setattr(pretrained, "_find_gguf", lambda folder: gguf)
+    with pytest.raises(ValueError, match="is damaged .its sha256 is not b179c9523d0e.*pip install --force-reinstall"):
+        pretrained.default_folder(tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_conversion_that_dies_leaves_no_folder_that_looks_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(pretrained, "GGUF_SHA256", pretrained._sha256(Path(__file__)))
+    monkeypatch.setattr(pretrained, "_find_gguf", lambda folder: Path(__file__))
+    tiny = models.tiny_llama(vocab_size=8)
+    monkeypatch.setattr(pretrained.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny)
+    with pytest.raises(ZeroDivisionError):
+        pretrained.default_folder(tmp_path)
+    assert not (tmp_path / pretrained.DEFAULT).exists()
+
+
+def test_a_flipped_bit_in_the_converted_weights_is_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / pretrained.DEFAULT
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "model.safetensors.sha256").write_text(pretrained._sha256(folder / "model.safetensors"))
+    assert pretrained.default_folder(tmp_path) == folder
+    (folder / "model.safetensors").write_bytes(b"weighty")
+    with pytest.raises(ValueError, match="is damaged .its checksum has changed.: delete"):
+        pretrained.default_folder(tmp_path)
+
+
+def test_a_folder_is_read_back_as_it_was_saved(tmp_path: Path) -> None:
+    model, tokenizer = pretrained.load(str(models.save_tiny_llama(tmp_path)), torch.float32, "cpu")
+    for (name, ours), theirs in zip(model.named_parameters(), models.tiny_llama().parameters()):
+        assert torch.equal(ours, theirs), name
+    assert tokenizer("order").input_ids == models.tokenizer()("order").input_ids
+    assert not model.training
+
+
+def test_truncated_safetensors_are_refused(tmp_path: Path) -> None:
+    weights = models.save_tiny_llama(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="the weights in .* are damaged"):
+        pretrained.load(str(tmp_path), torch.float32, "cpu")
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    weights = models.save_tiny_llama(tmp_path) / "model.safetensors"
+    weights.unlink()
+    torch.save(models.tiny_llama().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="is not a model that can be read"):
+        pretrained.load(str(tmp_path), torch.float32, "cpu")
+
+
+def test_an_unknown_model_is_refused_with_the_way_to_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(pretrained.HfApi, "model_info", unreachable)
+    for name in (str(tmp_path / "nowhere"), "no-such-owner/no-such-model"):
+        with pytest.raises(ValueError, match="neither a folder nor a hub id within reach.*comes from a Python package"):
+            pretrained.load(name, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="is not a model that can be read"):
+        pretrained.load(str(tmp_path), torch.float32, "cpu")

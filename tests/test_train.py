@@ -1,0 +1,243 @@
+"""The program from end to end: on the real model for a few steps, and on a tiny one stopped, resumed and misused."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import data
+import evaluate
+import pretrained
+import train
+from lora import QLoRALinear, attach
+from tests import models
+
+REPORT_KEYS = {"metric", "before", "after", "before_unseen", "after_unseen", "seconds", "steps", "tokens_per_second",
+               "peak_rss_bytes", "bits_per_weight", "base_bytes_16bit", "base_bytes_4bit", "trainable_parameters",
+               "total_parameters", "pager", "seed", "versions"}
+METRIC_KEYS = {"step", "loss", "tokens", "seconds", "lr", "grad_norm", "rss_bytes"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold out 4 + 2 questions instead of 150: generation is most of a short run."""
+    whole = data.load
+
+    def load(*args: object) -> data.Task:
+        task = whole(*args)
+        return data.Task(task.metric, task.train, task.test[:4], task.unseen[:2])
+
+    monkeypatch.setattr(data, "load", load)
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_real_model_learns_and_its_adapter_comes_back_to_the_same_logits(
+    tmp_path: Path, few_questions: None, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert train.main(["--output-dir", str(out), "--max-steps", "8", "--resident-mb", "4"]) == 0
+    assert {path.name for path in out.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl",
+                                                     "report.json", "loss.png", "state.safetensors"}
+    metrics = lines_of(out)
+    assert [line["step"] for line in metrics] == list(range(1, 9))
+    assert all(line.keys() >= METRIC_KEYS for line in metrics)
+    assert sum(line["loss"] for line in metrics[-2:]) < sum(line["loss"] for line in metrics[:2]) / 2
+
+    report = json.loads((out / "report.json").read_text())
+    assert report.keys() >= REPORT_KEYS
+    assert report["before"] == 0 and report["steps"] == 8 and report["metric"] == "exact match"
+    weights = 106_168_320  # 210 layers: 30 of (576 + 2 * 192 + 576 + 3 * 1536) * 576
+    assert report["bits_per_weight"] == 4 + 8 / 64 + 32 / (64 * 256) + 210 * 32 / weights + partial_blocks() / weights
+    assert report["trainable_parameters"] == sum(t.numel() for t in load_file(out / "adapter_model.safetensors").values())
+    assert report["base_bytes_16bit"] == 2 * (weights + 49152 * 576 + 61 * 576)  # and the embedding, and 61 norms
+    assert report["pager"]["evictions"] > 0 < report["pager"]["bytes_in"]
+    assert "4.127 bits a weight" in capsys.readouterr().out
+
+    assert_same_logits_after_reload(out)
+
+
+def partial_blocks() -> float:
+    """Bits of the second-level constants beyond 32/(64 * 256) a weight: where 256 does not divide a layer's blocks."""
+    shapes = [576 * 576, 192 * 576, 192 * 576, 576 * 576, 1536 * 576, 1536 * 576, 576 * 1536]
+    return 30 * sum(32 * (-(-n // 64 // 256) - n / 64 / 256) for n in shapes)
+
+
+def assert_same_logits_after_reload(out: Path) -> None:
+    """Adapter and base, loaded afresh, give the logits of adapter tensors copied by hand; and PEFT knows every key."""
+    ids = torch.arange(100, 120)[None]
+    model, _ = pretrained.load(pretrained.DEFAULT, torch.float32, "cpu")
+    checkpoint.load_adapter(attach(model), out)
+    with torch.no_grad():
+        ours = model(input_ids=ids).logits
+    by_hand, _ = pretrained.load(pretrained.DEFAULT, torch.float32, "cpu")
+    attach(by_hand)
+    tensors = load_file(out / "adapter_model.safetensors")
+    for name, layer in by_hand.named_modules():
+        if isinstance(layer, QLoRALinear):
+            layer.lora_A.data = tensors.pop(f"base_model.model.{name}.lora_A.weight")
+            layer.lora_B.data = tensors.pop(f"base_model.model.{name}.lora_B.weight")
+    with torch.no_grad():
+        assert not tensors and torch.equal(by_hand(input_ids=ids).logits, ours)
+
+
+def run(tiny: Path, out: Path, *more: str) -> int:
+    return train.main(["--model", str(tiny), "--output-dir", str(out), "--max-steps", "6", "--batch-size", "2",
+                       "--dtype", "float32", "--lora-dropout", "0.1", *more])
+
+
+def test_a_run_stopped_by_ctrl_c_and_resumed_ends_with_the_same_bits(
+    tiny: Path, tmp_path: Path, few_questions: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert run(tiny, tmp_path / "whole") == 0
+    real, steps = train.train_step, []
+
+    def interrupted(*args: object) -> tuple[float, float]:
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert run(tiny, tmp_path / "parts") == 130
+    assert len(lines_of(tmp_path / "parts")) == 3
+    assert "--resume" in capsys.readouterr().err
+    assert run(tiny, tmp_path / "parts", "--resume", "--optim", "adamw") == 0
+    assert len(steps) == 6
+    for name in ("adapter_model.safetensors", "state.safetensors"):
+        one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+    assert [line["loss"] for line in lines_of(tmp_path / "whole")] == [line["loss"] for line in lines_of(tmp_path / "parts")]
+
+
+def test_resuming_under_other_settings_says_which(
+    tiny: Path, tmp_path: Path, few_questions: None, capsys: pytest.CaptureFixture) -> None:
+    assert run(tiny, tmp_path) == 0
+    adapter = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert run(tiny, tmp_path, "--resume", "--lr", "0.5", "--lora-alpha", "4") == 1
+    assert "lr was 0.001, is 0.5; lora_alpha was 16, is 4.0" in capsys.readouterr().err
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_gradient_checkpointing_and_accumulation_change_memory_and_not_the_result(tiny: Path) -> None:
+    def gradients(*flags: str, count: int) -> list[torch.Tensor]:
+        args = train.parse_args(["--model", str(tiny), "--dtype", "float32", "--grad-accum", str(count), *flags])
+        model, tokenizer = train.adapted_model(args, "nf4")
+        task = data.load("orders", tokenizer, 256, 0)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+        train.train_step(model.train(), optimizer, data.batches_of_step(task.train, 0, 4 // count, count, 0, 2), args)
+        return [a - b.detach() for a, b in zip(before, optimizer.param_groups[0]["params"])]
+
+    plain, checkpointed, accumulated = gradients(count=1), gradients("--grad-checkpoint", count=1), gradients(count=2)
+    assert any(g.any() for g in plain)
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed))
+    # Only the order of sums over some 300 positions differs, in float32: gamma of that many terms, over a deep product.
+    scale = max(g.abs().max() for g in plain)
+    assert all((a - b).abs().max() <= scale * 300 * 2**-24 for a, b in zip(plain, accumulated))
+
+
+def test_compare_trains_16_bit_lora_beside_it(
+    tiny: Path, tmp_path: Path, few_questions: None, capsys: pytest.CaptureFixture) -> None:
+    assert run(tiny, tmp_path, "--compare") == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["compare"].keys() >= {"before", "after"}
+    assert "16-bit LoRA, same seed" in capsys.readouterr().out
+    assert (tmp_path / "16-bit" / "adapter_model.safetensors").exists()
+
+
+def test_text_is_measured_in_perplexity_and_it_falls(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 300)
+    assert run(tiny, tmp_path / "out", "--data", str(tmp_path / "book.txt"), "--max-seq-len", "64", "--lr", "0.02") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["metric"] == "perplexity" and report["after"] < report["before"] and report["before_unseen"] is None
+
+
+def test_an_adapter_answers_a_prompt(tiny: Path, tmp_path: Path, few_questions: None, capsys: pytest.CaptureFixture,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(tiny, tmp_path) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(train, "answers", lambda *args: [f"answer of {args[3]} tokens at most"])
+    assert train.main(["--adapter", str(tmp_path), "--prompt", "Who?", "--max-seq-len", "8"]) == 0
+    assert capsys.readouterr().out.endswith("answer of 8 tokens at most\n")
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--model", "nowhere/at-all/three"], "neither a folder nor a hub id within reach"),
+    (["--data", "nothing.jsonl"], "--data nothing.jsonl is not a file"),
+    (["--lora-r", "0"], "layer model.layers.0.self_attn.q_proj: r must be a whole number from 1 to 64"),
+    (["--lora-r", "65"], "from 1 to 64, the layer's smaller side; got 65"),
+    (["--block-size", "48"], "the block size must be a power of two >= 2, got 48"),
+    (["--max-seq-len", "9999"], "longer than the model's context of 512 tokens"),
+    (["--max-seq-len", "16"], "more than --max-seq-len 16"),
+    (["--lora-dropout", "1"], r"lora_dropout in \[0, 1\), got 1.0"),
+    (["--resident-mb", "0.001"], "resident_bytes"),
+    (["--resume"], "there is no .* to resume from"),
+])
+def test_bad_input_gets_one_line_and_starts_nothing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str],
+                                                    complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained.HfApi, "model_info", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(train, "measure", lambda *args: pytest.fail("got as far as evaluating"))
+    assert train.main(["--model", str(tiny), "--output-dir", str(tmp_path / "out"), *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: ") and error.count("\n") == 1
+    assert re.search(complaint, error), error
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_out_before_loading(tmp_path: Path, capsys: pytest.CaptureFixture,
+                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "adapted_model", lambda *args: pytest.fail("loaded a model first"))
+    (tmp_path / "file").write_text("")
+    assert train.main(["--output-dir", str(tmp_path / "file" / "out")]) == 1
+    assert "choose another --output-dir" in capsys.readouterr().err
+
+
+def test_a_nan_in_a_weight_is_named_by_layer_count_and_index(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = models.tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    model.save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    assert train.main(["--model", str(tmp_path), "--output-dir", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "layer model.layers.1.mlp.up_proj: 1 of 8192 weights" in error and "(3, 5)" in error
+
+
+@pytest.mark.parametrize("flags", [
+    ["--max-steps", "0"], ["--lr", "-1"], ["--prompt", "alone"], ["--quant", "nf5"], ["--device", "abacus"],
+])
+def test_flags_that_make_no_sense_are_refused_at_once(flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(flags)
+    assert stop.value.code == 2
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_adapter(tiny: Path) -> None:
+    args = train.parse_args(["--model", str(tiny), "--dtype", "float32"])
+    model, tokenizer = train.adapted_model(args, "nf4")
+    layer = next(layer for layer in model.modules() if isinstance(layer, QLoRALinear))
+    torch.nn.init.constant_(layer.lora_B, float("inf"))
+    before = layer.lora_A.detach().clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    batches = data.batches_of_step(data.load("orders", tokenizer, 256, 0).train, 0, 2, 1, 0, 2)
+    with pytest.raises(ValueError, match="the gradient is not finite"):
+        train.train_step(model, optimizer, batches, args)
+    assert torch.equal(layer.lora_A, before)
+
+
+def test_the_learning_rate_warms_up_and_comes_down() -> None:
+    args = train.parse_args(["--max-steps", "100", "--lr", "1"])
+    rates = [train.learning_rate(step, args) for step in range(100)]
+    assert rates[:10] == [(step + 1) / 10 for step in range(10)]
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:])) and rates[10] == 1 and 0.1 <= rates[-1] < 0.11
+    assert evaluate.label_loss is train.label_loss
