@@ -23,12 +23,21 @@ but one: `.half()` and its kin must not round the float32 constants, and here th
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import double_quant as second
 import nf4
+
+
+class MergeAudit(NamedTuple):
+    """How an update of a weight would survive being merged into its 4 bits."""
+
+    update_norm: float  # the Frobenius norm of the update
+    kept: float  # <realised, update> / <update, update>: 1 if the update arrives whole, 0 if rounding swallows it
+    cosine: float  # between the realised change and the update: 1 if it points the right way
 
 
 class FrozenWeight(nn.Module):
@@ -60,6 +69,16 @@ class FrozenWeight(nn.Module):
             largest = min(torch.finfo(dtype or self.dtype).max, torch.finfo(torch.float32).max)
             absmax.clamp_(max=largest)  # 0.7 % too much could turn the largest float16 into infinity
         return nf4.dequantize(nf4.Quantized(self.packed, absmax, self.codebook, self.shape, self.dtype, self.block_size), dtype)
+
+    def audit(self, update: Tensor) -> MergeAudit:
+        """Quantize weight + update anew, and compare the change that is realised with the one that was wanted."""
+        before = self(update.dtype)
+        after = FrozenWeight(before + update, self.block_size, self.double_quant, self.codebook)()
+        realised, wanted = (after - before).flatten(), update.flatten()
+        length, moved, dot = wanted.norm().item(), realised.norm().item(), (realised @ wanted).item()
+        if not length:
+            return MergeAudit(0.0, 1.0, 1.0)
+        return MergeAudit(length, dot / length**2, dot / (length * moved) if moved else 0.0)
 
     @property
     def nbytes(self) -> int:

@@ -19,14 +19,13 @@ would have lost; unmerging is exact, because the codes are never touched.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from frozen import FrozenWeight
+from frozen import FrozenWeight, MergeAudit
 from nf4 import NF4
 
 
@@ -41,7 +40,8 @@ class LoRAMatmul(torch.autograd.Function):
             y = F.linear(x, base(x.dtype), bias)  # (tokens, out)
             h = F.linear(x if keep is None else x * keep, lora_A.to(x.dtype))  # (tokens, r)
             y.addmm_(h, lora_B.to(x.dtype).T, alpha=scaling)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, h if ctx.needs_input_grad[2] else None, keep, lora_A, lora_B)
+        needs_A, needs_B = ctx.needs_input_grad[1:3]
+        ctx.save_for_backward(x if needs_A else None, h if needs_B else None, keep, lora_A, lora_B)
         ctx.scaling, ctx.base = scaling, base
         return y
 
@@ -142,7 +142,8 @@ def attach(model: nn.Module, targets: str | Iterable[str] = "all-linear", **sett
         for name in names:
             model.set_submodule(name, layer)
         dense_bytes, base_bytes = dense_bytes + linear.weight.nbytes, base_bytes + layer.base.nbytes
-    print(f"rank-{layer.r} adapters on {len(groups)} linear layers, frozen: {dense_bytes / 1e6:.1f} -> {base_bytes / 1e6:.1f} MB")
+    print(f"rank-{layer.r} adapters on {len(groups)} linear layers, whose frozen weights took {dense_bytes / 1e6:.1f} MB "
+          f"and take {base_bytes / 1e6:.1f} MB now")
     return model
 
 
@@ -171,14 +172,6 @@ def names_of(model: nn.Module, kind: type[nn.Module]) -> dict[nn.Module, list[st
     return found
 
 
-class MergeAudit(NamedTuple):
-    """How one layer's update would survive being merged into 4 bits."""
-
-    update_norm: float  # |s B A|, the Frobenius norm
-    kept: float  # <realised, update> / <update, update>: 1 if the update arrives whole, 0 if rounding swallows it
-    cosine: float  # between the realised change and the update: 1 if it points the right way
-
-
 def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
     """Replace every adapted layer, in place, by a dense nn.Linear of base + update in the base's original dtype.
 
@@ -188,15 +181,10 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
     audit = {}
     for layer, names in names_of(model, QLoRALinear).items():
         frozen, update = layer.base, layer.update()
-        base = frozen(update.dtype)
         if frozen.codebook is not None:
-            fourbit = FrozenWeight(base + update, frozen.block_size, frozen.double_quant, frozen.codebook)
-            realised, wanted = (fourbit() - base).flatten(), update.flatten()
-            length, moved, dot = wanted.norm().item(), realised.norm().item(), (realised @ wanted).item()
-            cosine = dot / (length * moved) if length and moved else float(not length)
-            audit[names[0]] = MergeAudit(length, dot / length**2 if length else 1.0, cosine)
+            audit[names[0]] = frozen.audit(update)
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(layer.training)
-        linear.weight, linear.bias = nn.Parameter((base + update).to(frozen.dtype), requires_grad=False), layer.bias
+        linear.weight, linear.bias = nn.Parameter((frozen(update.dtype) + update).to(frozen.dtype), False), layer.bias
         for name in names:
             model.set_submodule(name, linear)
     return model, audit

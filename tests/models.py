@@ -17,8 +17,8 @@ def tiny_llama(dtype: torch.dtype = torch.float32, vocab_size: int = 49152) -> L
     """Two random layers with grouped keys and a tied head: 14 linear layers to adapt."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1,
-                         eos_token_id=2, pad_token_id=2)
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+                         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2)
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
