@@ -66,8 +66,8 @@ class FrozenWeight(nn.Module):
         absmax = self.absmax
         if self.double_quant:
             absmax = second.dequantize(second.DoubleQuantized(absmax, self.nested_absmax, self.nested_offset))
-            largest = min(torch.finfo(dtype or self.dtype).max, torch.finfo(torch.float32).max)
-            absmax.clamp_(max=largest)  # 0.7 % too much could turn the largest float16 into infinity
+            # No constant was larger than its weight's dtype can hold, and 0.7 % more would make the largest ones infinite.
+            absmax.clamp_(max=min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max))
         return nf4.dequantize(nf4.Quantized(self.packed, absmax, self.codebook, self.shape, self.dtype, self.block_size), dtype)
 
     def audit(self, update: Tensor) -> MergeAudit:

@@ -74,8 +74,10 @@ class QLoRALinear(nn.Module):
         self.base, (self.out_features, self.in_features) = base, base.shape
         if type(r) is not int or not 1 <= r <= min(base.shape):
             raise ValueError(f"r must be a whole number from 1 to {min(base.shape)}, the layer's smaller side; got {r}")
-        if not 0 < lora_alpha < math.inf or not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_alpha must be positive, got {lora_alpha}; lora_dropout in [0, 1), got {lora_dropout}")
+        if not 0 < lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha must be positive and finite, often 2 * r; got {lora_alpha}")
+        if not 0 <= lora_dropout < 1:
+            raise ValueError(f"lora_dropout is a probability, 0 <= p < 1; got {lora_dropout}")
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
         self.lora_dropout, self.compute_dtype = lora_dropout, compute_dtype
         kind = {"dtype": torch.promote_types(base.dtype, torch.float32), "device": linear.weight.device}
@@ -142,8 +144,8 @@ def attach(model: nn.Module, targets: str | Iterable[str] = "all-linear", **sett
         for name in names:
             model.set_submodule(name, layer)
         dense_bytes, base_bytes = dense_bytes + linear.weight.nbytes, base_bytes + layer.base.nbytes
-    print(f"rank-{layer.r} adapters on {len(groups)} linear layers, whose frozen weights took {dense_bytes / 1e6:.1f} MB "
-          f"and take {base_bytes / 1e6:.1f} MB now")
+    print(f"adapters of rank {layer.r} on {len(groups)} linear layers, whose frozen weights take {base_bytes / 1e6:.1f} MB "
+          f"instead of {dense_bytes / 1e6:.1f} MB")
     return model
 
 
@@ -182,7 +184,7 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
     for layer, names in names_of(model, QLoRALinear).items():
         frozen, update = layer.base, layer.update()
         if frozen.codebook is not None:
-            audit[names[0]] = frozen.audit(update)
+            audit |= dict.fromkeys(names, frozen.audit(update))
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(layer.training)
         linear.weight, linear.bias = nn.Parameter((frozen(update.dtype) + update).to(frozen.dtype), False), layer.bias
         for name in names:

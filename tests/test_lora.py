@@ -323,7 +323,7 @@ def test_a_model_that_is_adapted_already_is_refused() -> None:
 
 @pytest.mark.parametrize("r", [-1, 0, 17])
 def test_a_rank_out_of_range_is_refused_with_the_layer_and_the_most_there_is(r: int) -> None:
-    with pytest.raises(ValueError, match=f"layer blocks.0.up: r must be at least 1 and at most 16.*got {r}"):
+    with pytest.raises(ValueError, match=f"layer blocks.0.up: r must be a whole number from 1 to 16.*got {r}"):
         lora.attach(TowerWithHead(), r=r)
 
 
