@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import data
+import models
 import tasks
-from tests import models
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 import memory
+import models
 from lora import attach
-from tests import models
 
 
 def test_the_ledger_counts_each_number_once_and_each_byte_that_is_there() -> None:

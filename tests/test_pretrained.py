@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import models
 import pretrained
-from tests import models
 
 
 def test_the_default_is_made_once_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
