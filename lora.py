@@ -144,8 +144,8 @@ def attach(model: nn.Module, targets: str | Iterable[str] = "all-linear", **sett
         for name in names:
             model.set_submodule(name, layer)
         dense_bytes, base_bytes = dense_bytes + linear.weight.nbytes, base_bytes + layer.base.nbytes
-    print(f"adapters of rank {layer.r} on {len(groups)} linear layers, whose frozen weights take {base_bytes / 1e6:.1f} MB "
-          f"instead of {dense_bytes / 1e6:.1f} MB")
+    print(f"adapters of rank {layer.r} on {len(groups)} linear layers; "
+          f"their frozen weights: {dense_bytes / 1e6:.1f} MB before, {base_bytes / 1e6:.1f} MB now")
     return model
 
 

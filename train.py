@@ -89,7 +89,7 @@ def adapted_model(args: argparse.Namespace, quant: str) -> tuple[PreTrainedModel
     codebook = normal_float(QUANT[quant]) if QUANT[quant] else None
     attach(model, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, block_size=args.block_size,
            double_quant=not args.no_double_quant, codebook=codebook)
-    print(f"base: {quant}, {time.perf_counter() - started:.1f} s")
+    print(f"base {'kept in 16 bits' if codebook is None else f'quantized to {quant}'}, {time.perf_counter() - started:.1f} s")
     for parameter in model.parameters():  # what is left of the base lies in the mapped file; a copy lets the file go
         parameter.data = parameter.data.clone()
     if args.grad_checkpoint:
@@ -168,7 +168,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: da
     """The task's metric on what was held out, and on phrasings never trained on; and three answers to look at."""
     if task.metric == "perplexity":
         return [perplexity(model, task.test, args.batch_size, tokenizer.eos_token_id, args.dtype), None]
-    print(f"{when} training:")
+    print(f"{when} training, {len(task.test) + len(task.unseen)} held-out questions:", flush=True)
     known = exact_match(model, tokenizer, task.test, args.dtype, show=3)
     return [known, exact_match(model, tokenizer, task.unseen, args.dtype)]
 
