@@ -2,6 +2,8 @@
 
 import json
 import platform
+import shlex
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -44,6 +46,13 @@ def write_report(report: dict, folder: Path) -> None:
     """report.json, with the versions that made it."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     (folder / "report.json").write_text(json.dumps(report | {"versions": versions}, indent=2) + "\n")
+
+
+def command(words: list[str]) -> str:
+    """A command line that runs train.py again with these words, by the Python that runs now."""
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return shlex.join([str(python), "train.py", *words])
 
 
 def table(report: dict) -> str:

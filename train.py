@@ -9,7 +9,6 @@
 import argparse
 import json
 import math
-import shlex
 import signal
 import sys
 import time
@@ -232,15 +231,15 @@ def main(argv: list[str] | None = None) -> int:
             result["compare"] = {key: other[key] for key in ("before", "after", "before_unseen", "after_unseen")}
             report.write_report(result, args.output_dir)
         print(f"\n{report.table(result)}\n\nadapter, metrics and report are in {args.output_dir}/; ask it with\n"
-              f"  python train.py --adapter {args.output_dir} --prompt \"...\"")
+              f"  {report.command(['--adapter', str(args.output_dir), '--prompt', 'your question'])}")
         return 0
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        again = shlex.join([word for word in (argv or sys.argv[1:]) if word != "--resume"] + ["--resume"])
+        again = report.command([word for word in (argv or sys.argv[1:]) if word != "--resume"] + ["--resume"])
         saved = (args.output_dir / "state.safetensors").exists()
-        print(f"\nstopped; go on with\n  python train.py {again}" if saved else "\nstopped: no step to save", file=sys.stderr)
+        print(f"\nstopped; go on with\n  {again}" if saved else "\nstopped: no step to save", file=sys.stderr)
         return 130
 
 
