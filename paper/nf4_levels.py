@@ -43,8 +43,9 @@ def main() -> None:
     top = right.get_ylim()[1]
     for level, used in zip(nf4.NF4.tolist(), share.tolist()):
         right.axvline(level, ymax=0.88, color="#b5442e", linewidth=1.2)
-        right.text(level, top * 1.06, f"{100 * used:.0f} %", ha="center", fontsize=8, color="#b5442e")
-    right.set(title="divided by the absmax of its block of 64: the 16 levels of NF4", xlabel="weight / absmax", yticks=[])
+        right.text(level, top * 1.06, f"{100 * used:.0f}", ha="center", fontsize=8, color="#b5442e")
+    right.set(title="divided by the absmax of their block: NF4's levels, % of weights on each",
+              xlabel="weight / absmax", yticks=[])
     right.set_ylim(0, top * 1.18)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=130)
     print(f"wrote {Path(__file__).with_suffix('.png').name}")
