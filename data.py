@@ -125,7 +125,10 @@ def _text(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Task:
 def _file(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int) -> Task:
     if not path.is_file():
         raise ValueError(f"--data {path} is not a file, nor one of orders, roman, text")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None
     if path.suffix != ".jsonl":
         return _text(tokenizer, text, max_seq_len)
     pairs = [_pair(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]

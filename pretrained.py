@@ -48,6 +48,8 @@ def load(name: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, P
     except (OSError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(f"{folder} is not a model that can be read ({first_line}); {REMEDY}") from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {folder} names no end token: set eos_token in its tokenizer_config.json")
     return model.to(device).eval(), tokenizer
 
 

@@ -128,6 +128,9 @@ def test_a_bad_file_is_refused_with_its_line(
 def test_unknown_data_empty_text_and_long_examples_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no-such-data is not a file, nor one of orders, roman, text"):
         data.load("no-such-data", tokenizer, 256, 0)
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.txt is not UTF-8 text .* at byte 2"):
+        data.load(str(tmp_path / "latin.txt"), tokenizer, 256, 0)
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="0 sequences"):
         data.load(str(tmp_path / "empty.txt"), tokenizer, 256, 0)

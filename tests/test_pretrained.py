@@ -1,5 +1,6 @@
 """Where the base comes from, and what is refused: damaged files, unknown names, pickles."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,14 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     weights.unlink()
     torch.save(models.tiny_llama().state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="is not a model that can be read"):
+        pretrained.load(str(tmp_path), torch.float32, "cpu")
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    models.save_tiny_llama(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    with pytest.raises(ValueError, match="names no end token"):
         pretrained.load(str(tmp_path), torch.float32, "cpu")
 
 
