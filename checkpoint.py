@@ -71,7 +71,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put the adapter of a folder, ours or PEFT's, on a model in place; one without adapters gets them first (NF4 base).
 
     Raises: ValueError for missing or damaged files, a kind of adapter that is not covered, and names or shapes that do not fit,
-    all of them named. The model's adapters are then as they were.
+    the first of them named. Adapters that the model had are then as they were.
     """
     folder = Path(folder)
     config = read_config(folder)

@@ -93,11 +93,10 @@ def collate(examples: list[Example], pad_id: int) -> Batch:
 
 def batches_of_step(examples: list[Example], step: int, batch_size: int, count: int, seed: int, pad_id: int) -> list[Batch]:
     """The `count` batches of a step: they follow from step and seed alone, so a resumed run sees what it would have seen."""
-    chosen = []
-    for i in range(step * batch_size * count, (step + 1) * batch_size * count):
-        epoch, place = divmod(i, len(examples))
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed + epoch))
-        chosen.append(examples[order[place]])
+    n, places = len(examples), range(step * batch_size * count, (step + 1) * batch_size * count)
+    epochs = {place // n for place in places}
+    order = {epoch: torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)) for epoch in epochs}
+    chosen = [examples[order[place // n][place % n]] for place in places]
     return [collate(chosen[i : i + batch_size], pad_id) for i in range(0, len(chosen), batch_size)]
 
 
@@ -119,7 +118,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Task:
     """Plain text as sequences of `length` tokens, all learnt; the last tenth is held out."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     rows = [Example(ids[i : i + length], 0, "", "") for i in range(0, len(ids) - 1, length)]
-    return _split("perplexity", rows)
+    return _split(rows)
 
 
 def _file(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int) -> Task:
@@ -134,7 +133,7 @@ def _file(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed
     pairs = [_pair(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     rows = [_encode(tokenizer, *pair) for pair in pairs]
     random.Random(seed).shuffle(rows)
-    return _split("perplexity", rows)
+    return _split(rows)
 
 
 def _pair(line: str, where: str) -> tuple[str, str]:
@@ -149,9 +148,9 @@ def _pair(line: str, where: str) -> tuple[str, str]:
     return prompt, completion
 
 
-def _split(metric: str, rows: list[Example]) -> Task:
-    """Hold out the last tenth."""
+def _split(rows: list[Example]) -> Task:
+    """Hold out the last tenth, to be measured in perplexity."""
     held_out = max(1, len(rows) // 10)
     if len(rows) < 2:
         raise ValueError(f"the data make {len(rows)} sequences; at least 2 are needed, one to train on and one to hold out")
-    return Task(metric, rows[:-held_out], rows[-held_out:])
+    return Task("perplexity", rows[:-held_out], rows[-held_out:])

@@ -14,14 +14,15 @@ Storage, in bits a weight:
 
 absmax is positive; a code with a sign would waste half its levels on it. So the mean (`offset`) is taken off first.
 
-The 8-bit code is dynamic: its decimal exponent takes up more or fewer of the bits, so that it is fine near 0 (1.4e-6...) and
-reaches 1, 7 decades with 2, 4 ... 128 levels each. 256 levels, of which 127 are negative, one is 0 and the largest is 1; no -1.
+The 8-bit code is dynamic: its decimal exponent takes up more or fewer of the bits, so that it is fine near 0 (5.5e-7...) and
+reaches 1: 7 decades with 2, 4 ... 128 levels, both signs counted, and 0 and 1. 127 of the 256 are negative; there is no -1.
 
 Error. |absmax - absmax'| <= h8 * nested_absmax plus float32 rounding, h8 = 0.0070 (half the widest gap, or the missing -1).
 A weight of exactly 0 stays 0 whatever becomes of its absmax, because NF4 has an exact zero: so does a block of zeros.
 
-Differs from bitsandbytes: its CPU code rounds about 2 in 1000 constants to the second-nearest level, ours never; absmax'
-is clamped to [0, largest float32], where it could come out slightly negative and turn the sign of a whole block.
+Differs from bitsandbytes: its CPU code rounds some constants to the second-nearest level, ours none (but for float32
+rounding at a midpoint); absmax' is clamped to [0, largest float32], where it could come out slightly negative and turn the
+sign of a whole block.
 """
 
 from dataclasses import dataclass
@@ -38,8 +39,8 @@ def dynamic_code() -> Tensor:
     Decade i of 7 holds the midpoints of 2**i equal steps from 0.1 to 1, times 10**(i - 6), with both signs.
 
     >>> code = dynamic_code()
-    >>> code[127].item(), code[255].item(), round(code[0].item(), 6)
-    (0.0, 1.0, -0.992969)
+    >>> code[127].item(), code[255].item(), round(code[0].item(), 6), round(code[128].item(), 9)
+    (0.0, 1.0, -0.992969, 5.5e-07)
     """
     levels = [0.0, 1.0]
     for i in range(7):

@@ -37,6 +37,7 @@ def load(name: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, P
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # An adapter of the default names the default's folder; wherever that is gone from, it can be made again.
     folder = default_folder() if Path(name).name == DEFAULT and Path(name).parent in (Path("."), MODELS) else name
     here = Path(folder).is_dir() or _in_cache(str(folder))
     try:

@@ -1,8 +1,10 @@
 """What a run leaves for people: metrics.jsonl line by line while it goes, then loss.png, report.json and a table."""
 
 import json
+import os
 import platform
 import shlex
+import statistics
 import sys
 from pathlib import Path
 
@@ -15,22 +17,26 @@ import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend tha
 
 
 def keep_metrics(path: Path, steps: int) -> None:
-    """Drop the lines of steps that a resumed run will do again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= steps))
+    """Keep the lines of the first `steps`. The others a resumed run writes again, one cut short by a kill among them."""
+    lines = path.read_text().splitlines()[:steps] if path.exists() else []
+    replace(path, "".join(line + "\n" for line in lines))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def totals(metrics: Path) -> dict:
     """Steps, seconds and tokens a second of all the lines."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = read_metrics(metrics)
     seconds = sum(line["seconds"] for line in lines)
     return {"steps": len(lines), "seconds": seconds, "tokens_per_second": sum(line["tokens"] for line in lines) / seconds}
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:
     """Loss by step, and its running mean, as a PNG."""
-    losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
-    smooth = [sum(losses[max(0, i - 4) : i + 1]) / len(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
+    losses = [line["loss"] for line in read_metrics(metrics)]
+    smooth = [statistics.fmean(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="0.7", linewidth=1, label="each step")
@@ -45,7 +51,14 @@ def plot_loss(metrics: Path, picture: Path) -> None:
 def write_report(report: dict, folder: Path) -> None:
     """report.json, with the versions that made it."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    (folder / "report.json").write_text(json.dumps(report | {"versions": versions}, indent=2) + "\n")
+    replace(folder / "report.json", json.dumps(report | {"versions": versions}, indent=2) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Give a file a new text, whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
 
 
 def command(words: list[str]) -> str:

@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--block-size", type=int, default=64, help="weights that share a constant (default: 64)")
     add("--optim", choices=["paged_adamw", "adamw"], default="paged_adamw", help="default: paged_adamw")
     add("--resident-mb", type=float, help="megabytes of optimizer state that may stay on the device (default: all)")
-    add("--grad-checkpoint", action="store_true", help="keep only each block's input: less memory, a third more time")
+    add("--grad-checkpoint", action="store_true", help="keep only each block's input: less memory, more time")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of products (auto: bfloat16 if native)")
