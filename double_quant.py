@@ -60,12 +60,14 @@ class DoubleQuantized:
     codes       uint8, the shape of the constants
     absmax      float32 (ceil(n/block_size),), the largest |constant - offset| of each block (`nested_absmax`)
     offset      float32 (1,), the mean that was taken off
+    codebook    float32 (256,); a checkpoint brings its own, which should be DYNAMIC to the last bit or nearly
     """
 
     codes: Tensor
     absmax: Tensor
     offset: Tensor
     block_size: int = 256
+    codebook: Tensor = DYNAMIC
 
 
 def quantize(absmax: Tensor, block_size: int = 256) -> DoubleQuantized:
@@ -87,5 +89,5 @@ def quantize(absmax: Tensor, block_size: int = 256) -> DoubleQuantized:
 
 def dequantize(dq: DoubleQuantized) -> Tensor:
     """The constants, float32, in the shape that they came in."""
-    centred = nf4.Quantized(dq.codes, dq.absmax, DYNAMIC, dq.codes.shape, torch.float32, dq.block_size)
+    centred = nf4.Quantized(dq.codes, dq.absmax, dq.codebook, dq.codes.shape, torch.float32, dq.block_size)
     return (nf4.dequantize(centred) + dq.offset).clamp_(0, torch.finfo(torch.float32).max).reshape(dq.codes.shape)

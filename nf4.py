@@ -28,7 +28,7 @@ outermost levels see little but each block's largest number.
 Differs from bitsandbytes: NaN and infinity are refused instead of poisoning their block; a block whose absmax is so small
 or so large that 1/absmax leaves float32's normal range is scaled by a power of two first instead of being lost; any shape
 works, () and (0,) too; codebooks have 2 to 256 levels. In a ragged last block bitsandbytes divides by absmax, we multiply by
-the reciprocal as elsewhere, so a number on the edge between two levels may go the other way.
+the reciprocal as elsewhere, so a number on the edge between two levels may go the other way. Its FP4 has a code for -0.
 """
 
 import math
@@ -63,6 +63,11 @@ def normal_float(bits: int) -> Tensor:
 
 NF4 = normal_float(4)
 
+# The 4-bit float that the paper compares with, in the order of its bits: a sign, two of exponent, one of mantissa (with levels
+# that are bitsandbytes' own, and the default of its quantizer). Code 8 would be -0; it is read, and never written.
+_MAGNITUDES = torch.tensor([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4])
+FP4 = torch.cat([_MAGNITUDES, 0 - _MAGNITUDES])
+
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
@@ -70,7 +75,7 @@ class Quantized:
 
     packed      uint8 (ceil(n/2), 1), two codes a byte; (n, 1), one code a byte, for a codebook of more than 16 levels
     absmax      float32 (ceil(n/block_size),)
-    codebook    float32, the ascending levels
+    codebook    float32, the level of each code
     shape, dtype, block_size of the tensor it came from; n = prod(shape)
     """
 
@@ -85,10 +90,11 @@ class Quantized:
 def quantize(weight: Tensor, block_size: int = 64, codebook: Tensor = NF4) -> Quantized:
     """Quantize a floating-point tensor of any shape, strides and dtype, block by block, to the nearest level.
 
-    A number exactly between two levels takes the lower one. Zero stays zero if the codebook holds zero.
+    A number exactly between two levels takes the lower one. Zero stays zero if the codebook holds zero. The levels may stand in
+    any order; of two codes for one level, the first is used.
     Error: |weight - dequantize(...)| <= half the widest gap * absmax, plus rounding (see the module).
     Raises: ValueError for a dtype that is not floating point, NaN, infinity or a number beyond float32 (with their count
-    and the first index), a block size that is not a power of two >= 2, or a codebook that is not ascending.
+    and the first index), a block size that is not a power of two >= 2, or a codebook of fewer than two different levels.
     """
     _check_arguments(weight, block_size, codebook)
     flat = weight.detach().to(torch.float32).reshape(-1)  # (n,) row-major
@@ -103,8 +109,10 @@ def quantize(weight: Tensor, block_size: int = 64, codebook: Tensor = NF4) -> Qu
     reciprocal = torch.where(absmax > 0, 1 / (absmax * shift), 0.0)
     normalised = (blocks * shift[:, None]).mul_(reciprocal[:, None])  # in [-1, 1], up to rounding
 
-    midpoints = (codebook[1:] + codebook[:-1]) / 2
-    codes = torch.bucketize(normalised, midpoints, out_int32=True)  # midpoint[i-1] < x <= midpoint[i] has code i
+    levels, order = codebook.sort(stable=True)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    places = torch.bucketize(normalised, midpoints, out_int32=True)  # midpoint[i-1] < x <= midpoint[i]: levels[i] is nearest
+    codes = order[torch.searchsorted(levels, levels)].to(torch.uint8).index_select(0, places.flatten())
     return Quantized(_pack(codes, flat.numel(), codebook), absmax, codebook, weight.shape, weight.dtype, block_size)
 
 
@@ -122,8 +130,7 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _pack(codes: Tensor, n: int, codebook: Tensor) -> Tensor:
-    """Integer codes (n_blocks, block_size) -> uint8 (ceil(n/2), 1), the first of a pair in the high nibble."""
-    codes = codes.to(torch.uint8).reshape(-1)
+    """uint8 codes (n_blocks * block_size,) -> uint8 (ceil(n/2), 1), the first of a pair in the high nibble."""
     if codebook.numel() > 16:
         return codes[:n].reshape(-1, 1)
     pairs = codes[: n + n % 2].reshape(-1, 2)  # an odd n takes one code of the zeros that fill the last block
@@ -141,9 +148,9 @@ def _check_arguments(weight: Tensor, block_size: int, codebook: Tensor) -> None:
         raise ValueError(f"only floating-point tensors can be quantized, got {weight.dtype}")
     if not isinstance(block_size, int) or block_size < 2 or block_size & (block_size - 1):
         raise ValueError(f"the block size must be a power of two >= 2, got {block_size}; the paper uses 64")
-    ascending = codebook.dim() == 1 and bool((codebook[1:] > codebook[:-1]).all() and codebook.isfinite().all())
-    if codebook.dtype != torch.float32 or not ascending or not 2 <= codebook.numel() <= 256:
-        raise ValueError("a codebook is 2 to 256 strictly ascending float32 levels, such as nf4.normal_float(4)")
+    usable = codebook.dim() == 1 and codebook.dtype == torch.float32 and 2 <= codebook.numel() <= 256
+    if not usable or not codebook.isfinite().all() or (codebook == codebook[0]).all():
+        raise ValueError("a codebook is 2 to 256 finite float32 levels, not all the same, such as nf4.normal_float(4)")
 
 
 def check_finite(flat: Tensor, shape: torch.Size) -> None:
