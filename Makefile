@@ -1,5 +1,7 @@
 # make train   set everything up and fine-tune SmolLM2-135M; ARGS="--data text" and the like are passed on
-# make test    set everything up and run the tests
+# make test    set everything up and run the tests; ARGS="tests/test_nf4.py -k tie" runs some of them
+# make test-long  the property tests with 5000 examples each
+# make mutate  break the code, line by line, and see that the tests notice (about an hour)
 # make lint    style
 # make figures draw the pictures of the README
 # make clean   remove the virtual environment, the model and the output
@@ -12,12 +14,24 @@ TORCH := $(shell grep -o '^torch==[0-9.]*' requirements.txt)
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: train test lint figures clean
+.PHONY: train test test-long mutate lint figures clean
 train: $(VENV)/run
 	$(BIN)/python train.py $(ARGS)
 
+# The whole suite must also reach every line; a part of it need not.
 test: $(VENV)/dev
+ifeq ($(ARGS),)
+	$(BIN)/coverage run -m pytest
+	@$(BIN)/python tests/covered.py
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
+
+test-long: $(VENV)/dev
+	$(BIN)/python -m pytest --hypothesis-profile=long $(ARGS)
+
+mutate: $(VENV)/dev
+	$(BIN)/python tests/mutate.py $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -1,190 +1,174 @@
-"""What goes to disk and comes back: adapters in PEFT's format, and the state from which an interrupted run goes on.
+"""What goes to disk and comes back: adapters in PEFT's format, and whole models in bitsandbytes' 4-bit format.
 
-An adapter is a folder of two files, which PEFT reads and writes too:
+An adapter is the folder that peft_format.py describes. A 4-bit model is the folder that transformers saves when it has
+quantized with bitsandbytes: config.json with a quantization_config, and model.safetensors, in which each weight of a linear
+layer is what bnb_format.py says.
 
-    adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (r, in) and ...lora_B.weight (out, r)
-    adapter_config.json         peft_type, r, lora_alpha, lora_dropout, target_modules, base_model_name_or_path
-
-The state of a run is one file: adapter, both moments of every parameter, the random number generator, and as JSON in its
-header the step and the settings. Everything else, the learning rate and the place in the data, follows from the step.
-
-Every file is written beside its final name and renamed, so that a reader finds the old file or the new one, and never half.
-Only safetensors and JSON are read, and nothing is unpickled.
+Loading a 4-bit model starts from a skeleton of it, without numbers (skeleton.py). Each 4-bit weight becomes a QLoRALinear
+without an adapter; every other parameter is the tensor of its name.
 
 Differs from PEFT: there a missing prefix loads nothing and says nothing; here every layer's adapter must be in the file with
-the right shape, and every tensor in the file must find its layer.
+the right shape, and every tensor in the file must find its layer. Differs from transformers: likewise; nothing is filled in
+with random numbers, no number is cast, and what is saved again has the bytes that were loaded.
 """
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
+import copy
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
-from lora import QLoRALinear, attach
+import bnb_format
+import files
+import skeleton
+from lora import QLoRALinear, adapt, names_of, unadapted
+from peft_format import layers_of, of_layer, read_config, tensor_names, write_config
+from skeleton import check_like
 
-PREFIX = "base_model.model."
-UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save")
+QUANTIZATION = {
+    "_load_in_4bit": True, "_load_in_8bit": False, "bnb_4bit_quant_storage": "uint8", "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": None, "llm_int8_threshold": 6.0, "load_in_4bit": True,
+    "load_in_8bit": False, "quant_method": "bitsandbytes",
+}  # what transformers writes, but for what depends on the layers
 
 
-def claim(folder: Path, nbytes: int = 0) -> None:
-    """Make a folder, and see before any work is done for it that it takes files and has room for nbytes."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written to ({error.strerror}): choose another --output-dir") from None
-    if shutil.disk_usage(folder).free < nbytes:
-        raise ValueError(f"{folder} has too little free space: {nbytes / 1e6:.0f} MB are needed for adapter and state")
+def adapted_layers(model: nn.Module) -> dict[str, QLoRALinear]:
+    """Every layer with an adapter, by its name."""
+    return {names[0]: layer for layer, names in names_of(model, QLoRALinear).items() if layer.r}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """PEFT's name -> parameter, for every adapter in the model."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QLoRALinear)}
-    return {f"{PREFIX}{name}.{side}.weight": getattr(layer, side)
-            for name, layer in layers.items() for side in ("lora_A", "lora_B")}
+    pairs = {name: zip(tensor_names(name), (layer.lora_A, layer.lora_B)) for name, layer in adapted_layers(model).items()}
+    return {key: parameter for pair in pairs.values() for key, parameter in pair}
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the adapters of a model into a folder, as PEFT would. Raises: ValueError if the model has none."""
-    folder, tensors = Path(folder), adapter_tensors(model)
-    if not tensors:
+    folder, layers = Path(folder), adapted_layers(model)
+    if not layers:
         raise ValueError("the model has no adapters: lora.attach puts them there")
-    layers = [layer for layer in model.modules() if isinstance(layer, QLoRALinear)]
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": getattr(model, "name_or_path", None),
-        "r": layers[0].r, "lora_alpha": layers[0].lora_alpha, "lora_dropout": layers[0].lora_dropout, "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "target_modules": _target_modules(model),
-    }
+    common = {(layer.lora_dropout, layer.use_rslora) for layer in layers.values()}
+    if len(common) > 1:
+        raise ValueError("the adapters differ in lora_dropout or use_rslora: PEFT's format has one value for all layers")
+    [(lora_dropout, use_rslora)] = common
+    rest = {"lora_dropout": lora_dropout, "use_rslora": use_rslora, "target_modules": _target_modules(model),
+            "base_model_name_or_path": getattr(model, "name_or_path", None)}
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tensors(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    _atomically(folder / "adapter_config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
+    files.write_tensors(adapter_tensors(model), folder / "adapter_model.safetensors", {"format": "pt"})
+    write_config({name: (layer.r, layer.lora_alpha) for name, layer in layers.items()}, rest, folder)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put the adapter of a folder, ours or PEFT's, on a model in place; one without adapters gets them first (NF4 base).
 
-    Raises: ValueError for missing or damaged files, a kind of adapter that is not covered, and names or shapes that do not fit,
-    the first of them named. Adapters that the model had are then as they were.
+    Raises: ValueError for missing or damaged files, a kind of adapter that is not covered, and names, ranks or shapes that do
+    not fit, the first of them named. The model is then as it was.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    tensors = read_tensors(folder / "adapter_model.safetensors")
-    if not adapter_tensors(model):
-        attach(model, config["target_modules"], **{key: config[key] for key in ("r", "lora_alpha", "lora_dropout")})
-    copy_tensors(tensors, adapter_tensors(model), str(folder))
-    for layer in model.modules():
-        if isinstance(layer, QLoRALinear):
-            layer.lora_alpha, layer.scaling = config["lora_alpha"], config["lora_alpha"] / config["r"]
+    config, path = read_config(Path(folder)), Path(folder) / "adapter_model.safetensors"
+    tensors, layers = files.read_tensors(path), adapted_layers(model)
+    new = [] if layers else [names for names in unadapted(model) if names[0] in layers_of(tensors)]
+    layers |= {names[0]: model.get_submodule(names[0]) for names in new}
+    expected = {}
+    for name, layer in layers.items():
+        r, _ = of_layer(config, name)
+        if not new and layer.r != r:
+            raise ValueError(f"{folder}/adapter_config.json gives {name} rank {r}, and the model's adapter has {layer.r}")
+        shapes = (r, layer.in_features), (layer.out_features, r)
+        expected |= {key: torch.empty(shape, device="meta") for key, shape in zip(tensor_names(name), shapes)}
+    check_like(tensors, expected, path)
+    files.refuse_nan(tensors, path)
+    same = {"lora_dropout": config["lora_dropout"], "use_rslora": config["use_rslora"]}
+    settings = {name: dict(zip(("r", "lora_alpha"), of_layer(config, name))) | same for name in layers}
+    adapt(model, [(names, settings[names[0]]) for names in new])
+    for name, layer in adapted_layers(model).items():
+        layer.lora_alpha, layer.use_rslora = settings[name]["lora_alpha"], settings[name]["use_rslora"]
+    copy_tensors(tensors, adapter_tensors(model))
     return model
 
 
-def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, str], step: int,
-               before: list[float | None], path: Path) -> None:
-    """Write all that a run needs to go on after `step`. settings: what may not change; before: the metric at its start."""
-    tensors = {f"adapter.{name}": tensor for name, tensor in adapter_tensors(model).items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-    tensors["rng"] = torch.get_rng_state()
-    progress = json.dumps({"step": step, "settings": settings, "before": before})
-    _write_tensors(tensors, path, {"progress": progress})
-
-
-def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, str], path: Path) -> tuple[int, list]:
-    """Set adapters, optimizer and random numbers to what `save_state` wrote. -> step, before
-
-    Raises: ValueError if there is none, it is damaged, or `settings` are not those that it was written under.
-    """
-    if not path.is_file():
-        raise ValueError(f"there is no {path} to resume from: it is written on Ctrl-C, at the end, and with --save-every")
-    tensors = read_tensors(path)
-    with safe_open(path, "pt") as file:
-        progress = json.loads((file.metadata() or {}).get("progress", "{}"))
-    if progress.keys() != {"step", "settings", "before"}:
-        raise ValueError(f"{path} is not the state of a run")
-    was = progress["settings"]
-    differs = [f"{key} was {was.get(key)}, is {now}" for key, now in settings.items() if was.get(key) != now]
-    if differs:
-        raise ValueError(f"cannot go on from {path}: {'; '.join(differs)}")
-    adapter = {name.removeprefix("adapter."): tensor for name, tensor in tensors.items() if name.startswith("adapter.")}
-    copy_tensors(adapter, adapter_tensors(model), str(path))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name in (name for name in tensors if name.startswith("optimizer.")):
-        _, index, key = name.split(".")
-        state.setdefault(int(index), {})[key] = tensors[name]
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["rng"])
-    return progress["step"], progress["before"]
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file. Raises: ValueError if it is missing or damaged."""
-    if not path.is_file():
-        raise ValueError(f"there is no {path}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
-
-
-def copy_tensors(source: dict[str, Tensor], target: dict[str, Tensor], where: str) -> None:
-    """Copy by name, all or nothing. Raises: ValueError naming what is missing, unknown or of another shape."""
-    wrong = [f"{name} is missing" for name in target if name not in source]
-    wrong += [f"{name} belongs to no adapted layer" for name in source if name not in target]
-    wrong += [f"{name} is {tuple(source[name].shape)}, the layer's is {tuple(target[name].shape)}"
-              for name in target if name in source and source[name].shape != target[name].shape]
-    if wrong:
-        raise ValueError(f"{where} does not fit the model, {len(wrong)} tensors in all: {'; '.join(wrong[:3])}")
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
-
-
-def read_config(folder: Path) -> dict:
-    """adapter_config.json, PEFT's defaults filled in. Raises: ValueError if it is missing, damaged, or not plain LoRA."""
-    path = folder / "adapter_config.json"
-    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", "base_model_name_or_path": None}
-    if not path.is_file():
-        raise ValueError(f"there is no {path}: an adapter is a folder with adapter_config.json and adapter_model.safetensors")
-    try:
-        config = defaults | json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is not a JSON object ({error})") from None
-    uncovered = [key for key in UNSUPPORTED if config.get(key)]
-    if config.get("peft_type") != "LORA" or uncovered:
-        raise ValueError(f"{path} asks for {', '.join(uncovered) or config.get('peft_type')}; plain LoRA is what is covered")
-    return config
+@torch.no_grad()
+def copy_tensors(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
 
 
 def _target_modules(model: nn.Module) -> list[str]:
     """The last parts of the adapted layers' names where they single these layers out, else their whole names."""
-    adapted = {name for name, module in model.named_modules() if isinstance(module, QLoRALinear)}
+    adapted = set(adapted_layers(model))
     suffixes = {name.rpartition(".")[2] for name in adapted}
-    others = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return sorted(adapted if suffixes & others else suffixes)
+    others = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, QLoRALinear))} - adapted
+    return sorted(adapted if suffixes & {name.rpartition(".")[2] for name in others} else suffixes)
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def save_4bit(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write the frozen base of a model as transformers would after quantizing it with bitsandbytes. Adapters go elsewhere.
+
+    Raises: ValueError if it has no layer in 4 bits, or one that the format cannot hold (a dense base, another code).
+    """
+    folder, layers = Path(folder), names_of(model, QLoRALinear)
+    if not layers or not isinstance(model, PreTrainedModel):
+        raise ValueError("save_4bit needs a model of transformers with layers in 4 bits: lora.attach makes them")
+    ours = {f"{name}.{key}" for layer, names in layers.items() for name in names for key in layer.state_dict() if key != "bias"}
+    tied = model.all_tied_weights_keys
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in ours and name not in tied}
+    config = _config_of(model, next(iter(layers)))
+    storage = bnb_format.STORAGES[config.quantization_config["bnb_4bit_quant_storage"]]
+    for layer, (name, *_) in layers.items():
+        tensors |= bnb_format.pack(layer.base, f"{name}.weight", storage)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
+    if model.can_generate():
+        files.write_text(model.generation_config.to_json_string(), folder / "generation_config.json")
+    files.write_text(config.to_json_string(), folder / "config.json")
+
+
+def _config_of(model: PreTrainedModel, layer: QLoRALinear) -> PretrainedConfig:
+    """A copy of the model's config that says how it is quantized; what a folder said stands, where it is still true."""
+    config = copy.deepcopy(model.config)
+    dtype = model.get_input_embeddings().weight.dtype
+    config.architectures, config.dtype = [type(model).__name__], dtype
+    said = QUANTIZATION | (getattr(config, "quantization_config", None) or {})
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    said = said | {
+        "bnb_4bit_quant_type": bnb_format.quant_type(layer.base.codebook),
+        "bnb_4bit_use_double_quant": layer.base.double_quant,
+        "bnb_4bit_compute_dtype": str(layer.compute_dtype or dtype).removeprefix("torch."),
+    }
+    if dense != head and not set(dense) <= set(said["llm_int8_skip_modules"] or []):
+        said["llm_int8_skip_modules"] = [*dense, *head]
+    config.quantization_config = said
+    return config
+
+
+def load_4bit(folder: str | Path) -> PreTrainedModel:
+    """The model in a folder that save_4bit, or transformers with bitsandbytes, has saved; frozen, in evaluation mode.
+
+    Each layer in 4 bits is a QLoRALinear without an adapter; lora.attach or load_adapter gives it one.
+    Raises: ValueError naming the file and the key if anything is missing, left over, or not what it must be.
+    """
+    folder = Path(folder)
+    said = files.read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(said, dict) or said.get("quant_method") != "bitsandbytes" or not said.get("load_in_4bit"):
+        raise ValueError(f"{folder}/config.json: quantization_config is not that of 4 bits by bitsandbytes, but "
+                         f"{str(said)[:200]}; a dense model is loaded with transformers, and given 4 bits by lora.attach")
+    said = QUANTIZATION | {"bnb_4bit_compute_dtype": "float32"} | said  # what transformers takes where a file is silent
+    for key, known in (("bnb_4bit_compute_dtype", bnb_format.DTYPES), ("bnb_4bit_quant_storage", bnb_format.STORAGES)):
+        if said[key] not in [*known]:
+            raise ValueError(f"{folder}/config.json: {key} must be one of {', '.join(known)}; got {said[key]}")
+    tensors = files.read_model(folder)
+    model = skeleton.build(folder, tensors)
+    modules, compute_dtype = dict(model.named_modules()), bnb_format.DTYPES[said["bnb_4bit_compute_dtype"]]
     try:
-        _atomically(path, lambda unfinished: save_file(contiguous, unfinished, metadata))
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written ({error}); what was there before is untouched") from None
-
-
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, see that it is on the disk, and give it its name."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(unfinished)
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        for weight in bnb_format.packed_names(tensors):
+            name = weight.removesuffix(".weight")
+            if type(modules.get(name)) is not nn.Linear or name == weight:
+                raise ValueError(f"{weight} is in 4 bits, and {name} is no linear layer of the model")
+            base = bnb_format.unpack(tensors, weight, modules[name].weight.shape)
+            model.set_submodule(name, QLoRALinear(base, modules[name].bias, compute_dtype=compute_dtype))
+    except ValueError as error:
+        raise ValueError(f"{folder}/model.safetensors: {error}") from None
+    skeleton.fill(model, tensors, folder)
+    return model.requires_grad_(False).eval()

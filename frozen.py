@@ -12,8 +12,8 @@ Buffers, for a weight of n elements (the names are those of a bitsandbytes check
     nested_offset   float32 (1,)                   }
     weight          the dense tensor itself, and nothing else, with codebook=None: ordinary 16-bit LoRA stands on it
 
-together 4 + 8/64 + 32/(64 * 256) = 4.127 bits an element and one mean. The codebook is a constant of the format, the same for
-all layers, and is neither saved nor counted.
+together 4 + 8/64 + 32/(64 * 256) = 4.127 bits an element and one mean. The codebooks are constants of the format, the same for
+all layers, and are neither saved nor counted.
 
 Calling the module dequantizes. Who calls drops the result as soon as it has been multiplied: the dense weights of a model
 never exist together.
@@ -47,28 +47,49 @@ class FrozenWeight(nn.Module):
                  codebook: Tensor | None = nf4.NF4) -> None:
         """Raises: ValueError as `nf4.quantize` does: NaN, infinity, a block size that is not a power of two."""
         super().__init__()
-        self.shape, self.dtype, self.block_size, self.double_quant = weight.shape, weight.dtype, block_size, double_quant
-        buffers = {"weight": weight.detach()}
-        if codebook is not None:
+        if codebook is None:
+            self.shape, self.dtype, self.double_quant = weight.shape, weight.dtype, False
+            self.register_buffer("weight", weight.detach())
+            self.register_buffer("codebook", None)
+        else:
             q = nf4.quantize(weight, block_size, codebook)
-            buffers, codebook = {"packed": q.packed, "absmax": q.absmax}, q.codebook
-        if codebook is not None and double_quant:
-            dq = second.quantize(q.absmax)
-            buffers |= {"absmax": dq.codes, "nested_absmax": dq.absmax, "nested_offset": dq.offset}
-        for name, tensor in buffers.items():
-            self.register_buffer(name, tensor)
-        self.register_buffer("codebook", codebook, persistent=False)
+            self._keep(q, second.quantize(q.absmax) if double_quant else None)
+
+    @classmethod
+    def from_quantized(cls, q: nf4.Quantized, constants: second.DoubleQuantized | None) -> "FrozenWeight":
+        """What a checkpoint holds. q.absmax does not count where `constants` stand for it."""
+        frozen = cls.__new__(cls)
+        nn.Module.__init__(frozen)
+        frozen._keep(q, constants)
+        return frozen
+
+    def _keep(self, q: nf4.Quantized, constants: second.DoubleQuantized | None) -> None:
+        self.shape, self.dtype, self.block_size, self.double_quant = q.shape, q.dtype, q.block_size, constants is not None
+        self.register_buffer("packed", q.packed)
+        self.register_buffer("absmax", q.absmax if constants is None else constants.codes)
+        self.register_buffer("codebook", q.codebook, persistent=False)
+        if constants is not None:
+            self.nested_block_size = constants.block_size
+            self.register_buffer("nested_absmax", constants.absmax)
+            self.register_buffer("nested_offset", constants.offset)
+            self.register_buffer("nested_codebook", constants.codebook, persistent=False)
+
+    def quantized(self) -> tuple[nf4.Quantized, second.DoubleQuantized | None]:
+        """The weight as `nf4.dequantize` takes it, its constants decoded, and the constants as they are stored."""
+        absmax, constants = self.absmax, None
+        if self.double_quant:
+            constants = second.DoubleQuantized(absmax, self.nested_absmax, self.nested_offset, self.nested_block_size,
+                                               self.nested_codebook)
+            absmax = second.dequantize(constants)
+            # No constant was larger than its weight's dtype can hold, and 0.7 % more would make the largest ones infinite.
+            absmax.clamp_(max=min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max))
+        return nf4.Quantized(self.packed, absmax, self.codebook, self.shape, self.dtype, self.block_size), constants
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, in `dtype` or in the dtype it came in; the caller owns it, unless the base is dense already."""
         if self.codebook is None:
             return self.weight.to(dtype or self.dtype)
-        absmax = self.absmax
-        if self.double_quant:
-            absmax = second.dequantize(second.DoubleQuantized(absmax, self.nested_absmax, self.nested_offset))
-            # No constant was larger than its weight's dtype can hold, and 0.7 % more would make the largest ones infinite.
-            absmax.clamp_(max=min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max))
-        return nf4.dequantize(nf4.Quantized(self.packed, absmax, self.codebook, self.shape, self.dtype, self.block_size), dtype)
+        return nf4.dequantize(self.quantized()[0], dtype)
 
     def audit(self, update: Tensor) -> MergeAudit:
         """Quantize weight + update anew, and compare the change that is realised with the one that was wanted."""
@@ -83,7 +104,7 @@ class FrozenWeight(nn.Module):
     @property
     def nbytes(self) -> int:
         """What the weight costs in memory, read off the tensors that hold it."""
-        return sum(buffer.nbytes for name, buffer in self.named_buffers() if name != "codebook")
+        return sum(buffer.nbytes for name, buffer in self.named_buffers() if not name.endswith("codebook"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """What .to(), .half() and .cuda() call. Buffers change their device, but 4-bit ones never their dtype."""

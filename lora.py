@@ -5,96 +5,70 @@ zero, so that training starts exactly at the pretrained model (paper, section 3,
 
     y = x W'^T + b + s (d(x) A^T) B^T        W' = the dequantized weight,  s = lora_alpha / r,  d = dropout
 
-With g = dL/dy and h = d(x) A^T (tokens, r), the chain rule by hand:
+lora_matmul.py has the product and its gradients; here are the layer, a model full of them, and the way back to dense layers.
 
-    dL/dB = s g^T h        dL/dh = s g B        dL/dA = (dL/dh)^T d(x)        dL/dx = g W' + d'((dL/dh) A)
-
-No gradient for W is wanted, so x is kept for A alone, and W' is needed only while it multiplies: it is dequantized in
-forward, dropped, and dequantized again in backward. What lives on between the two, besides the parameters, is x (tokens, in),
-h (tokens, r), and with dropout its mask, one bool for each element of x.
-
-Differs from PEFT: base and adapter are one autograd function; a merge goes to a dense weight and says what a 4-bit merge
-would have lost; unmerging is exact, because the codes are never touched.
+Differs from PEFT: a merge goes to a dense weight and says what a 4-bit merge would have lost; unmerging is exact, because the
+codes are never touched.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from frozen import FrozenWeight, MergeAudit
-from nf4 import NF4
-
-
-class LoRAMatmul(torch.autograd.Function):
-    """y = x W^T + b + s (keep x A^T) B^T, where `base(dtype)` makes W (out, in) whenever it is needed."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, keep: Tensor | None,
-                scaling: float, base: Callable[[torch.dtype], Tensor]) -> Tensor:
-        """x (tokens, in), lora_A (r, in), lora_B (out, r), bias (out,), keep bool (tokens, in) -> (tokens, out)."""
-        with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(x, base(x.dtype), bias)  # (tokens, out)
-            h = F.linear(x if keep is None else x * keep, lora_A.to(x.dtype))  # (tokens, r)
-            y.addmm_(h, lora_B.to(x.dtype).T, alpha=scaling)
-        needs_A, needs_B = ctx.needs_input_grad[1:3]
-        ctx.save_for_backward(x if needs_A else None, h if needs_B else None, keep, lora_A, lora_B)
-        ctx.scaling, ctx.base = scaling, base
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
-        """g (tokens, out) -> the gradients of x, lora_A, lora_B and bias. A second derivative is refused."""
-        x, h, keep, lora_A, lora_B = ctx.saved_tensors
-        needs_x, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:4]
-        dx = None
-        with torch.autocast(g.device.type, enabled=False):
-            dh = (g @ lora_B.to(g.dtype)).mul_(ctx.scaling)  # (tokens, r)
-            dB = (g.T @ h).mul_(ctx.scaling).to(lora_B.dtype) if needs_B else None  # (out, r)
-            dA = (dh.T @ (x if keep is None else x * keep)).to(lora_A.dtype) if needs_A else None  # (r, in)
-            if needs_x:
-                dx = dh @ lora_A.to(g.dtype)  # (tokens, in)
-                dx = (dx if keep is None else dx.mul_(keep)).addmm_(g, ctx.base(g.dtype))
-        return dx, dA, dB, g.sum(0) if needs_bias else None, None, None, None
+from lora_matmul import LoRAMatmul
+from nf4 import NF4, check_finite
 
 
 class QLoRALinear(nn.Module):
     """A frozen 4-bit linear layer with a trainable adapter. Made by `from_linear` or, for a whole model, by `attach`.
 
     base: FrozenWeight (out, in). lora_A (r, in), lora_B (out, r): float32, cast for the products. bias (out,): frozen, or None.
+    Made by `QLoRALinear(base, bias)` it has no adapter yet, which is an adapter of rank 0: the layers of a 4-bit checkpoint.
     """
 
-    def __init__(self, linear: nn.Linear, base: FrozenWeight, r: int, lora_alpha: float, lora_dropout: float,
-                 compute_dtype: torch.dtype | None) -> None:
+    def __init__(self, base: FrozenWeight, bias: Tensor | None, r: int = 0, lora_alpha: float = 0, lora_dropout: float = 0.0,
+                 compute_dtype: torch.dtype | None = None, use_rslora: bool = False) -> None:
         super().__init__()
         self.base, (self.out_features, self.in_features) = base, base.shape
-        if type(r) is not int or not 1 <= r <= min(base.shape):
-            raise ValueError(f"r must be a whole number from 1 to {min(base.shape)}, the layer's smaller side; got {r}")
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.lora_dropout, self.compute_dtype = lora_dropout, compute_dtype
+        kind = {"dtype": torch.promote_types(base.dtype, torch.float32), "device": next(base.buffers()).device}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **kind), requires_grad=r > 0)
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **kind), requires_grad=r > 0)
+        if r:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as the authors of LoRA, and PEFT, do
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_buffer("merged", None, persistent=False)
+
+    @property
+    def scaling(self) -> float:
+        """s = lora_alpha / r; lora_alpha / sqrt(r) with use_rslora, under which a larger r does not learn more slowly."""
+        return self.lora_alpha / ((math.sqrt(self.r) if self.use_rslora else self.r) or 1)
+
+    @classmethod
+    def from_linear(cls, linear: "nn.Linear | QLoRALinear", r: int = 8, lora_alpha: float = 16, lora_dropout: float = 0.0,
+                    block_size: int = 64, double_quant: bool = True, codebook: Tensor | None = NF4,
+                    compute_dtype: torch.dtype | None = None, use_rslora: bool = False) -> "QLoRALinear":
+        """Quantize a dense layer; codebook=None keeps it dense, for 16-bit LoRA. A layer in 4 bits keeps its base.
+
+        Raises: ValueError for what `nf4.quantize` refuses, and an r, lora_alpha or lora_dropout out of range.
+        """
+        if type(r) is not int or r < 1:
+            raise ValueError(f"r must be a whole number >= 1, such as 8; got {r}")
         if not 0 < lora_alpha < math.inf:
             raise ValueError(f"lora_alpha must be positive and finite, often 2 * r; got {lora_alpha}")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout is a probability, 0 <= p < 1; got {lora_dropout}")
-        self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
-        self.lora_dropout, self.compute_dtype = lora_dropout, compute_dtype
-        kind = {"dtype": torch.promote_types(base.dtype, torch.float32), "device": linear.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **kind))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **kind))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as the authors of LoRA, and PEFT, do
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self.register_buffer("merged", None, persistent=False)
-        self.train(linear.training)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, r: int = 8, lora_alpha: float = 16, lora_dropout: float = 0.0, block_size: int = 64,
-                    double_quant: bool = True, codebook: Tensor | None = NF4,
-                    compute_dtype: torch.dtype | None = None) -> "QLoRALinear":
-        """Quantize a dense layer; codebook=None keeps it dense, for 16-bit LoRA. Raises: ValueError."""
-        frozen = FrozenWeight(linear.weight, block_size, double_quant, codebook)
-        return cls(linear, frozen, r, lora_alpha, lora_dropout, compute_dtype)
+        if isinstance(linear, QLoRALinear):
+            base, compute_dtype = linear.base, compute_dtype or linear.compute_dtype
+        else:
+            base = FrozenWeight(linear.weight, block_size, double_quant, codebook)
+        return cls(base, linear.bias, r, lora_alpha, lora_dropout, compute_dtype, use_rslora).train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in autocast's dtype where it is on, else in x's; computed in compute_dtype if given."""
@@ -129,31 +103,11 @@ def attach(model: nn.Module, targets: str | Iterable[str] = "all-linear", **sett
     """Freeze a model and give its linear layers a 4-bit base and an adapter, in place, one layer at a time.
 
     Every nn.Linear takes part but the output head (adapters on all of them are what it takes to match 16-bit fine-tuning:
-    paper, section 4), or those whose name is, or ends in, one of `targets`. `settings`: see QLoRALinear.from_linear.
-    Raises: ValueError if there is no such layer, or naming the one that cannot be quantized or adapted.
+    paper, section 4), or those whose name is, or ends in, one of `targets`; and layers in 4 bits, which keep their base.
+    `settings`: see QLoRALinear.from_linear.
+    Raises: ValueError if there is no such layer, or naming the one that cannot be quantized; nothing is changed then.
     """
-    groups = _find_layers(model, targets)
-    model.requires_grad_(False)
-    dense_bytes = base_bytes = 0
-    for names in groups:
-        linear = model.get_submodule(names[0])
-        try:
-            layer = QLoRALinear.from_linear(linear, **settings)
-        except ValueError as error:
-            raise ValueError(f"layer {names[0]}: {error}") from None
-        for name in names:
-            model.set_submodule(name, layer)
-        dense_bytes, base_bytes = dense_bytes + linear.weight.nbytes, base_bytes + layer.base.nbytes
-    print(f"adapters of rank {layer.r} on {len(groups)} linear layers; "
-          f"their frozen weights: {dense_bytes / 1e6:.1f} MB before, {base_bytes / 1e6:.1f} MB now")
-    return model
-
-
-def _find_layers(model: nn.Module, targets: str | Iterable[str]) -> list[list[str]]:
-    """The layers to adapt, each as the list of its names in the model."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    tied = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups = [names for module, names in names_of(model, nn.Linear).items() if module is not head and module.weight not in tied]
+    groups = unadapted(model)
     if not groups:
         raise ValueError("the model has no nn.Linear besides its output head: nothing to adapt (has it been adapted already?)")
     wanted = [targets] if isinstance(targets, str) else list(targets)
@@ -162,7 +116,50 @@ def _find_layers(model: nn.Module, targets: str | Iterable[str]) -> list[list[st
     if not chosen:
         known = sorted({name.rpartition(".")[2] for names in groups for name in names})
         raise ValueError(f"no linear layer is named {' or '.join(wanted) or 'by no target'}; there are {', '.join(known)}")
-    return chosen
+    before, after = adapt(model, [(names, settings) for names in chosen])
+    print(f"adapters of rank {model.get_submodule(chosen[0][0]).r} on {len(chosen)} linear layers; "
+          f"their frozen weights: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now")
+    return model
+
+
+def adapt(model: nn.Module, layers: list[tuple[list[str], dict]]) -> tuple[int, int]:
+    """Adapt layers, each given by its names and settings, all or none. -> bytes of their weights before, and now"""
+    for (name, *_), _ in layers:
+        linear = model.get_submodule(name)
+        if isinstance(linear, nn.Linear):
+            with naming(name):
+                check_finite(linear.weight.detach().float().flatten(), linear.weight.shape)
+    before = after = 0
+    for names, settings in layers:
+        linear = model.get_submodule(names[0])
+        with naming(names[0]):
+            layer = QLoRALinear.from_linear(linear, **settings)
+        for name in names:
+            model.set_submodule(name, layer)
+        before += (linear.weight if isinstance(linear, nn.Linear) else linear.base).nbytes
+        after += layer.base.nbytes
+    model.requires_grad_(False)
+    for layer in names_of(model, QLoRALinear):  # those of an earlier call too
+        layer.lora_A.requires_grad_(layer.r > 0)
+        layer.lora_B.requires_grad_(layer.r > 0)
+    return before, after
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Let a ValueError say which layer it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer {name}: {error}") from None
+
+
+def unadapted(model: nn.Module) -> list[list[str]]:
+    """The linear layers without an adapter, but for the output head, each as the list of its names in the model."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    tied = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    dense = [names for module, names in names_of(model, nn.Linear).items() if module is not head and module.weight not in tied]
+    return dense + [names for layer, names in names_of(model, QLoRALinear).items() if not layer.r]
 
 
 def names_of(model: nn.Module, kind: type[nn.Module]) -> dict[nn.Module, list[str]]:

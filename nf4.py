@@ -124,8 +124,8 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Tensor:
         sixteen = F.pad(codebook, (0, 16 - codebook.numel()))
         pairs = torch.cartesian_prod(sixteen, sixteen)  # (256, 2): row 16 * high + low holds both levels
         codebook = pairs.view(torch.int64).flatten()  # (256,)
-    levels = codebook.index_select(0, q.packed.flatten().int()).view(torch.float32)[:n]  # (n,)
-    blocks = _into_blocks(levels, q.block_size)  # (n_blocks, block_size)
+    blocks = codebook.index_select(0, q.packed.flatten().int()).view(torch.float32)[:n]  # (n,) levels
+    blocks = _into_blocks(blocks, q.block_size)  # (n_blocks, block_size), a padded copy only if the last block is ragged
     return blocks.mul_(q.absmax[:, None]).reshape(-1)[:n].reshape(q.shape).to(q.dtype if dtype is None else dtype)
 
 

@@ -22,9 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoint
 import data
+import files
 import memory
 import pretrained
 import report
+import resume
 from evaluate import answers, exact_match, label_loss, perplexity, pick_dtype
 from lora import attach
 from nf4 import normal_float
@@ -175,11 +177,11 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: da
 def finetune(args: argparse.Namespace, quant: str, folder: Path) -> dict:
     """One run from the base to its adapter in `folder`. -> its report"""
     began = time.perf_counter()
-    checkpoint.claim(folder)
+    files.claim(folder)
     model, tokenizer = adapted_model(args, quant)
     task = data.load(args.data, tokenizer, args.max_seq_len, args.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    checkpoint.claim(folder, 32 * sum(p.numel() for p in parameters))  # adapter, and state with both moments, old and new
+    files.claim(folder, 32 * sum(p.numel() for p in parameters))  # adapter, and state with both moments, old and new
     if args.optim == "paged_adamw":
         resident = None if args.resident_mb is None else int(args.resident_mb * 2**20)
         optimizer = PagedAdamW(parameters, weight_decay=0.0, resident_bytes=resident)
@@ -188,14 +190,14 @@ def finetune(args: argparse.Namespace, quant: str, folder: Path) -> dict:
     state, metrics = folder / "state.safetensors", folder / "metrics.jsonl"
     settings = {key: str(value) for key, value in vars(args).items() if key not in MAY_CHANGE}
     if args.resume and (state.exists() or folder == args.output_dir):
-        start, before = checkpoint.load_state(model, optimizer, settings, state)
+        start, before = resume.load_state(model, optimizer, settings, state)
     else:
         start, before = 0, measure(model, tokenizer, task, args, "before")
         state.unlink(missing_ok=True)
     report.keep_metrics(metrics, start)
 
     def save(step: int) -> None:
-        checkpoint.save_state(model, optimizer, settings, step, before, state)
+        resume.save_state(model, optimizer, settings, step, before, state)
 
     train(model, optimizer, task.train, tokenizer.eos_token_id, start, save, metrics, args)
     checkpoint.save_adapter(model, folder)

@@ -158,7 +158,7 @@ class Bounded:
         """Whether a computed tensor is within the bound of `value`, or of another computation of it in float64."""
         reference = self.value if reference is None else reference.detach()
         distance = (computed.detach().double() - reference).abs()
-        return distance.shape == self.error.shape and bool((distance <= self.error).all())
+        return computed.shape == self.error.shape and bool((distance <= self.error).all())
 
 
 def in_float64(bounded: Bounded, terms: int) -> Bounded:
@@ -254,3 +254,81 @@ def mean_absolute_error(codebook: Tensor, block_size: int) -> float:
 def of_a_mean(samples: Tensor, sigmas: float = 6.0) -> float:
     """How far the mean of independent samples may be from its expectation: six standard errors, exceeded once in 5e8 times."""
     return sigmas * samples.double().std().item() / math.sqrt(samples.numel())
+
+
+def apart(first: Bounded, second: Bounded) -> Bounded:
+    """How far two computations of one value may be from each other: their errors add up."""
+    return Bounded(first.value, first.error + second.error)
+
+
+def product(a: Bounded, b: Bounded, dtype: torch.dtype) -> Bounded:
+    """a b, number by number: |a| F + E |b| + E F for a, b in error by E, F, and one rounding."""
+    error = a.value.abs() * b.error + a.error * b.value.abs() + a.error * b.error
+    return Bounded(a.value * b.value, error).to(dtype)
+
+
+def quotient(a: Bounded, b: Bounded, dtype: torch.dtype) -> Bounded:
+    """a / b for b > 0: a'/b' - a/b = ((a' - a) - (b' - b) a/b) / b', and one rounding. Nothing is promised if b' may be 0."""
+    least = (b.value - b.error).clamp(min=0)
+    return Bounded(a.value / b.value, (a.error + (a.value / b.value).abs() * b.error) / least).to(dtype)
+
+
+def root(a: Bounded, dtype: torch.dtype) -> Bounded:
+    """sqrt(a), for a and a computed a' >= 0: |sqrt(a') - sqrt(a)| = |a' - a| / (sqrt(a') + sqrt(a)), and <= sqrt(|a' - a|)."""
+    least = (a.value - a.error).clamp(min=0)
+    error = torch.where(least > 0, a.error / (least.sqrt() + a.value.sqrt()), a.error.sqrt())
+    return Bounded(a.value.sqrt(), error).to(dtype)
+
+
+def factor(x: float, dtype: torch.dtype, magnitude: float | None = None) -> Bounded:
+    """A number made in float64 by up to three operations, none of a result above `magnitude` (or x), and rounded to dtype."""
+    value = torch.tensor(x, dtype=torch.float64)
+    made = Bounded(value, gamma(3, torch.float64) * (value.abs() if magnitude is None else torch.tensor(magnitude)))
+    return made if dtype == torch.float64 else made.to(dtype)
+
+
+def adamw(param: Bounded, exp_avg: Bounded, exp_avg_sq: Bounded, grad: Tensor, step: int, lr: float,
+          betas: tuple[float, float], eps: float, weight_decay: float, dtype: torch.dtype) -> tuple[Bounded, Bounded, Bounded]:
+    """Step `step` (from 1) of AdamW in `dtype`, for exact gradients and a state p, m, v that is in error by what came before.
+
+        p <- p - lr weight_decay p              or p (1 - lr weight_decay)
+        m <- m + (1 - beta1) (g - m)            or g - beta1 (g - m) where beta1 <= 1/2; lerp does so
+        v <- beta2 v + (1 - beta2) g g
+        p <- p - s m / (sqrt(v) / c + eps)      s = lr / (1 - beta1^t), c = sqrt(1 - beta2^t)
+
+    Products and quotients from left to right; a product may be fused with the sum it enters. The factors that all elements
+    share are made in float64 and rounded to dtype (1 - beta^t is the same float64 in all programs). Nothing overflows.
+
+    m stands twice in its formula. Its error F becomes beta1 F: with w = 1 - beta1, m' + w (g - m') differs from m + w (g - m)
+    by (1 - w)(m' - m). To that come gamma_3 w |g - m'| for the factor, the difference and the product, and the rounding of the
+    sum. In the other form beta1 <= w is in error by u w, which is no more.
+    """
+    (beta1, beta2), g = betas, Bounded.exact(grad)
+    if weight_decay:
+        param = product(param, factor(1 - lr * weight_decay, dtype, 1 + lr * weight_decay), dtype)
+
+    w, way = 1 - beta1, g.value - exp_avg.value
+    rounding = gamma(3, dtype) * w * (way.abs() + exp_avg.error) + 2 * TINY[dtype]
+    exp_avg = Bounded(exp_avg.value + w * way, beta1 * exp_avg.error + rounding).to(dtype)
+
+    square = product(g.times(1 - beta2, dtype), g, dtype)
+    exp_avg_sq = exp_avg_sq.times(beta2, dtype).plus(square, dtype)
+
+    denominator = quotient(root(exp_avg_sq, dtype), factor((1 - beta2**step) ** 0.5, dtype), dtype)
+    denominator = denominator.plus(factor(eps, dtype), dtype)
+    change = quotient(product(exp_avg, factor(lr / (1 - beta1**step), dtype), dtype), denominator, dtype)
+    return param.plus(Bounded(-change.value, change.error), dtype), exp_avg, exp_avg_sq
+
+
+def table_error(points: int) -> float:
+    """How far from a number in [-1, 1] the one may be whose level it gets from a table of equally spaced points: half a step.
+
+    float32 adds: the decision error, the sum 1 + x, its product with (points - 1) / 2, the point itself: u of at most 2 each.
+    """
+    return 1 / (points - 1) + decision_error() + 3 * 2 * U
+
+
+def is_tight(errors: Tensor | float, bounds: Tensor | float, share: float = 0.99) -> bool:
+    """Whether the errors keep within their bounds and one of them reaches this share of its own: a bound worth its name."""
+    ratio = torch.as_tensor(errors, dtype=torch.float64) / torch.as_tensor(bounds, dtype=torch.float64)
+    return bool(share <= ratio.max() <= 1)

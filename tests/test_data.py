@@ -1,5 +1,6 @@
 """Data sets: what is asked, what is learnt, what is held out, and what is refused."""
 
+import copy
 import json
 import random
 import re
@@ -136,3 +137,10 @@ def test_unknown_data_empty_text_and_long_examples_are_refused(tokenizer: PreTra
         data.load(str(tmp_path / "empty.txt"), tokenizer, 256, 0)
     with pytest.raises(ValueError, match="more than --max-seq-len 32"):
         data.load("orders", tokenizer, 32, 0)
+
+
+def test_a_model_without_a_chat_template_gets_the_bare_question(tokenizer: PreTrainedTokenizerBase) -> None:
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    assert tokenizer.decode(data.chat(plain, "Who?")) == "Who?\n"
+    assert tokenizer.decode(data.chat(tokenizer, "Who?")).count("<|im_start|>") == 3, "system, user, and the answer to come"

@@ -5,7 +5,7 @@ import math
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from bounds import cast, decision_slack, double_quantized, gamma
+from bounds import cast, decision_slack, double_quantized, gamma, is_tight
 from hypothesis import assume, example, given, target
 from hypothesis import strategies as st
 from strategies import BLOCK_SIZES, Constants, constants, same_bits
@@ -52,8 +52,7 @@ def test_half_gap_is_reached_where_the_code_has_no_minus_one() -> None:
     absmax = torch.tensor([0.0, 2.0])  # minus their mean: -1, 1
     dq = double_quant.quantize(absmax)
     error = (absmax.double() - double_quant.dequantize(dq).double()).abs()
-    ratio = error / double_quantized(absmax, nested_absmax_of(dq), double_quant.DYNAMIC)
-    assert 0.99 <= ratio.max() <= 1
+    assert is_tight(error, double_quantized(absmax, nested_absmax_of(dq), double_quant.DYNAMIC))
 
 
 @given(constants, blocks_of)
@@ -97,6 +96,7 @@ def test_every_constant_takes_its_nearest_8_bit_level(recipe: Constants, block_s
 @given(constants, blocks_of)
 @example(Constants(pattern="some zeros"), 256)
 @example(Constants(pattern="all sizes", exponent=128), 256)
+@example(Constants(pattern="some zeros", exponent=128, seed=1), 256)
 def test_a_decoded_constant_is_never_negative_nor_infinite(recipe: Constants, block_size: int) -> None:
     decoded = double_quant.dequantize(double_quant.quantize(recipe.tensor(), block_size))
     assert ((decoded >= 0) & (decoded <= LARGEST)).all()

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = ["tasks", "memory", "pretrained", "report"]  # import nothing of ours
-ORDER = ["nf4", "double_quant", "frozen", "lora", "pager", "paged_optim", "checkpoint", "data", "evaluate", "train"]
+LEAVES = ["files", "tasks", "memory", "pretrained", "report"]  # import nothing of ours
+ORDER = ["nf4", "double_quant", "frozen", "lora_matmul", "lora", "pager", "paged_optim",
+         "bnb_format", "peft_format", "skeleton", "checkpoint", "resume", "data", "evaluate", "train"]
 SOURCES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
@@ -33,7 +34,7 @@ def test_a_file_imports_only_what_comes_before_it(name: str) -> None:
     assert ours <= allowed, f"{name}.py must not import {sorted(ours - allowed)}"
 
 
-@pytest.mark.parametrize("name", ["nf4", "double_quant", "frozen", "lora", "pager", "paged_optim"])
+@pytest.mark.parametrize("name", ["nf4", "double_quant", "frozen", "lora_matmul", "lora", "pager", "paged_optim"])
 def test_a_concept_needs_torch_and_scipy_alone(name: str) -> None:
     others = {"transformers", "peft", "bitsandbytes", "numpy", "numba", "matplotlib", "tqdm"}
     assert not imports_of(ROOT / f"{name}.py") & others

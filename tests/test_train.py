@@ -1,6 +1,7 @@
 """The program from end to end: on the real model for a few steps, and on a tiny one stopped, resumed and misused."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -184,8 +185,7 @@ def test_an_adapter_answers_a_prompt(tiny: Path, tmp_path: Path, few_questions: 
 @pytest.mark.parametrize("flags, complaint", [
     (["--model", "nowhere/at-all/three"], "neither a folder nor a hub id within reach"),
     (["--data", "nothing.jsonl"], "--data nothing.jsonl is not a file"),
-    (["--lora-r", "0"], "layer model.layers.0.self_attn.q_proj: r must be a whole number from 1 to 64"),
-    (["--lora-r", "65"], "from 1 to 64, the layer's smaller side; got 65"),
+    (["--lora-r", "0"], "layer model.layers.0.self_attn.q_proj: r must be a whole number >= 1"),
     (["--block-size", "48"], "the block size must be a power of two >= 2, got 48"),
     (["--max-seq-len", "9999"], "longer than the model's context of 512 tokens"),
     (["--max-seq-len", "16"], "more than --max-seq-len 16"),
@@ -247,4 +247,6 @@ def test_the_learning_rate_warms_up_and_comes_down() -> None:
     args = train.parse_args(["--max-steps", "100", "--lr", "1"])
     rates = [train.learning_rate(step, args) for step in range(100)]
     assert rates[:10] == [(step + 1) / 10 for step in range(10)]
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:])) and rates[10] == 1 and 0.1 <= rates[-1] < 0.11
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:])) and rates[10] == 1
+    tenth, angle = args.lr / 10, math.pi / 90  # one step before the end of half a turn; 1 - cos x <= x^2 / 2
+    assert tenth <= rates[-1] <= tenth + (args.lr - tenth) / 2 * angle**2 / 2

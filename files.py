@@ -1,0 +1,129 @@
+"""Files: what we write is whole or not there, and what we read may come from a stranger.
+
+Writing. A file is written beside its final name, seen to be on the disk, and renamed: a reader finds the old file or the new
+one, and never half of one.
+
+Reading. Only JSON and safetensors are read; nothing is unpickled, and no file outside the folder is opened. What does not fit
+is one ValueError that names the file and, where there is one, the key. A safetensors header says how long each tensor is; the
+library checks that against the file, so that no header can make us allocate more than the file holds.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+LARGEST_JSON = 2**26  # bytes; the index of a model of a million tensors is about as long
+WITH_NAN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def claim(folder: Path, nbytes: int = 0) -> None:
+    """Make a folder, and see before any work is done for it that it takes files and has room for nbytes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to ({error.strerror}): choose another --output-dir") from None
+    if shutil.disk_usage(folder).free < nbytes:
+        raise ValueError(f"{folder} has too little free space: {nbytes / 1e6:.0f} MB are needed for adapter and state")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}")
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; no more than {LARGEST_JSON} are read as JSON")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON object ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object, but a {type(content).__name__}")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, in memory of its own: the file may change or go afterwards."""
+    if not path.is_file():
+        pickles = sorted(each.name for each in path.parent.glob("*.bin"))
+        hint = f"; {pickles[0]} is a pickle, which could run code: convert it to safetensors" if pickles else ""
+        raise ValueError(f"there is no {path}{hint}")
+    tensors = {}
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                tensors[name] = file.get_tensor(name).clone()
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    return tensors
+
+
+def refuse_nan(tensors: dict[str, Tensor], where: Path) -> None:
+    """Raise a ValueError naming the first tensor with NaN or infinity in it."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in WITH_NAN and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            raise ValueError(f"{where}: {name} holds NaN or infinity")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings in the header of a safetensors file that `read_tensors` has read."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def read_model(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a model's folder: of model.safetensors, or of the files that its index names."""
+    path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if path.is_file() or not index.is_file():
+        return read_tensors(path)
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise ValueError(f"{index}: weight_map does not give the file of each tensor")
+    for name, place in places.items():
+        if place in ("", "..") or "\0" in place or Path(place).name != place:
+            raise ValueError(f"{index}: {name} is said to be in {place!r}, which is no file of this folder")
+    tensors = {}
+    for place in sorted(set(places.values())):
+        part = read_tensors(folder / place)
+        strays = [name for name in part if places.get(name) != place]
+        if strays:
+            raise ValueError(f"{folder / place}: {strays[0]} is not where {index.name} says")
+        tensors |= part
+    lost = [name for name in places if name not in tensors]
+    if lost:
+        raise ValueError(f"{index}: {lost[0]} is not in {places[lost[0]]}")
+    return tensors
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file. Raises: OSError; what was there before is untouched then."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        _atomically(path, lambda unfinished: save_file(contiguous, unfinished, metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}); what was there before is untouched") from None
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file. Raises: OSError; what was there before is untouched then."""
+    _atomically(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def _atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, see that it is on the disk, and give it its name."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(unfinished)
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
