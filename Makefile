@@ -28,7 +28,7 @@ else
 endif
 
 test-long: $(VENV)/dev
-	$(BIN)/python -m pytest --hypothesis-profile=long $(ARGS)
+	$(BIN)/python -m pytest --hypothesis-profile=long -m hypothesis $(ARGS)
 
 mutate: $(VENV)/dev
 	$(BIN)/python tests/mutate.py $(ARGS)

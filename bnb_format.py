@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+import files
 import nf4
 from double_quant import DoubleQuantized
 from frozen import FrozenWeight
@@ -28,6 +29,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 STORAGES = DTYPES | {"float64": torch.float64, "int8": torch.int8, "uint8": torch.uint8}
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes can read
 STATE = ".quant_state.bitsandbytes__"
+LARGEST_STATE = 2**12  # bytes; it has about 200
 
 
 def quant_type(codebook: Tensor | None) -> str | None:
@@ -83,7 +85,10 @@ def unpack(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> FrozenWe
             raise ValueError(f"{name}{suffix} holds magnitudes, and {tensor.min().item()} is negative")
         return tensor
 
-    packed = tensors.pop(name, torch.empty(0)).contiguous().flatten().view(torch.uint8)
+    packed = tensors.pop(name, torch.empty(0))
+    if packed.dtype not in STORAGES.values():
+        raise ValueError(f"{name} must be one of {', '.join(STORAGES)}, and is {packed.dtype}")
+    packed = packed.contiguous().flatten().view(torch.uint8)
     if packed.numel() != -(-n // 2):
         raise ValueError(f"{name} must have {-(-n // 2)} bytes for a weight {tuple(shape)}, and has {packed.numel()}")
     code = CODES[state["quant_type"]]
@@ -92,7 +97,7 @@ def unpack(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> FrozenWe
     absmax, constants = take(".absmax", torch.uint8 if nested else torch.float32, n_blocks), None
     if nested:
         nested_absmax = take(".nested_absmax", torch.float32, -(-n_blocks // state["nested_blocksize"]))
-        offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
+        offset = torch.tensor([float(state["nested_offset"])], dtype=torch.float32)
         levels = take(".nested_quant_map", torch.float32, 256)
         constants = DoubleQuantized(absmax, nested_absmax, offset, state["nested_blocksize"], levels)
     dtype = DTYPES[state["dtype"]]
@@ -103,12 +108,14 @@ def unpack(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> FrozenWe
 def _read_state(tensor: Tensor, name: str, shape: torch.Size) -> dict:
     """The JSON object that says how a weight was quantized, every entry of it checked."""
     try:
-        state = json.loads(bytes(tensor.tolist()))
+        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) > LARGEST_STATE:
+            raise ValueError(f"it is {tensor.dtype} {tuple(tensor.shape)}")
+        state = files.parse_json(bytes(tensor.tolist()))
         entries = {"quant_type", "blocksize", "dtype", "shape"}
         nested = {"nested_blocksize", "nested_dtype", "nested_offset"}
         if state.keys() not in (entries, entries | nested):
             raise ValueError(f"it has {', '.join(state)}")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{name} is not a quantization state in JSON ({error})") from None
     sizes, powers = [state["blocksize"], state.get("nested_blocksize", 256)], [2**k for k in range(1, 17)]
     offset, largest = state.get("nested_offset", 0.0), torch.finfo(torch.float32).max
@@ -122,5 +129,5 @@ def _read_state(tensor: Tensor, name: str, shape: torch.Size) -> dict:
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
-        raise ValueError(f"{name}: {broken[0]}; got {state}")
+        raise ValueError(f"{name}: {broken[0]}; got {str(state)[:300]}")
     return state

@@ -78,7 +78,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         shapes = (r, layer.in_features), (layer.out_features, r)
         expected |= {key: torch.empty(shape, device="meta") for key, shape in zip(tensor_names(name), shapes)}
     check_like(tensors, expected, path)
-    files.refuse_nan(tensors, path)
+    if not expected:
+        raise ValueError(f"{path} has no adapter for any layer of the model")
+    files.refuse_nan({name: tensor.float() for name, tensor in tensors.items()}, path)  # also what float64 can hold alone
     same = {"lora_dropout": config["lora_dropout"], "use_rslora": config["use_rslora"]}
     settings = {name: dict(zip(("r", "lora_alpha"), of_layer(config, name))) | same for name in layers}
     adapt(model, [(names, settings[names[0]]) for names in new])
@@ -169,6 +171,6 @@ def load_4bit(folder: str | Path) -> PreTrainedModel:
             base = bnb_format.unpack(tensors, weight, modules[name].weight.shape)
             model.set_submodule(name, QLoRALinear(base, modules[name].bias, compute_dtype=compute_dtype))
     except ValueError as error:
-        raise ValueError(f"{folder}/model.safetensors: {error}") from None
+        raise ValueError(f"{folder}: {error}") from None
     skeleton.fill(model, tensors, folder)
     return model.requires_grad_(False).eval()

@@ -3,9 +3,10 @@
 Writing. A file is written beside its final name, seen to be on the disk, and renamed: a reader finds the old file or the new
 one, and never half of one.
 
-Reading. Only JSON and safetensors are read; nothing is unpickled, and no file outside the folder is opened. What does not fit
-is one ValueError that names the file and, where there is one, the key. A safetensors header says how long each tensor is; the
-library checks that against the file, so that no header can make us allocate more than the file holds.
+Reading. Only JSON and safetensors are read; nothing is unpickled, and no name leads out of the folder (a link in it may: caches
+are made of links). What does not fit is one ValueError that names the file and, where there is one, the key. A safetensors
+header says how long each tensor is; the library checks that against the file, so that no header can make us allocate more than
+the file holds.
 """
 
 import json
@@ -20,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-LARGEST_JSON = 2**26  # bytes; the index of a model of a million tensors is about as long
+LARGEST_CONFIG, LARGEST_JSON = 2**20, 2**26  # bytes; the index of a model of a million tensors is about as long as the latter
+DEEPEST_JSON = 50  # so that what walks through it does not run out of stack
 WITH_NAN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,24 +37,38 @@ def claim(folder: Path, nbytes: int = 0) -> None:
         raise ValueError(f"{folder} has too little free space: {nbytes / 1e6:.0f} MB are needed for adapter and state")
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file."""
-    if not path.is_file():
-        raise ValueError(f"there is no {path}")
-    if path.stat().st_size > LARGEST_JSON:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; no more than {LARGEST_JSON} are read as JSON")
+def parse_json(text: bytes) -> dict:
+    """The object that a JSON text stands for. Raises: ValueError if it is none, or nested deeper than anybody means."""
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON object ({error})") from None
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(error) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object, but a {type(content).__name__}")
+        raise ValueError(f"it is no object, but a {type(content).__name__}")
+    level = [content]
+    for _ in range(DEEPEST_JSON):
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)
+                 if isinstance(inner, (dict, list))]  # fmt: skip
+    if level:
+        raise ValueError(f"it is nested more than {DEEPEST_JSON} deep")
     return content
+
+
+def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict:
+    """The object in a JSON file of at most `largest` bytes."""
+    if not os.path.isfile(path):  # unlike path.is_file(), also for a name that no file can have
+        raise ValueError(f"there is no {path}")
+    if path.stat().st_size > largest:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; no more than {largest} are read as JSON")
+    try:
+        return parse_json(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a JSON object ({error})") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, in memory of its own: the file may change or go afterwards."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         pickles = sorted(each.name for each in path.parent.glob("*.bin"))
         hint = f"; {pickles[0]} is a pickle, which could run code: convert it to safetensors" if pickles else ""
         raise ValueError(f"there is no {path}{hint}")
@@ -61,8 +77,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no dict)
                 tensors[name] = file.get_tensor(name).clone()
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+    except (SafetensorError, RuntimeError, TypeError, OSError) as error:  # TypeError: 2**63 of something, or more
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged ({reason})") from None
     return tensors
 
 
@@ -84,7 +101,7 @@ def read_model(folder: Path) -> dict[str, Tensor]:
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if path.is_file() or not index.is_file():
         return read_tensors(path)
-    places = read_json(index).get("weight_map")
+    places = read_json(index, LARGEST_JSON).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise ValueError(f"{index}: weight_map does not give the file of each tensor")
     for name, place in places.items():

@@ -5,12 +5,13 @@
                                 that differ: regular expressions, the first that matches the end of a layer's name counts
 
 A regular expression from a stranger can take longer than a life to match. So a pattern may hold three repetitions and no
-groups, which bounds its time by the cube of the length of a name.
+groups, which bounds its time by the cube of the length of a name; and there may not be too many, the slow ones least of all.
 """
 
+import functools
 import json
-import math
 import re
+import warnings
 from pathlib import Path
 
 from torch import Tensor
@@ -51,7 +52,7 @@ def write_config(settings: dict[str, tuple[int, float]], rest: dict, folder: Pat
 def of_layer(config: dict, layer: str) -> tuple[int, float]:
     """A layer's r and lora_alpha."""
     def first_match(patterns: dict, otherwise: float) -> float:
-        return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)), otherwise)
+        return next((value for pattern, value in patterns.items() if _at_the_end(pattern).match(layer)), otherwise)
 
     return first_match(config["rank_pattern"], config["r"]), first_match(config["alpha_pattern"], config["lora_alpha"])
 
@@ -69,8 +70,8 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"{path} asks for {wishes[:200]}; plain LoRA is what is covered")
     ranks, alphas, base = config["rank_pattern"], config["alpha_pattern"], config["base_model_name_or_path"]
     rules = {
-        "rank_pattern": isinstance(ranks, dict) and all(map(is_pattern, ranks)) and all(map(_is_rank, ranks.values())),
-        "alpha_pattern": isinstance(alphas, dict) and all(map(is_pattern, alphas)) and all(map(_is_alpha, alphas.values())),
+        "rank_pattern": _are_patterns(ranks) and all(map(_is_rank, ranks.values())),
+        "alpha_pattern": _are_patterns(alphas) and all(map(_is_alpha, alphas.values())),
         "r": _is_rank(config["r"]), "lora_alpha": _is_alpha(config["lora_alpha"]),
         "lora_dropout": type(config["lora_dropout"]) in (int, float) and 0 <= config["lora_dropout"] < 1,
         "use_rslora": type(config["use_rslora"]) is bool, "base_model_name_or_path": base is None or isinstance(base, str),
@@ -86,13 +87,29 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_alpha(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and 0 < value < 2**31
 
 
 def is_pattern(text: str) -> bool:
     """A regular expression of at most three repetitions, without groups or alternatives inside one another."""
     try:
-        re.compile(text)
-    except re.error:
+        with warnings.catch_warnings(action="error"):  # of what a later Python may read otherwise
+            re.compile(text)
+    except (re.error, OverflowError, Warning):
         return False
-    return len(text) <= 1000 and "(" not in text and sum(text.count(repetition) for repetition in "*+?{") <= 3
+    return len(text) <= 1000 and "(" not in text and _repetitions(text) <= 3
+
+
+def _repetitions(text: str) -> int:
+    return sum(text.count(repetition) for repetition in "*+?{")
+
+
+def _are_patterns(patterns: object) -> bool:
+    """Whether these are regular expressions as keys, and few enough to be matched with every layer in seconds."""
+    return (isinstance(patterns, dict) and len(patterns) <= 10_000 and all(map(is_pattern, patterns))
+            and sum(10 ** _repetitions(pattern) for pattern in patterns) <= 10**5)
+
+
+@functools.lru_cache(2**15)  # the cache of re itself holds fewer patterns than a large model has layers
+def _at_the_end(pattern: str) -> re.Pattern:
+    return re.compile(rf"(.*\.)?({pattern})$")

@@ -35,21 +35,31 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
         raise ValueError(f"there is no {path} to resume from: it is written on Ctrl-C, at the end, and with --save-every")
     tensors = files.read_tensors(path)
     try:
-        progress = json.loads(files.read_metadata(path)["progress"])
-        step, was, before, rng = progress["step"], progress["settings"], progress["before"], tensors["rng"]
-        state: dict[int, dict[str, Tensor]] = {}
-        for name in (name for name in tensors if name.startswith("optimizer.")):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensors[name]
-    except (KeyError, ValueError, TypeError):
+        progress = files.parse_json(files.read_metadata(path)["progress"].encode())
+        step, was, before = progress["step"], progress["settings"], progress["before"]
+        if type(step) is not int or step < 0 or not isinstance(was, dict) or not isinstance(before, list) or len(before) != 2:
+            raise ValueError
+        torch.Generator().set_state(tensors["rng"])  # would torch take it?
+    except (KeyError, ValueError, TypeError, RuntimeError):
         raise ValueError(f"{path} is not the state of a run") from None
     differs = [f"{key} was {was.get(key)}, is {now}" for key, now in settings.items() if was.get(key) != now]
     if differs:
         raise ValueError(f"cannot go on from {path}: {'; '.join(differs)}")
-    adapter = {name.removeprefix("adapter."): tensor for name, tensor in tensors.items() if name.startswith("adapter.")}
-    targets = adapter_tensors(model)
-    check_like(adapter | {"rng": rng}, targets | {"rng": torch.get_rng_state()}, path)
+    targets = {f"adapter.{name}": parameter for name, parameter in adapter_tensors(model).items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    if step:  # else no parameter has moments yet
+        count = torch.tensor(float(step))
+        state = {index: {"step": count, "exp_avg": p, "exp_avg_sq": p} for index, p in enumerate(parameters)}
+    moments = {f"optimizer.{index}.{key}": like for index, its in state.items() for key, like in its.items()}
+    check_like(tensors, targets | moments | {"rng": torch.get_rng_state()}, path)
+    files.refuse_nan(tensors, path)
+    for name in moments:
+        tensor, key = tensors[name], name.rpartition(".")[2]
+        if (key == "step" and tensor != step) or (key == "exp_avg_sq" and (tensor < 0).any()):
+            raise ValueError(f"{path}: {name} is not of step {step}, or negative")
+    state = {index: {key: tensors[f"optimizer.{index}.{key}"] for key in its} for index, its in state.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    copy_tensors(adapter, targets)
-    torch.set_rng_state(rng)
+    copy_tensors(tensors, targets)
+    torch.set_rng_state(tensors["rng"])
     return step, before

@@ -7,10 +7,12 @@ The config may come from a stranger. No code of its folder is run, and nothing i
 of the folder account for.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import files
@@ -20,12 +22,13 @@ def build(folder: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
     """The model that config.json describes, on the meta device but for the buffers that no file holds."""
     path = folder / "config.json"
     _refuse_endless(files.read_json(path), len(tensors), path)
+    most = sum(tensor.nbytes for tensor in tensors.values()) + 2**26
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
+        with torch.device("meta"), _Bounded(10_000 + 100 * len(tensors), most):  # a tensor needs about 5 calls
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         computed = dict(model.named_non_persistent_buffers())
-        nbytes, most = sum(buffer.nbytes for buffer in computed.values()), sum(t.nbytes for t in tensors.values()) + 2**26
+        nbytes = sum(buffer.nbytes for buffer in computed.values())
         if nbytes > most:
             raise ValueError(f"its buffers {', '.join(computed)[:200]} would take {nbytes} bytes")
         for module in model.modules():  # what transformers is to compute: buffers, and no random weights
@@ -42,12 +45,29 @@ def build(folder: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
     return model
 
 
+class _Bounded(TorchFunctionMode):
+    """Stops what would call torch without end or fill the memory, whichever key of config.json is the cause."""
+
+    def __init__(self, calls: int, nbytes: int) -> None:
+        super().__init__()
+        self.calls, self.nbytes = calls, nbytes
+
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        result = function(*args, **(kwargs or {}))
+        self.calls -= 1
+        self.nbytes -= result.nbytes if isinstance(result, Tensor) and not result.is_meta else 0
+        if self.calls < 0 or self.nbytes < 0:
+            raise ValueError("it takes far more steps or memory than its tensors account for")
+        return result
+
+
 def _refuse_endless(entries: dict, n_tensors: int, path: Path) -> None:
     """Refuse what would make transformers build modules without end, or fetch code."""
     for key, value in entries.items():
         if isinstance(value, dict):
             _refuse_endless(value, n_tensors, path)
-        if type(value) is int and ("layers" in key or "experts" in key or key == "n_layer") and value > n_tensors:
+        many = key == "n_layer" or any(word in key for word in ("layers", "experts", "blocks", "cycles", "labels"))
+        if type(value) is int and many and value > n_tensors:
             raise ValueError(f"{path}: {key} is {value}, and there are {n_tensors} tensors in all")
         if "implementation" in key and "/" in str(value):
             raise ValueError(f"{path}: {key} names code to be fetched, {value}, which is not done")
@@ -55,8 +75,11 @@ def _refuse_endless(entries: dict, n_tensors: int, path: Path) -> None:
 
 def fill(model: PreTrainedModel, tensors: dict[str, Tensor], where: Path) -> None:
     """Give every parameter and buffer on the meta device the tensor of its name; tied parameters are one."""
+    dense = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for target, source in model.all_tied_weights_keys.items():
-        if target in tensors and not torch.equal(tensors[target], tensors.setdefault(source, tensors[target])):
+        if not {target, source} <= dense:
+            raise ValueError(f"{where}: {target} or {source} is in 4 bits, and config.json ties them")
+        if target in tensors and not _equal(tensors[target], tensors.setdefault(source, tensors[target])):
             raise ValueError(f"{where}: {target} and {source} differ, and config.json ties them")
         tensors.pop(target, None)
     empty = {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta}
@@ -65,6 +88,10 @@ def fill(model: PreTrainedModel, tensors: dict[str, Tensor], where: Path) -> Non
     for name, tensor in empty.items():
         _set(model, name, nn.Parameter(tensors[name], False) if isinstance(tensor, nn.Parameter) else tensors[name])
     model.tie_weights()
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -83,4 +110,4 @@ def check_like(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: P
 
 
 def _kind(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)}, {'floating point' if tensor.is_floating_point() else tensor.dtype}"
+    return f"{tuple(tensor.shape)}, {'floating point' if tensor.dtype in files.WITH_NAN else tensor.dtype}"

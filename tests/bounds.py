@@ -213,9 +213,10 @@ def lora_backward(g: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: 
 def cosine(n: int) -> float:
     """Error of <p, q> / (|p| |q|), or of <p, q> / |q|^2 over |p| / |q|, for p, q of n numbers, computed in float32.
 
-    The dot product is off by gamma_n |p| |q|, each norm by a factor 1 + gamma_{n+1}, and the cosine is at most 1.
+    The dot product is off by gamma_n |p| |q|; a sum of squares by a factor of at least 1 - gamma_n, of which a norm takes the
+    root and rounds it. The cosine is at most 1. What is left is done in float64.
     """
-    return gamma(n) + 2 * gamma(n + 2) + gamma(n + 2) ** 2
+    return (1 + gamma(n)) / ((1 - gamma(n)) * (1 - U) ** 2) * (1 + gamma(4, torch.float64)) - 1
 
 
 def least_cosine(relative_error: float) -> float:

@@ -3,7 +3,10 @@
 cosmic-ray makes the mutants of a file, one by one, in a temporary copy of the tree, and runs the tests of the file on each. One
 that no test kills must be listed in survivors.md, under the reason why it does no harm; any other is an error.
 
-    make mutate                         all files, two at a time: about an hour on two cores
+Importing torch and the peers takes longer than most mutants live. So for each file a server imports them once, and forks for
+each mutant; the command that cosmic-ray runs only asks it (`ask`, `serve`).
+
+    make mutate                         all files, two at a time: about half an hour on two cores
     make mutate ARGS="double_quant"     one of them
 """
 
@@ -11,9 +14,12 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +29,8 @@ TESTS = {  # the long ones first
     "double_quant": "tests/test_double_quant.py tests/test_naive.py",
 }  # fmt: skip
 HERE, BIN = Path(__file__).parent, Path(sys.executable).parent
+IMPORTED_ALREADY = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # by the server, so that pytest cannot rewrite them
+SECONDS = 240  # no mutant of a terminating program needs more
 ONE_CORE = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
 
@@ -31,25 +39,64 @@ def mutate(file: str) -> set[str]:
     with tempfile.TemporaryDirectory() as folder:
         not_code = shutil.ignore_patterns(".*", "models", "out", "__pycache__")
         tree = shutil.copytree(HERE.parent, Path(folder, "tree"), ignore=not_code)
-        settings = (HERE / "mutate.toml").read_text()
-        for place, word in {"python": sys.executable, "file": file, "tests": TESTS[file]}.items():
-            settings = settings.replace(f"{{{place}}}", word)
-        (tree / "mutate.toml").write_text(settings)
-        run("cosmic-ray init mutate.toml mutants", tree)
-        run("cr-filter-operators mutants mutate.toml", tree)
-        run("cosmic-ray baseline mutate.toml", tree)  # the tests must pass on the file as it is
-        execution = subprocess.Popen([BIN / "cosmic-ray", "exec", "mutate.toml", "mutants"], cwd=tree, env=ONE_CORE)
-        while execution.poll() is None:
-            with suppress(subprocess.TimeoutExpired):
-                execution.wait(timeout=60)
-            results = [json.loads(line)[1] for line in run("cosmic-ray dump mutants", tree).splitlines()]
-            done = [result for result in results if result and result["worker_outcome"] == "normal"]
-            survivors = [result["diff"] for result in done if result["test_outcome"] == "survived"]
-            to_do = sum(result is None for result in results)
-            print(f"{file}.py: {len(done)} of {len(done) + to_do} mutants tested, {len(survivors)} survive", flush=True)
-        if to_do or any(result["worker_outcome"] not in ("normal", "skipped") for result in results):
-            sys.exit(f"{file}.py: cosmic-ray did not finish")
-        return {marked(diff) for diff in survivors}
+        settings = (HERE / "mutate.toml").read_text().replace("{file}", file)
+        (tree / "mutate.toml").write_text(settings.replace("{ask}", f"{sys.executable} {__file__} ask"))
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        server = subprocess.Popen([sys.executable, __file__, "serve", file], cwd=tree, env=ONE_CORE, **quiet)
+        try:
+            return {marked(diff) for diff in survivors(file, tree)}
+        finally:
+            server.kill()
+            server.wait()
+
+
+def survivors(file: str, tree: Path) -> list[str]:
+    """Let cosmic-ray work through the mutants of a file. -> the diffs of those that the tests let pass"""
+    run("cosmic-ray init mutate.toml mutants", tree)
+    run("cr-filter-operators mutants mutate.toml", tree)
+    run("cosmic-ray baseline mutate.toml", tree)  # the tests must pass on the file as it is
+    execution = subprocess.Popen([BIN / "cosmic-ray", "exec", "mutate.toml", "mutants"], cwd=tree, env=ONE_CORE)
+    while execution.poll() is None:
+        with suppress(subprocess.TimeoutExpired):
+            execution.wait(timeout=60)
+        results = [json.loads(line)[1] for line in run("cosmic-ray dump mutants", tree).splitlines()]
+        done = [result for result in results if result and result["worker_outcome"] == "normal"]
+        passed = [result["diff"] for result in done if result["test_outcome"] == "survived"]
+        to_do = sum(result is None for result in results)
+        print(f"{file}.py: {len(done)} of {len(done) + to_do} mutants tested, {len(passed)} survive", flush=True)
+    if to_do or any(result["worker_outcome"] not in ("normal", "skipped") for result in results):
+        sys.exit(f"{file}.py: cosmic-ray did not finish")
+    return passed
+
+
+def serve(file: str) -> None:
+    """Run the tests of a file in a fork of this process, each time that somebody asks; the answer is pytest's exit status."""
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+    import pytest
+    import transformers  # noqa: F401
+
+    sys.dont_write_bytecode = True  # a mutant of the same second and size would pass for the one before
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        server.listen()
+        while True:
+            asker, _ = server.accept()
+            child = os.fork()
+            if not child:
+                signal.alarm(SECONDS)
+                options = ["-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutate", *IMPORTED_ALREADY]
+                os._exit(pytest.main([*options, f"{file}.py", *TESTS[file].split()]))
+            asker.send(bytes([os.waitpid(child, 0)[1] != 0]))
+            asker.close()
+
+
+def ask() -> None:
+    """Exit as the tests do."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        while connection.connect_ex("socket"):
+            time.sleep(1)  # the server is still importing
+        sys.exit(connection.recv(1)[0])
 
 
 def run(command: str, tree: Path) -> str:
@@ -97,4 +144,5 @@ def main(files: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [*TESTS])
+    commands = {"serve": lambda: serve(sys.argv[2]), "ask": ask}
+    commands.get(sys.argv[1] if sys.argv[1:] else "", lambda: main(sys.argv[1:] or [*TESTS]))()

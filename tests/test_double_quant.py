@@ -1,5 +1,7 @@
 """The laws of double_quant.py: the 8-bit code, and constants that come back near, never negative and never infinite."""
 
+import copy
+import dataclasses
 import math
 
 import bitsandbytes.functional as bnb
@@ -124,9 +126,10 @@ def test_the_input_is_not_modified(recipe: Constants) -> None:
     assert all(same_bits(part, copy) for part, copy in zip((dq.codes, dq.absmax, dq.offset), parts, strict=True))
 
 
-def test_a_negative_constant_is_refused() -> None:
-    with pytest.raises(ValueError, match="magnitudes >= 0, got -1.5"):
-        double_quant.quantize(torch.tensor([1.0, -1.5, 2.0]))
+@pytest.mark.parametrize("negative", [-1.5, -(2.0**-149)])
+def test_a_negative_constant_is_refused(negative: float) -> None:
+    with pytest.raises(ValueError, match=f"magnitudes >= 0, got {negative}"):
+        double_quant.quantize(torch.tensor([1.0, negative, 2.0]))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -156,3 +159,16 @@ def test_decoding_equals_that_of_bitsandbytes(seed: int, n: int) -> None:
     assert torch.equal(double_quant.dequantize(dq), theirs)
     _, state = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
     assert same_bits(dq.absmax, state.absmax)
+
+
+def test_block_size_and_code_that_are_not_given_are_those_of_quantize() -> None:
+    dq = double_quant.quantize(Constants((1000,)).tensor())
+    unsaid = double_quant.DoubleQuantized(dq.codes, dq.absmax, dq.offset)
+    assert same_bits(double_quant.dequantize(unsaid), double_quant.dequantize(dq))
+
+
+def test_what_is_double_quantized_cannot_be_changed_and_equals_itself_alone() -> None:
+    dq = double_quant.quantize(torch.ones(4))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        dq.block_size = 128
+    assert dq != copy.copy(dq)

@@ -15,6 +15,7 @@ from bounds import (
     cast,
     cosine,
     gamma,
+    is_tight,
     least_cosine,
     lora_backward,
     lora_forward,
@@ -303,9 +304,12 @@ def test_targets_are_names_or_the_ends_of_names(targets: object, expected: list[
     assert sorted(n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QLoRALinear)) == expected
 
 
-@pytest.mark.parametrize("targets", ["own", "wn", "lm_head", "blocks", ["q_proj", "v_proj"], ""])
-def test_a_target_that_names_no_layer_is_refused_with_the_names_that_there_are(targets: object) -> None:
-    with pytest.raises(ValueError, match="no linear layer is named .*; there are down, up"):
+@pytest.mark.parametrize(("targets", "said"), [
+    ("own", "own"), ("wn", "wn"), ("lm_head", "lm_head"), ("blocks", "blocks"), (["q_proj", "v_proj"], "q_proj or v_proj"),
+    ([], "by no target"), ("", "by no target"),
+])  # fmt: skip
+def test_a_target_that_names_no_layer_is_refused_with_the_names_that_there_are(targets: object, said: str) -> None:
+    with pytest.raises(ValueError, match=f"no linear layer is named {said}; there are down, up"):
         lora.attach(TowerWithHead(), targets, r=3)
 
 
@@ -345,6 +349,33 @@ def test_a_weight_that_is_refused_leaves_every_layer_dense() -> None:
     with pytest.raises(ValueError, match=r"layer blocks.2.down: 1 of 512 .*\(1, 2\)"):
         lora.attach(model)
     assert not any(isinstance(module, QLoRALinear) for module in model.modules())
+
+
+def test_what_is_not_said_is_what_the_documentation_says() -> None:
+    layer = QLoRALinear.from_linear(nn.Linear(256, 256))
+    assert (layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora, layer.compute_dtype) == (8, 16, 0.0, False, None)
+    assert (layer.base.block_size, layer.base.double_quant) == (64, True) and same_bits(layer.base.codebook, nf4.NF4)
+    without = QLoRALinear(FrozenWeight(torch.ones(4, 4)), None)
+    assert (without.r, without.lora_alpha, without.lora_dropout, without.use_rslora) == (0, 0, 0.0, False)
+
+
+def test_lora_A_starts_uniform_within_one_over_the_root_of_its_inputs() -> None:
+    """What kaiming_uniform_ makes of a = sqrt(5): sqrt(6 / ((1 + 5) in))."""
+    layer = QLoRALinear.from_linear(nn.Linear(64, 4096), r=64)
+    assert is_tight(layer.lora_A.detach().abs().max(), 1 / 8) and abs(layer.lora_A.mean()) <= of_a_mean(layer.lora_A.flatten())
+
+
+def test_layers_without_an_adapter_stay_frozen_when_others_get_one() -> None:
+    model = nn.ModuleDict({name: QLoRALinear(FrozenWeight(torch.randn(8, 8)), None) for name in ("a", "b")})
+    lora.attach(model, ["a"], r=2)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["a.lora_A", "a.lora_B"]
+    lora.attach(model, ["b"], r=2)  # and what has one already goes on training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_adapting_says_what_the_weights_cost_before_and_now_to_the_byte() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(64, 32), "b": nn.Linear(128, 16, dtype=torch.bfloat16)})
+    assert lora.adapt(model, [(["a"], {"r": 2}), (["b"], {"r": 2})]) == (4 * 2048 + 2 * 2048, 2 * (1024 + 32 + 4 + 4))
 
 
 @pytest.mark.parametrize("alpha", [0, -1.0, math.inf, math.nan])

@@ -1,5 +1,7 @@
 """The laws of nf4.py: the levels, the nearest of them, the bytes, and what is refused."""
 
+import copy
+import dataclasses
 import math
 
 import bitsandbytes
@@ -249,6 +251,17 @@ def test_scaling_by_a_power_of_two_leaves_codes_unchanged(recipe: Recipe, k: int
     assert torch.equal(q_scaled.absmax[whole].double(), q.absmax[whole].double() * 2.0**k)
 
 
+@pytest.mark.parametrize("k", [-120, -100, -64, 63, 64, 100, 126])
+def test_scaling_by_a_power_of_two_leaves_the_closest_decisions_unchanged(k: int) -> None:
+    """Beside a midpoint one lost bit of 1/absmax is another code: so it never leaves float32's normal range."""
+    middle = ((nf4.NF4[1:] + nf4.NF4[:-1]) / 2)[9].item()
+    absmax = torch.linspace(1, 2, 4001)[1:-1]
+    weight = torch.stack([absmax, absmax * middle], 1)
+    scaled = weight * 2.0**k
+    assert torch.equal(scaled.double(), weight.double() * 2.0**k)
+    assert same_bits(nf4.quantize(scaled, 2).packed, nf4.quantize(weight, 2).packed)
+
+
 @given(recipes, codebooks)
 @example(Recipe(pattern="zeros"), nf4.NF4)
 @example(Recipe(pattern="zero blocks"), nf4.NF4)
@@ -472,3 +485,10 @@ def test_the_fp4_levels_are_those_of_bitsandbytes_bit_for_bit() -> None:
 
 def test_the_half_gap_of_nf4_is_the_documented_one() -> None:
     assert round(half_gap(nf4.NF4), 7) == 0.1519036
+
+
+def test_a_quantized_tensor_cannot_be_changed_and_equals_itself_alone() -> None:
+    q = nf4.quantize(torch.ones(4))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        q.block_size = 32
+    assert q != copy.copy(q)
