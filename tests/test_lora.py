@@ -367,10 +367,17 @@ def test_lora_A_starts_uniform_within_one_over_the_root_of_its_inputs() -> None:
 
 def test_layers_without_an_adapter_stay_frozen_when_others_get_one() -> None:
     model = nn.ModuleDict({name: QLoRALinear(FrozenWeight(torch.randn(8, 8)), None) for name in ("a", "b")})
-    lora.attach(model, ["a"], r=2)
+    lora.attach(model, ["a"], r=1)
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["a.lora_A", "a.lora_B"]
     lora.attach(model, ["b"], r=2)  # and what has one already goes on training
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("given", "taken"), [(None, torch.bfloat16), (torch.float16, torch.float16)])
+def test_an_adapter_computes_as_the_layer_without_one_did_unless_told(given: torch.dtype | None, taken: torch.dtype) -> None:
+    without = QLoRALinear(FrozenWeight(torch.randn(8, 8)), None, compute_dtype=torch.bfloat16)
+    layer = QLoRALinear.from_linear(without, r=2, compute_dtype=given)
+    assert layer.base is without.base and layer.compute_dtype == taken
 
 
 def test_adapting_says_what_the_weights_cost_before_and_now_to_the_byte() -> None:
@@ -384,7 +391,7 @@ def test_a_lora_alpha_that_is_not_positive_and_finite_is_refused(alpha: float) -
         QLoRALinear.from_linear(nn.Linear(4, 4), r=2, lora_alpha=alpha)
 
 
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, math.nan])
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5, math.nan])
 def test_a_dropout_that_is_no_probability_below_1_is_refused(dropout: float) -> None:
     with pytest.raises(ValueError, match="lora_dropout is a probability"):
         QLoRALinear.from_linear(nn.Linear(4, 4), r=2, lora_dropout=dropout)

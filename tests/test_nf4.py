@@ -262,6 +262,12 @@ def test_scaling_by_a_power_of_two_leaves_the_closest_decisions_unchanged(k: int
     assert same_bits(nf4.quantize(scaled, 2).packed, nf4.quantize(weight, 2).packed)
 
 
+def test_a_number_far_below_absmax_keeps_its_side_of_a_midpoint_at_zero() -> None:
+    codebook = torch.tensor([-1.0, 1.0])
+    weight = torch.tensor([2.0**10, 2.0**-100, 0.0, -(2.0**-100)])
+    assert codes_of(nf4.quantize(weight, 4, codebook)).tolist() == [1, 1, 0, 0]
+
+
 @given(recipes, codebooks)
 @example(Recipe(pattern="zeros"), nf4.NF4)
 @example(Recipe(pattern="zero blocks"), nf4.NF4)
