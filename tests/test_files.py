@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import checkpoint
@@ -89,3 +90,13 @@ def test_what_was_read_stays_when_the_file_changes(tmp_path: Path) -> None:
     with open(tmp_path / "one", "r+b") as file:
         file.truncate(0)
     assert torch.equal(tensor, torch.ones(1000))
+
+
+def test_what_the_library_cannot_write_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise SafetensorError("disk quota exceeded")
+
+    monkeypatch.setattr(files, "save_file", fail)
+    with pytest.raises(OSError, match="one could not be written .disk quota exceeded.; what was there before is untouched"):
+        files.write_tensors({"a": torch.ones(2)}, tmp_path / "one", {})
+    assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import checkpoint
+import files
 import models
 import resume
 from paged_optim import PagedAdamW
@@ -59,3 +60,24 @@ def test_a_state_of_other_settings_or_none_or_half_of_one_is_refused(tmp_path: P
     save_file({"rng": torch.get_rng_state()}, path)
     with pytest.raises(ValueError, match="is not the state of a run"):
         resume.load_state(model, optimizer, {"lr": "1", "seed": "0"}, path)
+
+
+def test_a_run_that_was_stopped_before_its_first_step_begins_again(tmp_path: Path) -> None:
+    model, path = models.adapted(), tmp_path / "state.safetensors"
+    optimizer = optimizer_of(model)
+    resume.save_state(model, optimizer, {}, 0, [None, None], path)
+    assert resume.load_state(model, optimizer, {}, path) == (0, [None, None])
+    assert optimizer.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("name, value", [("optimizer.0.exp_avg_sq", -1.0), ("optimizer.3.step", 2.0)])
+def test_a_state_that_no_run_can_have_is_refused(tmp_path: Path, name: str, value: float) -> None:
+    model, path = models.adapted(), tmp_path / "state.safetensors"
+    optimizer = optimizer_of(model)
+    take_steps(model, optimizer, 1)
+    resume.save_state(model, optimizer, {}, 1, [0.0, 0.0], path)
+    tensors, metadata = files.read_tensors(path), files.read_metadata(path)
+    tensors[name].fill_(value)
+    files.write_tensors(tensors, path, metadata)
+    with pytest.raises(ValueError, match=f"{name} is not of step 1, or negative"):
+        resume.load_state(model, optimizer, {}, path)
