@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BIN, REPORT = Path(sys.executable).parent, Path(".venv/coverage.json")
+BIN, REPORT = Path(sys.executable).parent, Path(".venv/covered.json")
 LEAST_BRANCHES = 95.0
 
 
