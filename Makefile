@@ -2,6 +2,7 @@
 # make test    set everything up and run the tests; ARGS="tests/test_nf4.py -k tie" runs some of them
 # make test-long  the property tests with 5000 examples each
 # make mutate  break the code, line by line, and see that the tests notice (about an hour)
+# make bench   measure everything about speed beside the peers, and write the README's tables; ARGS="ops --quick"
 # make lint    style
 # make figures draw the pictures of the README
 # make clean   remove the virtual environment, the model and the output
@@ -14,7 +15,7 @@ TORCH := $(shell grep -o '^torch==[0-9.]*' requirements.txt)
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: train test test-long mutate lint figures clean
+.PHONY: train test test-long mutate bench lint figures clean
 train: $(VENV)/run
 	$(BIN)/python train.py $(ARGS)
 
@@ -32,6 +33,9 @@ test-long: $(VENV)/dev
 
 mutate: $(VENV)/dev
 	$(BIN)/python tests/mutate.py $(ARGS)
+
+bench: $(VENV)/dev
+	$(BIN)/python bench.py $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -26,8 +26,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dispatch
 import double_quant as second
 import nf4
 
@@ -52,7 +54,7 @@ class FrozenWeight(nn.Module):
             self.register_buffer("weight", weight.detach())
             self.register_buffer("codebook", None)
         else:
-            q = nf4.quantize(weight, block_size, codebook)
+            q = dispatch.quantize(weight, block_size, codebook)
             self._keep(q, second.quantize(q.absmax) if double_quant else None)
 
     @classmethod
@@ -74,22 +76,33 @@ class FrozenWeight(nn.Module):
             self.register_buffer("nested_offset", constants.offset)
             self.register_buffer("nested_codebook", constants.codebook, persistent=False)
 
+    def stored(self) -> tuple[nf4.Quantized, second.DoubleQuantized | None]:
+        """The weight as it lies in memory: with double quantization, its absmax are the second's codes."""
+        q = nf4.Quantized(self.packed, self.absmax, self.codebook, self.shape, self.dtype, self.block_size)
+        if not self.double_quant:
+            return q, None
+        return q, second.DoubleQuantized(self.absmax, self.nested_absmax, self.nested_offset, self.nested_block_size,
+                                         self.nested_codebook)
+
     def quantized(self) -> tuple[nf4.Quantized, second.DoubleQuantized | None]:
         """The weight as `nf4.dequantize` takes it, its constants decoded, and the constants as they are stored."""
-        absmax, constants = self.absmax, None
-        if self.double_quant:
-            constants = second.DoubleQuantized(absmax, self.nested_absmax, self.nested_offset, self.nested_block_size,
-                                               self.nested_codebook)
-            absmax = second.dequantize(constants)
-            # No constant was larger than its weight's dtype can hold, and 0.7 % more would make the largest ones infinite.
-            absmax.clamp_(max=min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max))
-        return nf4.Quantized(self.packed, absmax, self.codebook, self.shape, self.dtype, self.block_size), constants
+        q, constants = self.stored()
+        return dispatch.decoded(q, constants), constants
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, in `dtype` or in the dtype it came in; the caller owns it, unless the base is dense already."""
         if self.codebook is None:
             return self.weight.to(dtype or self.dtype)
-        return nf4.dequantize(self.quantized()[0], dtype)
+        q, constants = self.stored()
+        return dispatch.dequantize(q, dtype, constants)
+
+    def matmul(self, x: Tensor, transposed: bool = True) -> Tensor:
+        """x W^T (tokens, out) for x (tokens, in), or x W (tokens, in) for x (tokens, out), without a dense weight."""
+        if self.codebook is None:
+            weight = self.weight.to(x.dtype)
+            return F.linear(x, weight) if transposed else x @ weight
+        q, constants = self.stored()
+        return dispatch.matmul(x, q, constants, transposed)
 
     def audit(self, update: Tensor) -> MergeAudit:
         """Quantize weight + update anew, and compare the change that is realised with the one that was wanted."""

@@ -6,30 +6,32 @@
 
     dL/dB = s g^T h        dL/dh = s g B        dL/dA = (dL/dh)^T d(x)        dL/dx = g W' + d'((dL/dh) A)
 
-No gradient for W is wanted, so x is kept for A alone, and W' is needed only while it multiplies: it is dequantized in
-forward, dropped, and dequantized again in backward. What lives on between the two, besides the parameters, is x (tokens, in),
+No gradient for W is wanted, so x is kept for A alone, and W' is needed only while it multiplies: piece by piece, once in
+forward and once more in backward. What lives on between the two, besides the parameters, is x (tokens, in),
 h (tokens, r), and with dropout its mask, one bool for each element of x.
 
 Differs from PEFT: base and adapter are one autograd function, and what it keeps is chosen, not left to autograd.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from frozen import FrozenWeight
+
 
 class LoRAMatmul(torch.autograd.Function):
-    """y = x W^T + b + s (keep x A^T) B^T, where `base(dtype)` makes W (out, in) whenever it is needed."""
+    """y = x W^T + b + s (keep x A^T) B^T, where base.matmul(x) is x W^T and base.matmul(g, False) is g W."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, keep: Tensor | None,
-                scaling: float, base: Callable[[torch.dtype], Tensor]) -> Tensor:
+                scaling: float, base: FrozenWeight) -> Tensor:
         """x (tokens, in), lora_A (r, in), lora_B (out, r), bias (out,), keep bool (tokens, in) -> (tokens, out)."""
         with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(x, base(x.dtype), bias)  # (tokens, out)
+            y = base.matmul(x)  # (tokens, out)
+            if bias is not None:
+                y.add_(bias)
             h = F.linear(x if keep is None else x * keep, lora_A.to(x.dtype))  # (tokens, r)
             y.addmm_(h, lora_B.to(x.dtype).T, alpha=scaling)
         needs_A, needs_B = ctx.needs_input_grad[1:3]
@@ -49,6 +51,7 @@ class LoRAMatmul(torch.autograd.Function):
             dB = (g.T @ h).mul_(ctx.scaling).to(lora_B.dtype) if needs_B else None  # (out, r)
             dA = (dh.T @ (x if keep is None else x * keep)).to(lora_A.dtype) if needs_A else None  # (r, in)
             if needs_x:
-                dx = dh @ lora_A.to(g.dtype)  # (tokens, in)
-                dx = (dx if keep is None else dx.mul_(keep)).addmm_(g, ctx.base(g.dtype))
+                dx = ctx.base.matmul(g, transposed=False)  # (tokens, in)
+                A = lora_A.to(g.dtype)
+                dx = dx.addmm_(dh, A) if keep is None else dx.add_((dh @ A).mul_(keep))
         return dx, dA, dB, g.sum(0) if needs_bias else None, None, None, None

@@ -96,7 +96,7 @@ def quantize(weight: Tensor, block_size: int = 64, codebook: Tensor = NF4) -> Qu
     Raises: ValueError for a dtype that is not floating point, NaN, infinity or a number beyond float32 (with their count
     and the first index), a block size that is not a power of two >= 2, or a codebook of fewer than two different levels.
     """
-    _check_arguments(weight, block_size, codebook)
+    check_arguments(weight, block_size, codebook)
     flat = weight.detach().to(torch.float32).reshape(-1)  # (n,) row-major
     check_finite(flat, weight.shape)
     codebook = codebook.to(flat.device)
@@ -143,7 +143,7 @@ def _into_blocks(flat: Tensor, block_size: int) -> Tensor:
     return (F.pad(flat, (0, missing)) if missing else flat).reshape(-1, block_size)
 
 
-def _check_arguments(weight: Tensor, block_size: int, codebook: Tensor) -> None:
+def check_arguments(weight: Tensor, block_size: int, codebook: Tensor) -> None:
     if not weight.is_floating_point():
         raise ValueError(f"only floating-point tensors can be quantized, got {weight.dtype}")
     if not isinstance(block_size, int) or block_size < 2 or block_size & (block_size - 1):

@@ -15,8 +15,12 @@ run's moments at hand. Those are a page, (2, k) for a run of k elements, at most
                  [ v v v v | v v v v | v v ]    the business of the pager (pager.py)
 
 Parameters and gradients stay put; one that is not contiguous is copied for its update. Error: none. For any page size
-and budget the bits are torch.optim.AdamW's (foreach=False, fused=False), but for a NaN's payload and, where beta1 is 0,
-a zero's sign. Differs from the paper and bitsandbytes: they page large parameters only, here all are.
+and budget the bits are torch.optim.AdamW's (foreach=False, fused=False) with square roots that are rounded to nearest:
+torch's float32 roots, where it was built with Intel's MKL, are on some processors a unit off. Excepted are a NaN's payload
+and, where 1 - beta1 rounds to 1, a zero's sign. `adamw_` below says what a run's update is; where there is a kernel, with
+the same bits, dispatch.py has it do the work.
+
+Differs from the paper and bitsandbytes: they page large parameters only, here all are.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+import dispatch
 from pager import Page, Pager, require
 
 
@@ -36,11 +41,16 @@ def adamw_(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: State
     if weight_decay:
         param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
-    if beta1 == 0:
-        exp_avg.add_(0.0)  # a lerp_ of weight 1 gives a zero its sign by place: make it +0
+    if 1 - beta1 >= 1 - 2**-25:
+        exp_avg.add_(0.0)  # a lerp_ whose weight rounds to 1 gives a zero its sign by place: make it +0
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denom = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+    denom = root(exp_avg_sq).div_((1 - beta2**step) ** 0.5).add_(group["eps"])
     param.addcdiv_(exp_avg, denom, value=-lr / (1 - beta1**step))
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root, of float32 rounded to nearest: no root of one is so near a midpoint that float64 could mistake it."""
+    return x.double().sqrt_().float() if x.dtype == torch.float32 else x.sqrt()
 
 
 def by_page(pages: list[Page], *flat: Tensor) -> Iterable[tuple]:
@@ -101,9 +111,11 @@ class PagedAdamW(Optimizer):
 
     def _update(self, param: Tensor, group: StateDict) -> None:
         self.state[param]["step"] = step = self.state[param].get("step", 0) + 1
-        flat, flat_grad = param.contiguous().view(-1), param.grad.contiguous().view(-1)
+        flat, flat_grad = param.detach().contiguous().view(-1), param.grad.contiguous().view(-1)
         for page, run, grad in by_page(self.pages[param], flat, flat_grad):
-            adamw_(run, grad, self.pager.fetch(page, write=True), step, group)
+            arguments = (run, grad, self.pager.fetch(page, write=True), step, group)
+            if not dispatch.adamw_(*arguments):
+                adamw_(*arguments)
         if not param.is_contiguous():
             param.copy_(flat.view_as(param))
 

@@ -97,6 +97,45 @@ recipes = st.builds(
     st.sampled_from(PATTERNS), exponents, seeds,
 )  # fmt: skip
 
+
+def ascending(levels: int, seed: int) -> Tensor:
+    """A code of so many different levels between -1 and 1, from the lowest to the highest."""
+    steps = torch.rand(levels + 1, generator=torch.Generator().manual_seed(seed)) + 0.01
+    return (steps.cumsum(0) / steps.sum())[:-1] * 2 - 1
+
+
+codes_of_2_to_16_levels = st.builds(ascending, st.integers(2, 16), seeds)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Windows of a tensor in 4 bits: `rows` runs of `cols` elements each, `stride` apart, the first from element `start` on."""
+
+    recipe: Recipe = Recipe((70, 33), block_size=64)
+    double_quant: bool = True
+    start: int = 0
+    stride: int = 33
+    rows: int = 70
+    cols: int = 33
+
+    def index(self) -> Tensor:
+        """The places of all elements of the window (rows * cols,) in the flattened tensor."""
+        return (self.start + torch.arange(self.rows)[:, None] * self.stride + torch.arange(self.cols)).flatten()
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> Cut:
+    """Any window that lies inside a tensor that is not empty, odd ones and overlapping rows included."""
+    recipe = draw(recipes.filter(lambda recipe: math.prod(recipe.shape) > 0))
+    n = math.prod(recipe.shape)
+    start = draw(st.integers(0, n - 1))
+    cols = draw(st.one_of(st.integers(0, min(n - start, 100)), st.just(n - start)))
+    stride = draw(st.one_of(st.integers(0, 100), st.integers(0, n)))
+    most = (n - start - cols) // stride + 1 if stride else 40
+    rows = draw(st.integers(0, min(most, 40, 1 + 2 * n // max(cols, 1))))
+    return Cut(recipe, draw(st.booleans()), start, stride, rows, cols)
+
+
 # What bitsandbytes can do at all: at least one element, float32 or less, and 1/absmax in float32's normal range (REFERENCE 7).
 # Rows of whole blocks, or of a number of elements that 16 does not divide, keep clear of its wrong AVX-512 path (REFERENCE 1).
 safe_shapes = st.one_of(

@@ -30,6 +30,43 @@ def test_the_head_sees_the_labelled_positions_alone_and_the_loss_is_theirs() -> 
     assert not model.lm_head._forward_pre_hooks, "the hook is gone afterwards"
 
 
+@pytest.mark.parametrize("n", [0, 1, 16, 37])
+def test_the_cross_entropy_has_the_gradient_of_its_own_sum(n: int) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(n, 7, dtype=torch.float64, requires_grad=True), torch.randint(7, (n,))
+    assert torch.autograd.gradcheck(lambda logits: evaluate.CrossEntropy.apply(logits, labels), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_cross_entropy_and_its_gradient_are_those_of_float64(dtype: torch.dtype) -> None:
+    """exp and log err by a few units (4 are granted), the sum over classes by gamma of their number, p - 1 by a unit of 1."""
+    torch.manual_seed(0)
+    n, classes = 37, 300
+    logits, labels = (3 * torch.randn(n, classes)).to(dtype).requires_grad_(), torch.randint(classes, (n,))
+    loss = evaluate.CrossEntropy.apply(logits, labels)
+    (gradient,) = torch.autograd.grad(loss / 2, logits)
+    exact = logits.detach().double().requires_grad_()
+    each = F.cross_entropy(exact, labels, reduction="none")
+    (wanted,) = torch.autograd.grad(each.sum() / 2, exact)
+    largest = exact.detach().abs().amax(1) + math.log(classes)  # of a row: no term of its loss is larger
+    of_log = gamma(classes + 8) + 2 * gamma(1) * largest
+    assert abs(loss.double() - each.sum()) <= (of_log.sum() + gamma(n) * each.sum())
+    probability = 2 * (wanted + F.one_hot(labels, classes) / 2)
+    of_exp = torch.expm1(of_log + gamma(1) * largest)[:, None] + gamma(8)
+    of_gradient = probability * of_exp / 2 + gamma(2, dtype) * wanted.abs()
+    tiny = torch.finfo(dtype).smallest_normal
+    assert ((gradient.double() - wanted).abs() <= of_gradient + gamma(2) + tiny).all()
+
+
+def test_the_cross_entropy_keeps_one_tensor_as_large_as_the_logits_and_leaves_them_alone() -> None:
+    logits, kept = torch.randn(40, 50).bfloat16().requires_grad_(), []
+    before = logits.detach().clone()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        evaluate.CrossEntropy.apply(logits, torch.zeros(40, dtype=torch.int64)).backward()
+    assert [(tensor.shape, tensor.dtype) for tensor in kept] == [(logits.shape, logits.dtype)]
+    assert torch.equal(logits, before)
+
+
 def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary() -> None:
     model = models.tiny_llama(vocab_size=1024)
     with torch.no_grad():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bounds import both_quantized, is_tight
+from bounds import Bounded, both_quantized, in_float64, is_tight, operand
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import DTYPES, PATTERNS, Recipe, recipes, same_bits
@@ -82,7 +82,8 @@ def test_a_finite_weight_is_decoded_to_finite_numbers_of_its_dtype(dtype: torch.
     """The constants of the largest numbers are decoded up to 0.7 % too large, which their dtype must not turn into infinity."""
     weight = torch.zeros(12, dtype=dtype)
     weight[2::2] = torch.finfo(dtype).max  # the constants: 0 once, the largest number five times
-    assert FrozenWeight(weight, 2)().isfinite().all()
+    frozen = FrozenWeight(weight, 2)
+    assert frozen().isfinite().all() and nf4.dequantize(frozen.quantized()[0]).isfinite().all()
 
 
 @given(moderate.filter(lambda recipe: recipe.pattern in ("zero blocks", "zeros", "one-hot")))
@@ -159,6 +160,20 @@ def test_without_a_codebook_the_dense_tensor_itself_is_kept(dtype: torch.dtype) 
     assert frozen.nbytes == weight.nbytes and list(frozen.state_dict()) == ["weight"]
     assert same_bits(frozen(torch.float64), weight.detach().double())
     assert frozen.half()(torch.float16).dtype == torch.float16 and list(frozen.parameters()) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("settings", [{}, {"double_quant": False}, {"codebook": nf4.normal_float(8)}, {"codebook": None}])
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+def test_it_multiplies_as_the_dense_weight_does_within_the_bound_of_the_dtype(
+    dtype: torch.dtype, settings: dict, tokens: int
+) -> None:
+    frozen = FrozenWeight(torch.randn(33, 70), **settings)
+    for transposed, width in [(True, 70), (False, 33)]:
+        x, weight = torch.randn(tokens, width).to(dtype), operand(frozen(torch.float32), dtype)
+        y = frozen.matmul(x, transposed)
+        bound = Bounded.exact(x).matmul(weight.T if transposed else weight, dtype)
+        assert y.dtype == dtype and in_float64(bound, 2 * width).allows(y)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])

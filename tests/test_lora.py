@@ -144,10 +144,11 @@ def test_a_second_derivative_is_refused() -> None:
 @given(adapted, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans())
 @example(Adapted(lora_dropout=0.9), torch.float32, False)
 def test_lora_at_initialisation_leaves_the_output_bitwise_unchanged(case: Adapted, dtype: torch.dtype, strided: bool) -> None:
+    """It is that of the same base with no adapter beside it."""
     layer = QLoRALinear.from_linear(case.linear(), **case.settings())
     flat = case.x(dtype).reshape(-1, case.in_features)
     flat = flat.T.contiguous().T if strided else flat
-    expected = F.linear(flat, layer.base(dtype), None if layer.bias is None else layer.bias.to(dtype))
+    expected = QLoRALinear(layer.base, layer.bias)(flat)
     assert same_bits(layer(flat), expected)
     assert same_bits(layer(flat.reshape(*case.leading, case.in_features)), expected.reshape(*case.leading, case.out_features))
 

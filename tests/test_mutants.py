@@ -1,27 +1,37 @@
 """Bugs as real systems have them, put into the code on purpose: each must be caught by a property of the suite.
 
-A mutant is one replacement in the source of one file. The files of the stack are loaded anew with it, and so is the test module
-that is to catch it; then the named test is run. A test that passes has let a bug through, and the suite fails.
+A mutant is one replacement in the source of one file. The files of the stack are loaded anew with it, and so is the test
+module that is to catch it; then the named test is run. A test that passes has let a bug through, and the suite fails. A file of
+kernels is loaded anew only if it is mutated, because compiling takes time; a bug that Python can show is not compiled at all.
 """
 
+import importlib
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import Phase, settings
-from strategies import Constants, Recipe, Tower, TowerWithHead
+from strategies import Constants, Cut, Recipe, Tower, TowerWithHead, uniform_code
 
 import nf4
 
 SOURCES, HERE = Path(nf4.__file__).parent, Path(__file__).parent
-STACK = ["nf4", "double_quant", "frozen", "lora_matmul", "lora", "pager", "paged_optim"]  # in the order of their imports
-SUITES = {"lora_matmul": "test_lora"}  # where it is not the test module of that name
-KILLED = (AssertionError, ValueError, pytest.fail.Exception)  # what the tests raise, and the code where it refuses
+KERNELS = ["cpu_kernels.quantize", "cpu_kernels.decode", "cpu_kernels.adamw"]
+REFERENCE = ["nf4", "double_quant", "paged_optim"]  # their kernels would hide what is wrong with them
+STACK = ["nf4", "double_quant", *KERNELS, "cpu_kernels.matmul", "dispatch", "frozen", "lora_matmul", "lora", "pager",
+         "paged_optim"]  # as they import
+SUITES = {"lora_matmul": "test_lora", "cpu_kernels.matmul": "test_dispatch",
+          **dict.fromkeys(KERNELS, "test_cpu_kernels"),  # where it is not the module of that name
+          "cpu_kernels.adamw": "test_paged_optim"}  # fmt: skip
+# What the tests raise, the code where it refuses, and NumPy where a kernel leaves its arrays
+KILLED = (AssertionError, ValueError, IndexError, pytest.fail.Exception)
+COPIES = itertools.count()
 
 
 class Mutant(NamedTuple):
@@ -53,9 +63,15 @@ WITH_DROPOUT = {"leading": (4,), "dropout": 0.4, "bias": False}
 WITH_BIAS = {"leading": (4,), "dropout": 0.0, "bias": True}
 SAVED = "test_forward_saves_x_and_h_and_the_mask_and_nothing_dense"
 ONE_DTYPE = {"dtype": torch.float32, "compute_dtype": None, "dropout": 0.0}
-PEAK = "test_the_peak_is_the_packed_bytes_and_one_dequantized_layer_and_the_activations"
+PEAK = "test_the_peak_is_the_packed_bytes_and_the_activations_and_no_dense_layer"
 ONE_STACK = {"dtype": torch.bfloat16, "tokens": 8, "segment": 12, "dropout": 0.0}
 IN_SEGMENTS = {"dtype": torch.bfloat16, "tokens": 8, "segment": 3, "dropout": 0.0}
+FINITE = "test_a_finite_weight_is_decoded_to_finite_numbers_of_its_dtype"
+WINDOWS = "test_any_window_of_a_weight_has_the_bits_of_the_reference"
+FEW_ROWS = "test_the_product_with_few_rows_keeps_within_its_arrays"
+ROUNDING = "test_the_compiled_kernels_round_as_torch_does"
+BLOCKWISE = "test_codes_and_constants_are_those_of_the_reference_bit_for_bit"
+REMAINDERS = "test_every_row_and_column_is_made_whatever_windows_leave_over"
 ATTACH = "test_attach_adapts_every_linear_layer_but_the_head_and_freezes_the_rest"
 MERGED = "test_merge_and_unmerge_restore_every_bit"
 RECOUNT = "test_every_page_says_what_was_last_written_and_every_counter_is_a_plain_recount"
@@ -65,6 +81,47 @@ LONG_BLOCK = {"recipe": Recipe((1, 4096), block_size=4096), "codebook": nf4.NF4}
 PRESSED = {"looks": [((2, 2), torch.float32)] * 3, "spare": 16,  # three pages, room for two
            "accesses": [(page, write) for write in (True, True, False, False) for page in (0, 1, 0, 2)]}  # fmt: skip
 SMALLER = {"looks": [((1, 9), torch.float64), ((1, 1), torch.float16)], "spare": 0, "accesses": [(0, True), (1, True)]}
+# The products of test_every_row_and_column...: three windows of 64 rows, and tokens by sevens
+SQUARE, ODD = (128, 128), (150, 40)
+COMPILED_ROUNDING = {"dtype": torch.bfloat16, "block_size": 32, "avx512": False}
+
+
+def of_a_window(cut: Cut) -> dict[str, object]:
+    """Arguments for test_any_window..., in Python."""
+    return {"how": "in Python", "avx512": False, "dtype": torch.float32, "cut": cut, "codebook": nf4.NF4, "block_size8": 256}
+
+
+def of_blocks(recipe: Recipe, codebook: torch.Tensor = nf4.NF4) -> dict[str, object]:
+    return {"how": "in Python", "recipe": recipe, "codebook": codebook}
+
+
+def in_small_windows(**arguments: object) -> Callable[[ModuleType], dict[str, object]]:
+    """Does what the fixture of that name does, to a module that is not used again."""
+
+    def prepare(suite: ModuleType) -> dict[str, object]:
+        suite.dispatch.windows.WINDOW, suite.dispatch.windows.TOKENS, suite.dispatch.PIECE = 64, 7, 64
+        return arguments | {"small_windows": None}
+
+    return prepare
+
+
+def of_remainders(**arguments: object) -> Callable[[ModuleType], dict[str, object]]:
+    return in_small_windows(**{"shape": ODD, "tokens": 20, "transposed": True, "dtype": torch.float32} | arguments)
+
+
+def without_kernels(**arguments: object) -> Callable[[ModuleType], dict[str, object]]:
+    """A kernel that is called fails, as with the fixture no_kernels."""
+
+    def prepare(suite: ModuleType) -> dict[str, object]:
+        refusing = dict.fromkeys(("decode", "few_rows"), lambda *_: pytest.fail("a kernel was called"))
+        suite.dispatch.decode = suite.dispatch.windows.decode = SimpleNamespace(**vars(suite.dispatch.decode) | refusing)
+        return arguments | {"no_kernels": None}
+
+    return prepare
+
+
+def of_product(*fields: object) -> Callable[[ModuleType], dict[str, object]]:
+    return lambda suite: {"case": suite.Product(*fields)}
 
 
 def from_torch(suite: ModuleType) -> dict[str, object]:
@@ -176,20 +233,21 @@ CONSTANT_MUTANTS = [
            seen_in="bitsandbytes: its format"),
     Mutant("the constants are not quantized", "frozen", "second.quantize(q.absmax) if double_quant else None", "None", STORAGE,
            {"blocks": 2}),
-    Mutant("the codes of the constants are taken for constants", "frozen", "absmax = second.dequantize(constants)",
-           "absmax = absmax.float()", "test_the_error_is_within_that_of_both_quantizations", seen_in="bitsandbytes #1549"),
-    Mutant("constants that come back too large make a float16 weight infinite", "frozen", "absmax.clamp_(max=min(",
-           "absmax.clamp(max=min(", "test_a_finite_weight_is_decoded_to_finite_numbers_of_its_dtype", {"dtype": torch.float16},
-           seen_in="bitsandbytes"),
+    Mutant("the codes of the constants are taken for constants", "dispatch", "absmax = double_quant.dequantize(constants)",
+           "absmax = constants.codes.float()", "test_the_error_is_within_that_of_both_quantizations",
+           seen_in="bitsandbytes #1549", suite="test_frozen"),
+    Mutant("constants that come back too large make a float16 weight infinite", "dispatch", ".clamp_(max=_largest(q.dtype))",
+           "", FINITE, {"dtype": torch.float16}, seen_in="bitsandbytes", suite="test_frozen"),
     Mutant("the constants are left out of the bill", "frozen", 'if not name.endswith("codebook")', 'if name == "packed"',
            STORAGE, {"blocks": 2}),
-    Mutant("the dense weight is kept beside its codes", "frozen", "q = nf4.quantize(weight, block_size, codebook)",
-           "q, self.__dict__['source'] = nf4.quantize(weight, block_size, codebook), weight",
+    Mutant("the dense weight is kept beside its codes", "frozen", "q = dispatch.quantize(weight, block_size, codebook)",
+           "q, self.__dict__['source'] = dispatch.quantize(weight, block_size, codebook), weight",
            "test_the_dense_weights_are_freed", seen_in="transformers #44728", suite="test_lora"),
-    Mutant("the dense weight is remembered after its first use", "frozen", "return nf4.dequantize(self.quantized()[0], dtype)",
-           "if 'dense' not in self.__dict__:\n            self.dense = nf4.dequantize(self.quantized()[0], dtype)\n"
-           "        return self.dense", PEAK, IN_SEGMENTS, seen_in="bitsandbytes #2005, with checkpointing",
-           suite="test_stack"),
+    Mutant("the dense weight is remembered after its first use", "frozen",
+           "return dispatch.matmul(x, q, constants, transposed)",
+           "if 'dense' not in self.__dict__:\n            self.dense = self(x.dtype)\n"
+           "        return x @ (self.dense.T if transposed else self.dense)", PEAK, IN_SEGMENTS,
+           seen_in="bitsandbytes #2005, with checkpointing", suite="test_stack"),
     Mutant("the audit reports what was wanted", "frozen", "realised, wanted = (after - before).flatten()",
            "realised, wanted = update.flatten()", "test_the_audit_measures_what_a_4_bit_merge_would_realise",
            suite="test_lora"),
@@ -206,20 +264,18 @@ LORA_MUTANTS = [
            "lora_A.to(x.dtype)) * scaling", PLAIN_LORA),
     Mutant("nothing is dropped in the forward pass", "lora_matmul", "x if keep is None else x * keep, lora_A", "x, lora_A",
            PLAIN_LORA),
-    Mutant("the frozen branch is dropped too", "lora_matmul", "F.linear(x, base(x.dtype), bias)",
-           "F.linear(x if keep is None else x * keep, base(x.dtype), bias)", PLAIN_LORA),
+    Mutant("the frozen branch is dropped too", "lora_matmul", "base.matmul(x)  #",
+           "base.matmul(x if keep is None else x * keep)  #", PLAIN_LORA),
     Mutant("dropout keeps what it should drop", "lora", ">= p if p", "< p if p",
            "test_dropout_keeps_as_many_inputs_as_it_says"),
     Mutant("dropout stays on in evaluation", "lora", "self.lora_dropout if self.training else 0.0", "self.lora_dropout",
            "test_an_evaluating_layer_drops_nothing"),
     Mutant("a layer that was evaluating goes back to training", "lora", "use_rslora).train(linear.training)", "use_rslora)",
            "test_an_adapted_layer_is_in_the_mode_of_the_layer_it_replaces", {"training": False}),
-    Mutant("the bias is added twice", "lora_matmul", "F.linear(x, base(x.dtype), bias)",
-           "F.linear(x, base(x.dtype), bias) + (0 if bias is None else bias)", PLAIN_LORA),
-    Mutant("the bias is forgotten", "lora_matmul", "F.linear(x, base(x.dtype), bias)", "F.linear(x, base(x.dtype))",
-           PLAIN_LORA),
-    Mutant("the base is decoded in float16 whatever is computed", "lora_matmul", "F.linear(x, base(x.dtype), bias)",
-           "F.linear(x, base(torch.float16).to(x.dtype), bias)", PLAIN_LORA),
+    Mutant("the bias is added twice", "lora_matmul", "y.add_(bias)", "y.add_(bias).add_(bias)", PLAIN_LORA),
+    Mutant("the bias is forgotten", "lora_matmul", "y.add_(bias)", "pass", PLAIN_LORA),
+    Mutant("the base is multiplied in float16 whatever is computed", "lora_matmul", "base.matmul(x)  #",
+           "base.matmul(x.half()).to(x.dtype)  #", PLAIN_LORA),
     Mutant("autocast reaches into the update", "lora", "with torch.autocast(self.lora_A.device.type, enabled=False):",
            "with torch.autocast(self.lora_A.device.type, enabled=torch.is_autocast_enabled(self.lora_A.device.type)):",
            "test_the_update_is_made_in_the_dtype_of_the_adapter_within_autocast_too"),
@@ -234,19 +290,17 @@ LORA_MUTANTS = [
            WITHOUT_DROPOUT),
     Mutant("dL/dh is not scaled", "lora_matmul", "(g @ lora_B.to(g.dtype)).mul_(ctx.scaling)", "(g @ lora_B.to(g.dtype))",
            GRADCHECK, WITHOUT_DROPOUT),
-    Mutant("dL/dx leaves the adapter out", "lora_matmul", "dx = dh @ lora_A.to(g.dtype)", "dx = 0 * dh @ lora_A.to(g.dtype)",
-           GRADCHECK, WITHOUT_DROPOUT),
-    Mutant("dL/dx leaves the frozen branch out", "lora_matmul", ".addmm_(g, ctx.base(g.dtype))",
-           ".addmm_(g, 0 * ctx.base(g.dtype))", GRADCHECK, WITHOUT_DROPOUT),
-    Mutant("dL/dx takes W for its transpose", "lora_matmul", ".addmm_(g, ctx.base(g.dtype))",
-           ".addmm_(g, ctx.base(g.dtype).T.reshape(ctx.base.shape))", GRADCHECK, WITHOUT_DROPOUT),
-    Mutant("dL/dx is made with W as it was quantized once more", "lora_matmul", ".addmm_(g, ctx.base(g.dtype))",
-           ".addmm_(g, type(ctx.base)(ctx.base(), 2)(g.dtype))", GRADCHECK, WITHOUT_DROPOUT),
-    Mutant("dL/dx forgets the mask", "lora_matmul", "dx if keep is None else dx.mul_(keep)", "dx", GRADCHECK, WITH_DROPOUT,
+    Mutant("dL/dx leaves the adapter out", "lora_matmul", "dx.addmm_(dh, A) if", "dx if", GRADCHECK, WITHOUT_DROPOUT),
+    Mutant("dL/dx leaves the frozen branch out", "lora_matmul", "ctx.base.matmul(g, transposed=False)",
+           "0 * ctx.base.matmul(g, transposed=False)", GRADCHECK, WITHOUT_DROPOUT),
+    Mutant("dL/dx takes W for its transpose", "lora_matmul", "ctx.base.matmul(g, transposed=False)",
+           "g @ ctx.base(g.dtype).T.reshape(ctx.base.shape)", GRADCHECK, WITHOUT_DROPOUT),
+    Mutant("dL/dx is made with W as it was quantized once more", "lora_matmul", "ctx.base.matmul(g, transposed=False)",
+           "type(ctx.base)(ctx.base(), 2).matmul(g, transposed=False)", GRADCHECK, WITHOUT_DROPOUT),
+    Mutant("dL/dx forgets the mask", "lora_matmul", "(dh @ A).mul_(keep)", "dh @ A", GRADCHECK, WITH_DROPOUT,
            seen_in="fms-acceleration #97"),
-    Mutant("dL/dx of the frozen branch is masked too", "lora_matmul",
-           "(dx if keep is None else dx.mul_(keep)).addmm_(g, ctx.base(g.dtype))",
-           "dx.addmm_(g, ctx.base(g.dtype)).mul_(1 if keep is None else keep)", GRADCHECK, WITH_DROPOUT),
+    Mutant("dL/dx of the frozen branch is masked too", "lora_matmul", "dx.add_((dh @ A).mul_(keep))",
+           "dx.add_(dh @ A).mul_(keep)", GRADCHECK, WITH_DROPOUT),
     Mutant("dL/dA forgets the mask", "lora_matmul", "dh.T @ (x if keep is None else x * keep)", "dh.T @ x", GRADCHECK,
            WITH_DROPOUT),
     Mutant("the gradient of the bias is a mean", "lora_matmul", "g.sum(0) if needs_bias", "g.mean(0) if needs_bias", GRADCHECK,
@@ -298,6 +352,90 @@ LORA_MUTANTS = [
            seen_in="PEFT's prepare_model_for_kbit_training"),
 ]  # fmt: skip
 
+KERNEL_MUTANTS = [
+    Mutant("an odd first number is read from the high nibble", "cpu_kernels.decode", "levels[packed[i >> 1] & 15]",
+           "levels[packed[i >> 1] >> 4]", WINDOWS, of_a_window(Cut(start=1, cols=3, rows=2))),
+    Mutant("the nibbles change places where many are looked up at once", "cpu_kernels.decode",
+           "numbers[2 * j] = table[pairs[j] >> np.uint8(4)]\n        numbers[2 * j + 1]",
+           "numbers[2 * j + 1] = table[pairs[j] >> np.uint8(4)]\n        numbers[2 * j]", WINDOWS, of_a_window(Cut())),
+    Mutant("the kernel gives a ragged last block the constant of the one before", "cpu_kernels.decode",
+           "scale = absmax[block >> shift8]", "scale = absmax[min(block, max((2 * packed.size >> shift) - 1, 0)) >> shift8]",
+           WINDOWS, of_a_window(Cut(double_quant=False)), seen_in="bitsandbytes 0.50 with AVX-512"),
+    Mutant("every block has the constant of the one before", "cpu_kernels.decode", "levels8[codes[block]]",
+           "levels8[codes[max(block - 1, 0)]]", WINDOWS, of_a_window(Cut()), seen_in="NVIDIA Model-Optimizer #2421"),
+    Mutant("the kernel forgets the mean", "cpu_kernels.decode", "* scale + offset", "* scale", WINDOWS, of_a_window(Cut())),
+    Mutant("the kernel lets a constant be negative", "cpu_kernels.decode", "min(max(scale, np.float32(0)), largest)",
+           "min(scale, largest)", WINDOWS, lambda suite: of_a_window(Cut(suite.BELOW, True, 0, 99, 7, 99)),
+           seen_in="bitsandbytes"),
+    Mutant("the kernel lets a constant be larger than its dtype can hold", "cpu_kernels.decode",
+           "min(max(scale, np.float32(0)), largest)", "max(scale, np.float32(0))", WINDOWS,
+           lambda suite: of_a_window(Cut(suite.ABOVE, True, 0, 99, 7, 99)), seen_in="bitsandbytes"),
+    Mutant("many are looked up at once beyond the end of a block", "cpu_kernels.decode", "(stop - i) // GROUP",
+           "-(-(stop - i) // GROUP)", WINDOWS, of_a_window(Cut())),
+    Mutant("bfloat16 is float32 cut off", "cpu_kernels.decode",
+           "builder.add(builder.add(bits, _splat(bits.type, 0x7FFF)), odd)", "bits", ROUNDING, COMPILED_ROUNDING),
+    Mutant("a tie is rounded up to bfloat16", "cpu_kernels.decode",
+           "builder.add(builder.add(bits, _splat(bits.type, 0x7FFF)), odd)", "builder.add(bits, _splat(bits.type, 0x8000))",
+           ROUNDING, COMPILED_ROUNDING),
+    Mutant("NaN becomes a number of bfloat16", "cpu_kernels.decode", 'fcmp_unordered("uno"', 'fcmp_ordered("one"', ROUNDING,
+           COMPILED_ROUNDING),
+    Mutant("bfloat16 is float32 cut off in Python", "cpu_kernels.decode", "(bits + 0x7FFF + (bits >> 16 & 1)) >> 16",
+           "bits >> 16", "test_in_python_numbers_are_rounded_as_torch_does", {"dtype": torch.bfloat16}),
+    Mutant("a second piece of a row replaces the first", "cpu_kernels.decode", "y[i, row] += _dot", "y[i, row] = _dot",
+           FEW_ROWS, {"shape": (2, 2049), "double": True}),
+    Mutant("rows that make no whole team are left out", "cpu_kernels.decode", "prange((height + TEAM - 1) // TEAM)",
+           "prange(height // TEAM)", FEW_ROWS, {"shape": (17, 3), "double": False}),
+    Mutant("a NaN vanishes in a maximum", "cpu_kernels.quantize", "top = max(top, bits[i] & np.uint32(0x7FFFFFFF))",
+           "top = max(top, bits[i] & np.uint32(0x7FFFFFFF)) if flat[i] == flat[i] else top",
+           "test_the_constant_of_a_block_is_finite_if_its_numbers_are", {"how": "in Python", "bad": 0x7FC00000},
+           seen_in="bitsandbytes"),
+    Mutant("the kernel loses tiny blocks", "cpu_kernels.quantize", "power = np.float32(2.0**64)", "power = np.float32(1)",
+           BLOCKWISE, of_blocks(Recipe((1, 127), exponent=-140)), seen_in="bitsandbytes"),
+    Mutant("the kernel lets a tie take the upper code", "cpu_kernels.quantize", "number > midpoints[k]",
+           "number >= midpoints[k]", BLOCKWISE, of_blocks(Recipe((2, 64), pattern="ties"), uniform_code())),
+    Mutant("the kernel pairs the odd last number with code 0", "cpu_kernels.quantize",
+           "<< 4 | code(np.float32(0), midpoints))", "<< 4)", BLOCKWISE, of_blocks(Recipe((1, 127)))),
+    Mutant("the last block is read to its full length", "cpu_kernels.quantize", "min((block + 1) << shift, flat.size)",
+           "(block + 1) << shift", BLOCKWISE, of_blocks(Recipe((1, 127)))),
+    Mutant("a window is a row short", "cpu_kernels.matmul", "rows, cols, numbers_of(window)",
+           "rows - 1, cols, numbers_of(window)", REMAINDERS, of_remainders()),
+    Mutant("the window that is left over is forgotten", "cpu_kernels.matmul", "range(0, total, step)",
+           "range(0, total - step + 1, step)", REMAINDERS, of_remainders()),
+    Mutant("the tokens that are left over are forgotten", "cpu_kernels.matmul", "range(0, tokens, TOKENS)",
+           "range(0, tokens - TOKENS + 1, TOKENS)", REMAINDERS, of_remainders(transposed=False)),
+    Mutant("a square weight is always transposed", "cpu_kernels.matmul", "window.view(rows, cols).T if transposed",
+           "window.view(rows, cols).T if transposed or rows == cols", "test_a_product_is_within_the_bound_of_its_dtype",
+           of_product(SQUARE, 40, False)),
+    Mutant("the gradient is made by W as the product was", "dispatch", "*pieces, not transposed)", "*pieces, transposed)",
+           "test_the_gradient_of_either_product_is_the_other", of_product(SQUARE, 40)),
+    Mutant("all products of one size are made in the same memory", "cpu_kernels.matmul",
+           "y, scratch = x.new_empty(tokens, total)", "y, scratch = KINDS.setdefault(tokens, x.new_empty(tokens, total))",
+           "test_the_caller_owns_what_it_gets", seen_in="bitsandbytes: its buffers for quantized activations"),
+    Mutant("the dense weight is made before it is multiplied", "cpu_kernels.matmul",
+           "min(max(WINDOW // full // 64, 1) * 64, total)", "total",
+           "test_a_product_holds_one_window_and_nothing_else_beside_its_result",
+           {"shape": (512, 384), "window": 2**14, "dtype": torch.bfloat16, "transposed": True, "double": True,
+            "monkeypatch": SimpleNamespace(setattr=setattr)}),
+    Mutant("the numbers after the last whole run are not decoded", "dispatch",
+           "decode.decode(weight, rows * run, 0, 1, rest, numbers[rows * run :])", "pass",
+           "test_dequantizing_into_a_given_tensor_fills_it_and_nothing_beside_it",
+           {"recipe": Recipe((33, 70)), "double": True, "dtype": torch.float32, "layout": "contiguous"}),
+    Mutant("what is not finite is looked for in the last piece alone", "dispatch", "if not absmax.isfinite().all()",
+           "if not absmax[-16:].isfinite().all()", "test_what_is_not_finite_is_refused_as_the_reference_does",
+           in_small_windows(dtype=torch.bfloat16, bad=torch.nan, place=0)),
+    Mutant("the kernel takes the largest constant of float32 for that of float16", "dispatch", "np.float32(_largest(s.dtype))",
+           "np.float32(_largest(torch.float32))", FINITE, {"dtype": torch.float16}, suite="test_frozen"),
+    Mutant("of two codes for one level the second is used", "dispatch", "codebook[1:] > codebook[:-1]",
+           "codebook[1:] >= codebook[:-1]", "test_quantizing_gives_what_the_reference_gives",
+           {"recipe": Recipe((9, 130)), "codebook": torch.tensor([-1.0, 0.0, 0.0, 1.0]), "window": 2**20}),
+    Mutant("a weight with too few constants is read beyond its end", "dispatch", "piece.shape == (count,)", "True",
+           "test_sizes_that_do_not_fit_together_get_what_the_reference_gives_or_raises",
+           without_kernels(what="too few constants")),
+    Mutant("a weight is read beyond its end by an x that is too wide", "dispatch",
+           "x.shape[1:] == (width if transposed else height,)", "True", "test_an_x_of_another_width_is_refused",
+           without_kernels(tokens=1, transposed=True, off_by=1)),
+]  # fmt: skip
+
 OPTIMIZER_MUTANTS = [
     Mutant("only clean pages are written back", "pager", "if not page.stored:", "if page.stored:", RECOUNT, PRESSED),
     Mutant("a page that was written before is not written again", "pager", "if write:", "if write and not page.stored:",
@@ -329,7 +467,7 @@ OPTIMIZER_MUTANTS = [
     Mutant("the second moment is not corrected for its bias", "paged_optim", ".div_((1 - beta2**step) ** 0.5)", "", TORCH_BITS,
            seen_in="apex #1124, BERT's Adam"),
     Mutant("eps is inside the square root", "paged_optim",
-           'exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])',
+           'root(exp_avg_sq).div_((1 - beta2**step) ** 0.5).add_(group["eps"])',
            'exp_avg_sq.div(1 - beta2**step).add_(group["eps"]).sqrt_()', TORCH_BITS, seen_in="optax: eps_root"),
     Mutant("eps is added before the correction", "paged_optim", '.div_((1 - beta2**step) ** 0.5).add_(group["eps"])',
            '.add_(group["eps"]).div_((1 - beta2**step) ** 0.5)', TORCH_BITS, seen_in="TensorFlow 1: epsilon hat"),
@@ -357,7 +495,8 @@ OPTIMIZER_MUTANTS = [
            "self.pager.fetch(page, write=True).zero_()", "test_a_state_saved_by_either_optimizer_continues_in_either",
            from_torch, seen_in="the code of the paper: its resume leaves the optimizer out"),
 ]  # fmt: skip
-MUTANTS = NF4_MUTANTS + CONSTANT_MUTANTS + LORA_MUTANTS + OPTIMIZER_MUTANTS
+MUTANTS = NF4_MUTANTS + CONSTANT_MUTANTS + LORA_MUTANTS + KERNEL_MUTANTS + OPTIMIZER_MUTANTS
+warnings_of_python = pytest.mark.filterwarnings(r"ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning")
 
 
 @pytest.fixture
@@ -377,6 +516,9 @@ def load(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
+    package, _, last = name.rpartition(".")
+    if package:
+        monkeypatch.setattr(importlib.import_module(package), last, module, raising=False)
     spec.loader.exec_module(module)
     return module
 
@@ -384,10 +526,14 @@ def load(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def suite_on(mutant: Mutant | None, suite: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A fresh copy of a test module that stands on fresh copies of the files, one of them mutated."""
     for name in STACK:
-        source = (SOURCES / f"{name}.py").read_text()
+        source = SOURCES.joinpath(*name.split(".")).with_suffix(".py").read_text()
         if mutant and name == mutant.file:
             assert source.count(mutant.old) == 1, f"the source has changed: {mutant.old!r} must be in {name}.py once"
             source = source.replace(mutant.old, mutant.new)
+        elif name in KERNELS:
+            continue
+        if name == "dispatch":  # of each name torch allows one library of operators
+            source = source.replace("qlora", f"qlora{next(COPIES)}")
         (folder / f"{name}.py").write_text(source)
         load(name, folder / f"{name}.py", monkeypatch)
     return load(suite, HERE / f"{suite}.py", monkeypatch)
@@ -404,17 +550,22 @@ def run(mutant: Mutant, suite: ModuleType) -> None:
     (test.hypothesis.inner_test if arguments and hasattr(test, "hypothesis") else test)(**arguments)
 
 
+@warnings_of_python
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
 def test_a_mutant_is_killed(mutant: Mutant, few_examples: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite = suite_on(mutant, suite_of(mutant), tmp_path, monkeypatch)
+    if mutant.file in REFERENCE:
+        monkeypatch.setenv("QLORA_KERNELS", "reference")
     with pytest.raises(KILLED):
         run(mutant, suite)
 
 
+@warnings_of_python
 @pytest.mark.parametrize("name", sorted({suite_of(mutant) for mutant in MUTANTS}))
 def test_the_code_itself_survives_what_kills_its_mutants(
     name: str, few_examples: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = suite_on(None, name, tmp_path, monkeypatch)
     for mutant in {f"{mutant.test} {mutant.arguments}": mutant for mutant in MUTANTS if suite_of(mutant) == name}.values():
-        run(mutant, suite)
+        changed = callable(mutant.arguments)  # what makes them may change the modules
+        run(mutant, suite_on(None, name, tmp_path, monkeypatch) if changed else suite)

@@ -7,16 +7,21 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import numba
+import numpy as np
 import pytest
 import torch
 from bounds import Bounded, adamw, apart
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from strategies import DTYPES, LAYOUTS, laid_out
+from strategies import DTYPES, LAYOUTS, laid_out, seeds
+from test_cpu_kernels import in_python
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dispatch
 import paged_optim
+from cpu_kernels import adamw as kernels
 from paged_optim import PagedAdamW
 from pager import Page, Pager
 
@@ -93,8 +98,23 @@ def snapshot(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> li
     return [[bits(param) for param in params], moments]
 
 
+def nearest(x: Tensor, sqrt: Callable[[Tensor], Tensor] = Tensor.sqrt) -> Tensor:
+    """The square root, of float32 rounded to nearest, which MKL's is not on every processor."""
+    return sqrt(x.double()).float() if x.dtype == torch.float32 else sqrt(x)
+
+
+class TorchAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW with square roots rounded to nearest."""
+
+    def step(self, *arguments: object) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "sqrt", nearest)
+            patch.setattr(torch, "_foreach_sqrt", lambda tensors: [nearest(tensor) for tensor in tensors])
+            return super().step(*arguments)
+
+
 def plain(groups: list[dict], **hyper: object) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, foreach=False, fused=False, **hyper)
+    return TorchAdamW(groups, foreach=False, fused=False, **hyper)
 
 
 def positive_zeros(tree: list | int | float | bytes, run: Run) -> list | int | float | bytes:
@@ -142,7 +162,7 @@ quarter = settings(max_examples=max(settings().max_examples // 4, 1))  # such a 
 
 
 def many_at_once(groups: list[dict], **hyper: object) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, foreach=True, **hyper)
+    return TorchAdamW(groups, foreach=True, **hyper)
 
 
 def one_kernel(groups: list[dict], **hyper: object) -> torch.optim.AdamW:
@@ -245,6 +265,22 @@ def test_torch_lerp_of_weight_one_is_not_invariant_in_the_sign_of_zero_which_is_
     assert bits(whole + 0.0) == bits(apart + 0.0) == bits(torch.zeros(65))
 
 
+@pytest.mark.parametrize("kernels", ["", "reference"])
+@pytest.mark.parametrize("beta1", [0.0, 1e-9, 2**-25, 2**-25 * (1 + 2**-52), 2**-24])
+def test_a_beta1_that_rounds_to_zero_is_invariant_in_the_sign_of_zero_too(
+    beta1: float, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_KERNELS", kernels)
+    outcomes = []
+    for options in ({}, {"page_bytes": 8}):
+        param = nn.Parameter(torch.zeros(65))
+        param.grad = torch.zeros(65).neg()
+        optimizer = PagedAdamW([param], betas=(beta1, 0.9), **options)
+        optimizer.step()
+        outcomes.append(snapshot([param], optimizer))
+    assert outcomes[0] == outcomes[1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("beta1", [0.0, 0.3, 0.9])
 def test_an_infinite_gradient_does_what_it_does_in_torch(beta1: float, dtype: torch.dtype) -> None:
@@ -290,11 +326,126 @@ def largest_output_of_a_step(layout: str, **options: int) -> int:
     return largest.nbytes
 
 
-def test_a_step_makes_nothing_larger_than_a_page_unless_the_parameter_is_strided() -> None:
+def test_a_step_makes_nothing_larger_than_a_page_unless_the_parameter_is_strided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_KERNELS", "reference")
     assert largest_output_of_a_step("contiguous", page_bytes=800, resident_bytes=1600) == 800  # a page that faults in
-    assert largest_output_of_a_step("contiguous", page_bytes=800) == 400  # all resident: one number an element of a page
+    assert largest_output_of_a_step("contiguous", page_bytes=800) == 800  # all resident: the roots, in float64
     assert largest_output_of_a_step("transposed", page_bytes=800) == 16000  # the copy, as documented
-    assert largest_output_of_a_step("contiguous") == 16000  # the measure sees a temporary as large as the parameter
+    assert largest_output_of_a_step("contiguous") == 32000  # the measure sees temporaries as large as the parameter
+
+
+# The kernel, which does the work of adamw_ for float32 on a CPU
+
+PYTHON = in_python(kernels)
+warnings_of_python = pytest.mark.filterwarnings(r"ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning")
+
+
+def test_the_roots_of_torch_are_a_unit_from_the_nearest_at_most() -> None:
+    """Where they are the nearest, TorchAdamW is torch.optim.AdamW itself."""
+    numbers = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).abs()
+    assert (numbers.sqrt().view(torch.int32) - nearest(numbers).view(torch.int32)).abs().max() <= 1
+    assert torch.equal(paged_optim.root(numbers), nearest(numbers))
+    assert np.array_equal(np.sqrt(numbers.numpy()), nearest(numbers).numpy())
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of a run: numbers around 2**exponent, more or less by up to 2**spread; or of all bit patterns."""
+
+    n: int = 40
+    exponent: int = 0
+    spread: int = 4
+    patterns: bool = False
+    step: int = 2
+    lr: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    seed: int = 0
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Parameter, gradient and moments. Before the first step these are whatever the memory held."""
+        make = torch.Generator().manual_seed(self.seed)
+        patterns = torch.randint(-(2**31), 2**31, (4, self.n), generator=make).to(torch.int32).view(torch.float32)
+        spread = (2 * torch.rand(4, self.n, generator=make, dtype=torch.float64) - 1) * self.spread
+        scaled = torch.randn(4, self.n, generator=make, dtype=torch.float64) * 2 ** (self.exponent + spread)
+        numbers = patterns if self.patterns else scaled.float()
+        moments = patterns[2:] if self.step == 1 else torch.stack([numbers[2], numbers[3].abs()])
+        return numbers[0].clone(), numbers[1].clone(), moments.clone()
+
+    def group(self) -> dict:
+        return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+
+    def by(self, update: Callable[..., object]) -> list[bytes]:
+        """The bits of all operands after an update by dispatch.adamw_ or what is like it."""
+        operands = self.operands()
+        update(*operands, self.step, self.group())
+        return [bits(tensor) for tensor in operands]
+
+
+updates = st.builds(
+    Update, st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 4095, 4097, 12345])), st.integers(-149, 127),
+    st.sampled_from([0, 4, 40, 150]), st.booleans(), st.one_of(st.integers(1, 3), st.integers(1, 10**6)),
+    lr=st.one_of(st.sampled_from([0.0, 1e-3]), st.floats(1e-12, 1e30)), betas=st.tuples(betas, betas),
+    eps=st.one_of(st.sampled_from([0.0, 1e-8]), st.floats(1e-45, 1e30)),
+    weight_decay=st.one_of(st.sampled_from([0.0, 0.01]), st.floats(1e-6, 1e6)), seed=seeds,
+)  # fmt: skip
+
+
+@given(updates)
+@example(Update(4097, 0, 4, betas=(0.0, 0.0)))
+@example(Update(4097, 0, 4, betas=(1e-9, 0.999)))
+@example(Update(4097, -140, 10, step=1))  # subnormal numbers
+@example(Update(12345, patterns=True, step=1))
+@example(Update(12345, patterns=True, step=1000, betas=(0.3, 0.95)))
+def test_the_kernel_gives_the_bits_of_the_reference(update: Update) -> None:
+    assert dispatch.adamw_(*update.operands(), update.step, update.group())
+    assert update.by(dispatch.adamw_) == update.by(paged_optim.adamw_)
+
+
+@given(updates, st.integers(1, 40))
+@warnings_of_python
+def test_the_kernel_does_the_same_in_python(update: Update, n: int) -> None:
+    update = replace(update, n=n)
+    compiled = update.by(dispatch.adamw_)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "update", PYTHON.update)
+        assert update.by(dispatch.adamw_) == compiled
+
+
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="Numba has one thread here")
+def test_two_threads_update_to_the_bits_of_one() -> None:
+    before, outcomes, update = torch.get_num_threads(), [], Update(20_557)
+    for threads in (1, 2, 2, 2):
+        torch.set_num_threads(threads)
+        outcomes.append(update.by(dispatch.adamw_))
+    torch.set_num_threads(before)
+    assert outcomes == outcomes[:1] * 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("asked", ["", "reference"])
+def test_the_kernel_updates_float32_unless_the_environment_asks_for_the_reference(
+    dtype: torch.dtype, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updated = []
+    monkeypatch.setattr(kernels, "update", lambda param, *_: updated.append(param.size))
+    monkeypatch.setenv("QLORA_KERNELS", asked)
+    Run(dtype=dtype, missing=0, steps=1, layout="transposed").outcome(PagedAdamW, page_bytes=10 * 2 * dtype.itemsize)
+    assert updated == ([10, 5, 7, 4] if dtype == torch.float32 and not asked else [])
+
+
+def test_a_step_of_the_kernel_makes_nothing_but_the_page_that_faults_in() -> None:
+    assert largest_output_of_a_step("contiguous", page_bytes=800) == 0
+    assert largest_output_of_a_step("contiguous", page_bytes=800, resident_bytes=1600) == 800
+
+
+def test_a_step_size_that_float32_cannot_hold_is_refused_by_kernel_reference_and_torch() -> None:
+    for make in (PagedAdamW, plain):
+        param = nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        with pytest.raises(RuntimeError, match="without overflow"):
+            make([param], lr=1e38).step()  # divided by 1 - 0.9
 
 
 # The pager at work
@@ -591,6 +742,7 @@ def test_a_mutant_of_the_arithmetic_is_noticed(mutant: Callable[..., None], monk
     wanted = Run().outcome(plain)[0]
     assert Run().outcome(PagedAdamW, page_bytes=24, resident_bytes=48)[0] == wanted
     assert within_rounding(Run(missing=0), PagedAdamW, one_kernel)
+    monkeypatch.setenv("QLORA_KERNELS", "reference")
     monkeypatch.setattr(paged_optim, "adamw_", mutant)
     assert Run().outcome(PagedAdamW, page_bytes=24, resident_bytes=48)[0] != wanted
     assert not within_rounding(Run(missing=0), PagedAdamW, one_kernel)
