@@ -98,7 +98,7 @@ def ops(quick: bool) -> dict:
 
 def optim(quick: bool) -> dict:
     """AdamW on a hundred million parameters."""
-    count = 4 * 2**20 if quick else 96 * 2**20
+    count = 2**24 if quick else 6 * 2**24
     result = summary(race(contenders.updating(count), 3 if quick else 9))
     print("optimizer step  " + "".join(f"{name} {1e3 * row['seconds']:.0f} ms   " for name, row in result.items()), flush=True)
     return {"parameters": count, "rows": result}
@@ -129,7 +129,7 @@ def step(quick: bool) -> dict:
     steppers, rows = {name: Stepper(name) for name in names}, {}
     for checkpointing in (False, True):
         seconds, peaks = {name: [] for name in names}, dict.fromkeys(names, 0)
-        for turn in range(2 if quick else 7):
+        for turn in range(2 if quick else 6):
             for name in names:
                 result = steppers[name].step(4, 256, checkpointing)
                 seconds[name] += [result["seconds"]] if turn else []  # the first warms up

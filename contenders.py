@@ -116,12 +116,12 @@ def multiplying(weight: Tensor, x: Tensor, g: Tensor | None = None) -> dict[str,
 
 
 def updating(count: int) -> dict[str, Work]:
-    """One AdamW step on `count` float32 parameters in pieces of a million, all pages resident."""
+    """One AdamW step on `count` float32 parameters, in tensors as large as a layer of 4096 x 4096; all pages are resident."""
 
     def stepping(kind: type[torch.optim.Optimizer], **settings: object) -> Work:
-        parameters = [nn.Parameter(torch.randn(2**20)) for _ in range(count >> 20)]
+        parameters = [nn.Parameter(torch.randn(2**24)) for _ in range(count >> 24)]
         for parameter in parameters:
-            parameter.grad = torch.randn(2**20)
+            parameter.grad = torch.randn(2**24)
         return kind(parameters, **settings).step
 
     return {"ours": stepping(PagedAdamW), "torch fused": stepping(torch.optim.AdamW, fused=True),

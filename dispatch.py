@@ -10,6 +10,7 @@ y = x W^T is g W, and that of g W is x W^T.
 
 import math
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numba
@@ -21,13 +22,15 @@ from torch.autograd.function import FunctionCtx
 
 import double_quant
 import nf4
-from cpu_kernels import adamw, decode
+from cpu_kernels import adamw as fused
+from cpu_kernels import decode
 from cpu_kernels import matmul as windows
 from cpu_kernels import quantize as blockwise
 from double_quant import DoubleQuantized
 from nf4 import NF4, Quantized
 
 PIECE = 2**20  # elements of a weight that is not float32 are converted to it so many at a time
+FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # torch multiplies and adds there as the kernel does
 LIBRARY = torch.library.Library("qlora", "DEF")
 STORED = ("Tensor packed, Tensor absmax, Tensor codebook, Tensor? nested_absmax, Tensor? nested_offset, "
           "Tensor? nested_codebook, int[] shape, ScalarType dtype, int block_size, int nested_block_size")
@@ -75,16 +78,15 @@ def decoded(q: Quantized, constants: DoubleQuantized | None) -> Quantized:
     return Quantized(q.packed, absmax, q.codebook, q.shape, q.dtype, q.block_size)
 
 
-def adamw_(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> bool:
-    """Do what paged_optim.adamw_ does if there is a kernel for it, and say whether there was."""
+def adamw(param: Tensor, grad: Tensor, step: int, group: dict) -> Callable[[Tensor, Tensor, Tensor], None] | None:
+    """What updates runs of a parameter, its gradient and their moments as paged_optim.adamw_ does; None without a kernel."""
     beta1, beta2, lr, weight_decay, eps = map(float, (*group["betas"], group["lr"], group["weight_decay"], group["eps"]))
     step_size = lr / (1 - beta1**step)
-    fits = all(each.dtype == torch.float32 and each.is_contiguous() for each in (param, grad, moments))
-    if not fits or step_size > torch.finfo(torch.float32).max or not _has_kernels(param):  # torch refuses such a step size
-        return False
-    adamw.update(param.detach().numpy(), grad.detach().numpy(), moments.numpy(), step == 1, 1 - lr * weight_decay, 1 - beta1,
-                 beta2, 1 - beta2, (1 - beta2**step) ** 0.5, eps, -step_size)
-    return True
+    fits = FUSES and param.dtype == grad.dtype == torch.float32 and step_size <= torch.finfo(torch.float32).max  # else refused
+    if not fits or not _has_kernels(param):
+        return None
+    scalars = (step == 1, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5, eps, -step_size)
+    return lambda param, grad, moments: fused.update(param.numpy(), grad.numpy(), moments.numpy(), *scalars)
 
 
 def _largest(dtype: torch.dtype) -> float:
@@ -124,7 +126,10 @@ def _restored(s: Stored) -> Quantized:
 def _has_kernels(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or os.environ.get("QLORA_KERNELS") == "reference":
         return False
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)  # which Numba's threads, when they start, change
     return True
 
 
@@ -138,8 +143,7 @@ def _for_kernels(out: Tensor, s: Stored) -> tuple | None:
                    (s.nested_offset, torch.float32, 1), (s.nested_codebook, torch.float32, 256)]
     fits = n > 0 and all(size > 0 and not size & (size - 1) for size in (s.block_size, s.nested_block_size))
     fits = fits and all(piece.dtype == dtype and piece.shape == (count,) and piece.is_cpu for piece, dtype, count in pieces)
-    fits = fits and out.dtype in windows.KINDS and (out.dtype != torch.float16 or decode.FLOAT16)
-    if not fits or not _has_kernels(out):
+    if not (fits and out.dtype in windows.KINDS and (out.dtype != torch.float16 or decode.FLOAT16) and _has_kernels(out)):
         return None
     levels = F.pad(s.codebook, (0, 16 - s.codebook.numel())).numpy()
     packed, absmax = s.packed.flatten().numpy(), s.absmax.numpy()
@@ -152,12 +156,11 @@ def _for_kernels(out: Tensor, s: Stored) -> tuple | None:
 
 def _dequantize_(out: Tensor, *pieces: object) -> None:
     stored = Stored(*pieces)
-    fits = out.is_contiguous() and out.shape == tuple(stored.shape)
-    weight = _for_kernels(out, stored) if fits else None
+    weight = _for_kernels(out, stored) if out.is_contiguous() and out.shape == tuple(stored.shape) else None
     if weight is None:
         out.copy_(nf4.dequantize(_restored(stored), out.dtype))
         return
-    numbers, run = windows.numbers_of(out), 4096
+    numbers, run = windows.numbers_of(out), 4096  # elements that count as a row of the window
     rows, rest = divmod(numbers.size, run)
     decode.decode(weight, 0, run, rows, run, numbers)
     decode.decode(weight, rows * run, 0, 1, rest, numbers[rows * run :])
@@ -165,12 +168,10 @@ def _dequantize_(out: Tensor, *pieces: object) -> None:
 
 def _matmul(x: Tensor, *pieces_and_transposed: object) -> Tensor:
     *pieces, transposed = pieces_and_transposed
-    stored = Stored(*pieces)
-    height, width = stored.shape
+    height, width = (stored := Stored(*pieces)).shape
     weight = _for_kernels(x, stored) if x.shape[1:] == (width if transposed else height,) else None
     if weight is None:
-        dense = nf4.dequantize(_restored(stored), x.dtype)
-        y = x.new_empty(len(x), height if transposed else width)
+        dense, y = nf4.dequantize(_restored(stored), x.dtype), x.new_empty(len(x), height if transposed else width)
         return torch.mm(x, dense.T if transposed else dense, out=y)  # with `out`, autocast leaves it alone
     return windows.matmul(x, weight, stored.shape, transposed)
 

@@ -24,6 +24,7 @@ Differs from the paper and bitsandbytes: they page large parameters only, here a
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -112,10 +113,9 @@ class PagedAdamW(Optimizer):
     def _update(self, param: Tensor, group: StateDict) -> None:
         self.state[param]["step"] = step = self.state[param].get("step", 0) + 1
         flat, flat_grad = param.detach().contiguous().view(-1), param.grad.contiguous().view(-1)
+        update = dispatch.adamw(flat, flat_grad, step, group) or partial(adamw_, step=step, group=group)
         for page, run, grad in by_page(self.pages[param], flat, flat_grad):
-            arguments = (run, grad, self.pager.fetch(page, write=True), step, group)
-            if not dispatch.adamw_(*arguments):
-                adamw_(*arguments)
+            update(run, grad, self.pager.fetch(page, write=True))
         if not param.is_contiguous():
             param.copy_(flat.view_as(param))
 

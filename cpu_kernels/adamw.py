@@ -10,6 +10,8 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 
+PIECE = 1024  # elements: what a thread takes at once
+
 
 @njit(parallel=True, cache=True, error_model="numpy")
 def update(param, grad, moments, first, decay, weight, beta2, value, divisor, eps, step_size):
@@ -22,15 +24,15 @@ def update(param, grad, moments, first, decay, weight, beta2, value, divisor, ep
     near = weight < np.float32(0.5)  # lerp_ starts from the nearer end
     factor = weight if near else weight - np.float32(1)
     zero = np.float32(0.0 if weight == 1 else -0.0)  # to add -0 changes nothing, to add 0 makes each zero +0
-    exp_avg, exp_avg_sq = moments[0], moments[1]
-    if first:
-        moments[:] = np.float32(0)
-    for i in prange(param.size):
-        start = exp_avg[i] if near else grad[i]
-        mean = fma(factor, grad[i] - exp_avg[i], start) + zero
-        square = fma(value * grad[i], grad[i], exp_avg_sq[i] * beta2)
-        exp_avg[i], exp_avg_sq[i] = mean, square
-        param[i] = param[i] * decay + step_size * mean / (np.sqrt(square) / divisor + eps)
+    for piece in prange((param.size + PIECE - 1) // PIECE):
+        start, stop = piece * PIECE, min(piece * PIECE + PIECE, param.size)
+        p, g, m, v = param[start:stop], grad[start:stop], moments[0, start:stop], moments[1, start:stop]
+        if first:
+            m[:], v[:] = 0, 0
+        for i in range(p.size):  # a loop of its own: LLVM does not vectorise what Numba makes of prange over elements
+            m[i] = fma(factor, g[i] - m[i], m[i] if near else g[i]) + zero
+            v[i] = fma(value * g[i], g[i], v[i] * beta2)
+            p[i] = p[i] * decay + step_size * m[i] / (np.sqrt(v[i]) / divisor + eps)
 
 
 def fma(a, b, c):

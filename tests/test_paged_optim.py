@@ -4,8 +4,11 @@ import copy
 import errno
 import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -334,9 +337,25 @@ def test_a_step_makes_nothing_larger_than_a_page_unless_the_parameter_is_strided
     assert largest_output_of_a_step("contiguous") == 32000  # the measure sees temporaries as large as the parameter
 
 
+def test_a_torch_that_does_not_fuse_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Update().group()
+    assert dispatch.adamw(torch.ones(3), torch.ones(3), 1, group)
+    monkeypatch.setattr(dispatch, "FUSES", False)
+    assert dispatch.adamw(torch.ones(3), torch.ones(3), 1, group) is None
+
+
+def test_kernels_leave_the_number_of_torchs_threads_alone() -> None:
+    """In a process of its own: it is when they start that Numba's threads would change it."""
+    said = subprocess.run([sys.executable, "-c", "import torch, dispatch; torch.set_num_threads(1); "
+                           "dispatch.quantize(torch.ones(64)); print(torch.get_num_threads())"],
+                          capture_output=True, text=True, check=True, cwd=Path(paged_optim.__file__).parent)  # fmt: skip
+    assert said.stdout == "1\n"
+
+
 # The kernel, which does the work of adamw_ for float32 on a CPU
 
 PYTHON = in_python(kernels)
+PYTHON.PIECE = 3  # so that a few elements are many pieces
 warnings_of_python = pytest.mark.filterwarnings(r"ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning")
 
 
@@ -377,7 +396,7 @@ class Update:
         return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
 
     def by(self, update: Callable[..., object]) -> list[bytes]:
-        """The bits of all operands after an update by dispatch.adamw_ or what is like it."""
+        """The bits of all operands after an update by paged_optim.adamw_ or what is like it."""
         operands = self.operands()
         update(*operands, self.step, self.group())
         return [bits(tensor) for tensor in operands]
@@ -392,6 +411,10 @@ updates = st.builds(
 )  # fmt: skip
 
 
+def by_kernel(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
+    dispatch.adamw(param, grad, step, group)(param, grad, moments)
+
+
 @given(updates)
 @example(Update(4097, 0, 4, betas=(0.0, 0.0)))
 @example(Update(4097, 0, 4, betas=(1e-9, 0.999)))
@@ -399,18 +422,17 @@ updates = st.builds(
 @example(Update(12345, patterns=True, step=1))
 @example(Update(12345, patterns=True, step=1000, betas=(0.3, 0.95)))
 def test_the_kernel_gives_the_bits_of_the_reference(update: Update) -> None:
-    assert dispatch.adamw_(*update.operands(), update.step, update.group())
-    assert update.by(dispatch.adamw_) == update.by(paged_optim.adamw_)
+    assert update.by(by_kernel) == update.by(paged_optim.adamw_)
 
 
 @given(updates, st.integers(1, 40))
 @warnings_of_python
 def test_the_kernel_does_the_same_in_python(update: Update, n: int) -> None:
     update = replace(update, n=n)
-    compiled = update.by(dispatch.adamw_)
+    compiled = update.by(by_kernel)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "update", PYTHON.update)
-        assert update.by(dispatch.adamw_) == compiled
+        assert update.by(by_kernel) == compiled
 
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="Numba has one thread here")
@@ -418,7 +440,7 @@ def test_two_threads_update_to_the_bits_of_one() -> None:
     before, outcomes, update = torch.get_num_threads(), [], Update(20_557)
     for threads in (1, 2, 2, 2):
         torch.set_num_threads(threads)
-        outcomes.append(update.by(dispatch.adamw_))
+        outcomes.append(update.by(by_kernel))
     torch.set_num_threads(before)
     assert outcomes == outcomes[:1] * 4
 
