@@ -4,7 +4,7 @@
 in 4 bits. Whatever has no kernel (a device, a dtype, a codebook of more than 16 levels) goes to the reference and gives the
 same result: bit for bit where no sum is reordered. QLORA_KERNELS=reference in the environment sends everything there.
 
-Both are operators of torch.library, so torch.compile takes them as they are instead of tracing through Numba. The derivative of
+Two are operators of torch.library, so torch.compile takes them as they are instead of tracing through Numba. The derivative of
 y = x W^T is g W, and that of g W is x W^T.
 """
 
@@ -14,22 +14,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numba
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 import double_quant
 import nf4
-from cpu_kernels import adamw as fused
-from cpu_kernels import decode
-from cpu_kernels import matmul as windows
-from cpu_kernels import quantize as blockwise
+from cpu_kernels import host
 from double_quant import DoubleQuantized
 from nf4 import NF4, Quantized
 
-PIECE = 2**20  # elements of a weight that is not float32 are converted to it so many at a time
 FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # torch multiplies and adds there as the kernel does
 LIBRARY = torch.library.Library("qlora", "DEF")
 STORED = ("Tensor packed, Tensor absmax, Tensor codebook, Tensor? nested_absmax, Tensor? nested_offset, "
@@ -39,18 +33,10 @@ STORED = ("Tensor packed, Tensor absmax, Tensor codebook, Tensor? nested_absmax,
 def quantize(weight: Tensor, block_size: int = 64, codebook: Tensor = NF4) -> Quantized:
     """What nf4.quantize gives, or raises."""
     nf4.check_arguments(weight, block_size, codebook)
-    n, ascending = weight.numel(), bool((codebook[1:] > codebook[:-1]).all()) and codebook.numel() <= 16
-    if not (n and ascending and _has_kernels(weight)):
+    if not (weight.numel() and (codebook[1:] > codebook[:-1]).all() and _has_kernels(weight)):
         return nf4.quantize(weight, block_size, codebook)
-    midpoints = F.pad((codebook[1:] + codebook[:-1]) / 2, (0, 16 - codebook.numel()), value=math.inf).numpy()
-    packed, absmax = torch.empty((n + 1) // 2, 1, dtype=torch.uint8), torch.empty(-(-n // block_size))
-    flat = weight.detach().reshape(-1)
-    step = n if flat.dtype == torch.float32 else max(PIECE, block_size)
-    for start in range(0, n, step):
-        numbers = flat[start : start + step].to(torch.float32).numpy()
-        scales = absmax[start // block_size : -(-(start + step) // block_size)].numpy()
-        blockwise.quantize(numbers, numbers.view(np.uint32), midpoints, block_size.bit_length() - 1,
-                           packed[start // 2 : (start + step + 1) // 2].numpy().reshape(-1), scales, scales.view(np.uint32))
+    flat = weight.detach().contiguous().view(-1)
+    packed, absmax = host.quantize(flat, block_size, codebook)
     if not absmax.isfinite().all():
         nf4.check_finite(flat.to(torch.float32), weight.shape)
     return Quantized(packed, absmax, codebook, weight.shape, weight.dtype, block_size)
@@ -64,9 +50,13 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None, constants: Double
     return out
 
 
-def matmul(x: Tensor, q: Quantized, constants: DoubleQuantized | None = None, transposed: bool = True) -> Tensor:
-    """x W^T (tokens, out) for x (tokens, in); not transposed, x W (tokens, in) for x (tokens, out). W is (out, in)."""
-    return torch.ops.qlora.matmul(x, *_stored(q, constants), transposed)
+def matmul(x: Tensor, q: Quantized, constants: DoubleQuantized | None = None, transposed: bool = True,
+           bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias (tokens, out) for x (tokens, in); not transposed, x W (tokens, in) for x (tokens, out). W is (out, in).
+
+    The bias, of x's dtype, is added before the sum is rounded to that.
+    """
+    return torch.ops.qlora.matmul(x, bias, *_stored(q, constants), transposed)
 
 
 def decoded(q: Quantized, constants: DoubleQuantized | None) -> Quantized:
@@ -78,15 +68,18 @@ def decoded(q: Quantized, constants: DoubleQuantized | None) -> Quantized:
     return Quantized(q.packed, absmax, q.codebook, q.shape, q.dtype, q.block_size)
 
 
-def adamw(param: Tensor, grad: Tensor, step: int, group: dict) -> Callable[[Tensor, Tensor, Tensor], None] | None:
-    """What updates runs of a parameter, its gradient and their moments as paged_optim.adamw_ does; None without a kernel."""
+def adamw(param: Tensor, grad: Tensor, step: int, group: dict) -> Callable[[int, Tensor], None] | None:
+    """What updates a flat parameter from element `start` on, as far as `moments` go, as paged_optim.adamw_ does.
+
+    None if there is no kernel for it.
+    """
     beta1, beta2, lr, weight_decay, eps = map(float, (*group["betas"], group["lr"], group["weight_decay"], group["eps"]))
     step_size = lr / (1 - beta1**step)
     fits = FUSES and param.dtype == grad.dtype == torch.float32 and step_size <= torch.finfo(torch.float32).max  # else refused
     if not fits or not _has_kernels(param):
         return None
     scalars = (step == 1, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5, eps, -step_size)
-    return lambda param, grad, moments: fused.update(param.numpy(), grad.numpy(), moments.numpy(), *scalars)
+    return host.adamw_of(param, grad, scalars)
 
 
 def _largest(dtype: torch.dtype) -> float:
@@ -143,15 +136,10 @@ def _for_kernels(out: Tensor, s: Stored) -> tuple | None:
                    (s.nested_offset, torch.float32, 1), (s.nested_codebook, torch.float32, 256)]
     fits = n > 0 and all(size > 0 and not size & (size - 1) for size in (s.block_size, s.nested_block_size))
     fits = fits and all(piece.dtype == dtype and piece.shape == (count,) and piece.is_cpu for piece, dtype, count in pieces)
-    if not (fits and out.dtype in windows.KINDS and (out.dtype != torch.float16 or decode.FLOAT16) and _has_kernels(out)):
+    if not (fits and out.dtype in host.DECODED and _has_kernels(out)):
         return None
-    levels = F.pad(s.codebook, (0, 16 - s.codebook.numel())).numpy()
-    packed, absmax = s.packed.flatten().numpy(), s.absmax.numpy()
-    shift, largest = s.block_size.bit_length() - 1, np.float32(_largest(s.dtype))
-    if not double:
-        return packed, levels, absmax, absmax[:0].view(np.uint8), levels, np.float32(0), largest, shift, 0, decode.AVX512
-    return (packed, levels, s.nested_absmax.numpy(), absmax, s.nested_codebook.numpy(), np.float32(s.nested_offset.item()),
-            largest, shift, s.nested_block_size.bit_length() - 1, decode.AVX512)
+    constants = (s.nested_absmax, s.absmax, s.nested_codebook, s.nested_offset) if double else (s.absmax,)
+    return host.weight_of(s.packed.flatten(), s.codebook, constants, _largest(s.dtype), s.block_size, s.nested_block_size)
 
 
 def _dequantize_(out: Tensor, *pieces: object) -> None:
@@ -160,41 +148,40 @@ def _dequantize_(out: Tensor, *pieces: object) -> None:
     if weight is None:
         out.copy_(nf4.dequantize(_restored(stored), out.dtype))
         return
-    numbers, run = windows.numbers_of(out), 4096  # elements that count as a row of the window
-    rows, rest = divmod(numbers.size, run)
-    decode.decode(weight, 0, run, rows, run, numbers)
-    decode.decode(weight, rows * run, 0, 1, rest, numbers[rows * run :])
+    host.dequantize(weight, out)
 
 
-def _matmul(x: Tensor, *pieces_and_transposed: object) -> Tensor:
+def _matmul(x: Tensor, bias: Tensor | None, *pieces_and_transposed: object) -> Tensor:
     *pieces, transposed = pieces_and_transposed
     height, width = (stored := Stored(*pieces)).shape
     weight = _for_kernels(x, stored) if x.shape[1:] == (width if transposed else height,) else None
     if weight is None:
         dense, y = nf4.dequantize(_restored(stored), x.dtype), x.new_empty(len(x), height if transposed else width)
-        return torch.mm(x, dense.T if transposed else dense, out=y)  # with `out`, autocast leaves it alone
-    return windows.matmul(x, weight, stored.shape, transposed)
+        dense = dense.T if transposed else dense  # with `out`, autocast leaves the product alone
+        return torch.mm(x, dense, out=y) if bias is None else torch.addmm(bias, x, dense, out=y)
+    return host.matmul(x, weight, stored.shape, transposed, bias)
 
 
 LIBRARY.define(f"dequantize_(Tensor(a!) out, {STORED}) -> ()")
-LIBRARY.define(f"matmul(Tensor x, {STORED}, bool transposed) -> Tensor")
+LIBRARY.define(f"matmul(Tensor x, Tensor? bias, {STORED}, bool transposed) -> Tensor")
 LIBRARY.impl("dequantize_", _dequantize_, "CompositeExplicitAutograd")
 LIBRARY.impl("matmul", _matmul, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("qlora::matmul", lib=LIBRARY)
-def _shape_of_matmul(x: Tensor, *pieces_and_transposed: object) -> Tensor:
+def _shape_of_matmul(x: Tensor, bias: Tensor | None, *pieces_and_transposed: object) -> Tensor:
     *pieces, transposed = pieces_and_transposed
     return x.new_empty(x.shape[0], Stored(*pieces).shape[0 if transposed else 1])
 
 
 def _keep_weight(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    ctx.pieces_and_transposed = inputs[1:]
+    ctx.pieces_and_transposed = inputs[2:]
 
 
 def _gradient_of_matmul(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
     *pieces, transposed = ctx.pieces_and_transposed
-    return torch.ops.qlora.matmul(g, *pieces, not transposed), *[None] * (len(pieces) + 1)
+    of_bias = g.sum(0) if ctx.needs_input_grad[1] else None
+    return torch.ops.qlora.matmul(g, None, *pieces, not transposed), of_bias, *[None] * (len(pieces) + 1)
 
 
 torch.library.register_autograd("qlora::matmul", _gradient_of_matmul, setup_context=_keep_weight, lib=LIBRARY)

@@ -55,7 +55,7 @@ class FrozenWeight(nn.Module):
             self.register_buffer("codebook", None)
         else:
             q = dispatch.quantize(weight, block_size, codebook)
-            self._keep(q, second.quantize(q.absmax) if double_quant else None)
+            self._keep(q, second.quantize(q.absmax, blockwise=dispatch.quantize) if double_quant else None)
 
     @classmethod
     def from_quantized(cls, q: nf4.Quantized, constants: second.DoubleQuantized | None) -> "FrozenWeight":
@@ -96,13 +96,13 @@ class FrozenWeight(nn.Module):
         q, constants = self.stored()
         return dispatch.dequantize(q, dtype, constants)
 
-    def matmul(self, x: Tensor, transposed: bool = True) -> Tensor:
-        """x W^T (tokens, out) for x (tokens, in), or x W (tokens, in) for x (tokens, out), without a dense weight."""
+    def matmul(self, x: Tensor, transposed: bool = True, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias (tokens, out) for x (tokens, in), or x W (tokens, in) for x (tokens, out), without a dense weight."""
         if self.codebook is None:
             weight = self.weight.to(x.dtype)
-            return F.linear(x, weight) if transposed else x @ weight
+            return F.linear(x, weight, bias) if transposed else x @ weight
         q, constants = self.stored()
-        return dispatch.matmul(x, q, constants, transposed)
+        return dispatch.matmul(x, q, constants, transposed, bias)
 
     def audit(self, update: Tensor) -> MergeAudit:
         """Quantize weight + update anew, and compare the change that is realised with the one that was wanted."""

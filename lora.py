@@ -76,9 +76,10 @@ class QLoRALinear(nn.Module):
         result = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         flat = x.to(self.compute_dtype or result).reshape(-1, self.in_features)  # (tokens, in)
         bias = None if self.bias is None else self.bias.to(flat.dtype)
-        if self.merged is not None:
+        if self.merged is not None or not self.r:
             with torch.autocast(device, enabled=False):
-                y = F.linear(flat, self.merged.to(flat.dtype), bias)
+                merged = None if self.merged is None else self.merged.to(flat.dtype)
+                y = self.base.matmul(flat, bias=bias) if merged is None else F.linear(flat, merged, bias)
         else:
             p = self.lora_dropout if self.training else 0.0
             keep = torch.rand(flat.shape, device=x.device) >= p if p else None

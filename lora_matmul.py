@@ -22,16 +22,14 @@ from frozen import FrozenWeight
 
 
 class LoRAMatmul(torch.autograd.Function):
-    """y = x W^T + b + s (keep x A^T) B^T, where base.matmul(x) is x W^T and base.matmul(g, False) is g W."""
+    """y = x W^T + b + s (keep x A^T) B^T, where base.matmul(x, bias=b) is x W^T + b and base.matmul(g, False) is g W."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, keep: Tensor | None,
                 scaling: float, base: FrozenWeight) -> Tensor:
         """x (tokens, in), lora_A (r, in), lora_B (out, r), bias (out,), keep bool (tokens, in) -> (tokens, out)."""
         with torch.autocast(x.device.type, enabled=False):
-            y = base.matmul(x)  # (tokens, out)
-            if bias is not None:
-                y.add_(bias)
+            y = base.matmul(x, bias=bias)  # (tokens, out)
             h = F.linear(x if keep is None else x * keep, lora_A.to(x.dtype))  # (tokens, r)
             y.addmm_(h, lora_B.to(x.dtype).T, alpha=scaling)
         needs_A, needs_B = ctx.needs_input_grad[1:3]

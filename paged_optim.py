@@ -49,14 +49,20 @@ def adamw_(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: State
     param.addcdiv_(exp_avg, denom, value=-lr / (1 - beta1**step))
 
 
+def update_run(flat: Tensor, flat_grad: Tensor, step: int, group: StateDict, start: int, moments: Tensor) -> None:
+    """The same for the run of a flat parameter that begins at `start` and is as long as its moments."""
+    run = slice(start, start + moments.shape[1])
+    adamw_(flat[run], flat_grad[run], moments, step, group)
+
+
 def root(x: Tensor) -> Tensor:
     """The square root, of float32 rounded to nearest: no root of one is so near a midpoint that float64 could mistake it."""
     return x.double().sqrt_().float() if x.dtype == torch.float32 else x.sqrt()
 
 
-def by_page(pages: list[Page], *flat: Tensor) -> Iterable[tuple]:
-    """Each page of a parameter with its run of each tensor whose last dimension is the flattened parameter; views."""
-    return zip(pages, *(each.split(pages[0].shape[1], dim=-1) if len(pages) > 1 else [each] for each in flat))
+def by_page(pages: list[Page], moments: Tensor) -> Iterable[tuple[Page, Tensor]]:
+    """Each page of a parameter with its part of the moments, (2, n); views."""
+    return zip(pages, moments.split(pages[0].shape[1], dim=-1) if pages else [])
 
 
 class PagedAdamW(Optimizer):
@@ -113,9 +119,11 @@ class PagedAdamW(Optimizer):
     def _update(self, param: Tensor, group: StateDict) -> None:
         self.state[param]["step"] = step = self.state[param].get("step", 0) + 1
         flat, flat_grad = param.detach().contiguous().view(-1), param.grad.contiguous().view(-1)
-        update = dispatch.adamw(flat, flat_grad, step, group) or partial(adamw_, step=step, group=group)
-        for page, run, grad in by_page(self.pages[param], flat, flat_grad):
-            update(run, grad, self.pager.fetch(page, write=True))
+        update = dispatch.adamw(flat, flat_grad, step, group) or partial(update_run, flat, flat_grad, step, group)
+        start = 0
+        for page in self.pages[param]:
+            update(start, self.pager.fetch(page, write=True))
+            start += page.shape[1]
         if not param.is_contiguous():
             param.copy_(flat.view_as(param))
 

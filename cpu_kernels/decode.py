@@ -1,4 +1,4 @@
-"""From 4 bits to numbers: a window of a weight, or its product with few rows, without a dense weight.
+"""From 4 bits to numbers: a weight, or a window of it, decoded.
 
 In a block all scales are equal, so there are only 16 different results: scale and round the 16 levels once, then only look
 up. Where the processor has AVX-512 the 16 results fit one register, and one instruction (vpermw, or vpermd for float32) looks
@@ -29,7 +29,6 @@ FLOAT16 = bool(FEATURES.get("f16c", "avx" not in FEATURES))  # can it be rounded
 AVX512 = all(FEATURES.get(name, False) for name in ("avx512f", "avx512bw"))
 GROUP = 32  # elements that are looked up together, 16 packed bytes
 TEAM = 16  # rows of W that a thread takes at once
-PIECE = 2048  # elements of a row of W that `few_rows` multiplies at once
 AHEAD = 8  # rows: how early to ask for the bytes of a narrow window, too far apart for the processor to foresee
 
 
@@ -42,33 +41,7 @@ def decode(weight, start, stride, rows, cols, out):
             _run(weight, start + row * stride, cols, out, row * cols, table, AHEAD * stride if stride > cols else 0)
 
 
-@njit(parallel=True, cache=True)
-def few_rows(weight, x, y):
-    """y += x W^T for x (m, in) and y (m, out), both float32. Of W, a piece of a row is decoded, multiplied and dropped.
-
-    Pieces are so short that the L1 cache holds one, and the same piece of every row of x: the next row of W needs it too.
-    """
-    (m, width), height = x.shape, y.shape[1]
-    for team in prange((height + TEAM - 1) // TEAM):
-        table, dense = np.empty(16, np.float32), np.empty(PIECE, np.float32)
-        for start in range(0, width, PIECE):
-            size = min(PIECE, width - start)
-            for row in range(team * TEAM, min(team * TEAM + TEAM, height)):
-                _run(weight, row * width + start, size, dense, 0, table, 0)
-                for i in range(m):
-                    y[i, row] += _dot(x[i, start : start + size], dense[:size])
-
-
-@njit(cache=True, fastmath={"reassoc", "contract"})
-def _dot(a, b):
-    """The sum may be reordered: in order it would be one chain of additions, each waiting for the one before."""
-    total = np.float32(0)
-    for i in range(a.size):
-        total += a[i] * b[i]
-    return total
-
-
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _run(weight, start, count, out, at, table, ahead):
     """out[at : at + count] = elements start, start + 1, ...: block by block, and the bulk of a block in groups."""
     packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, avx512 = weight

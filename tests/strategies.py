@@ -105,6 +105,7 @@ def ascending(levels: int, seed: int) -> Tensor:
 
 
 codes_of_2_to_16_levels = st.builds(ascending, st.integers(2, 16), seeds)
+codes_of_17_to_256_levels = st.builds(ascending, st.integers(17, 256), seeds)
 
 
 @dataclass(frozen=True)

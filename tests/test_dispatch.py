@@ -12,18 +12,31 @@ import torch
 from bounds import Bounded, in_float64, operand
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import DTYPES, HALF_AND_SINGLE, LAYOUTS, Recipe, codes_of_2_to_16_levels, laid_out, recipes, same_bits
+from strategies import (
+    DTYPES,
+    HALF_AND_SINGLE,
+    LAYOUTS,
+    Recipe,
+    codes_of_2_to_16_levels,
+    codes_of_17_to_256_levels,
+    laid_out,
+    recipes,
+    same_bits,
+)  # fmt: skip
 from test_stack import Live
 from torch import Tensor
 
 import dispatch
 import double_quant
 import nf4
+from cpu_kernels import host
 from nf4 import Quantized
 
 Constants = double_quant.DoubleQuantized
 OPERATORS = getattr(torch.ops, dispatch.LIBRARY.ns)
-ROWS = [0, 1, 2, 4, 5, 16, 17, 40]  # of x: fewer, and more, than go to the kernel for few rows
+ROWS = [0, 1, 2, 4, 5, 16, 17, 40]  # of x: fewer, and more, than go to the fused kernels
+KERNELS = [(host.decode, "decode"), (host.fused, "multiply"), (host.fused, "multiply_back"), (host.blockwise, "quantize"),
+           (host.blockwise, "quantize_wide")]  # fmt: skip
 pytestmark = pytest.mark.filterwarnings(r"ignore:(overflow|invalid value) encountered:RuntimeWarning")  # in Python, by NumPy
 
 
@@ -48,7 +61,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that have been called."""
     names: list[str] = []
-    for module, name in [(dispatch.decode, "decode"), (dispatch.decode, "few_rows"), (dispatch.blockwise, "quantize")]:
+    for module, name in KERNELS:
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, kernel=kernel, name=name: (names.append(name), kernel(*args)))
     return names
@@ -57,15 +70,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that is called fails instead: on wrong sizes it would read what is not its own."""
-    for module, name in [(dispatch.decode, "decode"), (dispatch.decode, "few_rows"), (dispatch.blockwise, "quantize")]:
+    for module, name in KERNELS:
         monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"the kernel {name} was called"))
 
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of 64 rows or columns, and tokens 7 at a time, so that small products have remainders of both."""
-    monkeypatch.setattr(dispatch.windows, "WINDOW", 64)
-    monkeypatch.setattr(dispatch.windows, "TOKENS", 7)
+    monkeypatch.setattr(host, "WINDOW", 64)
+    monkeypatch.setattr(host, "TOKENS", 7)
+    monkeypatch.setattr(host, "AT_ONCE", 8)
 
 
 def said(run: Callable[[], object]) -> str:
@@ -82,11 +96,30 @@ def test_what_has_a_kernel_gets_it(calls: list[str]) -> None:
     dispatch.quantize(random(64, 128, dtype=torch.bfloat16))
     dispatch.dequantize(q, torch.bfloat16, constants)
     assert calls[0] == "quantize" and set(calls[1:]) == {"decode"}
-    for tokens, kernel in [(1, "few_rows"), (200, "decode")]:
-        for transposed in (True, False):
+    few, many = (torch.float32, 200), (torch.bfloat16, 200)
+    if not host.decode.AVX512:
+        few = many
+    for dtype, tokens, kernels in [(*few, ("multiply", "multiply_back")), (torch.bfloat16, 1, ("multiply", "multiply_back")),
+                                   (*many, ("decode", "decode"))]:  # fmt: skip
+        for transposed, kernel in zip((True, False), kernels if few != many else ("decode", "decode")):
             del calls[:]
-            dispatch.matmul(random(tokens, 128 if transposed else 64), q, constants, transposed)
-            assert set(calls) == {kernel if transposed else "decode"}
+            dispatch.matmul(random(tokens, 128 if transposed else 64, dtype=dtype), q, constants, transposed)
+            assert set(calls) == {kernel}
+
+
+def test_a_weight_of_odd_shape_is_multiplied_by_windows(calls: list[str]) -> None:
+    q, constants = weight_of(Recipe((33, 70)), True)
+    for transposed, width in [(True, 70), (False, 33)]:
+        dispatch.matmul(random(1, width), q, constants, transposed)
+    assert set(calls) == {"decode"}
+
+
+def test_an_8_bit_code_is_quantized_by_its_kernel(calls: list[str]) -> None:
+    absmax = random(1000).abs()
+    constants, expected = double_quant.quantize(absmax, blockwise=dispatch.quantize), double_quant.quantize(absmax)
+    assert calls == ["quantize_wide"]
+    assert same_bits(constants.codes, expected.codes) and same_bits(constants.absmax, expected.absmax)
+    assert same_bits(constants.offset, expected.offset)
 
 
 def test_the_environment_can_ask_for_the_reference(monkeypatch: pytest.MonkeyPatch, no_kernels: None) -> None:
@@ -160,7 +193,9 @@ def test_the_kernels_take_the_threads_that_torch_has(threads: int) -> None:
 # quantize
 
 
-@given(recipes, st.one_of(st.just(nf4.NF4), codes_of_2_to_16_levels), st.sampled_from([64, 1024, 2**20]))
+@given(recipes, st.one_of(st.just(nf4.NF4), codes_of_2_to_16_levels, codes_of_17_to_256_levels),
+       st.sampled_from([64, 1024, 2**20]))  # fmt: skip
+@example(Recipe((60,), layout="every other"), nf4.NF4, 64)
 @example(Recipe((5, 130), torch.bfloat16, "every other", 2), nf4.NF4, 64)
 @example(Recipe((9, 130), torch.float16, block_size=64), torch.tensor([-1.0, 0.0, 0.0, 1.0]), 64)  # two codes for one level
 @example(Recipe((9, 129), torch.float64, "transposed", 4096), nf4.NF4, 64)
@@ -168,7 +203,7 @@ def test_quantizing_gives_what_the_reference_gives(recipe: Recipe, codebook: Ten
     weight = recipe.tensor()
     before, expected = weight.clone(), nf4.quantize(weight, recipe.block_size, codebook)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "PIECE", window)  # 16-bit and float64 numbers are converted so many at a time
+        patch.setattr(host, "PIECE", window)  # 16-bit and float64 numbers are converted so many at a time
         q = dispatch.quantize(weight, recipe.block_size, codebook)
     assert same_bits(q.packed, expected.packed) and same_bits(q.absmax, expected.absmax)
     assert same_bits(q.codebook, expected.codebook)
@@ -322,6 +357,7 @@ class Product:
     double_quant: bool = True
     block_size: int = 64
     strided: bool = False
+    biased: bool = False
     seed: int = 0
 
     def weight(self) -> tuple[Quantized, Constants | None]:
@@ -331,24 +367,31 @@ class Product:
         x = random(self.tokens, self.shape[1 if self.transposed else 0], dtype=self.dtype, seed=self.seed + seed)
         return x.T.contiguous().T if self.strided else x
 
+    def bias(self) -> Tensor | None:
+        return random(self.shape[0], dtype=self.dtype, seed=self.seed + 5) if self.biased and self.transposed else None
+
     def bound(self, x: Tensor, q: Quantized, constants: Constants | None) -> Bounded:
-        """What it may be, whether W is rounded to the dtype of x before it multiplies, or is not."""
+        """What it may be, whether W is rounded to the dtype of x before it multiplies, or is not; the bias is one more term."""
         weight = operand(dense(q, constants, torch.float32), self.dtype)
-        bound = Bounded.exact(x).matmul(weight.T if self.transposed else weight, self.dtype)
-        return in_float64(bound, 2 * x.shape[1])
+        weight, terms = weight.T if self.transposed else weight, Bounded.exact(x)
+        if (bias := self.bias()) is not None:
+            value = torch.cat([weight.value, bias.double()[None]])
+            weight = Bounded(value, torch.cat([weight.error, torch.zeros_like(value[:1])]))
+            terms = Bounded.exact(torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1))
+        return in_float64(terms.matmul(weight, self.dtype), 2 * (x.shape[1] + 1))
 
 
 sides = st.one_of(st.integers(1, 200), st.sampled_from([63, 64, 65, 128, 129]))
 products = st.builds(
     Product, st.tuples(sides, sides), st.sampled_from(ROWS), st.booleans(), st.sampled_from(HALF_AND_SINGLE), st.booleans(),
-    st.sampled_from([2, 64, 1024]), st.booleans(), st.integers(0, 99),
+    st.sampled_from([2, 64, 1024]), st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 
 
 def is_within_its_bound(case: Product) -> bool:
     q, constants = case.weight()
     x = case.x()
-    y = dispatch.matmul(x, q, constants, case.transposed)
+    y = dispatch.matmul(x, q, constants, case.transposed, case.bias())
     return y.dtype == case.dtype and y.is_contiguous() and case.bound(x, q, constants).allows(y)
 
 
@@ -359,13 +402,13 @@ def test_a_product_is_within_the_bound_of_its_dtype(case: Product) -> None:
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("shape", [(150, 40), (40, 150), (64, 128), (65, 129), (128, 128), (7, 3)])
+@pytest.mark.parametrize("shape", [(150, 40), (40, 150), (64, 128), (65, 129), (128, 128), (66, 192), (7, 3)])
 @pytest.mark.parametrize("tokens", [*ROWS, 21])
 def test_every_row_and_column_is_made_whatever_windows_leave_over(
     dtype: torch.dtype, transposed: bool, shape: tuple[int, int], tokens: int, small_windows: None
 ) -> None:
-    for double in (True, False):
-        assert is_within_its_bound(Product(shape, tokens, transposed, dtype, double))
+    for double, biased in [(True, False), (False, True)]:
+        assert is_within_its_bound(Product(shape, tokens, transposed, dtype, double, biased=biased))
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
@@ -375,7 +418,7 @@ def test_windows_change_nothing_but_the_order_of_no_sum(dtype: torch.dtype, monk
         q, constants = weight_of(Recipe(shape), True)
         x, whole = torch.eye(shape[1 if transposed else 0], dtype=dtype), dense(q, constants, dtype)
         for window in (64, 2**20):
-            monkeypatch.setattr(dispatch.windows, "WINDOW", window)
+            monkeypatch.setattr(host, "WINDOW", window)
             y = dispatch.matmul(x, q, constants, transposed)
             assert torch.equal(y, whole.T if transposed else whole)
 
@@ -424,11 +467,14 @@ def test_a_product_passes_gradcheck_in_float64(transposed: bool, shape: tuple[in
 @example(Product((65, 65), 40, False))
 def test_the_gradient_of_either_product_is_the_other(case: Product) -> None:
     q, constants = case.weight()
-    x = case.x().requires_grad_()
-    other = dataclasses.replace(case, transposed=not case.transposed)
+    x, bias = case.x().requires_grad_(), case.bias()
+    other = dataclasses.replace(case, transposed=not case.transposed, biased=False)
     g = other.x(seed=2)
-    dispatch.matmul(x, q, constants, case.transposed).backward(g)
+    dispatch.matmul(x, q, constants, case.transposed, None if bias is None else bias.requires_grad_()).backward(g)
     assert x.grad.dtype == case.dtype and other.bound(g, q, constants).allows(x.grad)
+    if bias is not None:
+        total = Bounded.exact(torch.ones(1, len(g))).matmul(Bounded.exact(g), case.dtype)
+        assert in_float64(total, 2 * max(len(g), 1)).allows(bias.grad[None])
 
 
 def test_a_product_keeps_nothing_for_its_gradient_but_the_weight() -> None:
@@ -453,7 +499,8 @@ def test_the_operators_are_what_torch_asks_of_operators(double: bool, dtype: tor
     for tokens in (2, 20):
         for transposed, width in [(True, 70), (False, 33)]:
             x = random(tokens, width, dtype=dtype).requires_grad_()
-            torch.library.opcheck(OPERATORS.matmul.default, (x, *stored, transposed))
+            bias = random(33, dtype=dtype).requires_grad_() if transposed else None
+            torch.library.opcheck(OPERATORS.matmul.default, (x, bias, *stored, transposed))
 
 
 @pytest.fixture
@@ -466,10 +513,10 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("double", [True, False])
 def test_torch_compile_takes_them_as_they_are(dtype: torch.dtype, double: bool, fresh_compiler: None) -> None:
-    q, constants = weight_of(Recipe((33, 70)), double)
+    (q, constants), bias = weight_of(Recipe((33, 70)), double), random(33, dtype=dtype)
 
     def layer(x: Tensor) -> tuple[Tensor, Tensor]:
-        h = dispatch.matmul(torch.relu(x), q, constants)
+        h = dispatch.matmul(torch.relu(x), q, constants, bias=bias)
         return dispatch.matmul(h, q, constants, transposed=False), dispatch.dequantize(q, dtype, constants)
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -491,11 +538,11 @@ def most_alive(case: Product) -> tuple[int, int]:
     stored, x = dispatch._stored(q, constants), case.x()
     with Live(x, *(part for part in stored if isinstance(part, Tensor))) as live:
         before = live.now()
-        y = dispatch._matmul(x, *stored, case.transposed)
+        y = dispatch._matmul(x, None, *stored, case.transposed)
     return y.nbytes, live.peak - before
 
 
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize(("shape", "window"), [((512, 384), 2**14), ((384, 512), 2**15), ((256, 1000), 2**14),
@@ -504,7 +551,7 @@ def test_a_product_holds_one_window_and_nothing_else_beside_its_result(
     shape: tuple[int, int], window: int, dtype: torch.dtype, transposed: bool, double: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the sixteen levels. A window is at most WINDOW elements, a multiple of 64 rows or columns, and not more than W."""
-    monkeypatch.setattr(dispatch.windows, "WINDOW", window)
+    monkeypatch.setattr(host, "WINDOW", window)
     long, across = (shape[1], shape[0]) if transposed else shape
     size = min(max(window // long // 64 * 64, 64), across) * long
     y, most = most_alive(Product(shape, 50, transposed, dtype, double))
@@ -512,8 +559,16 @@ def test_a_product_holds_one_window_and_nothing_else_beside_its_result(
     assert size < shape[0] * shape[1] or window == 2**20
 
 
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-def test_a_product_with_few_rows_holds_no_window(dtype: torch.dtype) -> None:
-    """But the levels; and in 16 bits a float32 y, with a float32 x at first and the rounded y at last."""
-    y, most = most_alive(Product((512, 384), 2, dtype=dtype))
-    assert most == 16 * 4 + (y if dtype == torch.float32 else 2 * y + max(4 * 2 * 384, y))
+@pytest.mark.skipif(not host.decode.AVX512, reason="there are no fused kernels here")
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 50), (torch.float32, 3), (torch.bfloat16, 3)])
+def test_a_fused_product_holds_its_result_and_a_few_rows_of_each_factor(
+    dtype: torch.dtype, tokens: int, transposed: bool
+) -> None:
+    """The levels; y in float32, in 16 bits once more at last; of 32 rows at most x twice, or x and y and one of them more."""
+    case = Product((512, 384), tokens, transposed, dtype)
+    into, out = (384, 512) if transposed else (512, 384)
+    y, most = most_alive(case)
+    rows = min(-(-tokens // 4) * 4, host.AT_ONCE)
+    pieces = rows * (2 * into if transposed else into + out + max(into, out))
+    assert most == 16 * 4 + 4 * tokens * out + max(4 * pieces, y if dtype != torch.float32 else 0)

@@ -44,8 +44,13 @@ def eager() -> Iterator[None]:
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    """In train mode: before it evaluates for the first time, bitsandbytes packs its weights anew."""
-    return model.train()(input_ids=IDS).logits.detach()
+    """In train mode: before it evaluates for the first time, bitsandbytes packs its weights anew.
+
+    Without our kernels, whose sums have another order: what is compared is what was loaded, not how it is multiplied.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_KERNELS", "reference")
+        return model.train()(input_ids=IDS).logits.detach()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -231,7 +236,10 @@ def test_attach_keeps_the_bytes_of_a_layer_that_is_in_4_bits_already(saved: Path
     assert trainable == {"lora_A", "lora_B"}
 
 
-def test_a_layer_without_an_adapter_passes_the_gradient_on_and_saves_nothing(saved: Path) -> None:
+def test_a_layer_without_an_adapter_passes_the_gradient_on_and_saves_nothing(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_KERNELS", "reference")  # it multiplies as torch does
     layer = checkpoint.load_4bit(saved).model.layers[0].mlp.up_proj
     x, kept = torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):

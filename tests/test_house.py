@@ -12,7 +12,7 @@ PACKAGES = ["cpu_kernels"]  # nor do their files
 ORDER = ["nf4", "double_quant", "cpu_kernels", "dispatch", "frozen", "lora_matmul", "lora", "pager", "paged_optim",
          "bnb_format", "peft_format", "skeleton", "checkpoint", "resume", "data", "evaluate", "train", "contenders", "bench"]
 SOURCES = sorted(path.stem for path in ROOT.glob("*.py"))
-TORCH = "cpu_kernels/matmul.py"  # is not compiled, but calls those that are, and torch
+TORCH = "cpu_kernels/host.py"  # is not compiled, but calls those that are, and torch
 FILES = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).glob("*.py")}
 KERNELS = sorted(FILES - {TORCH})
 OURS = {*SOURCES, *PACKAGES}
@@ -43,13 +43,16 @@ def test_a_file_imports_only_what_comes_before_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_stands_alone(name: str) -> None:
-    """On Numba and NumPy: neither torch nor anything of ours, nor the file beside it, whose changes Numba would not see."""
+    """On Numba and NumPy: neither torch nor anything of ours, nor the file beside it, whose changes Numba would not see.
+
+    So some lines are in more than one of them, and they may be a little longer.
+    """
     source = (ROOT / name).read_text()
     assert imports_of(ROOT / name) <= {"numba", "numpy", "llvmlite", *sys.stdlib_module_names} and "from ." not in source
-    assert len(source.splitlines()) <= 220
+    assert len(source.splitlines()) <= 240
 
 
-def test_the_windowed_product_needs_kernels_and_torch() -> None:
+def test_what_calls_the_kernels_needs_them_and_torch() -> None:
     assert imports_of(ROOT / TORCH) & {*OURS, "numba", "transformers"} == {"cpu_kernels"}
 
 

@@ -22,11 +22,11 @@ from strategies import Constants, Cut, Recipe, Tower, TowerWithHead, uniform_cod
 import nf4
 
 SOURCES, HERE = Path(nf4.__file__).parent, Path(__file__).parent
-KERNELS = ["cpu_kernels.quantize", "cpu_kernels.decode", "cpu_kernels.adamw"]
+KERNELS = ["cpu_kernels.quantize", "cpu_kernels.decode", "cpu_kernels.fused", "cpu_kernels.adamw"]
 REFERENCE = ["nf4", "double_quant", "paged_optim"]  # their kernels would hide what is wrong with them
-STACK = ["nf4", "double_quant", *KERNELS, "cpu_kernels.matmul", "dispatch", "frozen", "lora_matmul", "lora", "pager",
+STACK = ["nf4", "double_quant", *KERNELS, "cpu_kernels.host", "dispatch", "frozen", "lora_matmul", "lora", "pager",
          "paged_optim"]  # as they import
-SUITES = {"lora_matmul": "test_lora", "cpu_kernels.matmul": "test_dispatch",
+SUITES = {"lora_matmul": "test_lora", "cpu_kernels.host": "test_dispatch",
           **dict.fromkeys(KERNELS, "test_cpu_kernels"),  # where it is not the module of that name
           "cpu_kernels.adamw": "test_paged_optim"}  # fmt: skip
 # What the tests raise, the code where it refuses, and NumPy where a kernel leaves its arrays
@@ -68,7 +68,7 @@ ONE_STACK = {"dtype": torch.bfloat16, "tokens": 8, "segment": 12, "dropout": 0.0
 IN_SEGMENTS = {"dtype": torch.bfloat16, "tokens": 8, "segment": 3, "dropout": 0.0}
 FINITE = "test_a_finite_weight_is_decoded_to_finite_numbers_of_its_dtype"
 WINDOWS = "test_any_window_of_a_weight_has_the_bits_of_the_reference"
-FEW_ROWS = "test_the_product_with_few_rows_keeps_within_its_arrays"
+FUSED = "test_a_fused_product_keeps_within_its_arrays"
 ROUNDING = "test_the_compiled_kernels_round_as_torch_does"
 BLOCKWISE = "test_codes_and_constants_are_those_of_the_reference_bit_for_bit"
 REMAINDERS = "test_every_row_and_column_is_made_whatever_windows_leave_over"
@@ -92,14 +92,18 @@ def of_a_window(cut: Cut) -> dict[str, object]:
 
 
 def of_blocks(recipe: Recipe, codebook: torch.Tensor = nf4.NF4) -> dict[str, object]:
-    return {"how": "in Python", "recipe": recipe, "codebook": codebook}
+    return {"how": "in Python", "avx512": False, "recipe": recipe, "codebook": codebook}
+
+
+def of_fused(*fields: object, **more: object) -> Callable[[ModuleType], dict[str, object]]:
+    return lambda suite: {"how": "in Python", "case": suite.Fused(*fields, **more)}
 
 
 def in_small_windows(**arguments: object) -> Callable[[ModuleType], dict[str, object]]:
     """Does what the fixture of that name does, to a module that is not used again."""
 
     def prepare(suite: ModuleType) -> dict[str, object]:
-        suite.dispatch.windows.WINDOW, suite.dispatch.windows.TOKENS, suite.dispatch.PIECE = 64, 7, 64
+        suite.host.WINDOW, suite.host.TOKENS, suite.host.PIECE = 64, 7, 64
         return arguments | {"small_windows": None}
 
     return prepare
@@ -113,8 +117,9 @@ def without_kernels(**arguments: object) -> Callable[[ModuleType], dict[str, obj
     """A kernel that is called fails, as with the fixture no_kernels."""
 
     def prepare(suite: ModuleType) -> dict[str, object]:
-        refusing = dict.fromkeys(("decode", "few_rows"), lambda *_: pytest.fail("a kernel was called"))
-        suite.dispatch.decode = suite.dispatch.windows.decode = SimpleNamespace(**vars(suite.dispatch.decode) | refusing)
+        refusing = dict.fromkeys(("decode", "multiply", "multiply_back"), lambda *_: pytest.fail("a kernel was called"))
+        for name in ("decode", "fused"):
+            setattr(suite.host, name, SimpleNamespace(**vars(getattr(suite.host, name)) | refusing))
         return arguments | {"no_kernels": None}
 
     return prepare
@@ -197,7 +202,7 @@ NF4_MUTANTS = [
 ]  # fmt: skip
 
 CONSTANT_MUTANTS = [
-    Mutant("the mean is not removed", "double_quant", "nf4.quantize(absmax - offset,", "nf4.quantize(absmax,", CONSTANTS),
+    Mutant("the mean is not removed", "double_quant", "blockwise(absmax - offset,", "blockwise(absmax,", CONSTANTS),
     Mutant("the mean is not removed, nor added", "double_quant", "offset = absmax.mean() if",
            "offset = absmax.new_zeros(()) if", MEAN),
     Mutant("the mean is added twice", "double_quant", "+ dq.offset)", "+ 2 * dq.offset)", CONSTANTS),
@@ -212,8 +217,8 @@ CONSTANT_MUTANTS = [
     Mutant("each nested block is decoded with the constant of the one before", "double_quant",
            "nf4.Quantized(dq.codes, dq.absmax,", "nf4.Quantized(dq.codes, dq.absmax.roll(1),", CONSTANTS,
            seen_in="NVIDIA Model-Optimizer #2421: groups mixed up"),
-    Mutant("constants are quantized in blocks of 64 too", "double_quant", "absmax: Tensor, block_size: int = 256)",
-           "absmax: Tensor, block_size: int = 64)", STORAGE, {"blocks": 2}, suite="test_frozen"),
+    Mutant("constants are quantized in blocks of 64 too", "double_quant", "absmax: Tensor, block_size: int = 256,",
+           "absmax: Tensor, block_size: int = 64,", STORAGE, {"blocks": 2}, suite="test_frozen"),
     Mutant("a decoded constant may be negative", "double_quant", ".clamp_(0, ", ".clamp_(-1, ",
            "test_a_constant_that_would_decode_to_less_than_zero_is_clamped", seen_in="bitsandbytes"),
     Mutant("a decoded constant may be infinite", "double_quant", ".clamp_(0, torch.finfo(torch.float32).max)", ".clamp_(0)",
@@ -231,8 +236,8 @@ CONSTANT_MUTANTS = [
     Mutant("the codebook is saved with every layer", "frozen", 'self.register_buffer("codebook", q.codebook, persistent=False)',
            'self.register_buffer("codebook", q.codebook)', "test_the_state_dict_round_trips_bit_for_bit",
            seen_in="bitsandbytes: its format"),
-    Mutant("the constants are not quantized", "frozen", "second.quantize(q.absmax) if double_quant else None", "None", STORAGE,
-           {"blocks": 2}),
+    Mutant("the constants are not quantized", "frozen", "second.quantize(q.absmax, blockwise=dispatch.quantize)", "None",
+           STORAGE, {"blocks": 2}),
     Mutant("the codes of the constants are taken for constants", "dispatch", "absmax = double_quant.dequantize(constants)",
            "absmax = constants.codes.float()", "test_the_error_is_within_that_of_both_quantizations",
            seen_in="bitsandbytes #1549", suite="test_frozen"),
@@ -244,7 +249,7 @@ CONSTANT_MUTANTS = [
            "q, self.__dict__['source'] = dispatch.quantize(weight, block_size, codebook), weight",
            "test_the_dense_weights_are_freed", seen_in="transformers #44728", suite="test_lora"),
     Mutant("the dense weight is remembered after its first use", "frozen",
-           "return dispatch.matmul(x, q, constants, transposed)",
+           "return dispatch.matmul(x, q, constants, transposed, bias)",
            "if 'dense' not in self.__dict__:\n            self.dense = self(x.dtype)\n"
            "        return x @ (self.dense.T if transposed else self.dense)", PEAK, IN_SEGMENTS,
            seen_in="bitsandbytes #2005, with checkpointing", suite="test_stack"),
@@ -264,18 +269,18 @@ LORA_MUTANTS = [
            "lora_A.to(x.dtype)) * scaling", PLAIN_LORA),
     Mutant("nothing is dropped in the forward pass", "lora_matmul", "x if keep is None else x * keep, lora_A", "x, lora_A",
            PLAIN_LORA),
-    Mutant("the frozen branch is dropped too", "lora_matmul", "base.matmul(x)  #",
-           "base.matmul(x if keep is None else x * keep)  #", PLAIN_LORA),
+    Mutant("the frozen branch is dropped too", "lora_matmul", "base.matmul(x, bias=bias)  #",
+           "base.matmul(x if keep is None else x * keep, bias=bias)  #", PLAIN_LORA),
     Mutant("dropout keeps what it should drop", "lora", ">= p if p", "< p if p",
            "test_dropout_keeps_as_many_inputs_as_it_says"),
     Mutant("dropout stays on in evaluation", "lora", "self.lora_dropout if self.training else 0.0", "self.lora_dropout",
            "test_an_evaluating_layer_drops_nothing"),
     Mutant("a layer that was evaluating goes back to training", "lora", "use_rslora).train(linear.training)", "use_rslora)",
            "test_an_adapted_layer_is_in_the_mode_of_the_layer_it_replaces", {"training": False}),
-    Mutant("the bias is added twice", "lora_matmul", "y.add_(bias)", "y.add_(bias).add_(bias)", PLAIN_LORA),
-    Mutant("the bias is forgotten", "lora_matmul", "y.add_(bias)", "pass", PLAIN_LORA),
-    Mutant("the base is multiplied in float16 whatever is computed", "lora_matmul", "base.matmul(x)  #",
-           "base.matmul(x.half()).to(x.dtype)  #", PLAIN_LORA),
+    Mutant("the bias is added twice", "lora_matmul", "bias=bias)", "bias=None if bias is None else 2 * bias)", PLAIN_LORA),
+    Mutant("the bias is forgotten", "lora_matmul", "base.matmul(x, bias=bias)", "base.matmul(x)", PLAIN_LORA),
+    Mutant("the base is multiplied in float16 whatever is computed", "lora_matmul", "base.matmul(x, bias=bias)  #",
+           "base.matmul(x.half(), bias=None if bias is None else bias.half()).to(x.dtype)  #", PLAIN_LORA),
     Mutant("autocast reaches into the update", "lora", "with torch.autocast(self.lora_A.device.type, enabled=False):",
            "with torch.autocast(self.lora_A.device.type, enabled=torch.is_autocast_enabled(self.lora_A.device.type)):",
            "test_the_update_is_made_in_the_dtype_of_the_adapter_within_autocast_too"),
@@ -381,50 +386,68 @@ KERNEL_MUTANTS = [
            COMPILED_ROUNDING),
     Mutant("bfloat16 is float32 cut off in Python", "cpu_kernels.decode", "(bits + 0x7FFF + (bits >> 16 & 1)) >> 16",
            "bits >> 16", "test_in_python_numbers_are_rounded_as_torch_does", {"dtype": torch.bfloat16}),
-    Mutant("a second piece of a row replaces the first", "cpu_kernels.decode", "y[i, row] += _dot", "y[i, row] = _dot",
-           FEW_ROWS, {"shape": (2, 2049), "double": True}),
-    Mutant("rows that make no whole team are left out", "cpu_kernels.decode", "prange((height + TEAM - 1) // TEAM)",
-           "prange(height // TEAM)", FEW_ROWS, {"shape": (17, 3), "double": False}),
+    Mutant("rows that make no whole team are left out", "cpu_kernels.fused", "prange((height + TEAM - 1) // TEAM)",
+           "prange(height // TEAM)", FUSED, of_fused(17, 3, tokens=5)),
+    Mutant("a second pair of rows has the scales of the first", "cpu_kernels.fused", "(start >> shift) + i", "i", FUSED,
+           of_fused(17, 3, tokens=5)),
+    Mutant("the rows that fill up the tokens are written too", "cpu_kernels.fused", "range(min(tokens, count - first))",
+           "range(tokens)", FUSED, of_fused(17, 3, tokens=5)),
+    Mutant("later teams of rows are added for the first part of the tokens alone", "cpu_kernels.fused",
+           "range(0, y.size // width, tokens)", "range(0, y.size // width if top == 0 else tokens, tokens)", FUSED,
+           of_fused(17, 3, tokens=5, transposed=False)),
+    Mutant("the columns that make no whole part are left out", "cpu_kernels.fused", "(strips + parts - 1) // parts",
+           "strips // parts", FUSED, of_fused(17, 3, tokens=5, transposed=False)),
+    Mutant("all columns of a part have the scales of its first block", "cpu_kernels.fused",
+           "(column >> shift) - (first >> shift)", "0", FUSED, of_fused(17, 3, tokens=5, transposed=False)),
+    Mutant("a part that begins within a block has the scales from that place on", "cpu_kernels.fused",
+           "(count + (1 << shift) - 1) >> shift", "count >> shift", FUSED,
+           of_fused(2, 1, 256, tokens=1, transposed=False, parts=3)),
     Mutant("a NaN vanishes in a maximum", "cpu_kernels.quantize", "top = max(top, bits[i] & np.uint32(0x7FFFFFFF))",
-           "top = max(top, bits[i] & np.uint32(0x7FFFFFFF)) if flat[i] == flat[i] else top",
-           "test_the_constant_of_a_block_is_finite_if_its_numbers_are", {"how": "in Python", "bad": 0x7FC00000},
-           seen_in="bitsandbytes"),
+           "top = max(top, bits[i] & np.uint32(0x7FFFFFFF)) if bits.view(np.float32)[i] == bits.view(np.float32)[i] else top",
+           "test_the_constant_of_a_block_is_finite_if_its_numbers_are",
+           {"how": "in Python", "avx512": False, "bad": 0x7FC00000}, seen_in="bitsandbytes"),
     Mutant("the kernel loses tiny blocks", "cpu_kernels.quantize", "power = np.float32(2.0**64)", "power = np.float32(1)",
            BLOCKWISE, of_blocks(Recipe((1, 127), exponent=-140)), seen_in="bitsandbytes"),
     Mutant("the kernel lets a tie take the upper code", "cpu_kernels.quantize", "number > midpoints[k]",
            "number >= midpoints[k]", BLOCKWISE, of_blocks(Recipe((2, 64), pattern="ties"), uniform_code())),
     Mutant("the kernel pairs the odd last number with code 0", "cpu_kernels.quantize",
-           "<< 4 | code(np.float32(0), midpoints))", "<< 4)", BLOCKWISE, of_blocks(Recipe((1, 127)))),
-    Mutant("the last block is read to its full length", "cpu_kernels.quantize", "min((block + 1) << shift, flat.size)",
-           "(block + 1) << shift", BLOCKWISE, of_blocks(Recipe((1, 127)))),
-    Mutant("a window is a row short", "cpu_kernels.matmul", "rows, cols, numbers_of(window)",
+           "<< 4 | _code(np.float32(0), midpoints))", "<< 4)", BLOCKWISE, of_blocks(Recipe((1, 127)))),
+    Mutant("the last block is read to its full length", "cpu_kernels.quantize",
+           "min(np.int64((block + 1) << shift), flat.size)", "np.int64((block + 1) << shift)", BLOCKWISE,
+           of_blocks(Recipe((1, 127))) | {"avx512": True}),
+    Mutant("the last block is read to its full length, with many levels", "cpu_kernels.quantize",
+           "min((block + 1) << shift, flat.size)", "(block + 1) << shift", BLOCKWISE,
+           of_blocks(Recipe((1, 127)), nf4.normal_float(5))),
+    Mutant("the search in many levels begins with a step too small", "cpu_kernels.quantize", "(128, 64, 32", "(64, 32",
+           BLOCKWISE, of_blocks(Recipe((1, 127)), nf4.normal_float(8))),
+    Mutant("a window is a row short", "cpu_kernels.host", "rows, cols, numbers_of(window)",
            "rows - 1, cols, numbers_of(window)", REMAINDERS, of_remainders()),
-    Mutant("the window that is left over is forgotten", "cpu_kernels.matmul", "range(0, total, step)",
+    Mutant("the window that is left over is forgotten", "cpu_kernels.host", "range(0, total, step)",
            "range(0, total - step + 1, step)", REMAINDERS, of_remainders()),
-    Mutant("the tokens that are left over are forgotten", "cpu_kernels.matmul", "range(0, tokens, TOKENS)",
+    Mutant("the tokens that are left over are forgotten", "cpu_kernels.host", "range(0, tokens, TOKENS)",
            "range(0, tokens - TOKENS + 1, TOKENS)", REMAINDERS, of_remainders(transposed=False)),
-    Mutant("a square weight is always transposed", "cpu_kernels.matmul", "window.view(rows, cols).T if transposed",
+    Mutant("a square weight is always transposed", "cpu_kernels.host", "window.view(rows, cols).T if transposed",
            "window.view(rows, cols).T if transposed or rows == cols", "test_a_product_is_within_the_bound_of_its_dtype",
-           of_product(SQUARE, 40, False)),
+           of_product(SQUARE, 40, False, torch.bfloat16)),
     Mutant("the gradient is made by W as the product was", "dispatch", "*pieces, not transposed)", "*pieces, transposed)",
            "test_the_gradient_of_either_product_is_the_other", of_product(SQUARE, 40)),
-    Mutant("all products of one size are made in the same memory", "cpu_kernels.matmul",
+    Mutant("all products of one size are made in the same memory", "cpu_kernels.host",
            "y, scratch = x.new_empty(tokens, total)", "y, scratch = KINDS.setdefault(tokens, x.new_empty(tokens, total))",
            "test_the_caller_owns_what_it_gets", seen_in="bitsandbytes: its buffers for quantized activations"),
-    Mutant("the dense weight is made before it is multiplied", "cpu_kernels.matmul",
+    Mutant("the dense weight is made before it is multiplied", "cpu_kernels.host",
            "min(max(WINDOW // full // 64, 1) * 64, total)", "total",
            "test_a_product_holds_one_window_and_nothing_else_beside_its_result",
            {"shape": (512, 384), "window": 2**14, "dtype": torch.bfloat16, "transposed": True, "double": True,
             "monkeypatch": SimpleNamespace(setattr=setattr)}),
-    Mutant("the numbers after the last whole run are not decoded", "dispatch",
+    Mutant("the numbers after the last whole run are not decoded", "cpu_kernels.host",
            "decode.decode(weight, rows * run, 0, 1, rest, numbers[rows * run :])", "pass",
            "test_dequantizing_into_a_given_tensor_fills_it_and_nothing_beside_it",
            {"recipe": Recipe((33, 70)), "double": True, "dtype": torch.float32, "layout": "contiguous"}),
     Mutant("what is not finite is looked for in the last piece alone", "dispatch", "if not absmax.isfinite().all()",
            "if not absmax[-16:].isfinite().all()", "test_what_is_not_finite_is_refused_as_the_reference_does",
            in_small_windows(dtype=torch.bfloat16, bad=torch.nan, place=0)),
-    Mutant("the kernel takes the largest constant of float32 for that of float16", "dispatch", "np.float32(_largest(s.dtype))",
-           "np.float32(_largest(torch.float32))", FINITE, {"dtype": torch.float16}, suite="test_frozen"),
+    Mutant("the kernel takes the largest constant of float32 for that of float16", "dispatch", "_largest(s.dtype)",
+           "_largest(torch.float32)", FINITE, {"dtype": torch.float16}, suite="test_frozen"),
     Mutant("of two codes for one level the second is used", "dispatch", "codebook[1:] > codebook[:-1]",
            "codebook[1:] >= codebook[:-1]", "test_quantizing_gives_what_the_reference_gives",
            {"recipe": Recipe((9, 130)), "codebook": torch.tensor([-1.0, 0.0, 0.0, 1.0]), "window": 2**20}),
@@ -456,8 +479,8 @@ OPTIMIZER_MUTANTS = [
            "test_a_page_starts_at_a_multiple_of_its_elements_size_whatever_was_reserved_before_it", {"dtype": torch.float64}),
     Mutant("resident pages are announced too", "pager", "if page.stored and page not in self.cache and", "if page.stored and",
            "test_a_clean_page_that_is_resident_is_not_announced"),
-    Mutant("moments are fetched for reading only", "paged_optim", "update(run, grad, self.pager.fetch(page, write=True))",
-           "update(run, grad, self.pager.fetch(page))", TORCH_BITS),
+    Mutant("moments are fetched for reading only", "paged_optim", "update(start, self.pager.fetch(page, write=True))",
+           "update(start, self.pager.fetch(page))", TORCH_BITS),
     Mutant("moments start as what the memory holds", "paged_optim", "moments.zero_()", "moments.fill_(1)", TORCH_BITS),
     Mutant("a page holds the moments of twice as many elements as it may", "paged_optim",
            "self.page_bytes // (2 * param.element_size())", "self.page_bytes // param.element_size()", TORCH_BITS),
@@ -478,8 +501,8 @@ OPTIMIZER_MUTANTS = [
     Mutant("a parameter without a gradient decays", "paged_optim", "        turns = [(param, group)",
            "        for group in self.param_groups:\n            for param in (p for p in group['params'] if p.grad is None):\n"
            "                param.mul_(1 - group['lr'] * group['weight_decay'])\n        turns = [(param, group)", TORCH_BITS),
-    Mutant("all groups have the hyperparameters of the first", "paged_optim", "adamw_, step=step, group=group",
-           "adamw_, step=step, group=self.param_groups[0]", TORCH_BITS),
+    Mutant("all groups have the hyperparameters of the first", "paged_optim", "flat_grad, step, group)\n        start",
+           "flat_grad, step, self.param_groups[0])\n        start", TORCH_BITS),
     Mutant("an empty parameter ends the step", "paged_optim", "            self._update(param, group)\n",
            "            if not param.numel():\n                break\n            self._update(param, group)\n", TORCH_BITS,
            seen_in="TransformerEngine #3207"),

@@ -164,7 +164,7 @@ class KeepsTheDenseWeight(LoRAMatmul):
         return LoRAMatmul.forward(ctx, x, *others)
 
 
-def remembers(self: FrozenWeight, x: Tensor, transposed: bool = True) -> Tensor:
+def remembers(self: FrozenWeight, x: Tensor, transposed: bool = True, bias: Tensor | None = None) -> Tensor:
     if not hasattr(self, "dense"):
         self.dense = self(x.dtype)
     return x @ (self.dense.T if transposed else self.dense)

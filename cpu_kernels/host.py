@@ -1,0 +1,136 @@
+"""Between torch and the kernels: tensors go in and come out, their memory is what the kernels see.
+
+The product with a weight that stays in 4 bits has two ways, and on neither is there ever a dense weight. fused.py multiplies
+while it decodes, in float32: the faster way for few rows, and for any number of float32 rows. Rows of 16 bits torch multiplies
+faster, by instructions that it has and we have not, so many of those go over W window by window. A window is as much of W as
+fits the cache. It is decoded into a scratch buffer, multiplied, and overwritten by the next one:
+
+    y = x W^T     window: some rows of W, all columns       gives these columns of y, whole sums
+    y = g W       window: all rows of W, some columns       gives these columns of y, whole sums
+
+Windows of rows would do for both, but then y = g W would be added up, and rounded, window by window.
+
+Traffic: the packed bytes are read once from memory; the window is written and read in the cache; x is read once for each
+window, from the cache too where its TOKENS rows fit. Scratch: WINDOW elements.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpu_kernels import adamw, decode, fused
+from cpu_kernels import quantize as blockwise
+
+WINDOW = 2**20  # elements: 2 MB in 16 bits, what the L2 caches of two cores hold
+TOKENS = 512  # rows of x that are multiplied by a window at once: more would push it out of the cache
+FEW = 16  # rows of x up to which the fused kernel is faster, if torch multiplies 16-bit numbers; in float32 it always is
+AT_ONCE = 32  # rows of x that the fused kernel goes over for two rows of W: more would not stay in the cache
+PIECE = 2**20  # elements of a weight that is not float32 are converted to it so many at a time
+KINDS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # as the kernels see them
+DECODED = [dtype for dtype in KINDS if dtype != torch.float16 or decode.FLOAT16]  # what the kernels can decode to
+
+
+def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """packed and absmax, as nf4.Quantized has them, of (n,) numbers of any float dtype; the codebook ascends.
+
+    A constant that is not finite says that its block is not.
+    """
+    n, wide, shift = flat.numel(), codebook.numel() > 16, block_size.bit_length() - 1
+    midpoints = F.pad((codebook[1:] + codebook[:-1]) / 2, (0, (257 if wide else 17) - codebook.numel()), value=math.inf).numpy()
+    packed, absmax = torch.empty(n if wide else (n + 1) // 2, 1, dtype=torch.uint8), torch.empty(-(-n // block_size))
+    step = n if flat.dtype == torch.float32 else max(PIECE, block_size)
+    for start in range(0, n, step):
+        numbers = flat[start : start + step].to(torch.float32).numpy()
+        scales = absmax[start >> shift : -(-(start + step) >> shift)].numpy()
+        pieces, bits = (numbers, numbers.view(np.uint32), midpoints, shift), scales.view(np.uint32)
+        if wide:
+            blockwise.quantize_wide(*pieces, packed[start : start + step].numpy().reshape(-1), scales, bits)
+        else:
+            pairs = packed[start // 2 : (start + step + 1) // 2].numpy().reshape(-1)
+            blockwise.quantize(*pieces, pairs, scales, bits, blockwise.AVX512)
+    return packed, absmax
+
+
+def weight_of(packed: Tensor, levels: Tensor, constants: tuple[Tensor, ...], largest: float, block_size: int,
+              block_size8: int) -> tuple:
+    """A weight as decode.py takes it. constants: absmax, or with double quantization absmax, codes, levels8, offset."""
+    levels = F.pad(levels, (0, 16 - levels.numel())).numpy()
+    absmax, *second = (constant.numpy() for constant in constants)
+    codes, levels8, offset = second or (absmax[:0].view(np.uint8), levels, np.zeros(1, np.float32))
+    return (packed.numpy(), levels, absmax, codes, levels8, offset[0], np.float32(largest),
+            block_size.bit_length() - 1, block_size8.bit_length() - 1, decode.AVX512)
+
+
+def dequantize(weight: tuple, out: Tensor) -> None:
+    """Decode the whole weight into a contiguous tensor of its size."""
+    numbers, run = numbers_of(out), 4096  # elements that count as a row of the window
+    rows, rest = divmod(numbers.size, run)
+    decode.decode(weight, 0, run, rows, run, numbers)
+    decode.decode(weight, rows * run, 0, 1, rest, numbers[rows * run :])
+
+
+def adamw_of(param: Tensor, grad: Tensor, scalars: tuple) -> Callable[[int, Tensor], None]:
+    """What updates the flat parameter from element `start` on, as far as `moments` go; scalars as adamw.py takes them."""
+    flat, flat_grad = param.numpy(), grad.numpy()  # slices of these cost less than those of tensors
+
+    def update(start: int, moments: Tensor) -> None:
+        run = slice(start, start + moments.shape[1])
+        adamw.update(flat[run], flat_grad[run], moments.numpy(), *scalars)
+
+    return update
+
+
+def numbers_of(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor, flat, as the kernels take it."""
+    return tensor.detach().view(KINDS[tensor.dtype]).numpy().reshape(-1)
+
+
+def matmul(x: Tensor, weight: tuple, shape: list[int], transposed: bool, bias: Tensor | None) -> Tensor:
+    """x W^T + bias or, not transposed, x W, in x's dtype, for x (tokens, ...) and W of `shape`, as decode.py takes it."""
+    (height, width), tokens = shape, len(x)
+    if (tokens <= FEW or x.dtype == torch.float32) and fused.takes(weight, height, width):
+        return few_by_few(x, weight, shape, transposed, bias)
+    full, total = (width, height) if transposed else (height, width)
+    step = min(max(WINDOW // full // 64, 1) * 64, total)  # a multiple of the usual block size
+    y, scratch = x.new_empty(tokens, total), x.new_empty(step * full)
+    for start in range(0, total, step):
+        size = min(step, total - start)
+        rows, cols = (size, width) if transposed else (height, size)
+        window = scratch[: rows * cols]
+        decode.decode(weight, start * width if transposed else start, width, rows, cols, numbers_of(window))
+        window = window.view(rows, cols).T if transposed else window.view(rows, cols)
+        for token in range(0, tokens, TOKENS):
+            few, part = x[token : token + TOKENS], y[token : token + TOKENS, start : start + size]
+            if bias is None:
+                torch.mm(few, window, out=part)
+            else:
+                torch.addmm(bias[start : start + size], few, window, out=part)
+    return y
+
+
+def few_by_few(x: Tensor, weight: tuple, shape: list[int], transposed: bool, bias: Tensor | None) -> Tensor:
+    """The same by fused.py: summed in float32, from elements of W that are not even rounded to 16 bits."""
+    height, width = shape
+    y = torch.empty(len(x), height if transposed else width)
+    for token in range(0, len(x), AT_ONCE):
+        few, part = x[token : token + AT_ONCE].detach().to(torch.float32), y[token : token + AT_ONCE]
+        at_once = 1 if len(few) == 1 else 4
+        few = F.pad(few, (0, 0, 0, -len(few) % at_once)).view(-1, at_once, x.shape[1])  # (n, at_once, in)
+        if transposed:
+            few = few.view(*few.shape[:2], width // 32, 16, 2).permute(0, 2, 1, 4, 3)  # (n, in / 32, at_once, 2, 16)
+            fused.multiply(weight, width, flat_of(few), at_once, part.numpy())
+        else:
+            sums = torch.zeros(len(few), width // 32, at_once, 2, 16)
+            fused.multiply_back(weight, width, flat_of(few.transpose(1, 2)), at_once, flat_of(sums), torch.get_num_threads())
+            part.copy_(sums.permute(0, 2, 1, 4, 3).reshape(-1, width)[: len(part)])
+    if bias is not None:
+        y.add_(bias)
+    return y.to(x.dtype)
+
+
+def flat_of(tensor: Tensor) -> np.ndarray:
+    return tensor.contiguous().view(-1).numpy()
