@@ -57,7 +57,7 @@ class CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * g.to(gradient.dtype), None
+        return gradient.mul_(g.to(gradient.dtype)), None  # in place: it is the largest tensor of all, and nobody's but ours
 
 
 def label_loss(model: PreTrainedModel, batch: data.Batch, dtype: torch.dtype) -> Tensor:

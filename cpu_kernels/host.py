@@ -28,7 +28,7 @@ from cpu_kernels import quantize as blockwise
 WINDOW = 2**20  # elements: 2 MB in 16 bits, what the L2 caches of two cores hold
 TOKENS = 512  # rows of x that are multiplied by a window at once: more would push it out of the cache
 FEW = 16  # rows of x up to which the fused kernel is faster, if torch multiplies 16-bit numbers; in float32 it always is
-AT_ONCE = 32  # rows of x that the fused kernel goes over for two rows of W: more would not stay in the cache
+AT_ONCE = 32  # rows of x that the fused kernels take: more would not stay in the cache
 PIECE = 2**20  # elements of a weight that is not float32 are converted to it so many at a time
 KINDS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # as the kernels see them
 DECODED = [dtype for dtype in KINDS if dtype != torch.float16 or decode.FLOAT16]  # what the kernels can decode to
@@ -114,23 +114,24 @@ def matmul(x: Tensor, weight: tuple, shape: list[int], transposed: bool, bias: T
 
 def few_by_few(x: Tensor, weight: tuple, shape: list[int], transposed: bool, bias: Tensor | None) -> Tensor:
     """The same by fused.py: summed in float32, from elements of W that are not even rounded to 16 bits."""
-    height, width = shape
-    y = torch.empty(len(x), height if transposed else width)
+    (height, width), at_once = shape, 1 if len(x) == 1 else 4
+    y, groups = torch.empty(len(x), height if transposed else width), -(-min(len(x), AT_ONCE) // at_once)
+    ordered = torch.empty(groups, width // 32, at_once, 2, 16)  # some rows of x or, not transposed, of y
+    in_order = ordered.permute(0, 2, 1, 4, 3)  # (groups, at_once, width / 32, 16, 2): rows again
+    columns = None if transposed else torch.empty(groups, height, at_once)  # of the same rows of x
     for token in range(0, len(x), AT_ONCE):
-        few, part = x[token : token + AT_ONCE].detach().to(torch.float32), y[token : token + AT_ONCE]
-        at_once = 1 if len(few) == 1 else 4
-        few = F.pad(few, (0, 0, 0, -len(few) % at_once)).view(-1, at_once, x.shape[1])  # (n, at_once, in)
+        few, part = x[token : token + AT_ONCE].detach().split(at_once), y[token : token + AT_ONCE]
         if transposed:
-            few = few.view(*few.shape[:2], width // 32, 16, 2).permute(0, 2, 1, 4, 3)  # (n, in / 32, at_once, 2, 16)
-            fused.multiply(weight, width, flat_of(few), at_once, part.numpy())
+            for rows, each in zip(in_order, few):
+                rows[: len(each)].copy_(each.reshape(-1, *rows.shape[1:]))
+            fused.multiply(weight, width, numbers_of(ordered), at_once, part.numpy())
         else:
-            sums = torch.zeros(len(few), width // 32, at_once, 2, 16)
-            fused.multiply_back(weight, width, flat_of(few.transpose(1, 2)), at_once, flat_of(sums), torch.get_num_threads())
-            part.copy_(sums.permute(0, 2, 1, 4, 3).reshape(-1, width)[: len(part)])
+            for rows, each in zip(columns.transpose(1, 2), few):
+                rows[: len(each)].copy_(each)
+            sums, parts = numbers_of(ordered.zero_()), torch.get_num_threads()
+            fused.multiply_back(weight, width, numbers_of(columns), at_once, sums, parts)
+            for rows, each in zip(in_order, part.split(at_once)):
+                each.view(-1, *rows.shape[1:]).copy_(rows[: len(each)])
     if bias is not None:
         y.add_(bias)
     return y.to(x.dtype)
-
-
-def flat_of(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().view(-1).numpy()
