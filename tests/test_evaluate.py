@@ -39,7 +39,7 @@ def test_the_cross_entropy_has_the_gradient_of_its_own_sum(n: int) -> None:
     (gradient,) = torch.autograd.grad(loss, logits)
     with torch.no_grad():
         around = [[evaluate.CrossEntropy.apply(logits + sign * h * unit, labels) for sign in (1, -1)]
-                  for unit in torch.eye(7 * n, dtype=torch.float64).view(-1, n, 7)]  # fmt: skip
+                  for unit in torch.eye(7 * n, dtype=torch.float64).view(7 * n, n, 7)]  # fmt: skip
     differences = torch.tensor([(above - below) / (2 * h) for above, below in around], dtype=torch.float64).view(n, 7)
     off = h**2 / 60 + gamma(7 + n + 8, torch.float64) * (loss.item() + 1) / h
     assert ((differences - gradient).abs() <= off).all()
