@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = ["files", "tasks", "memory", "pretrained", "report", "figures"]  # import nothing of ours
+LEAVES = ["files", "tasks", "predict", "pretrained", "report", "figures"]  # import nothing of ours
 PACKAGES = ["cpu_kernels"]  # nor do their files
-ORDER = ["nf4", "double_quant", "cpu_kernels", "dispatch", "frozen", "lora_matmul", "lora", "pager", "paged_optim",
+ORDER = ["memory", "nf4", "double_quant", "cpu_kernels", "dispatch", "frozen", "lora_matmul", "lora", "pager", "paged_optim",
          "bnb_format", "peft_format", "skeleton", "checkpoint", "resume", "data", "evaluate", "train", "contenders", "bench"]
 SOURCES = sorted(path.stem for path in ROOT.glob("*.py"))
 TORCH = "cpu_kernels/matmul.py"  # is not compiled, but calls those that are, and torch
