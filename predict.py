@@ -27,7 +27,7 @@ Activations leave as gradients come, so the peak is not the sum of all maxima bu
 masks of dropout, biases, and what lies outside of torch's tensors, such as CUDA's context.
 
 Beside figure 6 of the paper (batch 1, length 512, r 64; its MB and GB are powers of two). Agreed: 65B takes 780 GB in full
-fine-tuning, 12 bytes a parameter, 8 of them float32 moments, and no activations. Its totals for QLoRA (6.9, 11.3, 24.7, 45.0 GB)
+fine-tuning, 12 bytes a parameter, 8 of them float32 moments, and no activations. Its QLoRA totals (6.9, 11.3, 24.7, 45.0 GB)
 are 0.5 to 0.8 GB above ours, about a CUDA context; but in other parts. Its adapters have 2 bytes for each of 18 r d numbers a
 layer, as if the MLP were two maps of d x 4 d; Llama's three make it 19.06 r d, and ours are float32. Its moments, 8 * 18 r d,
 differ from ours by that alone. Its "model" is 13 % (65B) to 37 % (7B) above 4.127 bits a weight and a 16-bit embedding and
