@@ -85,7 +85,7 @@ class Live(TorchDispatchMode):
         self.peak = self.now()
 
     def see(self, tensors: tuple[Tensor, ...]) -> None:
-        for storage in [tensor.untyped_storage() for tensor in tensors]:
+        for storage in [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]:
             reference = StorageWeakRef(storage)  # it keeps the address from being used again, not the bytes
             self.known.setdefault(reference.cdata, (reference, storage.nbytes()))
 

@@ -113,8 +113,12 @@ class Prediction(NamedTuple):
         return lasting + max(sum(moment) for moment in self.moments.values())
 
 
-def predict(shape: Shape, method: str, batch: int, length: int, r: int = 64, checkpointing: bool = True) -> Prediction:
-    """What a step of batch * length tokens takes, all but a sequence's first one labels, once AdamW has its moments."""
+def predict(shape: Shape, method: str, batch: int, length: int, r: int = 64, checkpointing: bool = True,
+            accumulating: bool = False) -> Prediction:
+    """What a step of batch * length tokens takes, all but a sequence's first one labels, once AdamW has its moments.
+
+    `accumulating`: the step has passes before this one, whose gradients are there already.
+    """
     weights, dense = [out * width for out, width in shape.maps()], method != QLORA
     head, norm = 2 * shape.vocabulary * shape.hidden, 2 * shape.hidden
     adapted = 0 if method == FULL else 4 * r * sum(out + width for out, width in shape.maps())  # of a layer, as are these:
@@ -143,6 +147,8 @@ def predict(shape: Shape, method: str, batch: int, length: int, r: int = 64, che
         "the first layer's backward": Moment(inside + checkpointing * kept, 0, outer + (shape.layers - 1) * each + first),
         "the end of backward": Moment(24 * tokens * shape.hidden if method == FULL else 0, 0, trained),  # the first norm's
     }
+    if accumulating:
+        moments = {name: moment._replace(gradients=trained) for name, moment in moments.items()}
     components |= {"gradients": trained, "AdamW moments": (4 if method == FULL else 2) * trained,
                    "activations": max(moment.activations for moment in moments.values()), "loss": loss}
     return Prediction(components, moments)

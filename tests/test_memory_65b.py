@@ -1,0 +1,119 @@
+"""The 65B run, rehearsed on a model of the same make that a CPU can train; and on a GPU (make gpu), itself."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from test_managed import CPU, CUDA, recording
+from test_predict import NEARLY
+
+import memory
+import predict
+from predict import QLORA, SHAPES
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("memory_65b", Path(memory.__file__).parent / "paper" / "memory_65b.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+paper = load()
+TINY, LENGTH = paper.TINY, 64
+PLENTY = int(paper.SPARE * paper.ROOM)
+LASTING = ("linear layers", "embedding, head", "norms, biases", "adapters", "gradients", "AdamW moments")
+IN_THE_LEDGER = 0.03  # the issue: of the peak
+
+
+def room_for(size: int, batch: int) -> int:
+    """As many bytes as a batch in passes of `size` needs, and no more."""
+    prediction = predict.predict(TINY, QLORA, size, LENGTH, paper.RANK, accumulating=size < batch)
+    return prediction.peak(paged=True) + paper.PAGE
+
+
+@pytest.mark.parametrize(("batch", "size"), [(1, 1), (16, 16), (16, 4)])
+def test_a_rehearsal_weighs_what_was_predicted(batch: int, size: int) -> None:
+    plan = paper.Plan(TINY, batch, LENGTH, room_for(size, batch))
+    assert plan.size == size
+    result, expected = paper.measure(TINY, plan, LENGTH, CPU), paper.predicted(plan)
+    assert {name: result[name] for name in LASTING} == {name: expected[name] for name in LASTING}
+    assert result["peak"] == pytest.approx(expected["peak"], rel=NEARLY)
+    assert result["pager"]["evictions"] == 0 and result["seconds"] > 0
+
+
+def test_no_dense_layer_is_ever_made() -> None:
+    with memory.Live() as live:
+        model = paper.build(TINY, CPU)
+    held = memory.Live(*model.parameters(), *model.buffers()).now()
+    largest = max(layer.base.nbytes for layer in model.modules() if hasattr(layer, "lora_A"))
+    assert live.peak - held <= 2 * largest < 2 * max(out * width for out, width in TINY.maps())
+
+
+@pytest.mark.parametrize("batch", paper.BATCHES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_size_of_the_paper_fits_its_48_gb(name: str, batch: int) -> None:
+    plan = paper.Plan(SHAPES[name], batch, paper.LENGTH, PLENTY)
+    assert plan.peak <= PLENTY < paper.CAP
+    smaller = plan.resident < plan.prediction.components["AdamW moments"]
+    assert (plan.size < batch, smaller) == (name == "llama-65b" and batch == 16,) * 2  # there alone, pages must leave
+    if plan.size < batch:
+        more = 2 * plan.size
+        twice = predict.predict(SHAPES[name], QLORA, more, paper.LENGTH, paper.RANK, accumulating=more < batch)
+        assert twice.peak(paged=True) + paper.PAGE > PLENTY
+
+
+def test_what_fits_in_no_way_is_refused() -> None:
+    with pytest.raises(ValueError, match="a sequence of 64 tokens needs .* bytes, and there are"):
+        paper.Plan(TINY, 2, LENGTH, room_for(1, 2) - 1)
+
+
+def test_a_gradient_that_is_not_finite_is_an_error() -> None:
+    plan = paper.Plan(TINY, 1, LENGTH, PLENTY)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="the gradient is not finite"):
+        patch.setattr(paper, "label_loss", lambda model, batch, dtype: sum(p.sum() for p in model.parameters()) * torch.inf)
+        paper.measure(TINY, plan, LENGTH, CPU)
+
+
+def test_on_a_gpu_the_peak_is_that_of_torch_and_of_the_pages_that_torch_does_not_see() -> None:
+    model, calls = paper.build(TINY, CPU), []
+    with recording(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda *device: calls.append("synchronize"))
+        patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
+        optimizer = paper.PagedAdamW([p for p in model.parameters() if p.requires_grad])
+        assert not paper.is_managed(optimizer)  # nothing is resident yet
+        ids = torch.randint(0, TINY.vocabulary, (2, LENGTH))
+        paper.step(model, optimizer, ids, 1)
+        assert paper.peak_of(lambda: calls.append("work"), model, optimizer, CUDA) == 1000 + optimizer.pager.resident
+        assert calls == ["synchronize", "reset", "work", "synchronize"]
+        del optimizer
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would measure")
+def test_without_a_gpu_the_papers_models_are_predicted_only_and_the_tiny_one_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert paper.main(["--model", "llama-65b", "tiny", "--json", str(tmp_path / "found.json")]) == 0
+    text, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
+    assert text.startswith("no GPU here: the models of the paper are predicted, not measured\n")
+    assert found["card"] is None and [(row["model"], row["batch"]) for row in found["rows"]] == [
+        ("llama-65b", 1), ("llama-65b", 16), ("tiny", 1), ("tiny", 16)]  # fmt: skip
+    assert [row["measured"] is None for row in found["rows"]] == [True, True, False, False]
+    assert f"{found['rows'][0]['predicted']['peak'] / 1e9:12.3f}           -" in text
+    assert "predicted peak" in text.partition("tiny")[2] and "predicted peak" not in text.partition("tiny")[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tiny", "llama-7b", "llama-65b"])
+def test_on_a_gpu_the_ledger_is_right(name: str) -> None:
+    shape, length = {"tiny": TINY, **SHAPES}[name], LENGTH if name == "tiny" else paper.LENGTH
+    plan = paper.Plan(shape, 1, length, PLENTY)
+    if torch.cuda.mem_get_info()[0] < plan.peak + memory.OUTSIDE:
+        pytest.skip("the card is smaller than that")
+    result, expected = paper.measure(shape, plan, length, torch.device("cuda")), paper.predicted(plan)
+    assert {row: result[row] for row in LASTING} == {row: expected[row] for row in LASTING}
+    assert result["peak"] == pytest.approx(expected["peak"], rel=NEARLY if name == "tiny" else IN_THE_LEDGER)
