@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEAVES = ["files", "tasks", "predict", "pretrained", "report", "figures"]  # import nothing of ours
 PACKAGES = ["cpu_kernels", "cuda_kernels"]  # nor do their files
-ORDER = ["memory", "nf4", "double_quant", "cpu_kernels", "cuda_kernels", "dispatch", "frozen", "lora_matmul", "lora",
+ORDER = ["memory", "nf4", "double_quant", "cpu_kernels", "cuda_kernels", "dispatch", "frozen", "lora_matmul", "lora", "random_llama",
          "stores", "pager", "paged_optim", "bnb_format", "peft_format", "skeleton", "checkpoint", "resume", "data", "evaluate",
          "train", "contenders", "bench"]
 SOURCES = sorted(path.stem for path in ROOT.glob("*.py"))

@@ -1,9 +1,7 @@
 """The 65B run, rehearsed on a model of the same make that a CPU can train; and on a GPU (make gpu), itself."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -12,19 +10,12 @@ from test_predict import NEARLY
 
 import memory
 import predict
+import random_llama
+from paper import memory_65b as paper
 from predict import QLORA, SHAPES
 
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("memory_65b", Path(memory.__file__).parent / "paper" / "memory_65b.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-paper = load()
 TINY, LENGTH = paper.TINY, 64
-PLENTY = int(paper.SPARE * paper.ROOM)
+PLENTY = int(paper.SPARE * paper.room(CPU))
 LASTING = ("linear layers", "embedding, head", "norms, biases", "adapters", "gradients", "AdamW moments")
 IN_THE_LEDGER = 0.03  # the issue: of the peak
 
@@ -39,7 +30,7 @@ def room_for(size: int, batch: int) -> int:
 def test_a_rehearsal_weighs_what_was_predicted(batch: int, size: int) -> None:
     plan = paper.Plan(TINY, batch, LENGTH, room_for(size, batch))
     assert plan.size == size
-    result, expected = paper.measure(TINY, plan, LENGTH, CPU), paper.predicted(plan)
+    result, expected = paper.measure(TINY, plan, CPU), paper.predicted(plan)
     assert {name: result[name] for name in LASTING} == {name: expected[name] for name in LASTING}
     assert result["peak"] == pytest.approx(expected["peak"], rel=NEARLY)
     assert result["pager"]["evictions"] == 0 and result["seconds"] > 0
@@ -47,7 +38,7 @@ def test_a_rehearsal_weighs_what_was_predicted(batch: int, size: int) -> None:
 
 def test_no_dense_layer_is_ever_made() -> None:
     with memory.Live() as live:
-        model = paper.build(TINY, CPU)
+        model = random_llama.build(TINY, paper.RANK, CPU)
     held = memory.Live(*model.parameters(), *model.buffers()).now()
     largest = max(layer.base.nbytes for layer in model.modules() if hasattr(layer, "lora_A"))
     assert live.peak - held <= 2 * largest < 2 * max(out * width for out, width in TINY.maps())
@@ -75,11 +66,11 @@ def test_a_gradient_that_is_not_finite_is_an_error() -> None:
     plan = paper.Plan(TINY, 1, LENGTH, PLENTY)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="the gradient is not finite"):
         patch.setattr(paper, "label_loss", lambda model, batch, dtype: sum(p.sum() for p in model.parameters()) * torch.inf)
-        paper.measure(TINY, plan, LENGTH, CPU)
+        paper.measure(TINY, plan, CPU)
 
 
 def test_on_a_gpu_the_peak_is_that_of_torch_and_of_the_pages_that_torch_does_not_see() -> None:
-    model, calls = paper.build(TINY, CPU), []
+    model, calls = random_llama.build(TINY, paper.RANK, CPU), []
     with recording(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "synchronize", lambda *device: calls.append("synchronize"))
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
@@ -114,6 +105,6 @@ def test_on_a_gpu_the_ledger_is_right(name: str) -> None:
     plan = paper.Plan(shape, 1, length, PLENTY)
     if torch.cuda.mem_get_info()[0] < plan.peak + memory.OUTSIDE:
         pytest.skip("the card is smaller than that")
-    result, expected = paper.measure(shape, plan, length, torch.device("cuda")), paper.predicted(plan)
+    result, expected = paper.measure(shape, plan, torch.device("cuda")), paper.predicted(plan)
     assert {row: result[row] for row in LASTING} == {row: expected[row] for row in LASTING}
     assert result["peak"] == pytest.approx(expected["peak"], rel=NEARLY if name == "tiny" else IN_THE_LEDGER)
