@@ -1,7 +1,7 @@
 """A Llama with the shape of a real one and random numbers, for what depends on sizes alone: memory, and time.
 
-A weight in 4 bits is packed bytes and constants, and neither memory nor time cares which. So it is made of random bytes, layer by
-layer: no dense weight ever exists, and a model of 65B parameters is there in seconds, on a card that could never hold it in
+A weight in 4 bits is packed bytes and constants, and neither memory nor time cares which. So it is made of random bytes, layer
+by layer: no dense weight ever exists, and a model of 65B parameters is there in seconds, on a card that could never hold it in
 16 bits. The constants lie around 0.05, so that weights are as large as trained ones and nothing overflows.
 """
 

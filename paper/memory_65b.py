@@ -76,7 +76,7 @@ def step(model: nn.Module, optimizer: PagedAdamW, ids: torch.Tensor, size: int) 
     return gradients
 
 
-def peak_of(work: Callable[[], object], model: nn.Module, optimizer: PagedAdamW, device: torch.device) -> int:
+def peak_of(work: Callable[[], object], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     """The most bytes that live during a call: the allocator's and the pager's count on a GPU, living tensors' elsewhere."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -84,14 +84,16 @@ def peak_of(work: Callable[[], object], model: nn.Module, optimizer: PagedAdamW,
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() + (optimizer.pager.peak if is_managed(optimizer) else 0)
-    with memory.Live(*model.parameters(), *model.buffers(), *optimizer.pager.cache.values()) as live:
+    pages = optimizer.pager.cache.values() if isinstance(optimizer, PagedAdamW) else ()
+    with memory.Live(*model.parameters(), *model.buffers(), *pages) as live:
         work()
     return live.peak
 
 
-def is_managed(optimizer: PagedAdamW) -> bool:
-    """Whether the pages are unified memory, which torch does not count as its own."""
-    return any(isinstance(page.store, Managed) for page in optimizer.pager.cache)
+def is_managed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its state is unified memory, which torch does not count as its own."""
+    pages = optimizer.pages.values() if isinstance(optimizer, PagedAdamW) else ()
+    return any(isinstance(page.store, Managed) for cut in pages for page in cut)
 
 
 def room(device: torch.device) -> int:
@@ -108,11 +110,11 @@ def measure(shape: Shape, plan: Plan, device: torch.device) -> dict:
                            page_bytes=PAGE, resident_bytes=plan.resident)
     ids = torch.randint(0, shape.vocabulary, (plan.batch, plan.length), device=device)
     work = partial(step, model, optimizer, ids, plan.size)
-    gradients = work()
     if device.type == "cuda":  # more than that raises torch's OutOfMemoryError
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((room(device) - plan.resident * is_managed(optimizer)) / total)
+    gradients = work()
     peak, began = peak_of(work, model, optimizer, device), time.perf_counter()
     work()
     if device.type == "cuda":

@@ -76,7 +76,7 @@ def test_on_a_gpu_the_peak_is_that_of_torch_and_of_the_pages_that_torch_does_not
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
         patch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
         optimizer = paper.PagedAdamW([p for p in model.parameters() if p.requires_grad])
-        assert not paper.is_managed(optimizer)  # nothing is resident yet
+        assert paper.is_managed(optimizer) and not paper.is_managed(torch.optim.AdamW(model.parameters()))
         ids = torch.randint(0, TINY.vocabulary, (2, LENGTH))
         paper.step(model, optimizer, ids, 1)
         assert paper.peak_of(lambda: calls.append("work"), model, optimizer, CUDA) == 1000 + optimizer.pager.resident
