@@ -76,9 +76,13 @@ def step(model: nn.Module, optimizer: PagedAdamW, ids: torch.Tensor, size: int) 
     return gradients
 
 
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def peak_of(work: Callable[[], object], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     """The most bytes that live during a call: the allocator's and the pager's count on a GPU, living tensors' elsewhere."""
-    if device.type == "cuda":
+    if on_gpu(device):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         work()
@@ -98,7 +102,7 @@ def is_managed(optimizer: torch.optim.Optimizer) -> bool:
 
 def room(device: torch.device) -> int:
     """What torch's tensors and the pages may take: of the card, or of 48 GiB if it has more."""
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else CAP
+    total = torch.cuda.get_device_properties(device).total_memory if on_gpu(device) else CAP
     return min(CAP, total) - memory.OUTSIDE
 
 
@@ -110,14 +114,14 @@ def measure(shape: Shape, plan: Plan, device: torch.device) -> dict:
                            page_bytes=PAGE, resident_bytes=plan.resident)
     ids = torch.randint(0, shape.vocabulary, (plan.batch, plan.length), device=device)
     work = partial(step, model, optimizer, ids, plan.size)
-    if device.type == "cuda":  # more than that raises torch's OutOfMemoryError
+    if on_gpu(device):  # more than that raises torch's OutOfMemoryError
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((room(device) - plan.resident * is_managed(optimizer)) / total)
     gradients = work()
     peak, began = peak_of(work, model, optimizer, device), time.perf_counter()
     work()
-    if device.type == "cuda":
+    if on_gpu(device):
         torch.cuda.synchronize()
         torch.cuda.set_per_process_memory_fraction(1.0)
     seconds = time.perf_counter() - began
@@ -152,7 +156,7 @@ def compare(name: str, batch: int, device: torch.device) -> dict:
     """One row: predicted and, on a GPU or for the tiny model, measured; printed as it is found."""
     shape, length = {"tiny": TINY, **predict.SHAPES}[name], 64 if name == "tiny" else LENGTH
     plan = Plan(shape, batch, length, int(SPARE * room(device)))
-    result = measure(shape, plan, device) if device.type == "cuda" or name == "tiny" else None
+    result = measure(shape, plan, device) if on_gpu(device) or name == "tiny" else None
     gc.collect()  # the optimizer, which refers to itself, and its pages
     print("\n" + table(name, plan, result), end="", flush=True)
     return {"model": name, "batch": batch, "length": length, "passes_of": plan.size, "resident": plan.resident,
@@ -165,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"), help="where the bytes go")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    card = torch.cuda.get_device_name(device) if on_gpu(device) else None
     print(card or "no GPU here: the models of the paper are predicted, not measured")
     try:
         rows = [compare(name, batch, device) for name in args.model for batch in BATCHES]

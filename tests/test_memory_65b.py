@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,19 +70,42 @@ def test_a_gradient_that_is_not_finite_is_an_error() -> None:
         paper.measure(TINY, plan, CPU)
 
 
-def test_on_a_gpu_the_peak_is_that_of_torch_and_of_the_pages_that_torch_does_not_see() -> None:
-    model, calls = random_llama.build(TINY, paper.RANK, CPU), []
-    with recording(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "synchronize", lambda *device: calls.append("synchronize"))
-        patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+def test_on_a_gpu_torch_and_the_pages_share_the_room_and_the_peak_is_that_of_both() -> None:
+    """Rehearsed on a driver that writes down what it is asked, and on an allocator that says what it is told to."""
+    log, total = [], 80 * 2**30
+    plan = paper.Plan(TINY, 2, LENGTH, PLENTY)
+    with recording() as driver, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper, "on_gpu", lambda device: True)
+        for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+            patch.setattr(torch.cuda, name, lambda *device, name=name: log.append(name))
         patch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
-        optimizer = paper.PagedAdamW([p for p in model.parameters() if p.requires_grad])
-        assert paper.is_managed(optimizer) and not paper.is_managed(torch.optim.AdamW(model.parameters()))
-        ids = torch.randint(0, TINY.vocabulary, (2, LENGTH))
-        paper.step(model, optimizer, ids, 1)
-        assert paper.peak_of(lambda: calls.append("work"), model, optimizer, CUDA) == 1000 + optimizer.pager.resident
-        assert calls == ["synchronize", "reset", "work", "synchronize"]
-        del optimizer
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
+        patch.setattr(torch.cuda, "set_per_process_memory_fraction", log.append)
+        result = paper.measure(TINY, plan, CPU)
+    assert driver.moves and not driver.blocks
+    moments = plan.prediction.components["AdamW moments"]
+    assert result["peak"] == 1000 + moments and result["AdamW moments"] == moments
+    share = (paper.CAP - memory.OUTSIDE - plan.resident) / total
+    measured, timed, freed = ["synchronize", "reset_peak_memory_stats", "synchronize"], ["synchronize"], ["synchronize"]
+    assert log == ["empty_cache", share, *measured, *timed, 1.0, *freed]
+
+
+def test_the_state_of_another_optimizer_is_torchs_own() -> None:
+    parameters = random_llama.build(TINY, paper.RANK, CPU).parameters()
+    assert not paper.is_managed(torch.optim.AdamW(parameters))
+
+
+def test_a_smaller_card_has_less_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 * 2**30))
+    assert paper.room(CUDA) == 24 * 2**30 - memory.OUTSIDE < paper.room(CPU) == paper.CAP - memory.OUTSIDE
+
+
+def test_a_card_that_is_too_small_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(paper, "room", lambda device: 2**30)
+    assert paper.main(["--model", "llama-7b", "--json", str(tmp_path / "found.json")]) == 1
+    assert capsys.readouterr().err.startswith("memory_65b.py: a sequence of 512 tokens needs ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would measure")
@@ -96,6 +120,12 @@ def test_without_a_gpu_the_papers_models_are_predicted_only_and_the_tiny_one_run
     assert [row["measured"] is None for row in found["rows"]] == [True, True, False, False]
     assert f"{found['rows'][0]['predicted']['peak'] / 1e9:12.3f}           -" in text
     assert "predicted peak" in text.partition("tiny")[2] and "predicted peak" not in text.partition("tiny")[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would measure")
+def test_the_readme_shows_what_is_printed_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert paper.main(["--model", "llama-65b", "--json", str(tmp_path / "found.json")]) == 0
+    assert capsys.readouterr().out in (Path(memory.__file__).parent / "README.md").read_text()
 
 
 @pytest.mark.gpu

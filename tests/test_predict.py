@@ -173,3 +173,8 @@ def test_the_largest_batch_fits_and_the_next_one_does_not(size: int, paged: bool
     count = memory.most(shape, QLORA, 512, 64, room, paged)
     peaks = [predict.predict(shape, QLORA, batch, 512, 64).peak(paged) for batch in (max(count, 1), count + 1)]
     assert (peaks[0] <= room) == (count > 0) and peaks[1] > room
+
+
+def test_the_readme_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert memory.main(["--model", "llama-65b", "--seq", "512", "--batch", "1", "--r", "64"]) == 0
+    assert capsys.readouterr().out in (Path(memory.__file__).parent / "README.md").read_text()
