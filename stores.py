@@ -78,16 +78,17 @@ class Copying:
     """What File and Pinned have in common: pages are copied to and from `bytes`, a flat uint8 tensor on the host."""
 
     bytes: Tensor
+    non_blocking = False  # whether the host may go on before a copy is done
 
     def bring_in(self, page: Page) -> Tensor:
         """A tensor on the page's device, with the page's value if it has one."""
         tensor = page.empty()
-        return tensor.copy_(page.in_store(), non_blocking=True) if page.stored else tensor
+        return tensor.copy_(page.in_store(), non_blocking=self.non_blocking) if page.stored else tensor
 
     def take_out(self, page: Page, tensor: Tensor) -> None:
         """Keep the value that the page has in this tensor."""
         if not page.stored:
-            page.in_store().copy_(tensor, non_blocking=True)
+            page.in_store().copy_(tensor, non_blocking=self.non_blocking)
 
 
 class File(Copying):
@@ -106,7 +107,9 @@ class File(Copying):
 
 
 class Pinned(Copying):
-    """Copies take their turn on the stream of the kernels, so each comes after what it depends on."""
+    """Copies take their turn on the stream of the kernels, so each comes after what it depends on, and the host goes on."""
+
+    non_blocking = True
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")

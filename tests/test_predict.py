@@ -73,6 +73,31 @@ def test_what_lasts_is_predicted_to_the_byte(shape: Shape, method: str) -> None:
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [WIDE, GROUPED, APART])
+def test_what_one_more_layer_keeps_for_backward_is_predicted_to_the_byte(
+    shape: Shape, method: str, checkpointing: bool
+) -> None:
+    kept, tokens = [], 2 * 24
+    for layers in (2, 3):
+        model = model_of(shape._replace(layers=layers), method, 8)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        ids = torch.randint(0, shape.vocabulary, (2, 24))
+        batch = data.Batch(ids, torch.ones_like(ids), ids)
+        with memory.Live(*model.parameters(), *model.buffers(), ids, batch.attention_mask) as live:
+            before = live.now()
+            loss = label_loss(model, batch, torch.bfloat16)
+            kept.append(live.now() - before)
+        del loss
+    expected = [predict.predict(shape._replace(layers=layers), method, 2, 24, 8, checkpointing).moments["the loss"].activations
+                for layers in (2, 3)]  # fmt: skip
+    assert kept[1] - kept[0] == expected[1] - expected[0]
+    of_a_token = 2 * shape.hidden if checkpointing else predict._kept(shape, 0 if method == FULL else 8)
+    assert expected[1] - expected[0] == tokens * of_a_token
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("shape", "batch", "length", "r"), [(WIDE, 2, 128, 8), (GROUPED, 2, 100, 8), (APART, 4, 64, 4)])
 def test_the_peak_of_what_comes_and_goes_is_predicted_closely(
     shape: Shape, batch: int, length: int, r: int, method: str, checkpointing: bool
