@@ -118,8 +118,8 @@ def table(shape: predict.Shape, batch: int, length: int, r: int) -> str:
     for checkpointing, predictions in kinds.items():
         lines.append(line(f"peak, {'checkpointing' if checkpointing else 'all kept'}", [p.peak() for p in predictions]))
     lines.append(line("  AdamW's moments paged out", [prediction.peak(paged=True) for prediction in kinds[True]]))
-    moments = kinds[True][-1].moments
-    lines.append(f"QLoRA with checkpointing is at its peak in {max(moments, key=lambda name: sum(moments[name]))}")
+    instants = kinds[True][-1].instants
+    lines.append(f"QLoRA with checkpointing is at its peak in {max(instants, key=lambda name: sum(instants[name]))}")
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ alive at the product silu(gate) * up: its two gradients, 4 f, and the gradient t
 may be alive in the backward pass of the last norm, which makes five float32 tensors, 20 d. In full fine-tuning so does that of
 the first norm, when all gradients are there.
 
-Activations leave as gradients come, so the peak is not the sum of all maxima but the largest of a few moments. Not counted: the
+Activations leave as gradients come, so the peak is not the sum of all maxima but the largest of a few instants. Not counted: the
 masks of dropout, biases, and what lies outside of torch's tensors, such as CUDA's context.
 
 Beside figure 6 of the paper (batch 1, length 512, r 64; its MB and GB are powers of two). Agreed: 65B takes 780 GB in full
@@ -92,8 +92,8 @@ def shape_of(model: str) -> Shape:
     return shape
 
 
-class Moment(NamedTuple):
-    """What comes and goes, in bytes, at one moment of a step."""
+class Instant(NamedTuple):
+    """What comes and goes, in bytes, at one instant of a step."""
 
     activations: int
     loss: int
@@ -101,16 +101,16 @@ class Moment(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Bytes: each component when it is largest, and what comes and goes at the moments that may be the peak."""
+    """Bytes: each component when it is largest, and what comes and goes at the instants that may be the peak."""
 
     components: dict[str, int]
-    moments: dict[str, Moment]
+    instants: dict[str, Instant]
 
     def peak(self, paged: bool = False) -> int:
         """The most that is alive at once; with `paged`, AdamW's moments have left the device."""
         leaving = {"activations", "loss", "gradients", *(["AdamW moments"] if paged else [])}
         lasting = sum(nbytes for name, nbytes in self.components.items() if name not in leaving)
-        return lasting + max(sum(moment) for moment in self.moments.values())
+        return lasting + max(map(sum, self.instants.values()))
 
 
 def predict(shape: Shape, method: str, batch: int, length: int, r: int = 64, checkpointing: bool = True,
@@ -119,39 +119,47 @@ def predict(shape: Shape, method: str, batch: int, length: int, r: int = 64, che
 
     `accumulating`: the step has passes before this one, whose gradients are there already.
     """
-    weights, dense = [out * width for out, width in shape.maps()], method != QLORA
-    head, norm = 2 * shape.vocabulary * shape.hidden, 2 * shape.hidden
-    adapted = 0 if method == FULL else 4 * r * sum(out + width for out, width in shape.maps())  # of a layer, as are these:
-    base = sum(2 * n if dense else (n + 1) // 2 for n in weights)
-    constants = 0 if dense else sum(-(-n // 64) + 4 * -(-n // 2**14) + 4 for n in weights)
+    weights, packed = [out * width for out, width in shape.maps()], method == QLORA
     components = {
-        "base": shape.layers * base, "constants": shape.layers * constants, "embedding, head": head * (1 if shape.tied else 2),
-        "norms": norm * (2 * shape.layers + 1), "adapters": shape.layers * adapted, "buffer": 0 if dense else 2 * max(weights),
+        "base": shape.layers * sum((n + 1) // 2 if packed else 2 * n for n in weights),
+        "constants": shape.layers * sum(-(-n // 64) + 4 * -(-n // 2**14) + 4 for n in weights) if packed else 0,
+        "embedding, head": 2 * shape.vocabulary * shape.hidden * (1 if shape.tied else 2),
+        "norms": 2 * shape.hidden * (2 * shape.layers + 1),
+        "adapters": 0 if method == FULL else shape.layers * 4 * r * sum(out + width for out, width in shape.maps()),
+        "buffer": 2 * max(weights) if packed else 0,
     }
     trained = sum(components.values()) if method == FULL else components["adapters"]
-    outer, each, first = (head + norm, base + 2 * norm, 2 * weights[-1]) if method == FULL else (
-        0, adapted, 4 * r * sum(shape.maps()[-1]))  # gradients: before any layer's, of a layer, of the first map to get one
-
-    tokens, labels = batch * length, batch * (length - 1)
-    layer = tokens * _kept(shape, 0 if method == FULL else r)
-    kept = 2 * tokens * shape.hidden if checkpointing else layer
-    rotary = 4 * length * shape.head_dim  # cos and sin, 2 bytes each
-    last = rotary + shape.layers * kept + tokens * (4 * shape.hidden + 4)  # when all layers are done, and the last norm
-    last += norm * (tokens + labels) if method == FULL else 0  # its x, and the head's
-    loss = 4 * shape.vocabulary * labels + 8 * shape.vocabulary * min(ROWS, labels)
-    inside = rotary + layer + tokens * (4 * shape.intermediate + 2 * shape.hidden)
-    moments = {
-        "the loss": Moment(last, loss, 0),
-        "the last norm's backward": Moment(last + 20 * tokens * shape.hidden, 0, outer),
-        "the last layer's backward": Moment(inside + (shape.layers - 1 + checkpointing) * kept, 0, outer + first),
-        "the first layer's backward": Moment(inside + checkpointing * kept, 0, outer + (shape.layers - 1) * each + first),
-        "the end of backward": Moment(24 * tokens * shape.hidden if method == FULL else 0, 0, trained),  # the first norm's
-    }
+    instants = _instants(shape, method, batch, length, r, checkpointing, trained)
     if accumulating:
-        moments = {name: moment._replace(gradients=trained) for name, moment in moments.items()}
-    components |= {"gradients": trained, "AdamW moments": (4 if method == FULL else 2) * trained,
-                   "activations": max(moment.activations for moment in moments.values()), "loss": loss}
-    return Prediction(components, moments)
+        instants = {name: instant._replace(gradients=trained) for name, instant in instants.items()}
+    components |= {"gradients": trained, "AdamW moments": (4 if method == FULL else 2) * trained,  # float32, of 16 bits or 32
+                   "activations": max(instant.activations for instant in instants.values()), "loss": instants["the loss"].loss}
+    return Prediction(components, instants)
+
+
+def _instants(shape: Shape, method: str, batch: int, length: int, r: int, checkpointing: bool,
+              trained: int) -> dict[str, Instant]:
+    """What comes and goes in a step, when there is most of it; `trained`: bytes of all gradients."""
+    d, f, layers, tokens, labels = shape.hidden, shape.intermediate, shape.layers, batch * length, batch * (length - 1)
+    full = method == FULL
+    layer = tokens * _kept(shape, 0 if full else r)
+    kept = 2 * d * tokens if checkpointing else layer
+    rotary = 4 * length * shape.head_dim  # cos and sin, 2 bytes each
+    last = rotary + layers * kept + (4 * d + 4) * tokens  # all layers are done, and the last norm
+    last += 2 * d * (tokens + labels) if full else 0  # x of its weight, and x of the head's
+    inside = rotary + layer + (4 * f + 2 * d) * tokens + checkpointing * kept  # backward, at silu(gate) * up
+
+    outer = 2 * d * (shape.vocabulary + 1) if full else 0  # gradients that are there before any layer's: the head's, a norm's,
+    first = 2 * d * f if full else 4 * r * (d + f)  # the first of a layer: that of down,
+    each = (2 * sum(out * width for out, width in shape.maps()) + 4 * d) if full else trained // layers  # and all of a layer
+    logits, rows = 2 * shape.vocabulary * labels, 4 * shape.vocabulary * min(ROWS, labels)
+    return {
+        "the loss": Instant(last, 2 * logits + 2 * rows, 0),
+        "the last norm's backward": Instant(last + 20 * d * tokens, 0, outer),
+        "the last layer's backward": Instant(inside + (layers - 1) * kept, 0, outer + first),
+        "the first layer's backward": Instant(inside, 0, outer + (layers - 1) * each + first),
+        "the end of backward": Instant(24 * d * tokens if full else 0, 0, trained),  # the first norm's
+    }
 
 
 def _kept(shape: Shape, r: int) -> int:

@@ -129,12 +129,12 @@ def test_the_readme_shows_what_is_printed_without_a_gpu(tmp_path: Path, capsys: 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["tiny", "llama-7b", "llama-65b"])
+@pytest.mark.parametrize("name", ["llama-7b", "llama-65b"])
 def test_on_a_gpu_the_ledger_is_right(name: str) -> None:
-    shape, length = {"tiny": TINY, **SHAPES}[name], LENGTH if name == "tiny" else paper.LENGTH
-    plan = paper.Plan(shape, 1, length, PLENTY)
-    if torch.cuda.mem_get_info()[0] < plan.peak + memory.OUTSIDE:
+    device = torch.device("cuda")
+    if torch.cuda.mem_get_info()[0] < paper.CAP and name == "llama-65b" or paper.room(device) < 8 * 2**30:
         pytest.skip("the card is smaller than that")
-    result, expected = paper.measure(shape, plan, torch.device("cuda")), paper.predicted(plan)
+    plan = paper.Plan(SHAPES[name], 1, paper.LENGTH, int(paper.SPARE * paper.room(device)))
+    result, expected = paper.measure(SHAPES[name], plan, device), paper.predicted(plan)
     assert {row: result[row] for row in LASTING} == {row: expected[row] for row in LASTING}
-    assert result["peak"] == pytest.approx(expected["peak"], rel=NEARLY if name == "tiny" else IN_THE_LEDGER)
+    assert result["peak"] == pytest.approx(expected["peak"], rel=IN_THE_LEDGER)

@@ -89,7 +89,7 @@ def test_what_one_more_layer_keeps_for_backward_is_predicted_to_the_byte(
             loss = label_loss(model, batch, torch.bfloat16)
             kept.append(live.now() - before)
         del loss
-    expected = [predict.predict(shape._replace(layers=layers), method, 2, 24, 8, checkpointing).moments["the loss"].activations
+    expected = [predict.predict(shape._replace(layers=layers), method, 2, 24, 8, checkpointing).instants["the loss"].activations
                 for layers in (2, 3)]  # fmt: skip
     assert kept[1] - kept[0] == expected[1] - expected[0]
     of_a_token = 2 * shape.hidden if checkpointing else predict._kept(shape, 0 if method == FULL else 8)
@@ -106,15 +106,15 @@ def test_the_peak_of_what_comes_and_goes_is_predicted_closely(
     if checkpointing:
         model.activation_checkpointing_enable()
     predicted = predict.predict(shape, method, batch, length, r, checkpointing)
-    assert step(model, shape, batch, length) == pytest.approx(max(map(sum, predicted.moments.values())), rel=NEARLY)
+    assert step(model, shape, batch, length) == pytest.approx(max(map(sum, predicted.instants.values())), rel=NEARLY)
 
 
-def test_each_moment_is_the_peak_of_some_run() -> None:
+def test_each_instant_is_the_peak_of_some_run() -> None:
     """So each of them is needed."""
 
     def peak(shape: Shape, method: str, batch: int, length: int, checkpointing: bool) -> str:
-        moments = predict.predict(shape, method, batch, length, 64, checkpointing).moments
-        return max(moments, key=lambda name: sum(moments[name]))
+        instants = predict.predict(shape, method, batch, length, 64, checkpointing).instants
+        return max(instants, key=lambda name: sum(instants[name]))
 
     assert peak(GROUPED, QLORA, 2, 100, False) == "the loss"
     assert peak(WIDE, QLORA, 2, 128, False) == "the last norm's backward"
