@@ -23,8 +23,8 @@ alive at the product silu(gate) * up: its two gradients, 4 f, and the gradient t
 may be alive in the backward pass of the last norm, which makes five float32 tensors, 20 d. In full fine-tuning so does that of
 the first norm, when all gradients are there.
 
-Activations leave as gradients come, so the peak is not the sum of all maxima but the largest of a few instants. Not counted: the
-masks of dropout, biases, and what lies outside of torch's tensors, such as CUDA's context.
+Activations leave as gradients come, so the peak is not the sum of all maxima but the largest of a few instants. Not counted:
+the masks of dropout, biases, and what lies outside of torch's tensors, such as CUDA's context.
 
 Beside figure 6 of the paper (batch 1, length 512, r 64; its MB and GB are powers of two). Agreed: 65B takes 780 GB in full
 fine-tuning, 12 bytes a parameter, 8 of them float32 moments, and no activations. Its QLoRA totals (6.9, 11.3, 24.7, 45.0 GB)
