@@ -2,6 +2,7 @@
 # make test    set everything up and run the tests; ARGS="tests/test_nf4.py -k tie" runs some of them
 # make test-long  the property tests with 5000 examples each
 # make mutate  break the code, line by line, and see that the tests notice (about an hour)
+# make gpu     check the kernels on this machine's NVIDIA GPU and measure them; ARGS="-k managed" checks some of them
 # make bench   measure everything about speed beside the peers, and write the README's tables; ARGS="ops --quick"
 # make lint    style
 # make figures draw the pictures of the README
@@ -15,7 +16,7 @@ TORCH := $(shell grep -o '^torch==[0-9.]*' requirements.txt)
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: train test test-long mutate bench lint figures clean
+.PHONY: train test test-long gpu mutate bench lint figures clean
 train: $(VENV)/run
 	$(BIN)/python train.py $(ARGS)
 
@@ -30,6 +31,15 @@ endif
 
 test-long: $(VENV)/dev
 	$(BIN)/python -m pytest --hypothesis-profile=long -m hypothesis $(ARGS)
+
+ifeq ($(HAS_GPU),)
+gpu:
+	@echo "make gpu: there is no NVIDIA GPU here that nvidia-smi can see, so nothing was checked or measured" >&2; exit 1
+else
+gpu: $(VENV)/dev
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python bench.py --device cuda
+endif
 
 mutate: $(VENV)/dev
 	$(BIN)/python tests/mutate.py $(ARGS)

@@ -2,6 +2,7 @@
 
     python bench.py                   all of it, then the README's tables and the plots in results/ are written anew
     python bench.py ops --quick       one part, a rough look: nothing is written
+    python bench.py --device cuda     a GPU instead: bench_cuda.py
     parts: ops (single operations), optim (an optimizer step), step (a training step), growth (of a step's cost)
 
 What makes a figure fair here:
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+import bench_cuda
 import contenders
 import figures
 from contenders import Work
@@ -173,20 +175,25 @@ def machine() -> dict:
 PARTS = {"ops": ops, "optim": optim, "step": step, "growth": growth}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, *bench_cuda.PARTS, []], help="default: all")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="few turns, small sizes, nothing written")
-    args = parser.parse_args()
-    path = RESULTS / "cpu.json"
+    args = parser.parse_args(argv)
+    on_gpu = args.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda needs an NVIDIA GPU that torch can see")
+    parts = bench_cuda.parts() if on_gpu else PARTS
+    path = RESULTS / f"{bench_cuda.card().lower().replace(' ', '-') if on_gpu else 'cpu'}.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    for name in args.parts or PARTS:
-        found[name] = PARTS[name](args.quick) | {"machine": machine()}
+    for name in args.parts or parts:
+        found[name] = parts[name](args.quick) | {"machine": machine() | ({"card": bench_cuda.card()} if on_gpu else {})}
         if not args.quick:
             RESULTS.mkdir(exist_ok=True)
             path.write_text(json.dumps(found, indent=1) + "\n")
     if not args.quick:
-        figures.write(found)
+        (figures.write_cuda if on_gpu else figures.write)(found)
 
 
 if __name__ == "__main__":

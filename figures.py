@@ -24,6 +24,14 @@ def write(found: dict) -> None:
         plot_growth(found["growth"]["rows"], HERE / "results" / "growth.png")
 
 
+def write_cuda(found: dict) -> None:
+    """The tables of a GPU, one below the other."""
+    made = {"ops": cuda_ops_table, "optim": cuda_optim_table, "step": cuda_step_table, "sizes": cuda_sizes_table}
+    tables = [table(found[part]) for part, table in made.items() if part in found]
+    machine = next(iter(found.values()))["machine"]
+    fill(HERE / "README.md", "cuda", "\n".join(tables) + f"\n{machine['card']}." + conditions(machine))
+
+
 def fill(path: Path, part: str, text: str) -> None:
     """Put `text` between <!-- bench: part --> and <!-- /bench -->. Raises: ValueError if the markers are not there."""
     marked = re.compile(rf"(<!-- bench: {part} -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -96,6 +104,48 @@ def growth_table(part: dict) -> str:
         cells = [f(entry) for entry in (plain, checkpointed)
                  for f in (lambda e: f"{e['seconds']:.1f}", lambda e: f"{e['peak_bytes'] / 1e9:.2f}")]
         table += row(f"{plain['batch']} × {plain['length']}", *cells)
+    return table
+
+
+def cuda_ops_table(part: dict) -> str:
+    """Microseconds; the share of the card's ceiling that ours reaches; and how much longer the others take."""
+    copy, product = part["ceilings"]["bytes_per_second"], part["ceilings"]["operations_per_second"]
+    table = row("double-quantized NF4, bfloat16", "µs", "of the ceiling", "bitsandbytes / ours", "dense / ours")
+    table += row("---", *["---:"] * 4)
+    for name, entry in part["rows"].items():
+        ours = entry["ours"]["seconds"]
+        least = entry["bytes"] / copy if "bytes" in entry else entry["operations"] / product
+        others = (f"{1 / entry[who]['ours_to_this']:.2f}" if who in entry else "" for who in ("bitsandbytes", "dense"))
+        table += row(name, f"{1e6 * ours:.1f}", f"{100 * least / ours:.0f} %", *others)
+    return table + (f"\nMedians. The ceiling is a plain copy's, {copy / 1e9:.0f} GB/s; of forward + backward, that of a large "
+                    f"product in bfloat16, {product / 1e12:.0f} TFLOP/s.\n")
+
+
+def cuda_optim_table(part: dict) -> str:
+    copy = part["ceilings"]["bytes_per_second"]
+    table = row(f"AdamW, {part['parameters'] / 1e6:.0f} M parameters, resident", "ms", "of a copy's bandwidth", "ours / this")
+    table += row("---", *["---:"] * 3)
+    for name, entry in part["rows"].items():
+        share = part["bytes"] / entry["seconds"] / copy
+        table += row(name, f"{1e3 * entry['seconds']:.2f}", f"{100 * share:.0f} %", f"{entry['ours_to_this']:.2f}")
+    return table
+
+
+def cuda_step_table(part: dict) -> str:
+    title = f"a step of LLaMA-7B's shapes, {part['batch']} × {part['length']} tokens, r 64, checkpointing"
+    table = row(title, "tokens/s", "peak GB")
+    table += row("---", "---:", "---:")
+    for name, entry in part["rows"].items():
+        table += row(name, f"{entry['tokens_per_second']:.0f}", f"{entry['peak_bytes'] / 1e9:.2f}")
+    return table
+
+
+def cuda_sizes_table(part: dict) -> str:
+    table = row("in at most 48 GiB", "in passes of", "predicted GB", "peak GB", "off", "tokens/s") + row("---", *["---:"] * 5)
+    for entry in part["rows"]:
+        predicted, peak, speed = entry["predicted"]["peak"], entry["measured"]["peak"], entry["measured"]["tokens_per_second"]
+        table += row(f"{entry['model']}, {entry['batch']} × {entry['length']} tokens", str(entry["passes_of"]),
+                     f"{predicted / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{100 * (predicted / peak - 1):+.1f} %", f"{speed:.0f}")
     return table
 
 

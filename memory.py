@@ -1,5 +1,7 @@
 """The memory ledger: what a model's components weigh, read off the tensors, and what the process has taken.
 
+    python memory.py --model llama-65b --seq 512 --batch 1 --r 64     before a run: predicted (predict.py), and what fits where
+
 QLoRA is a method for saving memory, so a run says where its bytes are. One row a component:
 
     linear layers      the frozen weights, 4.127 bits each instead of 16
@@ -8,12 +10,20 @@ QLoRA is a method for saving memory, so a run says where its bytes are. One row 
     adapters           float32; with gradients and two AdamW moments in training: 16 bytes a parameter in all
 """
 
+import argparse
 import resource
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import predict
+
+CARDS = [8, 12, 16, 24, 32, 40, 48, 80, 140]  # GiB: what graphics cards come with
+OUTSIDE = 2**30  # bytes of a card that torch's tensors cannot have: CUDA's context, libraries, gaps between tensors
 
 
 class Component(NamedTuple):
@@ -63,3 +73,94 @@ def peak_rss_bytes() -> int:
     """The most memory that was ever resident in this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Live(TorchDispatchMode):
+    """The bytes of the storages that are alive: now, and at most after any operation, when inputs and outputs both are."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__()
+        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.see(tensors)
+        self.peak = self.now()
+
+    def see(self, tensors: tuple[Tensor, ...]) -> None:
+        for storage in [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]:
+            reference = StorageWeakRef(storage)  # it keeps the address from being used again, not the bytes
+            self.known.setdefault(reference.cdata, (reference, storage.nbytes()))
+
+    def now(self) -> int:
+        self.known = {address: entry for address, entry in self.known.items() if not entry[0].expired()}
+        return sum(nbytes for _, nbytes in self.known.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
+        result = func(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, (list, tuple)) else (result,)
+        self.see(tuple(output for output in outputs if isinstance(output, Tensor)))
+        self.peak = max(self.peak, self.now())
+        return result
+
+
+def table(shape: predict.Shape, batch: int, length: int, r: int) -> str:
+    """The prediction by component and method, in GB (1e9 bytes), with and without checkpointing."""
+    kinds = {checkpointing: [predict.predict(shape, method, batch, length, r, checkpointing) for method in predict.METHODS]
+             for checkpointing in (True, False)}
+
+    def line(name: str, numbers: list[int]) -> str:
+        return f"{name:34}" + "".join(f"{number / 1e9:18.3f}" for number in numbers)
+
+    lines = [f"{'GB':34}" + "".join(f"{method:>18}" for method in predict.METHODS)]
+    for name in kinds[True][0].components:
+        for checkpointing, predictions in kinds.items():
+            if checkpointing or name == "activations":
+                suffix = "" if name != "activations" else ", checkpointing" if checkpointing else ", all kept"
+                lines.append(line(name + suffix, [prediction.components[name] for prediction in predictions]))
+    for checkpointing, predictions in kinds.items():
+        lines.append(line(f"peak, {'checkpointing' if checkpointing else 'all kept'}", [p.peak() for p in predictions]))
+    lines.append(line("  AdamW's moments paged out", [prediction.peak(paged=True) for prediction in kinds[True]]))
+    instants = kinds[True][-1].instants
+    lines.append(f"QLoRA with checkpointing is at its peak in {max(instants, key=lambda name: sum(instants[name]))}")
+    return "\n".join(lines)
+
+
+def most(shape: predict.Shape, method: str, length: int, r: int, nbytes: int, paged: bool = False) -> int:
+    """How many sequences of a length fit into so many bytes, with checkpointing: 0 to 2**16."""
+    fitting, above = 0, 2**16 + 1
+    while above - fitting > 1:
+        middle = (fitting + above) // 2
+        fits = predict.predict(shape, method, middle, length, r).peak(paged) <= nbytes
+        fitting, above = (middle, above) if fits else (fitting, middle)
+    return fitting
+
+
+def what_fits(shape: predict.Shape, length: int, r: int) -> str:
+    """The largest batch for cards of usual sizes."""
+    columns = [*((method, False) for method in predict.METHODS), (predict.QLORA, True)]
+    heads = [method + (", paged" if paged else "") for method, paged in columns]
+    lines = [f"{f'sequences of {length} that fit':34}" + "".join(f"{head:>18}" for head in heads)]
+    for size in CARDS:
+        counts = [most(shape, method, length, r, size * 2**30 - OUTSIDE, paged) for method, paged in columns]
+        lines.append(f"{f'a card of {size} GiB':34}" + "".join(f"{count or '-':>18}" for count in counts))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Predict the memory of fine-tuning, by component, before the run.")
+    parser.add_argument("--model", default="llama-65b", help=f"{', '.join(predict.SHAPES)}, or a folder with config.json")
+    for name, value, text in (("seq", 512, "tokens a sequence"), ("batch", 1, "sequences"), ("r", 64, "rank of the adapters")):
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: {value})")
+    args = parser.parse_args(argv)
+    if min(args.seq, args.batch, args.r) < 1:
+        parser.error("--seq, --batch and --r must be at least 1")
+    try:
+        shape = predict.shape_of(args.model)
+    except ValueError as error:
+        print(f"memory.py: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.model}, {args.batch} x {args.seq} tokens, r {args.r}: predicted\n")
+    print(table(shape, args.batch, args.seq, args.r), what_fits(shape, args.seq, args.r), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

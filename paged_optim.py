@@ -11,8 +11,8 @@ Each element is updated by itself. So a flattened parameter may be cut into runs
 run's moments at hand. Those are a page, (2, k) for a run of k elements, at most page_bytes big:
 
     parameter    [ 0 1 2 3 | 4 5 6 7 | 8 9 ]
-    pages        [ m m m m | m m m m | m m ]    where each is, on the device or in the store, is
-                 [ v v v v | v v v v | v v ]    the business of the pager (pager.py)
+    pages        [ m m m m | m m m m | m m ]    where each is, on the device or in the store, is the business
+                 [ v v v v | v v v v | v v ]    of the pager (pager.py); on a GPU, of CUDA's unified memory too (stores.py)
 
 Parameters and gradients stay put; one that is not contiguous is copied for its update. Error: none. For any page size
 and budget the bits are torch.optim.AdamW's (foreach=False, fused=False) with square roots that are rounded to nearest:
@@ -67,6 +67,8 @@ def by_page(pages: list[Page], moments: Tensor) -> Iterable[tuple[Page, Tensor]]
 
 class PagedAdamW(Optimizer):
     """torch.optim.AdamW, of whose state at most resident_bytes stay on the device (None: all of it).
+
+    On a GPU that shares pages with the host all state is unified memory, and None means: as much as the driver leaves there.
 
     >>> weight = torch.nn.Parameter(torch.ones(6))
     >>> optimizer = PagedAdamW([weight], page_bytes=16, resident_bytes=32)  # three pages, two of which may stay

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = ["files", "tasks", "memory", "pretrained", "report", "figures"]  # import nothing of ours
-PACKAGES = ["cpu_kernels"]  # nor do their files
-ORDER = ["nf4", "double_quant", "cpu_kernels", "dispatch", "frozen", "lora_matmul", "lora", "pager", "paged_optim",
-         "bnb_format", "peft_format", "skeleton", "checkpoint", "resume", "data", "evaluate", "train", "contenders", "bench"]
+LEAVES = ["files", "tasks", "predict", "pretrained", "report", "figures"]  # import nothing of ours
+PACKAGES = ["cpu_kernels", "cuda_kernels"]  # nor do their files
+ORDER = ["memory", "nf4", "double_quant", "cpu_kernels", "cuda_kernels", "dispatch", "frozen", "lora_matmul", "lora", "stores",
+         "pager", "paged_optim", "bnb_format", "peft_format", "skeleton", "checkpoint", "resume", "data", "evaluate",
+         "random_llama", "train", "contenders", "contenders_cuda", "bench_cuda", "bench"]
 SOURCES = sorted(path.stem for path in ROOT.glob("*.py"))
 TORCH = "cpu_kernels/host.py"  # is not compiled, but calls those that are, and torch
+DRIVER = "cuda_kernels/managed.py"  # talks to CUDA's driver and torch's streams, and compiles nothing
 FILES = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).glob("*.py")}
-KERNELS = sorted(FILES - {TORCH})
+KERNELS = sorted(FILES - {TORCH, DRIVER})
 OURS = {*SOURCES, *PACKAGES}
 
 
@@ -56,17 +58,21 @@ def test_what_calls_the_kernels_needs_them_and_torch() -> None:
     assert imports_of(ROOT / TORCH) & {*OURS, "numba", "transformers"} == {"cpu_kernels"}
 
 
-@pytest.mark.parametrize("name", ["nf4", "double_quant", "frozen", "lora_matmul", "lora", "pager", "paged_optim"])
+def test_unified_memory_needs_torch_alone() -> None:
+    assert imports_of(ROOT / DRIVER) == {"ctypes", "weakref", "torch"}
+
+
+@pytest.mark.parametrize("name", ["nf4", "double_quant", "frozen", "lora_matmul", "lora", "stores", "pager", "paged_optim"])
 def test_a_concept_needs_torch_and_scipy_alone(name: str) -> None:
     others = {"transformers", "peft", "bitsandbytes", "numpy", "numba", "llvmlite", "matplotlib", "tqdm"}
     assert not imports_of(ROOT / f"{name}.py") & others
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_dispatch_alone_knows_the_kernels_and_their_compiler(name: str) -> None:
+def test_dispatch_alone_knows_the_kernels_and_their_compiler_and_stores_the_memory(name: str) -> None:
     compiler, kernels = {"numba", "llvmlite"}, set(PACKAGES)
-    allowed = {"dispatch": kernels | {"numba"}, "bench": {"numba"}, "contenders": {"numba"}}.get(name, set())
-    assert imports_of(ROOT / f"{name}.py") & (compiler | kernels) <= allowed
+    allowed = {"dispatch": kernels | {"numba"}, "stores": {"cuda_kernels"}, "bench": {"numba"}, "contenders": {"numba"}}
+    assert imports_of(ROOT / f"{name}.py") & (compiler | kernels) <= allowed.get(name, set())
 
 
 def test_the_bounds_of_the_tests_import_nothing_of_ours() -> None:

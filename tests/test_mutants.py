@@ -24,9 +24,9 @@ import nf4
 SOURCES, HERE = Path(nf4.__file__).parent, Path(__file__).parent
 KERNELS = ["cpu_kernels.quantize", "cpu_kernels.decode", "cpu_kernels.fused", "cpu_kernels.adamw"]
 REFERENCE = ["nf4", "double_quant", "paged_optim"]  # their kernels would hide what is wrong with them
-STACK = ["nf4", "double_quant", *KERNELS, "cpu_kernels.host", "dispatch", "frozen", "lora_matmul", "lora", "pager",
-         "paged_optim"]  # as they import
-SUITES = {"lora_matmul": "test_lora", "cpu_kernels.host": "test_dispatch",
+STACK = ["nf4", "double_quant", *KERNELS, "cpu_kernels.host", "dispatch", "frozen", "lora_matmul", "lora", "stores",
+         "pager", "paged_optim"]  # as they import
+SUITES = {"lora_matmul": "test_lora", "stores": "test_pager", "cpu_kernels.host": "test_dispatch",
           **dict.fromkeys(KERNELS, "test_cpu_kernels"),  # where it is not the module of that name
           "cpu_kernels.adamw": "test_paged_optim"}  # fmt: skip
 # What the tests raise, the code where it refuses, and NumPy where a kernel leaves its arrays
@@ -460,24 +460,28 @@ KERNEL_MUTANTS = [
 ]  # fmt: skip
 
 OPTIMIZER_MUTANTS = [
-    Mutant("only clean pages are written back", "pager", "if not page.stored:", "if page.stored:", RECOUNT, PRESSED),
+    Mutant("only clean pages count as written back", "pager", "if not page.stored:", "if page.stored:", RECOUNT, PRESSED),
     Mutant("a page that was written before is not written again", "pager", "if write:", "if write and not page.stored:",
            RECOUNT, PRESSED),
-    Mutant("a page leaves without being written", "pager", "page.in_store().copy_(tensor)", "None", RECOUNT, PRESSED),
+    Mutant("a page leaves without being written", "stores", "page.in_store().copy_(tensor, non_blocking=self.non_blocking)",
+           "None", RECOUNT, PRESSED),
+    Mutant("only clean pages are copied to the store", "stores", "if not page.stored:", "if page.stored:", RECOUNT, PRESSED),
     Mutant("one page more than the budget", "pager", "self.resident + page.nbytes > self.budget", "self.resident > self.budget",
            RECOUNT, PRESSED),
     Mutant("one page less than the budget", "pager", "self.resident + page.nbytes > self.budget",
            "self.cache and self.resident + page.nbytes >= self.budget", RECOUNT, PRESSED),
     Mutant("first in, first out", "pager", "            self.cache.move_to_end(page)\n", "", RECOUNT, PRESSED),
     Mutant("the page that was used last leaves", "pager", "popitem(last=False)", "popitem(last=True)", RECOUNT, PRESSED),
-    Mutant("a page that has no value is read from the store", "pager", "if page.stored:\n            self.cache",
-           "if page.store:\n            self.cache", RECOUNT, PRESSED),
+    Mutant("a page that has no value counts as read from the store", "pager", "if page.stored:\n            self.counters",
+           "if page.store:\n            self.counters", RECOUNT, PRESSED),
+    Mutant("a page comes in without its value", "stores", "if page.stored else tensor", "if not page.stored else tensor",
+           RECOUNT, PRESSED),
     Mutant("the peak is what is resident now", "pager", "max(self.peak, self.resident)", "self.resident", RECOUNT, SMALLER),
     Mutant("pages overlap in the store", "pager", "offset += page.nbytes", "offset += page.nbytes // 2", RECOUNT, PRESSED),
     Mutant("narrow elements come first, and wide ones are not aligned", "pager", "key=lambda page: -page.dtype.itemsize",
            "key=lambda page: page.dtype.itemsize",
            "test_a_page_starts_at_a_multiple_of_its_elements_size_whatever_was_reserved_before_it", {"dtype": torch.float64}),
-    Mutant("resident pages are announced too", "pager", "if page.stored and page not in self.cache and", "if page.stored and",
+    Mutant("resident pages are announced too", "stores", "if page.stored and page not in resident and", "if page.stored and",
            "test_a_clean_page_that_is_resident_is_not_announced"),
     Mutant("moments are fetched for reading only", "paged_optim", "update(start, self.pager.fetch(page, write=True))",
            "update(start, self.pager.fetch(page))", TORCH_BITS),

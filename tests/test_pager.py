@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from strategies import DTYPES
 
 import pager as module
-from pager import Page, Pager, map_nameless_file
+from pager import Page, Pager
+from stores import map_nameless_file
 
 ROOT = Path(module.__file__).parent
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ def test_pages_that_fit_need_no_store_and_the_others_share_no_byte_of_it() -> No
     assert len({page.store for page in pages}) == 1
     assert all(page.offset + page.nbytes == after.offset for page, after in zip(pages, pages[1:]))
     assert all(page.offset % page.dtype.itemsize == 0 for page in pages)
-    assert pages[-1].offset + pages[-1].nbytes == len(pages[0].store)
+    assert pages[-1].offset + pages[-1].nbytes == pages[0].store.bytes.numel()
 
 
 def test_a_page_that_has_a_place_keeps_it() -> None:

@@ -10,41 +10,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora
 from frozen import FrozenWeight
 from lora import LoRAMatmul, QLoRALinear
+from memory import Live
 
 LAYERS, WIDTH, RANK, BLOCK = 12, 256, 8, 64
-
-
-class Live(TorchDispatchMode):
-    """The bytes of the storages that are alive: now, and at most after any operation, when inputs and outputs both are."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        super().__init__()
-        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.see(tensors)
-        self.peak = self.now()
-
-    def see(self, tensors: tuple[Tensor, ...]) -> None:
-        for storage in [tensor.untyped_storage() for tensor in tensors]:
-            reference = StorageWeakRef(storage)  # it keeps the address from being used again, not the bytes
-            self.known.setdefault(reference.cdata, (reference, storage.nbytes()))
-
-    def now(self) -> int:
-        self.known = {address: entry for address, entry in self.known.items() if not entry[0].expired()}
-        return sum(nbytes for _, nbytes in self.known.values())
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
-        result = func(*args, **(kwargs or {}))
-        outputs = result if isinstance(result, (list, tuple)) else (result,)
-        self.see(tuple(output for output in outputs if isinstance(output, Tensor)))
-        self.peak = max(self.peak, self.now())
-        return result
 
 
 def stack(dtype: torch.dtype, dropout: float = 0.0, **settings: object) -> nn.Sequential:
