@@ -64,8 +64,7 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, dict]:
 
 def bandwidth(turns: int) -> float:
     """Bytes a second of copying a tensor that no cache holds, read and written ones together."""
-    source = torch.ones(2**26)
-    target = torch.empty_like(source)
+    source, target = torch.ones(2**26), torch.empty(2**26)
     (times,) = race({"copy": lambda: target.copy_(source)}, turns).values()
     return 2 * source.nbytes / statistics.median(times)
 
@@ -75,8 +74,7 @@ def ops(quick: bool) -> dict:
     side = 1024 if quick else 4096
     n, constants = side * side, side * side / 64 * (1 + 4 / 256)
     torch.manual_seed(0)
-    weight = torch.randn(side, side) * 0.05
-    turns = 5 if quick else 30
+    weight, turns = torch.randn(side, side) * 0.05, 5 if quick else 30
     rows = {"copy": {"bytes_per_second": bandwidth(turns)}}
 
     def row(name: str, works: dict[str, Work], nbytes: float, turns: int) -> None:
@@ -87,7 +85,10 @@ def ops(quick: bool) -> dict:
     row("quantize float32", contenders.quantizing(weight), 4 * n + n / 2 + constants, min(turns, 7))
     for dtype in (torch.bfloat16, torch.float32):
         kind = str(dtype).removeprefix("torch.")
-        row(f"dequantize {kind}", contenders.dequantizing(weight, dtype), n / 2 + constants + n * dtype.itemsize, turns)
+        works = contenders.dequantizing(weight, dtype)
+        row(f"dequantize {kind}", works, n / 2 + constants + n * dtype.itemsize, turns)
+        alone = race({"ours": works["ours"]}, turns)["ours"]  # in a loop, as the copy is
+        rows[f"dequantize {kind}"]["alone"] = statistics.median(alone)
         for m in ROWS:
             fewer = turns if m < 64 else min(turns, 9)
             x, g = (torch.randn(m, side).to(dtype) for _ in range(2))
@@ -102,7 +103,7 @@ def optim(quick: bool) -> dict:
     """AdamW on a hundred million parameters."""
     count = 2**24 if quick else 6 * 2**24
     result = summary(race(contenders.updating(count), 3 if quick else 9))
-    print("optimizer step  " + "".join(f"{name} {1e3 * row['seconds']:.0f} ms   " for name, row in result.items()), flush=True)
+    print("optimizer step", *(f"{name} {1e3 * row['seconds']:.0f} ms" for name, row in result.items()), sep="   ", flush=True)
     return {"parameters": count, "rows": result}
 
 
@@ -164,12 +165,11 @@ def growth(quick: bool) -> dict:
 
 def machine() -> dict:
     """What the figures depend on."""
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())
+    info = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip("\t :") or platform.processor()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    packages = ("torch", "numba", "transformers", "bitsandbytes", "peft", "torchao")
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
-            "commit": commit, "versions": {name: version(name) for name in packages}}
+    versions = {name: version(name) for name in ("torch", "numba", "transformers", "bitsandbytes", "peft", "torchao")}
+    return {"cpu": info, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
+            "commit": commit, "versions": versions}
 
 
 PARTS = {"ops": ops, "optim": optim, "step": step, "growth": growth}

@@ -65,12 +65,14 @@ def ops_table(part: dict) -> str:
         kind, _, rest = name.rpartition(" ")
         name = f"{kind}, {rest} row{'s' * (rest != '1')}" if rest.isdigit() else name
         table += row(name, *cells, *against)
-    reached = rows["dequantize bfloat16"]["bytes"] / rows["dequantize bfloat16"]["ours"]["seconds"] / speed
+    entry = rows["dequantize bfloat16"]
+    alone, in_turn = (100 * entry["bytes"] / seconds / speed for seconds in (entry["alone"], entry["ours"]["seconds"]))
     extra = rows["forward + backward bfloat16 256"]["extra_bytes"]
-    table += (f"\nMilliseconds, medians. A plain copy moves {speed / 1e9:.0f} GB/s here; dequantizing to bfloat16 reaches "
-              f"{100 * reached:.0f} % of that. Memory beyond what is there before and what is returned, at the peak of "
-              "forward + backward of 256 rows: " + ", ".join(f"{who} {extra[who] / 1e6:.1f} MB" for who in OPS) + ".\n")
-    return table
+    table += (f"\nMilliseconds, medians. A plain copy, again and again, moves {speed / 1e9:.0f} GB/s here; dequantizing to "
+              f"bfloat16, again and again, reaches {alone:.0f} % of that, and {in_turn:.0f} % in turns, where it finds the caches full of "
+              "what the others left. Memory beyond what is there before and what is returned, at the peak of "
+              "forward + backward of 256 rows: " + ", ".join(f"{who} {extra[who] / 1e6:.1f} MB" for who in OPS))
+    return table + f"; the product itself, kept meanwhile, has {256 * part['side'] * 2 / 1e6:.1f} MB of each.\n"
 
 
 def optim_table(part: dict) -> str:
