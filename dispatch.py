@@ -1,17 +1,20 @@
 """Which kernel runs where: the only file that knows.
 
-`quantize` and `dequantize` are nf4's, by the fastest kernel there is for the device; `matmul` multiplies by a weight that stays
-in 4 bits. Whatever has no kernel (a device, a dtype, a codebook of more than 16 levels) goes to the reference and gives the
+`quantize` and `dequantize` are nf4's, by the fastest kernel there is for the device, cpu_kernels or cuda_kernels; `matmul`
+multiplies by a weight that stays in 4 bits. Whatever has no kernel (a device, a dtype, a codebook of more than 16 levels) goes to the reference and gives the
 same result: bit for bit where no sum is reordered. QLORA_KERNELS=reference in the environment sends everything there.
 
 Both are operators of torch.library, so torch.compile takes them as they are instead of tracing through Numba. The derivative of
 y = x W^T is g W, and that of g W is x W^T.
 """
 
+import importlib
 import math
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 
 import numba
 import numpy as np
@@ -20,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-import double_quant
 import nf4
 from cpu_kernels import adamw as fused
 from cpu_kernels import decode
@@ -28,23 +30,30 @@ from cpu_kernels import matmul as windows
 from cpu_kernels import quantize as blockwise
 from double_quant import DoubleQuantized
 from nf4 import NF4, Quantized
+from stored import SCHEMA, Stored, decoded, fits, largest, restored, stored  # noqa: F401
 
 PIECE = 2**20  # elements of a weight that is not float32 are converted to it so many at a time
 FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # torch multiplies and adds there as the kernel does
 LIBRARY = torch.library.Library("qlora", "DEF")
-STORED = ("Tensor packed, Tensor absmax, Tensor codebook, Tensor? nested_absmax, Tensor? nested_offset, "
-          "Tensor? nested_codebook, int[] shape, ScalarType dtype, int block_size, int nested_block_size")
 
 
 def quantize(weight: Tensor, block_size: int = 64, codebook: Tensor = NF4) -> Quantized:
     """What nf4.quantize gives, or raises."""
     nf4.check_arguments(weight, block_size, codebook)
     n, ascending = weight.numel(), bool((codebook[1:] > codebook[:-1]).all()) and codebook.numel() <= 16
-    if not (n and ascending and _has_kernels(weight)):
+    gpu = _cuda_kernels(weight)
+    if not (n and ascending and (gpu or _has_kernels(weight))):
         return nf4.quantize(weight, block_size, codebook)
-    midpoints = F.pad((codebook[1:] + codebook[:-1]) / 2, (0, 16 - codebook.numel()), value=math.inf).numpy()
-    packed, absmax = torch.empty((n + 1) // 2, 1, dtype=torch.uint8), torch.empty(-(-n // block_size))
+    midpoints = F.pad((codebook[1:] + codebook[:-1]) / 2, (0, 16 - codebook.numel()), value=math.inf)
     flat = weight.detach().reshape(-1)
+    if gpu:
+        codebook = codebook.to(weight.device)
+        made = gpu.quantize(flat, midpoints.to(weight.device), block_size)
+        if made is None or not made[1].isfinite().all():
+            return nf4.quantize(weight, block_size, codebook)  # which says what is not finite, and where
+        return Quantized(*made, codebook, weight.shape, weight.dtype, block_size)
+    midpoints = midpoints.numpy()
+    packed, absmax = torch.empty((n + 1) // 2, 1, dtype=torch.uint8), torch.empty(-(-n // block_size))
     step = n if flat.dtype == torch.float32 else max(PIECE, block_size)
     for start in range(0, n, step):
         numbers = flat[start : start + step].to(torch.float32).numpy()
@@ -60,70 +69,31 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None, constants: Double
                out: Tensor | None = None) -> Tensor:
     """What nf4.dequantize gives. `constants`, where given, stand for q.absmax; the result goes into `out`, where given."""
     out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.packed.device) if out is None else out
-    torch.ops.qlora.dequantize_(out, *_stored(q, constants))
+    torch.ops.qlora.dequantize_(out, *stored(q, constants))
     return out
 
 
 def matmul(x: Tensor, q: Quantized, constants: DoubleQuantized | None = None, transposed: bool = True) -> Tensor:
     """x W^T (tokens, out) for x (tokens, in); not transposed, x W (tokens, in) for x (tokens, out). W is (out, in)."""
-    return torch.ops.qlora.matmul(x, *_stored(q, constants), transposed)
-
-
-def decoded(q: Quantized, constants: DoubleQuantized | None) -> Quantized:
-    """The same weight with its constants in float32."""
-    if constants is None:
-        return q
-    # No constant was larger than its weight's dtype can hold, and 0.7 % more would make the largest ones infinite.
-    absmax = double_quant.dequantize(constants).clamp_(max=_largest(q.dtype))
-    return Quantized(q.packed, absmax, q.codebook, q.shape, q.dtype, q.block_size)
+    return torch.ops.qlora.matmul(x, *stored(q, constants), transposed)
 
 
 def adamw(param: Tensor, grad: Tensor, step: int, group: dict) -> Callable[[Tensor, Tensor, Tensor], None] | None:
     """What updates runs of a parameter, its gradient and their moments as paged_optim.adamw_ does; None without a kernel."""
     beta1, beta2, lr, weight_decay, eps = map(float, (*group["betas"], group["lr"], group["weight_decay"], group["eps"]))
     step_size = lr / (1 - beta1**step)
-    fits = FUSES and param.dtype == grad.dtype == torch.float32 and step_size <= torch.finfo(torch.float32).max  # else refused
-    if not fits or not _has_kernels(param):
+    gpu = _cuda_kernels(param)
+    suits = param.dtype == grad.dtype == torch.float32 and step_size <= torch.finfo(torch.float32).max  # else refused
+    if not suits or not (gpu or FUSES and _has_kernels(param)):
         return None
     scalars = (step == 1, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5, eps, -step_size)
+    if gpu:
+        return lambda param, grad, moments: gpu.adamw(param, grad, moments, *scalars)
     return lambda param, grad, moments: fused.update(param.numpy(), grad.numpy(), moments.numpy(), *scalars)
 
 
-def _largest(dtype: torch.dtype) -> float:
-    return min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-
-
-class Stored(NamedTuple):
-    """A weight as the operators take it, piece by piece. `absmax` is the codes of the constants, if there are `nested_...`."""
-
-    packed: Tensor
-    absmax: Tensor
-    codebook: Tensor
-    nested_absmax: Tensor | None
-    nested_offset: Tensor | None
-    nested_codebook: Tensor | None
-    shape: list[int]
-    dtype: torch.dtype
-    block_size: int
-    nested_block_size: int
-
-
-def _stored(q: Quantized, constants: DoubleQuantized | None) -> Stored:
-    if constants is None:
-        return Stored(q.packed, q.absmax, q.codebook, None, None, None, q.shape, q.dtype, q.block_size, 1)
-    return Stored(q.packed, constants.codes, q.codebook, constants.absmax, constants.offset, constants.codebook,
-                  q.shape, q.dtype, q.block_size, constants.block_size)
-
-
-def _restored(s: Stored) -> Quantized:
-    """The way back, with the constants decoded."""
-    constants = None
-    if s.nested_absmax is not None:
-        constants = DoubleQuantized(s.absmax, s.nested_absmax, s.nested_offset, s.nested_block_size, s.nested_codebook)
-    return decoded(Quantized(s.packed, s.absmax, s.codebook, torch.Size(s.shape), s.dtype, s.block_size), constants)
-
-
 def _has_kernels(tensor: Tensor) -> bool:
+    """Whether the CPU's kernels may run; with the threads that torch has."""
     if tensor.device.type != "cpu" or os.environ.get("QLORA_KERNELS") == "reference":
         return False
     threads = torch.get_num_threads()
@@ -133,32 +103,39 @@ def _has_kernels(tensor: Tensor) -> bool:
     return True
 
 
+def _cuda_kernels(tensor: Tensor) -> ModuleType | None:
+    """What launches the GPU's kernels, imported when the first tensor on a GPU comes; None if they may not or cannot run."""
+    return _launch() if tensor.is_cuda and os.environ.get("QLORA_KERNELS") != "reference" else None
+
+
+@cache
+def _launch() -> ModuleType | None:
+    return importlib.import_module("cuda_kernels.launch") if find_spec("numba_cuda") else None
+
+
 def _for_kernels(out: Tensor, s: Stored) -> tuple | None:
-    """A weight as decode.py takes it; None if there is no kernel for it, or its pieces do not fit: kernels check no index."""
-    n, double = math.prod(s.shape), s.nested_absmax is not None
-    pieces = [(s.packed.flatten(), torch.uint8, (n + 1) // 2), (s.codebook, torch.float32, min(s.codebook.numel(), 16)),
-              (s.absmax, torch.uint8 if double else torch.float32, -(-n // s.block_size))]
-    if double:
-        pieces += [(s.nested_absmax, torch.float32, -(-s.absmax.numel() // s.nested_block_size)),
-                   (s.nested_offset, torch.float32, 1), (s.nested_codebook, torch.float32, 256)]
-    fits = n > 0 and all(size > 0 and not size & (size - 1) for size in (s.block_size, s.nested_block_size))
-    fits = fits and all(piece.dtype == dtype and piece.shape == (count,) and piece.is_cpu for piece, dtype, count in pieces)
-    if not (fits and out.dtype in windows.KINDS and (out.dtype != torch.float16 or decode.FLOAT16) and _has_kernels(out)):
+    """A weight as decode.py takes it; None if there is no kernel for it, or its pieces do not fit."""
+    has_kind = out.dtype in windows.KINDS and (out.dtype != torch.float16 or decode.FLOAT16)
+    if not (has_kind and fits(s, out.device) and _has_kernels(out)):
         return None
     levels = F.pad(s.codebook, (0, 16 - s.codebook.numel())).numpy()
     packed, absmax = s.packed.flatten().numpy(), s.absmax.numpy()
-    shift, largest = s.block_size.bit_length() - 1, np.float32(_largest(s.dtype))
-    if not double:
-        return packed, levels, absmax, absmax[:0].view(np.uint8), levels, np.float32(0), largest, shift, 0, decode.AVX512
+    shift, most = s.block_size.bit_length() - 1, np.float32(largest(s.dtype))
+    if s.nested_absmax is None:
+        return packed, levels, absmax, absmax[:0].view(np.uint8), levels, np.float32(0), most, shift, 0, decode.AVX512
     return (packed, levels, s.nested_absmax.numpy(), absmax, s.nested_codebook.numpy(), np.float32(s.nested_offset.item()),
-            largest, shift, s.nested_block_size.bit_length() - 1, decode.AVX512)
+            most, shift, s.nested_block_size.bit_length() - 1, decode.AVX512)
 
 
 def _dequantize_(out: Tensor, *pieces: object) -> None:
-    stored = Stored(*pieces)
-    weight = _for_kernels(out, stored) if out.is_contiguous() and out.shape == tuple(stored.shape) else None
+    s = Stored(*pieces)
+    plain = out.is_contiguous() and out.shape == tuple(s.shape)
+    gpu = _cuda_kernels(out)
+    if gpu and plain and fits(s, out.device) and gpu.dequantize(s, out):
+        return
+    weight = _for_kernels(out, s) if plain else None
     if weight is None:
-        out.copy_(nf4.dequantize(_restored(stored), out.dtype))
+        out.copy_(nf4.dequantize(restored(s), out.dtype))
         return
     numbers, run = windows.numbers_of(out), 4096  # elements that count as a row of the window
     rows, rest = divmod(numbers.size, run)
@@ -168,16 +145,24 @@ def _dequantize_(out: Tensor, *pieces: object) -> None:
 
 def _matmul(x: Tensor, *pieces_and_transposed: object) -> Tensor:
     *pieces, transposed = pieces_and_transposed
-    height, width = (stored := Stored(*pieces)).shape
-    weight = _for_kernels(x, stored) if x.shape[1:] == (width if transposed else height,) else None
-    if weight is None:
-        dense, y = nf4.dequantize(_restored(stored), x.dtype), x.new_empty(len(x), height if transposed else width)
-        return torch.mm(x, dense.T if transposed else dense, out=y)  # with `out`, autocast leaves it alone
-    return windows.matmul(x, weight, stored.shape, transposed)
+    height, width = (s := Stored(*pieces)).shape
+    suits = x.shape[1:] == (width if transposed else height,)
+    gpu = _cuda_kernels(x) if suits and fits(s, x.device) else None
+    if gpu and transposed and (y := gpu.few_rows(x, s)) is not None:
+        return y
+    weight = _for_kernels(x, s) if suits else None
+    if weight is not None:
+        return windows.matmul(x, weight, s.shape, transposed)
+    if gpu:  # torch's allocator gives each layer the same memory for it, in the order of the stream
+        _dequantize_(dense := x.new_empty(height, width), *pieces)
+    else:
+        dense = nf4.dequantize(restored(s), x.dtype)
+    y = x.new_empty(len(x), height if transposed else width)
+    return torch.mm(x, dense.T if transposed else dense, out=y)  # with `out`, autocast leaves it alone
 
 
-LIBRARY.define(f"dequantize_(Tensor(a!) out, {STORED}) -> ()")
-LIBRARY.define(f"matmul(Tensor x, {STORED}, bool transposed) -> Tensor")
+LIBRARY.define(f"dequantize_(Tensor(a!) out, {SCHEMA}) -> ()")
+LIBRARY.define(f"matmul(Tensor x, {SCHEMA}, bool transposed) -> Tensor")
 LIBRARY.impl("dequantize_", _dequantize_, "CompositeExplicitAutograd")
 LIBRARY.impl("matmul", _matmul, "CompositeExplicitAutograd")
 

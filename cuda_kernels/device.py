@@ -31,6 +31,7 @@ FOUR_WORDS, FOUR_FLOATS, MEMORY = types.UniTuple(U32, 4), types.UniTuple(F32, 4)
 INT, FLOAT, SHORT, BYTE = ir.IntType(32), ir.FloatType(), ir.IntType(16), ir.IntType(8)
 FOUR = ir.VectorType(INT, 4)
 EVERY_LANE, SHARED = 0xFFFFFFFF, 3  # the mask of a whole warp; the address space of what a block shares
+FMAF = ctypes.CFUNCTYPE(ctypes.c_float, *[ctypes.c_float] * 3)(("fmaf", ctypes.CDLL(None)))  # of the C library
 inlined = cuda.jit(device=True, inline="always")  # a function of several lines, pasted where it is called
 
 
@@ -109,8 +110,7 @@ def _add(context, builder, kinds, args):
 
 def fma(a, b, c):
     """a b + c, rounded once."""
-    function = ctypes.CFUNCTYPE(ctypes.c_float, *[ctypes.c_float] * 3)(("fmaf", ctypes.CDLL(None)))
-    return np.float32(function(a, b, c))
+    return np.float32(FMAF(a, b, c))
 
 
 @compiled(fma, F32, F32, F32, F32)
@@ -254,18 +254,11 @@ def _product(read, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
         b0, b1      B[2t : 2t + 2, g], B[2t + 8 : 2t + 10, g]
         c0, c1      C[g, 2t], C[g, 2t + 1]          c2, c3      C[g + 8, 2t], C[g + 8, 2t + 1]
     """
-    a, b = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
-    for lane, words in enumerate(cuda.of_all_lanes((a0, a1, a2, a3, b0, b1))):
-        g, t = divmod(lane, 4)
-        for i, word in enumerate(words):
-            for half in range(2):
-                value, column = read(word >> np.uint32(16 * half) & np.uint32(0xFFFF)), 2 * t + half
-                if i < 4:
-                    a[g + 8 * (i % 2), column + 8 * (i // 2)] = value
-                else:
-                    b[column + 8 * (i - 4), g] = value
-    g, t = divmod(cuda.threadIdx.x & 31, 4)
-    c = a @ b
+    words = np.array(cuda.of_all_lanes((a0, a1, a2, a3, b0, b1)), np.uint32)
+    numbers = read(words.view(np.uint16)).reshape(8, 4, 3, 2, 2)  # g, t, (a0 a1 | a2 a3 | b0 b1), the two, low and high half
+    a = numbers[:, :, :2].transpose(3, 0, 2, 1, 4).reshape(16, 16)
+    b = numbers[:, :, 2].transpose(2, 1, 3, 0).reshape(16, 8)
+    c, (g, t) = a @ b, divmod(cuda.threadIdx.x & 31, 4)
     return c0 + c[g, 2 * t], c1 + c[g, 2 * t + 1], c2 + c[g + 8, 2 * t], c3 + c[g + 8, 2 * t + 1]
 
 

@@ -25,6 +25,7 @@ from cuda_kernels import dequantize as ladder
 from cuda_kernels import matmul as products
 from cuda_kernels import quantize as quantizer
 from cuda_kernels.device import Kernel
+from stored import Stored, largest
 
 MOST = 2**32 - 2**16  # elements that 32 bits can count, with some room for the threads of the last block
 ROWS = 64  # of x, at most, for the product that decodes in registers; more are multiplied by a dense W
@@ -97,12 +98,13 @@ tensor_core, portable = cache(products.tensor_core), cache(products.portable)
 
 
 def quantize(flat: Tensor, midpoints: Tensor, block_size: int) -> tuple[Tensor, Tensor] | None:
-    """packed (ceil(n/2), 1) and absmax (blocks,) of contiguous (n,); midpoints float32 (15,), on the device."""
+    """packed (ceil(n/2), 1) and absmax (blocks,) of (n,); midpoints float32 (15,), on the device."""
     n, device, lanes = flat.numel(), flat.device, block_size // 8
     if flat.dtype == torch.float64:
         flat = flat.to(torch.float32)
     if not (0 < n <= MOST and 1 <= lanes <= 32 and supports(device, flat.dtype)):
         return None
+    flat = flat.contiguous()
     flat = flat if aligned(flat) else flat.clone()
     packed = torch.empty(-(-n // 2), 1, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
@@ -111,20 +113,20 @@ def quantize(flat: Tensor, midpoints: Tensor, block_size: int) -> tuple[Tensor, 
     return packed, absmax
 
 
-def weight(s: object, largest: float) -> tuple | None:
-    """A stored weight (dispatch.Stored), whose sizes fit, as the arguments device.WEIGHT of a kernel."""
+def weight(s: Stored) -> tuple | None:
+    """A stored weight, whose sizes fit, as the arguments device.WEIGHT of a kernel."""
     if math.prod(s.shape) > MOST or s.codebook.numel() > 16:
         return None
     levels = torch.nn.functional.pad(s.codebook, (0, 16 - s.codebook.numel())) if s.codebook.numel() < 16 else s.codebook
     shift, double = s.block_size.bit_length() - 1, s.nested_absmax is not None
     absmax, codes = (s.nested_absmax, s.absmax) if double else (s.absmax, s.packed)
     levels8, offset = (s.nested_codebook, s.nested_offset) if double else (levels, levels)
-    return s.packed, levels, absmax, codes, levels8, offset, largest, shift, s.nested_block_size.bit_length() - 1, int(double)
+    return s.packed, levels, absmax, codes, levels8, offset, largest(s.dtype), shift, s.nested_block_size.bit_length() - 1, int(double)
 
 
-def dequantize(s: object, largest: float, out: Tensor) -> bool:
+def dequantize(s: Stored, out: Tensor) -> bool:
     """Decode a stored weight into contiguous `out`, of its shape; False if there is no kernel for it."""
-    n, device, arguments = out.numel(), out.device, weight(s, largest)
+    n, device, arguments = out.numel(), out.device, weight(s)
     if arguments is None or not supports(device, out.dtype):
         return False
     whole = 0
@@ -137,15 +139,15 @@ def dequantize(s: object, largest: float, out: Tensor) -> bool:
     return True
 
 
-def few_rows(x: Tensor, s: object, largest: float, bias: Tensor | None) -> Tensor | None:
-    """x W^T + bias for contiguous x (m, width), W stored: (m, height) in x's dtype, rounded once; None if there is no kernel."""
-    (m, width), (height, _), device = x.shape, s.shape, x.device
+def few_rows(x: Tensor, s: Stored, bias: Tensor | None = None) -> Tensor | None:
+    """x W^T + bias for x (m, width), W stored: (m, height) in x's dtype, rounded once; None if there is no kernel."""
+    x, (m, width), (height, _), device = x.contiguous(), x.shape, s.shape, x.device
     cores = x.dtype != torch.float32 and capability(device) >= (8, 0)
     fits = width % 64 == 0 and s.block_size >= 64 if cores else width % 32 == 0 and s.block_size >= 32
     fits = fits and 0 < m <= (ROWS if cores else ROWS_PORTABLE) and m * max(width, height) <= MOST
     if not fits or not supports(device, x.dtype) or not aligned(x, s.packed):
         return None
-    arguments, y = weight(s, largest), x.new_empty(m, height)
+    arguments, y = weight(s), x.new_empty(m, height)
     if arguments is None:
         return None
     bias = None if bias is None else bias.to(torch.float32).contiguous()
@@ -168,7 +170,7 @@ def widest(height: int, tiles: int, device: torch.device) -> int:
     return groups
 
 
-def adamw(param: Tensor, grad: Tensor, moments: Tensor, step: int, decay: float, weight: float, beta2: float, value: float,
+def adamw(param: Tensor, grad: Tensor, moments: Tensor, first: bool, decay: float, weight: float, beta2: float, value: float,
           divisor: float, eps: float, step_size: float) -> None:
     """Update float32 param (k,) and moments (2, k) in place, as paged_optim.adamw_ does; its scalars in their order."""
     weight32 = ctypes.c_float(weight).value
@@ -178,5 +180,5 @@ def adamw(param: Tensor, grad: Tensor, moments: Tensor, step: int, decay: float,
     n, four = param.numel(), (param, grad, moments[0], moments[1])
     fours = n // 4 if aligned(*four) else 0
     threads = fours + n - 4 * fours
-    launch(optimizer.ADAMW, -(-threads // optimizer.THREADS), param.device, *four, *four, n, fours, int(step == 1), decay, factor,
+    launch(optimizer.ADAMW, -(-threads // optimizer.THREADS), param.device, *four, *four, n, fours, int(first), decay, factor,
            int(near), zero, beta2, value, divisor, eps, step_size)

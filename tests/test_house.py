@@ -1,6 +1,8 @@
 """The house: who may import whom, what the README names, and that every concept fits on a few screens."""
 
 import ast
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,13 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEAVES = ["files", "tasks", "memory", "pretrained", "report", "figures"]  # import nothing of ours
-PACKAGES = ["cpu_kernels"]  # nor do their files
-ORDER = ["nf4", "double_quant", "cpu_kernels", "dispatch", "frozen", "lora_matmul", "lora", "pager", "paged_optim",
+PACKAGES = ["cpu_kernels", "cuda_kernels"]
+ORDER = ["nf4", "double_quant", "stored", "cpu_kernels", "cuda_kernels", "dispatch", "frozen", "lora_matmul", "lora", "pager", "paged_optim",
          "bnb_format", "peft_format", "skeleton", "checkpoint", "resume", "data", "evaluate", "train", "contenders", "bench"]
 SOURCES = sorted(path.stem for path in ROOT.glob("*.py"))
 TORCH = "cpu_kernels/matmul.py"  # is not compiled, but calls those that are, and torch
 FILES = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).glob("*.py")}
-KERNELS = sorted(FILES - {TORCH})
+LAUNCH = "cuda_kernels/launch.py"  # nor is this: from tensors to the driver
+KERNELS = sorted(FILES - {TORCH, LAUNCH})
 OURS = {*SOURCES, *PACKAGES}
 
 
@@ -43,17 +46,32 @@ def test_a_file_imports_only_what_comes_before_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_stands_alone(name: str) -> None:
-    """On Numba and NumPy: neither torch nor anything of ours, nor the file beside it, whose changes Numba would not see."""
-    source = (ROOT / name).read_text()
-    assert imports_of(ROOT / name) <= {"numba", "numpy", "llvmlite", *sys.stdlib_module_names} and "from ." not in source
-    assert len(source.splitlines()) <= 220
+    """On Numba and NumPy: neither torch nor anything of ours, nor the file beside it, whose changes Numba would not see.
+
+    Those for a GPU are not kept on disk, and share the building blocks of device.py.
+    """
+    source, shared = (ROOT / name).read_text(), {"cuda_kernels"} if name.startswith("cuda_kernels/") else set()
+    assert imports_of(ROOT / name) <= {"numba", "numpy", "llvmlite", *shared, *sys.stdlib_module_names} and "from ." not in source
+    assert set(re.findall(r"from (cuda_kernels.*) import", source)) <= ({"cuda_kernels.device"} if shared else set())
+    assert len(source.splitlines()) <= (320 if name == "cuda_kernels/device.py" else 220)
 
 
 def test_the_windowed_product_needs_kernels_and_torch() -> None:
     assert imports_of(ROOT / TORCH) & {*OURS, "numba", "transformers"} == {"cpu_kernels"}
 
 
-@pytest.mark.parametrize("name", ["nf4", "double_quant", "frozen", "lora_matmul", "lora", "pager", "paged_optim"])
+def test_what_launches_needs_kernels_torch_and_the_driver() -> None:
+    assert imports_of(ROOT / LAUNCH) & {*OURS, "numba", "cuda", "numpy"} == {"cuda_kernels", "stored", "numba", "cuda"}
+    assert len((ROOT / LAUNCH).read_text().splitlines()) <= 200
+
+
+def test_the_kernels_of_a_gpu_are_imported_when_a_tensor_of_one_comes() -> None:
+    """And cost nothing before: not their compiler either, which need not be installed."""
+    code = "import sys, dispatch; sys.exit(any(name.startswith(('numba.cuda', 'numba_cuda', 'cuda_')) for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["nf4", "double_quant", "stored", "frozen", "lora_matmul", "lora", "pager", "paged_optim"])
 def test_a_concept_needs_torch_and_scipy_alone(name: str) -> None:
     others = {"transformers", "peft", "bitsandbytes", "numpy", "numba", "llvmlite", "matplotlib", "tqdm"}
     assert not imports_of(ROOT / f"{name}.py") & others
