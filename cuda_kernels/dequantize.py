@@ -5,10 +5,10 @@ moves 3 TB/s leaves a GPU of 132 x 128 lanes about 25 instructions an element: a
 bytes are asked for is.
 
           a thread       reads at once    writes at once    instructions an element
-    v1    1 element      1 byte           2 bytes           about 50: each finds its block and decodes its constant alone
-    v2    2, one byte    1 byte           4 bytes           half: both share address and constant
-    v3    8, 4 bytes     4 bytes          16 bytes          an eighth of that, and the look-up: the widest store there is
-    v4    32, 16 bytes   16 bytes         4 x 16 bytes      a few less; what matters is that more bytes are under way at once
+    v1    1 element      1 byte           2 bytes           about 60: each finds its block and decodes its constant alone
+    v2    2, one byte    1 byte           4 bytes           about 35: both share address and constant
+    v3    8, 4 bytes     4 bytes          16 bytes          about 12: the widest store there is
+    v4    32, 16 bytes   16 bytes         4 x 16 bytes      about 8; what matters is that more bytes are under way at once
 
 v1 is not slow because it reads too much: a warp's 32 threads fall into the same sectors, which are fetched once. It is slow
 because it needs 16 times as many instructions for the same bytes, and because too few bytes are under way: memory answers after

@@ -180,12 +180,14 @@ def portable(kind: str, rows: int) -> Kernel:
             scale = constant(line >> U32(shift - U32(5)), absmax, codes, levels8, offset, largest, shift8, double)
             for token in range(rows):
                 totals[token] = fma(partial[token], scale, totals[token])
-        for token in range(rows):
-            for i in range(5):  # each lane adds what the one 16, 8, 4, 2, 1 away has, until all have the sum
+        for i in range(5):  # each lane adds what the one 16, 8, 4, 2, 1 away has, until all have the sum
+            for token in range(rows):
                 totals[token] = add(totals[token], number(shuffle_xor(bits(totals[token]), U32(16 >> i))))
-            if lane == U32(0) and row < height and U32(token) < m:
-                total = add(totals[token], bias[row]) if biased else totals[token]
-                y[U32(U32(token) * height + row)] = U16(pack(total, total) & U32(0xFFFF)) if half else total
+        if lane == U32(0) and row < height:
+            for token in range(rows):
+                if U32(token) < m:
+                    total = add(totals[token], bias[row]) if biased else totals[token]
+                    y[U32(U32(token) * height + row)] = U16(pack(total, total) & U32(0xFFFF)) if half else total
 
     kinds = (WORDS, FLOATS, U32, SHORTS if half else FLOATS, U32, U32, U32)
     return Kernel(matmul, (*WEIGHT, *kinds), 32 * WARPS)

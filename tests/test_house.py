@@ -95,6 +95,6 @@ def test_a_concept_fits_on_a_few_screens(name: str) -> None:
 
 def test_the_tour_of_the_readme_names_every_file() -> None:
     readme = (ROOT / "README.md").read_text()
-    others = ["Makefile", "requirements.txt", "requirements-dev.txt", "pyproject.toml", "paper/", "tests/", "LICENSE"]
+    others = ["Makefile", "requirements.txt", "requirements-gpu.txt", "requirements-dev.txt", "pyproject.toml", "paper/", "tests/", "LICENSE"]
     ours = [*(f"{source}.py" for source in SOURCES), *(f"{package}/" for package in PACKAGES)]
     assert not [name for name in [*ours, *others] if name not in readme]
