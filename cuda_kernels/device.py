@@ -212,7 +212,8 @@ def _store4(context, builder, kinds, args):
 
 def shared_word(memory, offset):
     """The word at a byte offset into an array that the block shares: 32 bits of address suffice there."""
-    return memory[int(offset) >> 2]
+    assert offset % 4 == 0, "no word starts there"
+    return memory[int(offset) // 4]
 
 
 @compiled(shared_word, U32, MEMORY, U32)

@@ -29,7 +29,7 @@ from stored import Stored, largest
 
 MOST = 2**32 - 2**16  # elements that 32 bits can count, with some room for the threads of the last block
 ROWS = 64  # of x, at most, for the product that decodes in registers; more are multiplied by a dense W
-ROWS_PORTABLE = 8
+ROWS_PORTABLE = 4  # W would be read again for more
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 NUMBERS = {types.uint32: ctypes.c_uint32, types.float32: ctypes.c_float}  # as the driver takes them; the rest are pointers
 
@@ -54,7 +54,7 @@ def launch(kernel: Kernel, blocks: int, device: torch.device, *arguments: Tensor
 @cache
 def loaded(kernel: Kernel, device: torch.device) -> tuple[driver.CUfunction, driver.CUcontext, tuple]:
     """The kernel as machine code of the device, the device's context, and what kinds of arguments it takes."""
-    code, _ = cuda.compile_ptx(kernel.function, types.void(*kernel.signature), cc=torch.cuda.get_device_capability(device))
+    code = assembly(kernel, min(capability(device), (8, 0)))
     name = code.partition(".entry ")[2].partition("(")[0].strip()
     context = checked(driver.cuDevicePrimaryCtxRetain(checked(driver.cuDeviceGet(device.index))))
     checked(driver.cuCtxPushCurrent(context))
@@ -63,6 +63,11 @@ def loaded(kernel: Kernel, device: torch.device) -> tuple[driver.CUfunction, dri
     finally:
         checked(driver.cuCtxPopCurrent())
     return function, context, tuple(NUMBERS.get(kind, ctypes.c_void_p) for kind in kernel.signature)
+
+
+def assembly(kernel: Kernel, generation: tuple[int, int]) -> str:
+    """PTX: the instructions of a generation, which are those of all newer ones too. No kernel needs more than sm_80 has."""
+    return cuda.compile_ptx(kernel.function, types.void(*kernel.signature), cc=generation)[0]
 
 
 def checked(answer: tuple) -> object:
@@ -178,7 +183,6 @@ def adamw(param: Tensor, grad: Tensor, moments: Tensor, first: bool, decay: floa
     factor = weight32 if near else ctypes.c_float(weight32 - 1).value
     zero = 0.0 if weight32 == 1 else -0.0  # to add -0 changes nothing, to add 0 makes each zero +0
     n, four = param.numel(), (param, grad, moments[0], moments[1])
-    fours = n // 4 if aligned(*four) else 0
-    threads = fours + n - 4 * fours
-    launch(optimizer.ADAMW, -(-threads // optimizer.THREADS), param.device, *four, *four, n, fours, int(first), decay, factor,
-           int(near), zero, beta2, value, divisor, eps, step_size)
+    wide = n % 4 == 0 and aligned(*four)
+    launch(optimizer.ADAMW, -(-n // (optimizer.THREADS * (4 if wide else 1))), param.device, *four, *four, n, int(wide), int(first),
+           decay, factor, int(near), zero, beta2, value, divisor, eps, step_size)

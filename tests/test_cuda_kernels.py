@@ -197,8 +197,8 @@ ON_TENSOR_CORES = [
     Product(1, (40, 128)), Product(8, (32, 64)), Product(3, (33, 192), torch.float16, bias=True), Product(9, (65, 1088)),
     Product(17, (70, 320), torch.float16, False), Product(33, (150, 128), bias=True), Product(64, (129, 64), torch.float16),
     Product(5, (9, 2112), block_size=4096), Product(2, (40, 192), block_size=128)]  # fmt: skip
-PORTABLE = [Product(1, (9, 96), torch.float32, block_size=32), Product(8, (17, 1056), torch.float32, bias=True, block_size=32),
-            Product(5, (8, 64), torch.float16, False, capability=(7, 5)),
+PORTABLE = [Product(1, (9, 96), torch.float32, block_size=32), Product(4, (17, 1056), torch.float32, bias=True, block_size=32),
+            Product(3, (8, 64), torch.float16, False, capability=(7, 5)),
             Product(1, (20, 1088), torch.float16, bias=True, capability=(7, 5))]  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def test_the_same_product_has_the_same_bits_in_every_order() -> None:
     assert all(same_bits(result, results[0]) for result in results)
 
 
-WITHOUT_A_KERNEL = [Product(65), Product(3, (40, 100)), Product(3, block_size=32), Product(9, (40, 96), torch.float32),
+WITHOUT_A_KERNEL = [Product(65), Product(3, (40, 100)), Product(3, block_size=32), Product(5, (40, 96), torch.float32),
                     Product(3, (40, 96), torch.float16), Product(3, capability=(7, 5)),
                     Product(3, (40, 96), torch.float16, block_size=16, capability=(7, 5))]  # fmt: skip
 

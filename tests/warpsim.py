@@ -1,8 +1,9 @@
-"""A GPU of Python: runs the source of a CUDA kernel without Numba's compiler and without a GPU, to look for what it does wrong.
+"""A GPU of Python: runs the source of a CUDA kernel without Numba's compiler and without a GPU, to find what is wrong in it.
 
-Each thread is a greenlet. It runs until it must wait: for its block (`syncthreads`) or, in a shuffle, for its warp. Who runs next
-is drawn: which warp, and in which order its lanes. So a kernel that needs a barrier it does not have reads what nobody has
-written yet, in one order if not in another; and shared and local memory start out as garbage (NaN, as floats).
+Each thread is a greenlet. It runs until it must wait: for its block (`syncthreads`) or, in a shuffle, for its warp. Which warp is
+the fastest of its block, and in which order its lanes run, is drawn. A fast warp runs as far ahead as barriers let it: so a
+kernel that needs one it does not have reads what nobody has written yet, or overwrites what is still to be read. Shared and local
+memory start out as garbage (NaN, as floats).
 
 A pointer is an array with the bounds of its tensor, and an index outside is an error. What a kernel sees as `cuda` is the class
 below, for as long as it runs, and its `inlined` functions are the Python that they were made of.
@@ -23,6 +24,7 @@ from torch import Tensor
 from cuda_kernels.device import F32, U8, U16, U32, Kernel
 
 GARBAGE = 0xFF  # of each byte
+PATIENCE = 20000  # waits of a block, after which it is taken to hang
 NUMBERS = {U8: np.uint8, U16: np.uint16, U32: np.uint32, F32: np.float32}
 THE_WARP, THE_BLOCK = "its warp", "its block"
 
@@ -81,32 +83,35 @@ def run_block(function: Callable, block: int, threads: int, arguments: list, dra
     arrays: list[np.ndarray] = []
     everyone = [Thread(function, block, index, arrays) for index in range(threads)]
     warps = [everyone[start : start + 32] for start in range(0, threads, 32)]
-    for warp in draw.permutation(len(warps)):
-        resume(warps[warp], draw, arguments)
-    while not all(thread.dead for thread in everyone):
-        ready = [warp for warp in warps if all(not thread.dead and thread.waits_for == THE_WARP for thread in warp)]
+    warps = [warps[warp] for warp in draw.permutation(len(warps))]  # the fastest first: it runs as far ahead as it can
+    for _ in range(PATIENCE):
+        if all(thread.dead for thread in everyone):
+            return
+        ready = [warp for warp in warps if all(not thread.dead and thread.waits_for in (None, THE_WARP) for thread in warp)]
         if ready:
-            resume(ready[draw.integers(len(ready))], draw)
+            resume(ready[0], draw, arguments)
         elif all(not thread.dead and thread.waits_for == THE_BLOCK for thread in everyone):
-            for warp in draw.permutation(len(warps)):
-                resume(warps[warp], draw)
+            for thread in everyone:
+                thread.waits_for = None
         else:
             raise RuntimeError("threads wait at a barrier that others never reach")
+    raise RuntimeError("a loop never ends")
 
 
-def resume(warp: list[Thread], draw: np.random.Generator, arguments: list | tuple = ()) -> None:
-    """Let the lanes of a warp run on to their next wait, one after the other."""
+def resume(warp: list[Thread], draw: np.random.Generator, arguments: list) -> None:
+    """Let the lanes of a warp start, or run on, to their next wait, one after the other."""
     brought = [thread.brings for thread in warp]
     for lane in draw.permutation(len(warp)):
         warp[lane].gets = brought
-        warp[lane].switch(*arguments)
+        warp[lane].switch(*([] if warp[lane] else arguments))  # a thread is true once it has started
 
 
 @contextmanager
 def in_python() -> Iterator[None]:
     """The files of kernels see the simulator as `cuda`, and their inlined functions as plain ones."""
     fake, before = FakeCuda(), []
-    for module in [module for name, module in sys.modules.items() if name.startswith("cuda_kernels.") and name[13:] != "launch"]:
+    kernels = [name for name in sys.modules if name.startswith("cuda_kernels.") and name != "cuda_kernels.launch"]
+    for module in [sys.modules[name] for name in kernels]:
         for name, value in list(vars(module).items()):
             plain = NUMBERS.get(value) if isinstance(value, types.Type) else getattr(value, "py_func", None)
             plain = fake if name == "cuda" else plain
