@@ -57,11 +57,11 @@ clean:
 	rm -rf $(VENV) models out
 
 # Each stamp is newer than what it was made from, so running make again reuses what is there.
-$(VENV)/run: requirements.txt $(VENV)/torch
-	$(PIP) install -r requirements.txt
+$(VENV)/run: requirements.txt requirements-gpu.txt $(VENV)/torch
+	$(PIP) install -r requirements.txt $(if $(HAS_GPU),-r requirements-gpu.txt)
 	@touch $@
 
-$(VENV)/dev: requirements-dev.txt $(VENV)/run
+$(VENV)/dev: requirements-dev.txt requirements-gpu.txt $(VENV)/run
 	$(PIP) install -r requirements-dev.txt
 	@touch $@
 

@@ -69,8 +69,8 @@ def ops_table(part: dict) -> str:
     alone, in_turn = (100 * entry["bytes"] / seconds / speed for seconds in (entry["alone"], entry["ours"]["seconds"]))
     extra = rows["forward + backward bfloat16 256"]["extra_bytes"]
     table += (f"\nMilliseconds, medians. A plain copy, again and again, moves {speed / 1e9:.0f} GB/s here; dequantizing to "
-              f"bfloat16, again and again, reaches {alone:.0f} % of that, and {in_turn:.0f} % in turns, where it finds the caches full of "
-              "what the others left. Memory beyond what is there before and what is returned, at the peak of "
+              f"bfloat16, again and again, reaches {alone:.0f} % of that, and {in_turn:.0f} % in turns, where the caches are "
+              "full of others' numbers. Memory beyond what is there before and what is returned, at the peak of "
               "forward + backward of 256 rows: " + ", ".join(f"{who} {extra[who] / 1e6:.1f} MB" for who in OPS))
     return table + f"; the product itself, kept meanwhile, has {256 * part['side'] * 2 / 1e6:.1f} MB of each.\n"
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import dispatch
 import double_quant as second
 import nf4
+from stored import decoded
 
 
 class MergeAudit(NamedTuple):
@@ -87,7 +88,7 @@ class FrozenWeight(nn.Module):
     def quantized(self) -> tuple[nf4.Quantized, second.DoubleQuantized | None]:
         """The weight as `nf4.dequantize` takes it, its constants decoded, and the constants as they are stored."""
         q, constants = self.stored()
-        return dispatch.decoded(q, constants), constants
+        return decoded(q, constants), constants
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, in `dtype` or in the dtype it came in; the caller owns it, unless the base is dense already."""

@@ -17,13 +17,16 @@ window, from the cache too where its TOKENS rows fit. Scratch: WINDOW elements.
 import math
 from collections.abc import Callable
 
+import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpu_kernels import adamw, decode, fused
+from cpu_kernels import adamw as optimizer
+from cpu_kernels import decode, fused
 from cpu_kernels import quantize as blockwise
+from stored import Stored, largest
 
 WINDOW = 2**20  # elements: 2 MB in 16 bits, what the L2 caches of two cores hold
 TOKENS = 512  # rows of x that are multiplied by a window at once: more would push it out of the cache
@@ -31,7 +34,16 @@ FEW = 16  # rows of x up to which the fused kernel is faster, if torch multiplie
 AT_ONCE = 32  # rows of x that the fused kernels take: more would not stay in the cache
 PIECE = 2**20  # elements of a weight that is not float32 are converted to it so many at a time
 KINDS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # as the kernels see them
+FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # torch multiplies and adds there as adamw.py does
 DECODED = [dtype for dtype in KINDS if dtype != torch.float16 or decode.FLOAT16]  # what the kernels can decode to
+
+
+def follow_torch() -> None:
+    """Let the kernels have as many threads as torch has."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)  # which Numba's threads, when they start, change
 
 
 def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,33 +67,38 @@ def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, T
     return packed, absmax
 
 
-def weight_of(packed: Tensor, levels: Tensor, constants: tuple[Tensor, ...], largest: float, block_size: int,
-              block_size8: int) -> tuple:
-    """A weight as decode.py takes it. constants: absmax, or with double quantization absmax, codes, levels8, offset."""
-    levels = F.pad(levels, (0, 16 - levels.numel())).numpy()
-    absmax, *second = (constant.numpy() for constant in constants)
-    codes, levels8, offset = second or (absmax[:0].view(np.uint8), levels, np.zeros(1, np.float32))
-    return (packed.numpy(), levels, absmax, codes, levels8, offset[0], np.float32(largest),
-            block_size.bit_length() - 1, block_size8.bit_length() - 1, decode.AVX512)
-
-
-def dequantize(weight: tuple, out: Tensor) -> None:
-    """Decode the whole weight into a contiguous tensor of its size."""
-    numbers, run = numbers_of(out), 4096  # elements that count as a row of the window
+def dequantize(s: Stored, out: Tensor) -> bool:
+    """Decode a weight whose pieces fit into contiguous `out`, of its shape; False if there is no kernel for it."""
+    if out.dtype not in DECODED:
+        return False
+    weight, numbers, run = weight_of(s), numbers_of(out), 4096  # elements that count as a row of the window
     rows, rest = divmod(numbers.size, run)
     decode.decode(weight, 0, run, rows, run, numbers)
     decode.decode(weight, rows * run, 0, 1, rest, numbers[rows * run :])
+    return True
 
 
-def adamw_of(param: Tensor, grad: Tensor, scalars: tuple) -> Callable[[int, Tensor], None]:
+def adamw(param: Tensor, grad: Tensor, scalars: tuple) -> Callable[[int, Tensor], None] | None:
     """What updates the flat parameter from element `start` on, as far as `moments` go; scalars as adamw.py takes them."""
+    if not FUSES:
+        return None
     flat, flat_grad = param.numpy(), grad.numpy()  # slices of these cost less than those of tensors
 
     def update(start: int, moments: Tensor) -> None:
         run = slice(start, start + moments.shape[1])
-        adamw.update(flat[run], flat_grad[run], moments.numpy(), *scalars)
+        optimizer.update(flat[run], flat_grad[run], moments.numpy(), *scalars)
 
     return update
+
+
+def weight_of(s: Stored) -> tuple:
+    """A weight as decode.py takes it."""
+    levels, double = F.pad(s.codebook, (0, 16 - s.codebook.numel())).numpy(), s.nested_absmax is not None
+    second = (s.nested_absmax, s.absmax, s.nested_codebook, s.nested_offset) if double else (s.absmax,)
+    absmax, *rest = (constant.numpy() for constant in second)
+    codes, levels8, offset = rest or (absmax[:0].view(np.uint8), levels, np.zeros(1, np.float32))
+    return (s.packed.flatten().numpy(), levels, absmax, codes, levels8, offset[0], np.float32(largest(s.dtype)),
+            s.block_size.bit_length() - 1, s.nested_block_size.bit_length() - 1, decode.AVX512)
 
 
 def numbers_of(tensor: Tensor) -> np.ndarray:
@@ -89,11 +106,14 @@ def numbers_of(tensor: Tensor) -> np.ndarray:
     return tensor.detach().view(KINDS[tensor.dtype]).numpy().reshape(-1)
 
 
-def matmul(x: Tensor, weight: tuple, shape: list[int], transposed: bool, bias: Tensor | None) -> Tensor:
-    """x W^T + bias or, not transposed, x W, in x's dtype, for x (tokens, ...) and W of `shape`, as decode.py takes it."""
-    (height, width), tokens = shape, len(x)
+def matmul(x: Tensor, s: Stored, transposed: bool, bias: Tensor | None) -> Tensor | None:
+    """x W^T + bias or, not transposed, x W, in x's dtype, for x (tokens, ...) and a weight whose pieces fit; None if there
+    is no kernel for it."""
+    if x.dtype not in DECODED:
+        return None
+    (height, width), tokens, weight = s.shape, len(x), weight_of(s)
     if (tokens <= FEW or x.dtype == torch.float32) and fused.takes(weight, height, width):
-        return few_by_few(x, weight, shape, transposed, bias)
+        return few_by_few(x, weight, s.shape, transposed, bias)
     full, total = (width, height) if transposed else (height, width)
     step = min(max(WINDOW // full // 64, 1) * 64, total)  # a multiple of the usual block size
     y, scratch = x.new_empty(tokens, total), x.new_empty(step * full)

@@ -182,6 +182,24 @@ def lora_forward(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias
     return in_float64(y.plus(h.matmul(B.T, dtype).times(scaling, dtype), dtype), 4 * max(x.shape[-1], 1))
 
 
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Bounded:
+    """y = x W^T + b in x's dtype, by a kernel that rounds the levels of W to it, but not their products with the constants.
+
+    So W is off by its own rounding. The sums are float32's, and rounded once at the end. A product of two 16-bit numbers is
+    exact in float32, and a tensor core adds 16 of them to a sum; it may cut off what does not fit instead of rounding it, which
+    is 2u for each of 17 numbers. Then comes a product and sum for each 64 columns, a sum for each of 8 warps or 5 shuffles,
+    and b. For float32 it is one rounding for each product with a sum.
+    """
+    W, inner = operand(weight, x.dtype), x.shape[1]
+    roundings = 2 * 17 * -(-inner // 16) + -(-inner // 32) + 9
+    exact = Bounded.exact(x).matmul(W.T, torch.float64)
+    spread = gamma(roundings) * (x.double().abs() @ W.most.T) + 2 * roundings * TINY[torch.float32]
+    y = Bounded(exact.value, exact.error + spread)
+    if bias is not None:
+        y = y.plus(Bounded.exact(bias), torch.float32)
+    return y.to(x.dtype)
+
+
 def merged_forward(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
                    kept_in: torch.dtype, dtype: torch.dtype) -> Bounded:
     """y = x (W + s B A)^T + b in `dtype`, where the sum is made in float32 and kept in the dtype `kept_in`."""

@@ -494,7 +494,7 @@ def test_a_product_keeps_nothing_for_its_gradient_but_the_weight() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_operators_are_what_torch_asks_of_operators(double: bool, dtype: torch.dtype) -> None:
     q, constants = weight_of(Recipe((33, 70)), double)
-    stored = dispatch._stored(q, constants)
+    stored = dispatch.stored(q, constants)
     torch.library.opcheck(OPERATORS.dequantize_.default, (torch.empty(33, 70, dtype=dtype), *stored))
     for tokens in (2, 20):
         for transposed, width in [(True, 70), (False, 33)]:
@@ -535,7 +535,7 @@ def test_torch_compile_takes_them_as_they_are(dtype: torch.dtype, double: bool, 
 def most_alive(case: Product) -> tuple[int, int]:
     """The bytes of y, and the most that is alive within the product besides x and the weight."""
     q, constants = case.weight()
-    stored, x = dispatch._stored(q, constants), case.x()
+    stored, x = dispatch.stored(q, constants), case.x()
     with Live(x, *(part for part in stored if isinstance(part, Tensor))) as live:
         before = live.now()
         y = dispatch._matmul(x, None, *stored, case.transposed)

@@ -24,9 +24,9 @@ import nf4
 SOURCES, HERE = Path(nf4.__file__).parent, Path(__file__).parent
 KERNELS = ["cpu_kernels.quantize", "cpu_kernels.decode", "cpu_kernels.fused", "cpu_kernels.adamw"]
 REFERENCE = ["nf4", "double_quant", "paged_optim"]  # their kernels would hide what is wrong with them
-STACK = ["nf4", "double_quant", *KERNELS, "cpu_kernels.host", "dispatch", "frozen", "lora_matmul", "lora", "stores",
+STACK = ["nf4", "double_quant", "stored", *KERNELS, "cpu_kernels.host", "dispatch", "frozen", "lora_matmul", "lora", "stores",
          "pager", "paged_optim"]  # as they import
-SUITES = {"lora_matmul": "test_lora", "stores": "test_pager", "cpu_kernels.host": "test_dispatch",
+SUITES = {"lora_matmul": "test_lora", "stores": "test_pager", "stored": "test_dispatch", "cpu_kernels.host": "test_dispatch",
           **dict.fromkeys(KERNELS, "test_cpu_kernels"),  # where it is not the module of that name
           "cpu_kernels.adamw": "test_paged_optim"}  # fmt: skip
 # What the tests raise, the code where it refuses, and NumPy where a kernel leaves its arrays
@@ -238,10 +238,10 @@ CONSTANT_MUTANTS = [
            seen_in="bitsandbytes: its format"),
     Mutant("the constants are not quantized", "frozen", "second.quantize(q.absmax, blockwise=dispatch.quantize)", "None",
            STORAGE, {"blocks": 2}),
-    Mutant("the codes of the constants are taken for constants", "dispatch", "absmax = double_quant.dequantize(constants)",
+    Mutant("the codes of the constants are taken for constants", "stored", "absmax = double_quant.dequantize(constants)",
            "absmax = constants.codes.float()", "test_the_error_is_within_that_of_both_quantizations",
            seen_in="bitsandbytes #1549", suite="test_frozen"),
-    Mutant("constants that come back too large make a float16 weight infinite", "dispatch", ".clamp_(max=_largest(q.dtype))",
+    Mutant("constants that come back too large make a float16 weight infinite", "stored", ".clamp_(max=largest(q.dtype))",
            "", FINITE, {"dtype": torch.float16}, seen_in="bitsandbytes", suite="test_frozen"),
     Mutant("the constants are left out of the bill", "frozen", 'if not name.endswith("codebook")', 'if name == "packed"',
            STORAGE, {"blocks": 2}),
@@ -446,12 +446,12 @@ KERNEL_MUTANTS = [
     Mutant("what is not finite is looked for in the last piece alone", "dispatch", "if not absmax.isfinite().all()",
            "if not absmax[-16:].isfinite().all()", "test_what_is_not_finite_is_refused_as_the_reference_does",
            in_small_windows(dtype=torch.bfloat16, bad=torch.nan, place=0)),
-    Mutant("the kernel takes the largest constant of float32 for that of float16", "dispatch", "_largest(s.dtype)",
-           "_largest(torch.float32)", FINITE, {"dtype": torch.float16}, suite="test_frozen"),
+    Mutant("the kernel takes the largest constant of float32 for that of float16", "cpu_kernels.host", "largest(s.dtype)",
+           "largest(torch.float32)", FINITE, {"dtype": torch.float16}, suite="test_frozen"),
     Mutant("of two codes for one level the second is used", "dispatch", "codebook[1:] > codebook[:-1]",
            "codebook[1:] >= codebook[:-1]", "test_quantizing_gives_what_the_reference_gives",
            {"recipe": Recipe((9, 130)), "codebook": torch.tensor([-1.0, 0.0, 0.0, 1.0]), "window": 2**20}),
-    Mutant("a weight with too few constants is read beyond its end", "dispatch", "piece.shape == (count,)", "True",
+    Mutant("a weight with too few constants is read beyond its end", "stored", "piece.shape == (count,)", "True",
            "test_sizes_that_do_not_fit_together_get_what_the_reference_gives_or_raises",
            without_kernels(what="too few constants")),
     Mutant("a weight is read beyond its end by an x that is too wide", "dispatch",
