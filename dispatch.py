@@ -1,8 +1,9 @@
 """Which kernel runs where: the only file that knows.
 
 `quantize` and `dequantize` are nf4's, by the fastest kernel there is for the device, cpu_kernels or cuda_kernels; `matmul`
-multiplies by a weight that stays in 4 bits. Whatever has no kernel (a device, a dtype, a codebook of more than 16 levels) goes to the reference and gives the
-same result: bit for bit where no sum is reordered. QLORA_KERNELS=reference in the environment sends everything there.
+multiplies by a weight that stays in 4 bits. Whatever has no kernel (a device, a dtype, a codebook of more than 16 levels) goes
+to the reference and gives the same result: bit for bit where no sum is reordered. QLORA_KERNELS=reference in the environment
+sends everything there.
 
 Both are operators of torch.library, so torch.compile takes them as they are instead of tracing through Numba. The derivative of
 y = x W^T is g W, and that of g W is x W^T.

@@ -2,8 +2,8 @@
 
 Each thread is a greenlet. It runs until it must wait: for its block (`syncthreads`) or, in a shuffle, for its warp. Which warp is
 the fastest of its block, and in which order its lanes run, is drawn. A fast warp runs as far ahead as barriers let it: so a
-kernel that needs one it does not have reads what nobody has written yet, or overwrites what is still to be read. Shared and local
-memory start out as garbage (NaN, as floats).
+kernel that needs one it does not have reads what nobody has written yet, or overwrites what is still to be read. Shared and
+local memory start out as garbage (NaN, as floats).
 
 A pointer is an array with the bounds of its tensor, and an index outside is an error. What a kernel sees as `cuda` is the class
 below, for as long as it runs, and its `inlined` functions are the Python that they were made of.
