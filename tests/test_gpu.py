@@ -45,7 +45,8 @@ def weight_of(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> tu
 
 def dense(q: Quantized, constants: double_quant.DoubleQuantized, dtype: torch.dtype) -> Tensor:
     """By the reference, on the CPU."""
-    moved = double_quant.DoubleQuantized(constants.codes.cpu(), constants.absmax.cpu(), constants.offset.cpu(), constants.block_size)
+    pieces = [tensor.cpu() for tensor in (constants.codes, constants.absmax, constants.offset)]
+    moved = double_quant.DoubleQuantized(*pieces, constants.block_size)
     here = Quantized(q.packed.cpu(), double_quant.dequantize(moved), q.codebook.cpu(), q.shape, q.dtype, q.block_size)
     return nf4.dequantize(here, dtype)
 
@@ -176,5 +177,6 @@ def test_a_thread_of_autograds_launches_too() -> None:
     x = torch.randn(3, 256, device=DEVICE).bfloat16().requires_grad_()
     g = torch.randn(3, 512, device=DEVICE).bfloat16()
     dispatch.matmul(x, q, constants).backward(g)
-    bound = operand(g.cpu(), torch.bfloat16).matmul(operand(dense(q, constants, torch.bfloat16), torch.bfloat16), torch.bfloat16)
+    weight = operand(dense(q, constants, torch.bfloat16), torch.bfloat16)
+    bound = operand(g.detach().cpu(), torch.bfloat16).matmul(weight, torch.bfloat16)
     assert in_float64(bound, 1024).allows(x.grad.cpu())
