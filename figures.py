@@ -178,11 +178,14 @@ def plot_growth(rows: list[dict], picture: Path) -> None:
             style = {"color": color, "label": label}
             axes[0, column].plot([r[x] for r in chosen], [r["peak_bytes"] / 1e9 for r in chosen], "o-", **style)
             axes[1, column].plot([r[x] for r in chosen], [r["seconds"] for r in chosen], "o-", **style)
-        axes[0, column].set(title=f"{fixed} {value}", ylim=(0, None))
-        axes[1, column].set(xlabel="tokens a sequence" if x == "length" else "sequences", ylim=(0, None))
+        axes[0, column].set(title=f"{fixed} {value}")
+        axes[1, column].set(xlabel="tokens a sequence" if x == "length" else "sequences")
         for axis in axes[:, column]:
             axis.grid(alpha=0.3)
             axis.set_xticks([r[x] for r in chosen])
+            axis.tick_params("x", rotation=45)
+    for axis in axes.flat:  # now that all that share an axis are drawn
+        axis.set_ylim(0)
     axes[0, 0].set_ylabel("peak GB")
     axes[1, 0].set_ylabel("seconds a step")
     axes[0, 0].legend()

@@ -1,4 +1,4 @@
-"""The hot path on an NVIDIA GPU, in Numba CUDA: the results of nf4.py, double_quant.py and paged_optim.py at the memory's speed.
+"""The hot path on an NVIDIA GPU, in Numba CUDA: nf4.py, double_quant.py and paged_optim.py at the speed of the memory.
 
 A GPU computes far faster than it reads, so time is bytes: each should move once, 16 at a time, and neighbouring threads should
 ask for neighbouring ones. Bytes an element, double-quantized, for 16-bit numbers:

@@ -3,23 +3,38 @@
 Torch's optimizer makes a pass over memory for each operation, seven or more; this makes one: 16 bytes read and 12 written an
 element. Each element is updated by itself, so a page of the optimizer's state is a launch, and any run of elements will do.
 
-The bits are those of paged_optim.adamw_ on a CPU. Its lerp_ and addcmul_ multiply and add with one rounding, all others round one
-by one; so `fma` stands where they do and `mul`, `add` elsewhere, and no operation is approximate: the square root is rounded to
-nearest, and so is the division.
+The bits are those of paged_optim.adamw_ on a CPU. Its lerp_ and addcmul_ multiply and add with one rounding, all others round
+one by one; so `fma` stands where they do and `mul`, `add` elsewhere. No operation is approximate: the square root is rounded
+to nearest, and so is the division.
 """
 
 import math
 
 from numba import cuda
 
-from cuda_kernels.device import F32, FLOATS, U32, WORDS, Kernel, add, bits, fma, inlined, load4, load4_written, mul, number, store4
+from cuda_kernels.device import (
+    F32,
+    FLOATS,
+    U32,
+    WORDS,
+    Kernel,
+    add,
+    bits,
+    fma,
+    inlined,
+    load4,
+    load4_written,
+    mul,
+    number,
+    store4,
+)
 
 THREADS = 256
 
 
 @inlined
 def updated(p, g, m, v, first, decay, factor, near, zero, beta2, value, divisor, eps, step_size):
-    """The new p, m, v of an element, as their bits. `factor`, `near`, `zero`: lerp_ starts from the nearer end; see launch.py."""
+    """The new p, m, v of an element, as bits. `factor`, `near`, `zero`: lerp_ starts from the nearer end; see launch.py."""
     m, v = F32(0) if first else m, F32(0) if first else v
     m = add(fma(factor, add(g, -m), m if near else g), zero)
     v = fma(mul(value, g), g, mul(v, beta2))

@@ -1,8 +1,8 @@
 """From 4 bits to numbers, as a ladder: four kernels with the same bits, each a step from the one before, the last one in use.
 
 A weight w' = level[code] * constant costs 1/2 + 1/64 bytes to read, double-quantized, and 2 to write in 16 bits. Memory that
-moves 3 TB/s leaves a GPU of 132 x 128 lanes about 25 instructions an element: arithmetic is not what takes the time, but how the
-bytes are asked for is.
+moves 3 TB/s leaves a GPU of 132 x 128 lanes about 25 instructions an element: it is not arithmetic that takes the time, but how
+the bytes are asked for.
 
           a thread       reads at once    writes at once    instructions an element
     v1    1 element      1 byte           2 bytes           about 60: each finds its block and decodes its constant alone
@@ -14,8 +14,8 @@ v1 is not slow because it reads too much: a warp's 32 threads fall into the same
 because it needs 16 times as many instructions for the same bytes, and because too few bytes are under way: memory answers after
 700 ns, so 3 TB/s are reached only with 2 MB asked for ahead, 16 kB on each multiprocessor.
 
-v4 reads what its warp needs with one instruction, 512 bytes. But if each thread then wrote the 64 bytes that come of its own 16,
-each store of the warp would touch 32 places, half a sector each. So the words are swapped in shared memory first: a lane takes
+v4 reads what its warp needs with one instruction, 512 bytes. But if each thread then wrote the 64 bytes that come of them, each
+store of the warp would touch 32 places, half a sector each. So the words are swapped in shared memory first: a lane takes
 those whose results lie beside its neighbour's.
 
     read     lane 0: words 0 1 2 3      lane 1: words 4 5 6 7      ...      lane 31: words 124 ... 127
@@ -28,7 +28,22 @@ Elements that fill no warp's 1024, and blocks too small for v4, are left to v1, 
 from numba import cuda
 
 from cuda_kernels.device import (
-    F32, FLOATS, KINDS, SHORTS, U16, U32, WEIGHT, WORDS, BYTES, Kernel, bits, constant, inlined, load4, mul, shared_word, store4,
+    BYTES,
+    F32,
+    FLOATS,
+    KINDS,
+    SHORTS,
+    U16,
+    U32,
+    WEIGHT,
+    WORDS,
+    Kernel,
+    bits,
+    constant,
+    inlined,
+    load4,
+    mul,
+    store4,
 )  # fmt: skip
 
 THREADS = 256

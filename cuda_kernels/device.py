@@ -278,7 +278,8 @@ def _tensor_core(kind):
         words, results = [f"${i}" for i in range(14)], ir.LiteralStructType([FLOAT] * 4)
         c, a, b, old = (", ".join(words[at:to]) for at, to in ((0, 4), (4, 8), (8, 10), (10, 14)))
         code = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{c}}}, {{{a}}}, {{{b}}}, {{{old}}};"
-        made = builder.asm(ir.FunctionType(results, [INT] * 6 + [FLOAT] * 4), code, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", args, True)
+        kind_of_code, registers = ir.FunctionType(results, [INT] * 6 + [FLOAT] * 4), "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
+        made = builder.asm(kind_of_code, code, registers, args, True)
         return context.make_tuple(builder, kinds.return_type, [builder.extract_value(made, i) for i in range(4)])
 
     return codegen

@@ -7,8 +7,8 @@ graph it is captured, as long as it has run once before (a capture must not load
 operator of dispatch.py.
 
 A kernel checks no index. So all that could make it leave a tensor is looked at here, from shapes and addresses, which costs the
-device nothing: sizes, 32-bit indices, and that what is read 16 bytes at a time starts at a multiple of 16. What does not fit gets
-None, and dispatch.py takes the reference.
+device nothing: sizes, 32-bit indices, and that what is read 16 bytes at a time starts at a multiple of 16. What does not fit
+gets None, and dispatch.py takes the reference.
 """
 
 import ctypes
@@ -127,10 +127,11 @@ def weight(s: Stored) -> tuple | None:
     if math.prod(s.shape) > MOST or s.codebook.numel() > 16:
         return None
     levels = torch.nn.functional.pad(s.codebook, (0, 16 - s.codebook.numel())) if s.codebook.numel() < 16 else s.codebook
-    shift, double = s.block_size.bit_length() - 1, s.nested_absmax is not None
+    double = s.nested_absmax is not None
+    shift, shift8 = s.block_size.bit_length() - 1, s.nested_block_size.bit_length() - 1
     absmax, codes = (s.nested_absmax, s.absmax) if double else (s.absmax, s.packed)
     levels8, offset = (s.nested_codebook, s.nested_offset) if double else (levels, levels)
-    return s.packed, levels, absmax, codes, levels8, offset, largest(s.dtype), shift, s.nested_block_size.bit_length() - 1, int(double)
+    return s.packed, levels, absmax, codes, levels8, offset, largest(s.dtype), shift, shift8, int(double)
 
 
 def dequantize(s: Stored, out: Tensor) -> bool:
@@ -154,11 +155,9 @@ def few_rows(x: Tensor, s: Stored, bias: Tensor | None = None) -> Tensor | None:
     cores = x.dtype != torch.float32 and capability(device) >= (8, 0)
     fits = width % 64 == 0 and s.block_size >= 64 if cores else width % 32 == 0 and s.block_size >= 32
     fits = fits and 0 < m <= (ROWS if cores else ROWS_PORTABLE) and m * max(width, height) <= MOST
-    if not fits or not supports(device, x.dtype) or not aligned(x, s.packed):
+    if (arguments := weight(s)) is None or not fits or not supports(device, x.dtype) or not aligned(x, s.packed):
         return None
-    arguments, y = weight(s), x.new_empty(m, height)
-    if arguments is None:
-        return None
+    y = x.new_empty(m, height)
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     rest = (x, arguments[1] if bias is None else bias, int(bias is not None), y, m, height, width)
     if cores:
@@ -192,7 +191,7 @@ def matmul(x: Tensor, s: Stored, transposed: bool, bias: Tensor | None) -> Tenso
 
 
 def adamw(param: Tensor, grad: Tensor, scalars: tuple) -> Callable[[int, Tensor], None]:
-    """What updates the flat parameter from element `start` on, as far as `moments` go; scalars as cpu_kernels/adamw.py has them."""
+    """What updates the flat parameter from element `start` on, as far as `moments` go; scalars in the order of update_run."""
 
     def update(start: int, moments: Tensor) -> None:
         run = slice(start, start + moments.shape[1])
@@ -201,8 +200,8 @@ def adamw(param: Tensor, grad: Tensor, scalars: tuple) -> Callable[[int, Tensor]
     return update
 
 
-def update_run(param: Tensor, grad: Tensor, moments: Tensor, first: bool, decay: float, weight: float, beta2: float, value: float,
-          divisor: float, eps: float, step_size: float) -> None:
+def update_run(param: Tensor, grad: Tensor, moments: Tensor, first: bool, decay: float, weight: float, beta2: float,
+               value: float, divisor: float, eps: float, step_size: float) -> None:
     """Update float32 param (k,) and moments (2, k) in place, as paged_optim.adamw_ does; its scalars in their order."""
     weight32 = ctypes.c_float(weight).value
     near = weight32 < 0.5  # lerp_ starts from the nearer end
@@ -210,5 +209,6 @@ def update_run(param: Tensor, grad: Tensor, moments: Tensor, first: bool, decay:
     zero = 0.0 if weight32 == 1 else -0.0  # to add -0 changes nothing, to add 0 makes each zero +0
     n, four = param.numel(), (param, grad, moments[0], moments[1])
     wide = n % 4 == 0 and aligned(*four)
-    launch(optimizer.ADAMW, -(-n // (optimizer.THREADS * (4 if wide else 1))), param.device, *four, *four, n, int(wide), int(first),
-           decay, factor, int(near), zero, beta2, value, divisor, eps, step_size)
+    blocks = -(-n // (optimizer.THREADS * (4 if wide else 1)))
+    launch(optimizer.ADAMW, blocks, param.device, *four, *four, n, int(wide), int(first), decay, factor, int(near), zero, beta2,
+           value, divisor, eps, step_size)

@@ -11,10 +11,10 @@ fast, if the codes are never stored decoded, and if decoding takes fewer instruc
     swap        lanes 0, 1 of a quad hold the first block of 64 columns, 2, 3 the second. They swap halves, so that each of the
                 four holds 8 bytes of each: a product that mixes two blocks could not be scaled any more
     decode      a byte is two codes. A table in shared memory has the two levels of each of the 256 bytes, rounded and packed as
-                the tensor core takes them: 3 instructions for two weights. 32 copies of it, one a bank, so that no two lanes wait
-                for each other
-    multiply    16 rows of W times 8 rows of x (n8), 16 columns at once, four times: a block. The order of columns within a block
-                is another one than in memory, for W and x alike, which no sum minds
+                the tensor core takes them: a few instructions for two weights. 32 copies of it, one a bank, so that no two
+                lanes wait for each other
+    multiply    16 rows of W times 8 rows of x (n8), 16 columns at once, four times: a block. The order of columns within it is
+                not that of memory, for W and x alike, which no sum minds
     scale       the 4 sums of a lane are of one block: times its constant, in float32, they go to the total. The levels are
                 rounded to 16 bits; their product with the constant is not
 
@@ -29,7 +29,23 @@ tensor cores for bfloat16 (sm_80), and for float32.
 from numba import cuda
 
 from cuda_kernels.device import (
-    F32, FLOATS, KINDS, SHORTS, U16, U32, WEIGHT, WORDS, Kernel, add, bits, constant, fma, load4, number, shared_word, shuffle,
+    F32,
+    FLOATS,
+    KINDS,
+    SHORTS,
+    U16,
+    U32,
+    WEIGHT,
+    WORDS,
+    Kernel,
+    add,
+    bits,
+    constant,
+    fma,
+    load4,
+    number,
+    shared_word,
+    shuffle,
     shuffle_xor,
 )  # fmt: skip
 

@@ -5,9 +5,9 @@
     absmax      [ - - - - - - - - the same in all 8 - - - - ]     [ ...          after 3 rounds of `shuffle_xor`
     packed      4 bytes      4 bytes                                             32 lanes write 128 bytes side by side
 
-The largest magnitude of a block goes round by shuffles: in round k lanes whose numbers differ in bit k swap and keep the larger,
-so after log2 rounds all of them know it, and nothing went through memory. Magnitudes are compared as integers: those order
-alike, and a NaN comes out above infinity instead of vanishing, so the host sees from absmax whether all was finite.
+The largest magnitude of a block goes round in shuffles: in round k lanes that differ in bit k of their number swap, and keep
+the larger. After log2 rounds all of them know it, and nothing went through memory. Magnitudes are compared as integers: those
+order alike, and a NaN comes out above infinity instead of vanishing, so the host sees from absmax whether all was finite.
 
 A number's code is the count of midpoints below it: a binary search, 4 look-ups in shared memory. The 15 midpoints lie in 15
 different banks, so no two lanes ever wait for each other. No approximate division: it would flip codes next to a midpoint.
@@ -18,7 +18,21 @@ Bytes: 2 or 4 read, 1/2 + 4/64 written an element.
 from numba import cuda
 
 from cuda_kernels.device import (
-    F32, FLOATS, KINDS, SHORTS, U8, U32, WORDS, BYTES, Kernel, bits, inlined, load4, mul, number, shuffle_xor,
+    BYTES,
+    F32,
+    FLOATS,
+    KINDS,
+    SHORTS,
+    U8,
+    U32,
+    WORDS,
+    Kernel,
+    bits,
+    inlined,
+    load4,
+    mul,
+    number,
+    shuffle_xor,
 )  # fmt: skip
 
 THREADS = 256
@@ -36,8 +50,8 @@ def code(x, midpoints):
 def blockwise(kind: str) -> Kernel:
     """packed uint8 (ceil(n/2),) and absmax float32 (blocks,) of n numbers in `kind`; one thread for 8, rounded up to warps.
 
-    `words` and `numbers` are the same memory, as are `packed` and `packed_words`. midpoints: float32 (15,), infinite where there
-    are fewer than 16 levels. A block has 1 ... 32 lanes. Equal to nf4.quantize bit for bit: the same products, rounded one by one.
+    `words` and `numbers` are the same memory, as are `packed` and `packed_words`. midpoints: float32 (15,), infinite where
+    there are fewer than 16 levels. A block has 1 ... 32 lanes. The bits of nf4.quantize: the same products, rounded one by one.
     """
     half, read = kind != "float32", KINDS[kind][1] if kind != "float32" else None
 

@@ -21,6 +21,7 @@ from bounds import (
     cosine,
     decision_error,
     double_quantized,
+    few_rows,
     gamma,
     half_gap,
     in_float64,
@@ -477,3 +478,12 @@ def test_the_least_cosine_is_reached_by_an_error_at_a_right_angle_to_the_sum() -
 
 def test_an_error_as_large_as_the_vector_may_turn_it_round() -> None:
     assert least_cosine(1.0) == -1 and least_cosine(0.0) == 1
+
+
+def test_few_rows_of_bfloat16_reach_their_bound() -> None:
+    """The weight is a tie, and rounded down; so is the sum that it then makes. float32 adds little to the two."""
+    u = UNIT_ROUNDOFF[torch.bfloat16]
+    x, weight = torch.tensor([[1.0, u]], dtype=torch.bfloat16), torch.full((1, 2), 1 + u)
+    y = (x.float() @ weight.bfloat16().float().T).bfloat16()
+    bound = few_rows(x, weight, None)
+    assert is_tight(distance(y, bound.value), bound.error)
