@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 LEAVES = ["files", "tasks", "memory", "pretrained", "report", "figures"]  # import nothing of ours
 PACKAGES = ["cpu_kernels", "cuda_kernels"]
 ORDER = ["nf4", "double_quant", "stored", "cpu_kernels", "cuda_kernels", "dispatch", "frozen", "lora_matmul", "lora", "pager",
-         "paged_optim", "bnb_format", "peft_format", "skeleton", "checkpoint", "resume", "data", "evaluate", "train", "contenders",
-         "bench"]
+         "paged_optim", "bnb_format", "peft_format", "skeleton", "checkpoint", "resume", "data", "evaluate", "train",
+         "contenders", "bench"]
 SOURCES = sorted(path.stem for path in ROOT.glob("*.py"))
 TORCH = "cpu_kernels/matmul.py"  # is not compiled, but calls those that are, and torch
 FILES = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).glob("*.py")}
@@ -97,7 +97,7 @@ def test_a_concept_fits_on_a_few_screens(name: str) -> None:
 
 def test_the_tour_of_the_readme_names_every_file() -> None:
     readme = (ROOT / "README.md").read_text()
-    others = ["Makefile", "requirements.txt", "requirements-gpu.txt", "requirements-dev.txt", "pyproject.toml", "paper/", "tests/",
-              "LICENSE"]
+    others = ["Makefile", "requirements.txt", "requirements-gpu.txt", "requirements-dev.txt", "pyproject.toml", "paper/",
+              "tests/", "LICENSE"]
     ours = [*(f"{source}.py" for source in SOURCES), *(f"{package}/" for package in PACKAGES)]
     assert not [name for name in [*ours, *others] if name not in readme]
