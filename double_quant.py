@@ -85,7 +85,7 @@ def quantize(absmax: Tensor, block_size: int = 256, blockwise: Callable[..., nf4
     if offset.isinf():  # float32's sum overflowed
         offset = absmax.double().mean().float()
     q = blockwise(absmax - offset, block_size, DYNAMIC)
-    return DoubleQuantized(q.packed.reshape(absmax.shape), q.absmax, offset.reshape(1), block_size)
+    return DoubleQuantized(q.packed.reshape(absmax.shape), q.absmax, offset.reshape(1), block_size, q.codebook)
 
 
 def dequantize(dq: DoubleQuantized) -> Tensor:

@@ -6,8 +6,8 @@
     packed      4 bytes      4 bytes                                             32 lanes write 128 bytes side by side
 
 The largest magnitude of a block goes round in shuffles: in round k lanes that differ in bit k of their number swap, and keep
-the larger. After log2 rounds all of them know it, and nothing went through memory. Magnitudes are compared as integers: those
-order alike, and a NaN comes out above infinity instead of vanishing, so the host sees from absmax whether all was finite.
+the larger. After log2 rounds all know it, and nothing went through memory. Magnitudes are compared as integers: those order
+alike, and a NaN comes out above infinity instead of vanishing, so the host sees from absmax whether all was finite.
 
 A number's code is the count of midpoints below it: a binary search, 4 look-ups in shared memory. The 15 midpoints lie in 15
 different banks, so no two lanes ever wait for each other. No approximate division: it would flip codes next to a midpoint.

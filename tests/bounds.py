@@ -20,6 +20,9 @@ UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16
 TINY = {torch.float64: 2.0**-1074, torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 U = UNIT_ROUNDOFF[torch.float32]
 
+# Not of rounding, but what the ledger promises of a peak: everywhere, and where the run of 65B is held to a card's memory
+OF_A_PEAK, OF_A_PEAK_ON_A_CARD = 0.05, 0.03
+
 
 def gamma(n: int, dtype: torch.dtype = torch.float32) -> float:
     """Relative error of n rounded operations in a row (Higham, lemma 3.1); a sum of n + 1 numbers or a dot product of n."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bounds import OF_A_PEAK
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -17,7 +18,6 @@ from nf4 import NF4
 from paged_optim import PagedAdamW
 from predict import FULL, LORA, METHODS, QLORA, SHAPES, Shape
 
-NEARLY = 0.05  # what the issue asks of a predicted peak; with checkpointing it is far nearer
 WIDE = Shape(layers=6, hidden=128, intermediate=344, heads=4, kv_heads=4, head_dim=32, vocabulary=100)
 GROUPED = Shape(layers=5, hidden=64, intermediate=176, heads=4, kv_heads=2, head_dim=16, vocabulary=1000, tied=True)
 APART = Shape(layers=5, hidden=96, intermediate=200, heads=3, kv_heads=1, head_dim=64, vocabulary=300)  # q is wider than d
@@ -106,7 +106,8 @@ def test_the_peak_of_what_comes_and_goes_is_predicted_closely(
     if checkpointing:
         model.activation_checkpointing_enable()
     predicted = predict.predict(shape, method, batch, length, r, checkpointing)
-    assert step(model, shape, batch, length) == pytest.approx(max(map(sum, predicted.instants.values())), rel=NEARLY)
+    expected = max(map(sum, predicted.instants.values()))
+    assert abs(step(model, shape, batch, length) - expected) <= OF_A_PEAK * expected
 
 
 def test_each_instant_is_the_peak_of_some_run() -> None:
