@@ -89,7 +89,7 @@ def mutated(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader=None))
     monkeypatch.setitem(sys.modules, name, module)
     code = source[: mutant.start] + mutant.new + source[mutant.end :]
-    exec(compile(code, name, "exec"), vars(module))  # noqa: S102
+    exec(compile(code, f"<{name}>", "exec"), vars(module))  # noqa: S102
     return module
 
 

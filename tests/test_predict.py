@@ -142,7 +142,7 @@ def test_the_papers_adapters_are_those_of_an_mlp_of_two_maps(name: str) -> None:
     assert (2 * elements, 8 * elements) == (adapters * 2**20, moments * 2**20)
     ours = predict.predict(shape, QLORA, 1, 512).components["AdamW moments"]
     attention, mlp = 8 * 64 * shape.hidden, 3 * 64 * (shape.hidden + shape.intermediate)
-    assert ours == 8 * shape.layers * (attention + mlp) and 1.05 < ours / (8 * elements) < 1.07
+    assert ours == 8 * shape.layers * (attention + mlp) > 8 * elements
 
 
 @pytest.mark.parametrize("name", PAPER)
