@@ -2,34 +2,28 @@
 
     orders, roman   generated, see tasks.py
     text            the reference pages of Python's own help(), as plain text
-    a file          .txt as plain text; .jsonl with a "prompt" and a "completion" a line
+    a file          .txt as plain text; .jsonl and .json as rows of the formats of formats.py
+    a hub id        owner/name of a data set on the Hugging Face hub, of such rows
 
-A question is put into the model's chat template; only the answer and the end token are learnt. Padding is told from text by
-its position, never by its id: pad and end are the same token in many models, and an end that is masked away is never learnt.
+Conversations are written by the model's chat template; only answers and their end tokens are learnt (template.py), documents
+are learnt whole. Padding is told from text by its position, never by its id: pad and end are the same token in many models, and
+an end that is masked away is never learnt.
 """
 
-import json
 import random
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+import files
+import formats
+import packing
 import tasks
-
-IGNORE = -100  # the label that cross entropy leaves out
-
-
-@dataclass(frozen=True)
-class Example:
-    """One sequence: `ids` of which the first `n_prompt` are given and the rest are learnt; the texts they came from."""
-
-    ids: list[int]
-    n_prompt: int
-    prompt: str
-    answer: str
+from template import IGNORE, Example, Template, marked, shown
 
 
 @dataclass(frozen=True)
@@ -42,41 +36,61 @@ class Task:
     unseen: list[Example] = field(default_factory=list)  # phrasings kept out of training
 
 
-def load(name: str, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int) -> Task:
-    """The data set of that name, or in that file.
+def load(name: str, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int, train_on_prompt: bool = False,
+         packed: bool = False) -> Task:
+    """The data set of that name, or in that file. Prints how many rows were too long, and what became of them.
 
-    Raises: ValueError for an unknown name, an empty or malformed file (with its line), or examples longer than max_seq_len.
+    train_on_prompt: learn every token, not the answers alone. packed: several examples a sequence, as packing.py has it.
+    Raises: ValueError for an unknown name, rows that cannot be used (all of them, with their lines), or too few of them.
     """
+    template = Template(tokenizer)
     if name in ("orders", "roman"):
         parts = getattr(tasks, name)(random.Random(seed))
-        task = Task("exact match", *([_encode(tokenizer, *pair) for pair in part] for part in parts))
+        task = Task("exact match", *([template.conversation(formats.pair(*pair))[0] for pair in part] for part in parts))
+        longest = max(len(example.ids) for example in task.train + task.test + task.unseen)
+        if longest > max_seq_len:
+            raise ValueError(f"the longest of {name} has {longest} tokens, more than --max-seq-len {max_seq_len}: raise it")
     elif name == "text":
         from pydoc_data.topics import topics  # the pages behind help("for"), help("yield"), ...
 
-        task = _text(tokenizer, "\n\n".join(topics[key] for key in sorted(topics)), max_seq_len)
+        task = _split(_text(template, "\n\n".join(topics[key] for key in sorted(topics)), max_seq_len))
+    elif Path(name).suffix == ".txt" and Path(name).is_file():
+        task = _split(_text(template, files.read_text(Path(name)), max_seq_len))
     else:
-        task = _file(Path(name), tokenizer, max_seq_len, seed)
-    longest = max(len(example.ids) for example in task.train + task.test + task.unseen)
-    if longest > max_seq_len:
-        raise ValueError(f"the longest example of {name} has {longest} tokens, more than --max-seq-len {max_seq_len}: raise it")
-    return task
+        rows = _fit(_encode(name, template), max_seq_len, name)
+        random.Random(seed).shuffle(rows)
+        task = _split(rows)
+    if train_on_prompt:
+        task = replace(task, train=[replace(example, labels=example.ids) for example in task.train])
+    return replace(task, train=packing.pack(task.train, max_seq_len)) if packed else task
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples side by side, padded on the right: input_ids, attention_mask and labels, each int64 (B, T)."""
+    """Examples side by side, padded on the right: input_ids, attention_mask and labels, each int64 (B, T).
+
+    position_ids, where examples are packed: the place of each token in its document. They say where a document ends, too.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    position_ids: Tensor | None = None
 
     @property
     def n_labels(self) -> int:
         """How many tokens are predicted: the first of a sequence never is."""
         return int((self.labels[:, 1:] != IGNORE).sum())
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is called with. Transformers looks for packed documents where there is no attention_mask."""
+        seen = {"attention_mask": self.attention_mask} if self.position_ids is None else {"position_ids": self.position_ids}
+        return {"input_ids": self.input_ids} | seen
+
     def to(self, device: str) -> "Batch":
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+        tensors = {name: tensor if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}
+        return Batch(**tensors)
 
 
 def collate(examples: list[Example], pad_id: int) -> Batch:
@@ -87,8 +101,9 @@ def collate(examples: list[Example], pad_id: int) -> Batch:
         n = len(example.ids)
         ids[row, :n] = torch.tensor(example.ids)
         mask[row, :n] = 1
-        labels[row, example.n_prompt : n] = ids[row, example.n_prompt : n]
-    return Batch(ids, mask, labels)
+        labels[row, :n] = torch.tensor(example.labels)
+    packed = any(len(example.starts) > 1 for example in examples)
+    return Batch(ids, mask, labels, packing.positions(examples, shape) if packed else None)
 
 
 def batches_of_step(examples: list[Example], step: int, batch_size: int, count: int, seed: int, pad_id: int) -> list[Batch]:
@@ -102,55 +117,77 @@ def batches_of_step(examples: list[Example], step: int, batch_size: int, count: 
 
 def chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """The ids of a question in the model's chat template, up to where its answer begins."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt + "\n").input_ids
-    messages = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return Template(tokenizer).ask(prompt)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Example:
-    given, learnt = chat(tokenizer, prompt), tokenizer(answer + tokenizer.eos_token, add_special_tokens=False).input_ids
-    return Example(given + learnt, len(given), prompt, answer)
+def preview(task: Task, tokenizer: PreTrainedTokenizerBase, colour: bool, count: int = 3) -> str:
+    """The first sequences to train on as text, what is learnt in it marked."""
+    lines = [f"{len(task.train)} sequences to train on, {len(task.test)} held out; learnt is {marked('this', colour)}"]
+    for number, example in enumerate(task.train[:count], 1):
+        learnt = sum(label != IGNORE for label in example.labels[1:])
+        lines.append(f"--- {number}: {len(example.ids)} tokens, {learnt} learnt")
+        lines.append(shown(example, tokenizer, colour))
+    return "\n".join(lines)
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Task:
-    """Plain text as sequences of `length` tokens, all learnt; the last tenth is held out."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    rows = [Example(ids[i : i + length], 0, "", "") for i in range(0, len(ids) - 1, length)]
-    return _split(rows)
+def _text(template: Template, text: str, length: int) -> list[list[Example]]:
+    """Plain text as sequences of `length` tokens, all learnt."""
+    ids = template.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return _pieces(Example(ids, ids), length)
 
 
-def _file(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int) -> Task:
-    if not path.is_file():
-        raise ValueError(f"--data {path} is not a file, nor one of orders, roman, text")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None
-    if path.suffix != ".jsonl":
-        return _text(tokenizer, text, max_seq_len)
-    pairs = [_pair(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    rows = [_encode(tokenizer, *pair) for pair in pairs]
-    random.Random(seed).shuffle(rows)
-    return _split(rows)
+def _pieces(example: Example, length: int) -> list[list[Example]]:
+    """Rows of at most `length` tokens; a single token left over would teach nothing."""
+    return [[example.cut(i, i + length)] for i in range(0, len(example.ids) - 1, length)]
 
 
-def _pair(line: str, where: str) -> tuple[str, str]:
-    """One line of a .jsonl file -> prompt, completion."""
-    try:
-        row = json.loads(line)
-        prompt, completion = row["prompt"], row["completion"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f'{where}: a line is an object with a "prompt" and a "completion" ({error!r})') from None
-    if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
-        raise ValueError(f"{where}: prompt and completion are strings, and the completion is not empty")
-    return prompt, completion
+def _encode(name: str, template: Template) -> list[tuple[formats.Row, list[Example]]]:
+    """The rows of a file or a hub data set, each with its examples. Raises: ValueError with every row that makes none."""
+    path = Path(name)
+    if path.is_file() and path.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"--data {name} ends neither in .txt nor in .jsonl or .json: rename it to what it is")
+    if not path.is_file() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.txt)", name):
+        raise ValueError(f"--data {name} is not a file, nor one of orders, roman, text")
+    rows, encoded, faults = formats.read(path) if path.is_file() else formats.read_hub(name), [], []
+    for row in rows:
+        try:
+            if row.fault:
+                raise formats.BadRow(row.fault)
+            encoded.append((row, template.conversation(row.turns) if row.turns else [template.document(row.text)]))
+        except formats.BadRow as error:
+            faults.append(f"{row.where}: {error}")
+    formats.refuse(faults, len(rows), name)
+    return encoded
 
 
-def _split(rows: list[Example]) -> Task:
-    """Hold out the last tenth, to be measured in perplexity."""
+def _fit(rows: list[tuple[formats.Row, list[Example]]], length: int, name: str) -> list[list[Example]]:
+    """The examples of each row in at most `length` tokens; says how many are cut or dropped.
+
+    A document goes on in another sequence. A conversation loses its end, and is dropped if no answer begins before that.
+    """
+    fitting, long, dropped = [], [], 0
+    for row, examples in rows:
+        longest = max(len(example.ids) for example in examples)
+        if longest > length:
+            long.append(f"{row.where} has {longest}")
+        if row.text:
+            [document] = examples
+            fitting.append([piece for [piece] in _pieces(document, length)])
+            continue
+        kept = [example.cut(0, length) for example in examples]
+        kept = [example for example in kept if set(example.labels[1:]) - {IGNORE}]
+        dropped += len(examples) - len(kept)
+        fitting.append(kept)
+    if long:
+        shown = ", ".join(long[: formats.SHOWN]) + ", ..." * (len(long) > formats.SHOWN)
+        print(f"{len(long)} of {len(rows)} rows of {name} exceed --max-seq-len {length}: documents go on in another\n"
+              f"sequence, conversations are cut, and {dropped} of their sequences dropped, with no answer left: {shown}")
+    return [examples for examples in fitting if examples]
+
+
+def _split(rows: list[list[Example]]) -> Task:
+    """Hold out the last tenth of the rows, to be measured in perplexity."""
     held_out = max(1, len(rows) // 10)
     if len(rows) < 2:
         raise ValueError(f"the data make {len(rows)} sequences; at least 2 are needed, one to train on and one to hold out")
-    return Task("perplexity", rows[:-held_out], rows[-held_out:])
+    return Task("perplexity", *([example for row in part for example in row] for part in (rows[:-held_out], rows[-held_out:])))

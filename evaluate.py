@@ -66,7 +66,7 @@ def label_loss(model: PreTrainedModel, batch: data.Batch, dtype: torch.dtype) ->
     learnt = labels != data.IGNORE  # (B, T - 1)
     only_learnt = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: inputs[0][:, :-1][learnt])
     with only_learnt, autocast(learnt.device, dtype):
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        output = model(**batch.inputs, use_cache=False)
     return CrossEntropy.apply(output.logits, labels[learnt])  # logits (labels, vocabulary)
 
 
@@ -108,3 +108,13 @@ def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam
     for example, text in list(zip(examples, got))[:show]:
         print(f"  asked   {example.prompt}\n  wanted  {example.answer}\n  got     {' '.join(text.split())[:100]}")
     return sum(text == example.answer for example, text in zip(examples, got)) / len(examples)
+
+
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: data.Task, batch_size: int, dtype: torch.dtype,
+            when: str) -> list[float | None]:
+    """The task's metric on what was held out, and on phrasings never trained on; and three answers to look at."""
+    if task.metric == "perplexity":
+        return [perplexity(model, task.test, batch_size, tokenizer.eos_token_id, dtype), None]
+    print(f"{when} training, {len(task.test) + len(task.unseen)} held-out questions:", flush=True)
+    known = exact_match(model, tokenizer, task.test, dtype, show=3)
+    return [known, exact_match(model, tokenizer, task.unseen, dtype)]

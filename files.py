@@ -37,6 +37,14 @@ def claim(folder: Path, nbytes: int = 0) -> None:
         raise ValueError(f"{folder} has too little free space: {nbytes / 1e6:.0f} MB are needed for adapter and state")
 
 
+def read_text(path: Path) -> str:
+    """A file's text. Raises: ValueError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None
+
+
 def parse_json(text: bytes) -> dict:
     """The object that a JSON text stands for. Raises: ValueError if it is none, or nested deeper than anybody means."""
     try:

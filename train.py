@@ -24,10 +24,11 @@ import checkpoint
 import data
 import files
 import memory
+import packing
 import pretrained
 import report
 import resume
-from evaluate import answers, exact_match, label_loss, perplexity, pick_dtype
+from evaluate import answers, label_loss, measure, pick_dtype
 from lora import attach
 from nf4 import normal_float
 from paged_optim import PagedAdamW
@@ -40,7 +41,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help=f"a Hugging Face folder or hub id (default: {pretrained.DEFAULT}, from a Python package)")
-    add("--data", default="orders", help="orders, text, roman, or a .txt or .jsonl file (default: orders)")
+    add("--data", default="orders", help="orders, text, roman, a .txt, .jsonl or .json file, or a hub id (default: orders)")
+    add("--train-on-prompt", action="store_true", help="learn the questions too, not the answers alone")
+    add("--packing", action="store_true", help="several examples a sequence, none of which sees another")
+    add("--preview", action="store_true", help="show the first sequences, what is learnt in them marked, and stop")
     add("--output-dir", type=Path, default=Path("out"), help="where adapter, metrics and report go (default: out)")
     add("--max-steps", type=int, default=60, help="optimizer steps (default: 60)")
     add("--batch-size", type=int, default=4, help="sequences in one forward pass (default: 4)")
@@ -164,22 +168,14 @@ def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, examples: li
                 raise KeyboardInterrupt
 
 
-def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: data.Task, args: argparse.Namespace,
-            when: str) -> list[float | None]:
-    """The task's metric on what was held out, and on phrasings never trained on; and three answers to look at."""
-    if task.metric == "perplexity":
-        return [perplexity(model, task.test, args.batch_size, tokenizer.eos_token_id, args.dtype), None]
-    print(f"{when} training, {len(task.test) + len(task.unseen)} held-out questions:", flush=True)
-    known = exact_match(model, tokenizer, task.test, args.dtype, show=3)
-    return [known, exact_match(model, tokenizer, task.unseen, args.dtype)]
-
-
 def finetune(args: argparse.Namespace, quant: str, folder: Path) -> dict:
     """One run from the base to its adapter in `folder`. -> its report"""
     began = time.perf_counter()
     files.claim(folder)
     model, tokenizer = adapted_model(args, quant)
-    task = data.load(args.data, tokenizer, args.max_seq_len, args.seed)
+    if args.packing:
+        packing.check(model)
+    task = data.load(args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing)
     parameters = [p for p in model.parameters() if p.requires_grad]
     files.claim(folder, 32 * sum(p.numel() for p in parameters))  # adapter, and state with both moments, old and new
     if args.optim == "paged_adamw":
@@ -192,7 +188,7 @@ def finetune(args: argparse.Namespace, quant: str, folder: Path) -> dict:
     if args.resume and (state.exists() or folder == args.output_dir):
         start, before = resume.load_state(model, optimizer, settings, state)
     else:
-        start, before = 0, measure(model, tokenizer, task, args, "before")
+        start, before = 0, measure(model, tokenizer, task, args.batch_size, args.dtype, "before")
         state.unlink(missing_ok=True)
     report.keep_metrics(metrics, start)
 
@@ -202,7 +198,7 @@ def finetune(args: argparse.Namespace, quant: str, folder: Path) -> dict:
     train(model, optimizer, task.train, tokenizer.eos_token_id, start, save, metrics, args)
     checkpoint.save_adapter(model, folder)
     report.plot_loss(metrics, folder / "loss.png")
-    after = measure(model, tokenizer, task, args, "after")
+    after = measure(model, tokenizer, task, args.batch_size, args.dtype, "after")
     pager = getattr(optimizer, "counters", dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out"), 0))
     return {
         "metric": task.metric, "quant": quant, "before": before[0], "after": after[0],
@@ -225,6 +221,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.prompt is not None:
             ask(args)
+            return 0
+        if args.preview:
+            tokenizer = pretrained.load_tokenizer(args.model or pretrained.DEFAULT)
+            task = data.load(args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing)
+            print(data.preview(task, tokenizer, sys.stdout.isatty()))
             return 0
         result = finetune(args, args.quant, args.output_dir)
         report.write_report(result, args.output_dir)

@@ -72,7 +72,7 @@ def test_the_answer_and_its_end_are_learnt_and_nothing_else(tokenizer: PreTraine
 
 
 def test_each_example_comes_once_an_epoch_and_steps_need_no_history(tokenizer: PreTrainedTokenizerBase) -> None:
-    examples = [data.Example([i, i, i], 1, "", "") for i in range(12)]
+    examples = [data.Example([i, i, i], [i, i, i]) for i in range(12)]
 
     def seen(step: int, seed: int = 0) -> list[int]:
         return [int(i) for batch in data.batches_of_step(examples, step, 2, 2, seed, 0) for i in batch.input_ids[:, 0]]
@@ -112,11 +112,11 @@ def test_jsonl_rows_are_questions_and_answers(tokenizer: PreTrainedTokenizerBase
 @pytest.mark.parametrize("text, complaint", [
     ("", "0 sequences"),
     ('{"prompt": "a", "completion": "b"}\n', "1 sequences"),
-    ('{"prompt": "a", "completion": "b"}\nnot json\n', ":2: a line is an object"),
-    ('{"prompt": "a"}\n', ":1: a line is an object"),
-    ('[1]\n', ":1: a line is an object"),
-    ('{"prompt": "a", "completion": ""}\n', "the completion is not empty"),
-    ('{"prompt": 1, "completion": "b"}\n', "are strings"),
+    ('{"prompt": "a", "completion": "b"}\nnot json\n', ":2: not JSON (Expecting value at column 1)"),
+    ('{"prompt": "a"}\n', ":1: its keys are 'prompt'"),
+    ('[1]\n', ":1: it is no object, but a int"),
+    ('{"prompt": "a", "completion": ""}\n', "completion is empty"),
+    ('{"prompt": 1, "completion": "b"}\n', "prompt is a string, not 1"),
 ])
 def test_a_bad_file_is_refused_with_its_line(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, text: str, complaint: str) -> None:

@@ -13,7 +13,7 @@ import models
 
 
 def batch_of_two() -> data.Batch:
-    return data.collate([data.Example([5, 6, 7, 8, 9], 2, "", ""), data.Example([9, 8, 7], 1, "", "")], pad_id=2)
+    return data.collate([data.Example([5, 6, 7, 8, 9], [-100, -100, 7, 8, 9]), data.Example([9, 8, 7], [-100, 8, 7])], pad_id=2)
 
 
 def test_the_head_sees_the_labelled_positions_alone_and_the_loss_is_theirs() -> None:
@@ -88,7 +88,7 @@ def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary(
     model = models.tiny_llama(vocab_size=1024)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    examples = [data.Example([5, 6, 7, 8], 1, "", "")] * 3
+    examples = [data.Example([5, 6, 7, 8], [-100, 6, 7, 8])] * 3
     # Each loss is log 1024, rounded; their sum and its mean round a few times more; exp turns that into a relative error.
     rounding = math.expm1(math.log(1024) * gamma(len(examples) * 3 + 2))
     assert abs(evaluate.perplexity(model, examples, 2, 2, torch.float32) - 1024) <= 1024 * rounding
@@ -104,7 +104,7 @@ def test_answers_do_not_depend_on_their_neighbours() -> None:
 
 def test_exact_match_counts_answers_that_are_right_to_the_letter(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    examples = [data.Example([1, 2], 1, "q", answer) for answer in ("yes", "no", "Yes", "yes")]
+    examples = [data.Example([1, 2], [-100, 2], "q", answer) for answer in ("yes", "no", "Yes", "yes")]
     monkeypatch.setattr(evaluate, "answers", lambda *args, **kwargs: ["yes"] * 4)
     assert evaluate.exact_match(models.tiny_llama(), None, examples, torch.float32, show=1) == 2 / 4
     assert capsys.readouterr().out.count("asked") == 1
@@ -131,7 +131,7 @@ def test_products_are_in_bfloat16_where_the_cpu_multiplies_it(monkeypatch: pytes
 
 def test_perplexity_is_exp_of_the_mean_loss() -> None:
     model, batch = models.tiny_llama(), batch_of_two()
-    examples = [data.Example([5, 6, 7, 8, 9], 2, "", ""), data.Example([9, 8, 7], 1, "", "")]
+    examples = [data.Example([5, 6, 7, 8, 9], [-100, -100, 7, 8, 9]), data.Example([9, 8, 7], [-100, 8, 7])]
     with torch.no_grad():
         loss = evaluate.label_loss(model, batch, torch.float32).item()
     assert evaluate.perplexity(model, examples, 2, 2, torch.float32) == math.exp(loss / 5)
