@@ -1,7 +1,7 @@
 """Files: what we write is whole or not there, and what we read may come from a stranger.
 
-Writing. A file is written beside its final name, seen to be on the disk, and renamed: a reader finds the old file or the new
-one, and never half of one.
+Writing. A file is written beside its final place, seen to be on the disk, and moved there: a reader finds the old file or the
+new one, and never half of one.
 
 Reading. Only JSON and safetensors are read; nothing is unpickled, and no name leads out of the folder (a link in it may: caches
 are made of links). What does not fit is one ValueError that names the file and, where there is one, the key. A safetensors
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 LARGEST_CONFIG, LARGEST_JSON = 2**20, 2**26  # bytes; the index of a model of a million tensors is about as long as the latter
+UNFINISHED = ".unfinished"  # how the name of a folder ends in which a file is not whole yet
 DEEPEST_JSON = 50  # so that what walks through it does not run out of stack
 WITH_NAN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -132,23 +133,42 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write a safetensors file. Raises: OSError; what was there before is untouched then."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        _atomically(path, lambda unfinished: save_file(contiguous, unfinished, metadata))
+        atomically(path, lambda unfinished: save_file(contiguous, unfinished, metadata))
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error}); what was there before is untouched") from None
 
 
 def write_text(text: str, path: Path) -> None:
     """Write a text file. Raises: OSError; what was there before is untouched then."""
-    _atomically(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    atomically(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, see that it is on the disk, and give it its name."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+def atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file, see that it is on the disk, and give it its name; that reaches the disk, too.
+
+    Until then it has a folder of its own: a library may write beside what it writes, and be killed there.
+    """
+    folder = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    folder.mkdir(exist_ok=True)
     try:
-        write(unfinished)
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        write(folder / path.name)
+        _sync(folder / path.name)
+        os.replace(folder / path.name, path)
+        _sync(path.parent)
     finally:
-        unfinished.unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote have left. No other may be writing there."""
+    for path in folder.glob(f".*{UNFINISHED}"):
+        shutil.rmtree(path)

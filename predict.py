@@ -77,18 +77,22 @@ def shape_of(model: str) -> Shape:
         return SHAPES[model]
     path = Path(model) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return shape_from(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:  # what is not UTF-8 or not JSON is one, too
+        raise ValueError(f"{path}: {error}; give the folder of a Llama, or one of {', '.join(SHAPES)}") from None
+
+
+def shape_from(config: dict) -> Shape:
+    """The shape in a Llama's config. Raises: ValueError if it is none."""
+    try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         shape = Shape(config["num_hidden_layers"], hidden, config["intermediate_size"], heads,
                       config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads,
                       config["vocab_size"], bool(config.get("tie_word_embeddings", False)))
-        whole = all(type(size) is int and size > 0 for size in shape[:-1])
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        remedy = f"give such a folder, or one of {', '.join(SHAPES)}"
-        raise ValueError(f"{path} is not the config of a Llama ({reason}); {remedy}") from None
-    if not whole:
-        raise ValueError(f"{path}: sizes must be whole numbers above 0, got {shape}")
+    except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(f"not the config of a Llama ({f'no {error}' if isinstance(error, KeyError) else error})") from None
+    if not all(type(size) is int and size > 0 for size in shape[:-1]):
+        raise ValueError(f"sizes must be whole numbers above 0, got {shape}")
     return shape
 
 

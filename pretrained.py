@@ -19,7 +19,15 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)  # fmt: skip
 from transformers.utils import logging
 
 DEFAULT = "SmolLM2-135M-Instruct"
@@ -35,7 +43,7 @@ def load(name: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, P
     name: DEFAULT, a Hugging Face folder, or a hub id.
     Raises: ValueError if there is no such model, its files are damaged, or it holds no safetensors.
     """
-    folder, here = _find(name)
+    folder, here = _locate(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                                                      local_files_only=here)
@@ -43,34 +51,32 @@ def load(name: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, P
         raise ValueError(f"the weights in {folder} are damaged ({error}): fetch them again") from None
     except (OSError, ValueError) as error:
         raise _unreadable(folder, error) from None
-    return model.to(device).eval(), _tokenizer(folder, here)
+    return model.to(device).eval(), outline(name)[1]
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of such a model alone. Raises: ValueError if there is none, or it knows no end token."""
-    return _tokenizer(*_find(name))
-
-
-def _find(name: str) -> tuple[str | Path, bool]:
-    """The folder or hub id that a name stands for, and whether it is on this machine."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # An adapter of the default names the default's folder; wherever that is gone from, it can be made again.
-    folder = default_folder() if Path(name).name == DEFAULT and Path(name).parent in (Path("."), MODELS) else name
-    return folder, Path(folder).is_dir() or _in_cache(str(folder))
-
-
-def _tokenizer(folder: str | Path, here: bool) -> PreTrainedTokenizerBase:
+def outline(name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The config and the tokenizer of a model: what can be known of it without its weights. Raises: as `load` does."""
+    folder, here = _locate(name)
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=here)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=here)
     except (OSError, ValueError) as error:
         raise _unreadable(folder, error) from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {folder} names no end token: set eos_token in its tokenizer_config.json")
-    return tokenizer
+    return config, tokenizer
 
 
-def _unreadable(folder: str | Path, error: Exception) -> ValueError:
+def _locate(name: str) -> tuple[str, bool]:
+    """The folder or hub id to read a model from, and whether it is here."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # An adapter of the default names the default's folder; wherever that is gone from, it can be made again.
+    folder = str(default_folder()) if Path(name).name == DEFAULT and Path(name).parent in (Path("."), MODELS) else name
+    return folder, Path(folder).is_dir() or _in_cache(folder)
+
+
+def _unreadable(folder: str, error: Exception) -> ValueError:
     first_line = str(error).strip().partition("\n")[0]
     return ValueError(f"{folder} is not a model that can be read ({first_line}); {REMEDY}")
 

@@ -1,7 +1,6 @@
 """What a run leaves for people: metrics.jsonl line by line while it goes, then loss.png, report.json and a table."""
 
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -12,14 +11,25 @@ import matplotlib
 import torch
 import transformers
 
+import files
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
 
 
 def keep_metrics(path: Path, steps: int) -> None:
-    """Keep the lines of the first `steps`. The others a resumed run writes again, one cut short by a kill among them."""
+    """Keep the lines of the first `steps`. The others a resumed run writes again, one cut short by a kill among them.
+
+    Raises: ValueError if lines of these steps are missing; nothing has changed then.
+    """
     lines = path.read_text().splitlines()[:steps] if path.exists() else []
-    replace(path, "".join(line + "\n" for line in lines))
+    try:
+        numbers = [json.loads(line)["step"] for line in lines]
+    except (ValueError, KeyError, TypeError):
+        numbers = []
+    if numbers != list(range(1, steps + 1)):
+        raise ValueError(f"{path} lacks lines of the {steps} steps before the state: put it back, or start without --resume")
+    files.write_text("".join(line + "\n" for line in lines), path)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -44,21 +54,14 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     axes.set(xlabel="step", ylabel="cross entropy of a learnt token", yscale="log", title="Training loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(picture, dpi=120)
+    files.atomically(picture, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png"))
     plt.close(figure)
 
 
 def write_report(report: dict, folder: Path) -> None:
     """report.json, with the versions that made it."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    replace(folder / "report.json", json.dumps(report | {"versions": versions}, indent=2) + "\n")
-
-
-def replace(path: Path, text: str) -> None:
-    """Give a file a new text, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    files.write_text(json.dumps(report | {"versions": versions}, indent=2) + "\n", folder / "report.json")
 
 
 def command(words: list[str]) -> str:

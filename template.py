@@ -16,6 +16,8 @@ tokenizer would draw the last letter of a question and the first of an answer in
 Without a template, a turn is a line, and an end token follows each answer.
 """
 
+import hashlib
+from array import array
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -47,6 +49,14 @@ class Example:
 
     def cut(self, start: int, end: int) -> "Example":
         return Example(self.ids[start:end], self.labels[start:end], self.prompt, self.answer)
+
+
+def fingerprint(examples: list[Example]) -> str:
+    """A hash of the examples' token ids, of which of them are learnt, and of their order: what training sees of the data."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(array("q", [len(example.ids), *example.ids, *example.labels, *example.starts]))
+    return digest.hexdigest()[:16]
 
 
 class Template:

@@ -52,7 +52,8 @@ def test_the_real_model_learns_and_its_adapter_comes_back_to_the_same_logits(
     out = tmp_path / "out"
     assert train.main(["--output-dir", str(out), "--max-steps", "8", "--resident-mb", "4"]) == 0
     assert {path.name for path in out.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl",
-                                                     "report.json", "loss.png", "state.safetensors"}
+                                                     "report.json", "loss.png",
+                                                     *(f"state-00000{step}.safetensors" for step in (0, 8))}
     metrics = lines_of(out)
     assert [line["step"] for line in metrics] == list(range(1, 9))
     assert all(line.keys() >= METRIC_KEYS for line in metrics)
@@ -120,7 +121,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_ends_with_the_same_bits(
     monkeypatch.setattr(torch.optim, "AdamW", TorchAdamW)  # with MKL, torch's roots are not rounded to nearest everywhere
     assert run(tiny, tmp_path / "parts", "--resume", "--optim", "adamw") == 0
     assert len(steps) == 6
-    for name in ("adapter_model.safetensors", "state.safetensors"):
+    for name in ("adapter_model.safetensors", "state-000006.safetensors"):
         one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
     assert [line["loss"] for line in lines_of(tmp_path / "whole")] == [line["loss"] for line in lines_of(tmp_path / "parts")]
@@ -131,7 +132,7 @@ def test_resuming_under_other_settings_says_which(
     assert run(tiny, tmp_path) == 0
     adapter = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert run(tiny, tmp_path, "--resume", "--lr", "0.5", "--lora-alpha", "4") == 1
-    assert "lr was 0.001, is 0.5; lora_alpha was 16, is 4.0" in capsys.readouterr().err
+    assert "lora_alpha was 16.0, is 4.0; lr was 0.001, is 0.5. Give what was, or --resume-anyway" in capsys.readouterr().err
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == adapter
 
 
@@ -187,13 +188,9 @@ def test_an_adapter_answers_a_prompt(tiny: Path, tmp_path: Path, few_questions: 
 @pytest.mark.parametrize("flags, complaint", [
     (["--model", "nowhere/at-all/three"], "neither a folder nor a hub id within reach"),
     (["--data", "nothing.jsonl"], "--data nothing.jsonl is not a file"),
-    (["--lora-r", "0"], "layer model.layers.0.self_attn.q_proj: r must be a whole number >= 1"),
-    (["--block-size", "48"], "the block size must be a power of two >= 2, got 48"),
     (["--max-seq-len", "9999"], "longer than the model's context of 512 tokens"),
     (["--max-seq-len", "16"], "more than --max-seq-len 16"),
-    (["--lora-dropout", "1"], "lora_dropout is a probability"),
-    (["--resident-mb", "0.001"], "resident_bytes"),
-    (["--resume"], "there is no .* to resume from"),
+    (["--resume"], "there is no state in .* to resume from: start without --resume"),
 ])
 def test_bad_input_gets_one_line_and_starts_nothing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str],
                                                     complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,15 +218,6 @@ def test_a_nan_in_a_weight_is_named_by_layer_count_and_index(tiny: Path, tmp_pat
     assert train.main(["--model", str(tmp_path), "--output-dir", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert "layer model.layers.1.mlp.up_proj: 1 of 8192 weights" in error and "(3, 5)" in error
-
-
-@pytest.mark.parametrize("flags", [
-    ["--max-steps", "0"], ["--lr", "-1"], ["--prompt", "alone"], ["--quant", "nf5"], ["--device", "abacus"],
-])
-def test_flags_that_make_no_sense_are_refused_at_once(flags: list[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        train.parse_args(flags)
-    assert stop.value.code == 2
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_adapter(tiny: Path) -> None:

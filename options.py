@@ -1,0 +1,191 @@
+"""The command line of train.py: one dataclass, from which the parser, the help and what --resume compares are made.
+
+A flag is a field: its name, its type, and in `flag` its group, default, help, other spellings and the rule for its value.
+
+    lr: float = training(1e-3, "learning rate after warm-up", "--learning-rate", rule="above 0")
+
+Other spellings are those of Hugging Face's trainers, and an underscore does for a dash: command lines for them can be kept.
+A flag with `free=True` may have another value when a run is resumed: what is trained does not depend on it.
+
+Nothing is loaded before the flags make sense: each by itself, and all of them together (`wrong_combination`).
+"""
+
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import NoReturn, get_args, get_type_hints
+
+import torch
+
+import pretrained
+from evaluate import pick_dtype
+
+QUANT = {"nf4": 4, "nf3": 3, "nf2": 2, "none": 0}  # bits of the base's code; none leaves it in 16 bits
+STEPS = 60  # that are taken where neither their number nor one of epochs is given
+RULES: dict[str, Callable[[float], bool]] = {
+    "above 0": lambda x: 0 < x < math.inf,
+    "0 or more": lambda x: 0 <= x < math.inf,
+    "2 or more, the megabytes of a page": lambda x: 2 <= x < math.inf,
+    "a probability, 0 <= p < 1": lambda x: 0 <= x < 1,
+    "a power of two, 2 or more": lambda x: x >= 2 and x & (x - 1) == 0,
+}
+
+
+def flag(group: str, default: object, text: str, *aliases: str, rule: str | None = None, choices: list[str] | None = None,
+         free: bool = False) -> Field:
+    """A field of Options, and all that the parser must know of it."""
+    return field(default=default, metadata={"group": group, "text": text, "aliases": aliases, "rule": rule,
+                                            "choices": choices, "free": free})  # fmt: skip
+
+
+base, adapters, rows = (partial(flag, group) for group in ("the frozen base", "the adapters", "the data"))
+training, saving = partial(flag, "training"), partial(flag, "saving and resuming", free=True)
+instead = partial(flag, "before, after and instead of training", free=True)
+
+
+@dataclass
+class Options:
+    """What the command line says. `dtype` is a torch.dtype once `parse_args` has seen the device."""
+
+    model: str | None = base(None, f"a Hugging Face folder or hub id (default: {pretrained.DEFAULT}, from a Python package)",
+                             "--model-name-or-path")
+    quant: str = base("nf4", "code of the frozen weights; none: they stay in 16 bits", choices=list(QUANT))
+    no_double_quant: bool = base(False, "keep the quantization constants in float32")
+    block_size: int = base(64, "weights that share a constant", rule="a power of two, 2 or more")
+    dtype: str = base("auto", "of products; auto: bfloat16 if native", choices=["auto", "bfloat16", "float32"])
+    device: str = base("cuda" if torch.cuda.is_available() else "cpu", "where the model is")
+
+    lora_r: int = adapters(8, "their rank", rule="above 0")
+    lora_alpha: float = adapters(16.0, "the update is scaled by alpha / r", rule="above 0")
+    lora_dropout: float = adapters(0.0, "dropout before the adapters", rule="a probability, 0 <= p < 1")
+
+    data: str = rows("orders", "orders, text, roman, a .txt, .jsonl or .json file, or a hub id", "--dataset-name", free=True)
+    max_seq_len: int = rows(256, "tokens in the longest sequence", "--max-length", "--max-seq-length", rule="above 0")
+
+    train_on_prompt: bool = rows(False, "learn the questions too, not the answers alone")
+    packing: bool = rows(False, "several examples a sequence, none of which sees another")
+
+    max_steps: int | None = training(None, f"optimizer steps (default: {STEPS})", rule="above 0")
+    num_train_epochs: float | None = training(None, "instead of --max-steps: passes over the data", rule="above 0", free=True)
+    batch_size: int = training(4, "sequences in one forward pass", "--per-device-train-batch-size", rule="above 0")
+    grad_accum: int = training(1, "forward passes a step", "--gradient-accumulation-steps", rule="above 0")
+    lr: float = training(1e-3, "learning rate after warm-up", "--learning-rate", rule="above 0")
+    max_grad_norm: float = training(1.0, "clip the gradient to this norm", rule="above 0")
+    optim: str = training("paged_adamw", "the same bits from either", choices=["paged_adamw", "adamw"], free=True)
+    resident_mb: float | None = training(None, "megabytes of optimizer state that may stay on the device (default: all)",
+                                         rule="2 or more, the megabytes of a page", free=True)
+    grad_checkpoint: bool = training(False, "keep only each block's input: less memory, more time", "--gradient-checkpointing")
+    seed: int = training(0, "of adapters, dropout and the order of the data", rule="0 or more")
+
+    output_dir: Path = saving(Path("out"), "where adapter, metrics and report go")
+    save_every: int = saving(0, "save the state every N steps; 0: before the first and after the last", "--save-steps",
+                             rule="0 or more")
+    save_total_limit: int = saving(2, "how many states to keep, the last ones", rule="above 0")
+    resume: bool = saving(False, "go on from the last whole state in --output-dir")
+    resume_anyway: bool = saving(False, "with --resume: go on although flags or data are not those of the state")
+
+    preview: bool = instead(False, "show the first sequences, what is learnt in them marked, and stop")
+    dry_run: bool = instead(False, "check flags, model, data, folder and memory, say what a run would be, and train nothing")
+    compare: bool = instead(False, "then train 16-bit LoRA from the same seed")
+    adapter: Path | None = instead(None, "a trained adapter, to be asked with --prompt")
+    prompt: str | None = instead(None, "a question to --adapter")
+
+    def settings(self) -> dict[str, str]:
+        """What a resumed run must have been started with."""
+        return {each.name: str(getattr(self, each.name)) for each in fields(self) if not each.metadata["free"]}
+
+
+def spelling(name: str) -> str:
+    """The flag of a field: --batch-size for batch_size."""
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """One that answers with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"train.py: {message}\n")
+
+
+def value(kind: type, rule: str | None, text: str) -> int | float | str | Path:
+    """A flag's value from its text. Raises: ArgumentTypeError saying what it must be."""
+    noun = {int: "a whole number", float: "a number"}.get(kind, "text")
+    try:
+        number = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {noun}{f', {rule}' if rule else ''}; got {text!r}") from None
+    if rule and not RULES[rule](number):
+        raise argparse.ArgumentTypeError(f"must be {rule}; got {text}")
+    return number
+
+
+def parser_of(description: str | None) -> Parser:
+    """A parser with a flag for each field of Options, in its groups."""
+    parser = Parser(prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)  # fmt: skip
+    titles = dict.fromkeys(each.metadata["group"] for each in fields(Options))
+    groups, types = {title: parser.add_argument_group(title) for title in titles}, get_type_hints(Options)
+    for each in fields(Options):
+        its, kind = each.metadata, (get_args(types[each.name]) or (types[each.name],))[0]  # of `int | None`, int
+        if kind is bool:
+            more = {"action": "store_true"}
+        else:
+            shown = None if its["choices"] else {int: "N", float: "X", Path: "FOLDER"}.get(kind)
+            more = {"type": partial(value, kind, its["rule"]), "choices": its["choices"], "metavar": shown}
+        default = "" if each.default is None or each.default is False else f" (default: {each.default})"
+        groups[its["group"]].add_argument(spelling(each.name), *its["aliases"], default=each.default,
+                                          help=its["text"] + default, **more)  # fmt: skip
+    return parser
+
+
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> Options:
+    """The options that a command line gives. Exits with one line and status 2 if it makes no sense."""
+    words = [word.replace("_", "-", word.partition("=")[0].count("_")) if word.startswith("--") else word
+             for word in (sys.argv[1:] if argv is None else argv)]  # fmt: skip
+    parser = parser_of(description)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [name for action in parser._actions for name in action.option_strings])
+        parser.error(f"{unknown[0]} is no flag: " + (f"did you mean {near[0]}?" if near else "--help shows all of them"))
+    options = Options(**vars(args))
+    problem = wrong_combination(options) or unusable(options.device)
+    if problem:
+        parser.error(problem)
+    if not options.num_train_epochs:
+        options.max_steps = options.max_steps or STEPS
+    options.dtype = pick_dtype(options.dtype, options.device)
+    return options
+
+
+def wrong_combination(options: Options) -> str | None:
+    """What is wrong with flags that are right by themselves, and what to do; None if nothing is."""
+    given = {each.name for each in fields(Options) if getattr(options, each.name) != each.default}
+    together = "{} does nothing without {}: give both, or neither".format
+    for one, other in [("adapter", "prompt"), ("prompt", "adapter"), ("resume_anyway", "resume")]:
+        if one in given and other not in given:
+            return together(spelling(one), spelling(other))
+    exclusive = [("max_steps", "num_train_epochs"), *(("prompt", name) for name in ("preview", "dry_run", "resume", "compare"))]
+    for one, other in exclusive:
+        if {one, other} <= given:
+            return f"{spelling(one)} and {spelling(other)} exclude each other: leave one out"
+    if options.quant == "none":
+        for name in {"block_size", "no_double_quant", "compare"} & given:
+            return f"{spelling(name)} does nothing with --quant none, which is 16-bit LoRA: leave one out"
+    if "resident_mb" in given and options.optim != "paged_adamw":
+        return "--resident-mb is for --optim paged_adamw, whose state has pages: leave one out"
+    return None
+
+
+def unusable(device: str) -> str | None:
+    """Why torch has no such device here, if it has not."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        return f"--device {device} cannot be used ({reason}): try cpu"
+    return None

@@ -1,0 +1,94 @@
+"""What a run will be, found out before a weight is loaded; `--dry-run` stops here and says it.
+
+Weights take minutes to fetch, load and quantize, so whatever else can be wrong is looked at before them: the output folder, the
+model's config and tokenizer, every row of the data, the state to resume from. A dry run does not look by itself: it is the
+beginning of a real one, which prints its plan and ends.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+import data
+import files
+import predict
+import pretrained
+import resume
+import template
+from options import Options
+
+LLAMAS = ("llama", "mistral")  # whose layers are the seven maps that predict.py counts
+
+
+class Plan(NamedTuple):
+    """What is known before the model is. settings: what a resumed run must share; state: what it goes on from."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    task: data.Task
+    settings: dict[str, str]
+    state: resume.State | None
+
+
+def make(args: Options, folder: Path) -> Plan:
+    """The plan of a run into `folder`; it sets args.max_steps where epochs are given.
+
+    Raises: ValueError for a folder that takes no files, a model, data or state that cannot be read, and what does not fit.
+    """
+    files.claim(folder)
+    config, tokenizer = pretrained.outline(args.model or pretrained.DEFAULT)
+    context = getattr(config, "max_position_embeddings", None)
+    if context and args.max_seq_len > context:
+        raise ValueError(f"--max-seq-len {args.max_seq_len} is longer than the model's context of {context} tokens")
+    task = data.load(args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing)
+    if args.num_train_epochs:
+        args.max_steps = max(1, round(args.num_train_epochs * len(task.train) / (args.batch_size * args.grad_accum)))
+    settings = args.settings() | {"data (a hash of its token ids)": template.fingerprint(task.train)}
+    state = None
+    if args.resume and (folder == args.output_dir or resume.states(folder)):  # --compare may not have begun
+        state = resume.newest(folder)
+        resume.refuse_changes(state, settings, args.resume_anyway)
+    return Plan(config, tokenizer, task, settings, state)
+
+
+def describe(plan: Plan, args: Options, folder: Path) -> str:
+    """The plan as text."""
+    task, per_step, name = plan.task, args.batch_size * args.grad_accum, args.model or pretrained.DEFAULT
+    longest = max(len(example.ids) for example in task.train)
+    seen = args.max_steps * per_step / len(task.train)
+    start = f"step {plan.state.step}, by {plan.state.path}" if plan.state else "the pretrained model"
+    return "\n".join([
+        f"model     {name}: {(plan.config.architectures or ['?'])[0]}, to be kept in "
+        f"{'16 bits' if args.quant == 'none' else args.quant}",
+        f"data      {args.data}: {len(task.train)} sequences to train on, the longest of {longest} tokens; "
+        f"{len(task.test) + len(task.unseen)} held out",
+        f"training  {args.max_steps} steps of {per_step} sequences, {seen:.2f} epochs, from {start}",
+        f"output    {folder}/ can be written; {shutil.disk_usage(folder).free / 1e9:.1f} GB are free",
+        f"memory    {memory_of(plan.config, args, longest)}",
+    ])  # fmt: skip
+
+
+def memory_of(config: PretrainedConfig, args: Options, length: int) -> str:
+    """The peak of a step, predicted, beside what the device has."""
+    total = device_bytes(args.device)
+    has = f"; {args.device} has {total / 1e9:.2f} GB"
+    if config.model_type not in LLAMAS:
+        return f"not predicted: the ledger knows {' and '.join(LLAMAS)}, and this is {config.model_type}{has}"
+    method = predict.LORA if args.quant == "none" else predict.QLORA
+    predicted = predict.predict(predict.shape_from(config.to_dict()), method, args.batch_size, length, args.lora_r,
+                                args.grad_checkpoint, accumulating=args.grad_accum > 1)  # fmt: skip
+    peak = predicted.peak()
+    least = "" if args.dtype == torch.bfloat16 else "more than "  # the ledger has 16 bits where float32 has 32
+    advice = ", which is too little: see --batch-size, --max-seq-len, --grad-checkpoint" if peak > total else ""
+    return f"{least}{peak / 1e9:.2f} GB at a step's peak, predicted{has}{advice}"
+
+
+def device_bytes(device: str) -> int:
+    """The memory of a GPU, or of this machine."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
