@@ -13,6 +13,7 @@ an end that is masked away is never learnt.
 import random
 import re
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -126,7 +127,8 @@ def preview(task: Task, tokenizer: PreTrainedTokenizerBase, colour: bool, count:
     for number, example in enumerate(task.train[:count], 1):
         learnt = sum(label != IGNORE for label in example.labels[1:])
         lines.append(f"--- {number}: {len(example.ids)} tokens, {learnt} learnt")
-        lines.append(shown(example, tokenizer, colour))
+        documents = [example.cut(*place) for place in pairwise([*example.starts, len(example.ids)])]
+        lines.append("\n- - -\n".join(shown(document, tokenizer, colour) for document in documents))
     return "\n".join(lines)
 
 

@@ -158,11 +158,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.prompt is not None:
             ask(args)
             return 0
-        if args.dry_run or args.preview:
-            made = plan.make(args, args.output_dir)
-            print(plan.describe(made, args, args.output_dir))
-            if args.preview:
-                print(data.preview(made.task, made.tokenizer, sys.stdout.isatty()))
+        if args.preview:
+            _, tokenizer = pretrained.outline(args.model or pretrained.DEFAULT)
+            task = data.load(args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing)
+            print(data.preview(task, tokenizer, sys.stdout.isatty()))
+            return 0
+        if args.dry_run:
+            print(plan.describe(plan.make(args, args.output_dir), args, args.output_dir))
             return 0
         result = finetune(args, args.quant, args.output_dir)
         report.write_report(result, args.output_dir)

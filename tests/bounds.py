@@ -302,6 +302,46 @@ def root(a: Bounded, dtype: torch.dtype) -> Bounded:
     return Bounded(a.value.sqrt(), error).to(dtype)
 
 
+def of_exp(dtype: torch.dtype) -> float:
+    """Relative error granted to an exponential: 32 units. The vectorized ones of torch promise 20 units of the last place."""
+    return gamma(32, dtype)
+
+
+def softmax(scores: Bounded, dtype: torch.dtype) -> Bounded:
+    """e^s / sum e^s over the last dimension, -inf where nothing is seen.
+
+    Scores in error by E change each exponential by a factor of at most e^E, and so the sum of them; a rounded difference s - m
+    from the largest one adds u |s - m| to E. The largest itself cancels. Then two exponentials, n sums and a quotient.
+    """
+    seen = scores.value.isfinite()
+    size = torch.where(seen, scores.value.abs() + scores.error, 0.0).amax(-1, keepdim=True)
+    off = torch.where(seen, scores.error, 0.0).amax(-1, keepdim=True) + 2 * UNIT_ROUNDOFF[dtype] * size
+    value = scores.value.softmax(-1)
+    n = value.shape[-1]
+    return Bounded(value, value * (torch.expm1(2 * off) + 2 * of_exp(dtype) + gamma(n + 4, dtype)) + 2 * TINY[dtype])
+
+
+def silu(x: Bounded, dtype: torch.dtype) -> Bounded:
+    """x / (1 + e^-x), whose slope is below 1.1: the error of x by that, an exponential, a sum and a quotient."""
+    value = x.value * torch.sigmoid(x.value)
+    return Bounded(value, 1.1 * x.error + (of_exp(dtype) + gamma(3, dtype)) * value.abs() + 2 * TINY[dtype])
+
+
+def rms_norm(x: Bounded, weight: Tensor, eps: float, dtype: torch.dtype) -> Bounded:
+    """w x / sqrt(mean(x^2) + eps) over the last dimension of (T, n)."""
+    n = x.value.shape[-1]
+    ones = Bounded.exact(torch.ones(n, 1))
+    mean = product(x, x, dtype).matmul(ones, dtype).times(1 / n, dtype).plus(factor(eps, dtype), dtype)
+    return product(quotient(x, root(mean, dtype), dtype).to(dtype), Bounded.exact(weight), dtype)
+
+
+def rotated(x: Bounded, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Bounded:
+    """Rotary embedding of (T, d), pairs (i, i + d/2), by angles whose cosines and sines (T, d) are given in `dtype`."""
+    half = x.value.shape[-1] // 2
+    turned = Bounded(torch.cat([-x.value[:, half:], x.value[:, :half]], -1), x.error.roll(half, -1))
+    return product(x, Bounded.exact(cos), dtype).plus(product(turned, Bounded.exact(sin), dtype), dtype)
+
+
 def factor(x: float, dtype: torch.dtype, magnitude: float | None = None) -> Bounded:
     """A number made in float64 by up to three operations, none of a result above `magnitude` (or x), and rounded to dtype."""
     value = torch.tensor(x, dtype=torch.float64)

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,109 @@ def test_unknown_data_empty_text_and_long_examples_are_refused(tokenizer: PreTra
         data.load(str(tmp_path / "empty.txt"), tokenizer, 256, 0)
     with pytest.raises(ValueError, match="more than --max-seq-len 32"):
         data.load("orders", tokenizer, 32, 0)
+
+
+def rows(folder: Path, contents: list[dict], name: str = "rows.jsonl") -> str:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in contents))
+    return str(path)
+
+
+def learnt(tokenizer: PreTrainedTokenizerBase, example: data.Example) -> str:
+    return tokenizer.decode([label for label in example.labels if label != data.IGNORE])
+
+
+def test_rows_of_all_formats_stand_side_by_side_and_a_tenth_is_held_out(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "d"}]
+    contents = [{"messages": chat}, {"text": "e"}, {"question": "f", "answer": "g"}] * 10
+    task = data.load(rows(tmp_path, contents), tokenizer, 256, 0)
+    found = [learnt(tokenizer, example) for example in task.train + task.test]
+    assert (len(task.train), len(task.test), task.metric) == (27, 3, "perplexity")
+    assert sorted(found) == sorted(["b<|im_end|>d<|im_end|>", "e<|im_end|>", "g<|im_end|>"] * 10)
+    again = data.load(str(tmp_path / "rows.jsonl"), tokenizer, 256, 0)
+    assert task == again != data.load(str(tmp_path / "rows.jsonl"), tokenizer, 256, 1), "the seed alone decides the order"
+
+
+def test_learning_the_questions_too_changes_what_is_trained_on_and_not_what_is_measured(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = rows(tmp_path, [{"prompt": str(i), "completion": "b"} for i in range(20)])
+    plain, whole = (data.load(path, tokenizer, 256, 0, train_on_prompt) for train_on_prompt in (False, True))
+    assert whole.test == plain.test and [e.ids for e in whole.train] == [e.ids for e in plain.train]
+    assert all(example.labels == example.ids for example in whole.train)
+    assert not any(example.labels == example.ids for example in plain.train)
+
+
+def test_packing_fills_the_sequences_to_train_on_and_leaves_those_to_measure(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = rows(tmp_path, [{"prompt": str(i), "completion": "b" * i} for i in range(1, 21)])
+    plain, packed = (data.load(path, tokenizer, 128, 0, False, packed) for packed in (False, True))
+    assert packed.test == plain.test and len(packed.train) < len(plain.train)
+    assert sum(len(e.ids) for e in packed.train) == sum(len(e.ids) for e in plain.train)
+    batch = data.collate(packed.train[:2], 0).to("cpu")
+    assert batch.inputs.keys() == {"input_ids", "position_ids"}, "an attention_mask would let documents see each other"
+    assert data.collate(plain.train[:2], 0).inputs.keys() == {"input_ids", "attention_mask"}
+
+
+def test_long_rows_are_counted_with_their_lines_and_cut_or_dropped(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    short = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"},
+                          {"role": "assistant", "content": "one two three"}]}  # fmt: skip
+    turns = short["messages"]
+    cut = {"messages": [*turns[:2], {"role": "assistant", "content": " ".join(["word"] * 50)}]}
+    dropped = {"messages": [turns[0], {"role": "user", "content": " ".join(["word"] * 50)}, turns[2]]}
+    document = {"text": " ".join(["tale"] * 50)}
+    path = rows(tmp_path, [short, cut, dropped, document, short])
+    task = data.load(path, tokenizer, 24, 0)
+    whole = {line: len(data.Template(tokenizer).conversation(row["messages"])[0].ids) for line, row in ((2, cut), (3, dropped))}
+    said = capsys.readouterr().out
+    assert "3 of 5 rows of" in said and "exceed --max-seq-len 24" in said and "and 1 of their sequences dropped" in said
+    assert said.endswith(f"no answer left: {path}:2 has {whole[2]}, {path}:3 has {whole[3]}, {path}:4 has 51\n")
+    found = sorted(learnt(tokenizer, example) for example in task.train + task.test)
+    assert max(len(example.ids) for example in task.train + task.test) <= 24
+    tales = [text for text in found if "tale" in text]
+    assert "".join(sorted(tales, key=lambda text: "<" in text)).count("tale") == 50, "nothing of a document is lost"
+    assert [text for text in found if "word" in text] == [" ".join(["word"] * found[-1].count("word"))]
+    assert found.count("one two three<|im_end|>") == 2 and len(found) == len(tales) + 3
+
+
+def test_all_bad_rows_of_a_file_are_reported_at_once_in_their_order(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('I will not') }}{% endif %}" \
+                           "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"  # fmt: skip
+    refused = {"messages": [{"role": "user", "content": "no"}, {"role": "assistant", "content": "b"}]}
+    path = rows(tmp_path, [{"prompt": "a"}, refused, {"text": "fine"}, {"text": 3}])
+    with pytest.raises(ValueError) as error:
+        data.load(path, strict, 256, 0)
+    first, *lines = str(error.value).split("\n  ")
+    assert first == f"3 of 4 rows of {path} cannot be used: mend or remove them"
+    assert [line.partition(": ")[0] for line in lines] == [f"{path}:{number}" for number in (1, 2, 4)]
+    assert "refuses it (I will not)" in lines[1]
+
+
+@pytest.mark.parametrize("name, complaint", [
+    ("table.csv", "ends neither in .txt nor in .jsonl or .json: rename it"), ("some/missing.jsonl", "is not a file"),
+    ("a/b/c", "is not a file"), ("some/set", "as a hub data set needs a library"), (".", "is not a file"),
+])
+def test_what_is_neither_rows_nor_text_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, complaint: str,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "table.csv").write_text("a,b")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"--data {re.escape(name)} .*{complaint}"):
+        data.load(name, tokenizer, 256, 0)
+
+
+def test_a_preview_shows_the_first_sequences_and_where_documents_meet(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = rows(tmp_path, [{"text": f"{i}!"} for i in range(6)])
+    task = data.load(path, tokenizer, 6, 0, packed=True)
+    first, second, third, *_ = data.preview(task, tokenizer, colour=False, count=1).split("\n")
+    assert first == "3 sequences to train on, 1 held out; learnt is ⟦this⟧"
+    assert second == "--- 1: 6 tokens, 4 learnt"
+    assert re.fullmatch(r"\d⟦!<\|im_end\|>⟧", third)
+    assert data.preview(task, tokenizer, colour=False, count=1).split("\n")[3] == "- - -"
 
 
 def test_a_model_without_a_chat_template_gets_the_bare_question(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -185,6 +185,29 @@ def test_an_adapter_answers_a_prompt(tiny: Path, tmp_path: Path, few_questions: 
     assert capsys.readouterr().out.endswith("answer of 8 tokens at most\n")
 
 
+def test_a_preview_reads_no_weights_and_writes_nothing(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights"))
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--model", str(tiny), "--preview"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("--- ") == 3 and "⟦{\"name\"" in shown and "\033" not in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_packed_rows_train_and_what_was_packed_may_not_be_unpacked_on_resume(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": f"{i}!"}) + "\n" for i in range(40)))
+    flags = ["--data", str(rows), "--lr", "0.02"]
+    assert run(tiny, tmp_path / "out", *flags, "--packing", "--max-seq-len", "128") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["metric"] == "perplexity" and report["after"] < report["before"]
+    capsys.readouterr()
+    assert run(tiny, tmp_path / "out", *flags, "--max-seq-len", "128", "--resume") == 1
+    assert "packing was True, is False" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, complaint", [
     (["--model", "nowhere/at-all/three"], "neither a folder nor a hub id within reach"),
     (["--data", "nothing.jsonl"], "--data nothing.jsonl is not a file"),
