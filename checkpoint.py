@@ -23,7 +23,7 @@ import bnb_format
 import files
 import skeleton
 from lora import QLoRALinear, adapt, names_of, unadapted
-from peft_format import layers_of, of_layer, read_config, tensor_names, write_config
+from peft_format import describe_base, layers_of, of_layer, read_config, tensor_names, write_config
 from skeleton import check_like
 
 QUANTIZATION = {
@@ -56,7 +56,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     rest = {"lora_dropout": lora_dropout, "use_rslora": use_rslora, "target_modules": _target_modules(model),
             "base_model_name_or_path": getattr(model, "name_or_path", None)}
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_tensors(adapter_tensors(model), folder / "adapter_model.safetensors", {"format": "pt"})
+    header = {"format": "pt", "base": describe_base(next(iter(layers.values())).base)}
+    files.write_tensors(adapter_tensors(model), folder / "adapter_model.safetensors", header)
     write_config({name: (layer.r, layer.lora_alpha) for name, layer in layers.items()}, rest, folder)
 
 

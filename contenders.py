@@ -29,9 +29,10 @@ import data
 import dispatch
 import memory
 import pretrained
+import variants
 from evaluate import autocast, label_loss
 from frozen import FrozenWeight
-from lora import QLoRALinear, attach
+from lora import QLoRALinear
 from paged_optim import PagedAdamW
 
 Work = Callable[[], object]
@@ -150,9 +151,8 @@ def model_of(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """
     torch.manual_seed(0)
     if name == "ours":
-        model = attach(pretrained.load(pretrained.DEFAULT, torch.bfloat16, "cpu")[0], r=8, lora_alpha=16)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
+        adapter = {"r": 8, "lora_alpha": 16}
+        model = variants.adapted(pretrained.default_folder(), torch.bfloat16, "cpu", "default", 0, adapter, {})
         return model, PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

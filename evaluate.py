@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import data
 
@@ -80,11 +80,14 @@ def perplexity(model: PreTrainedModel, examples: list[data.Example], batch_size:
 
 @torch.no_grad()
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], length: int,
-            dtype: torch.dtype, batch_size: int = 100) -> list[str]:
-    """Greedy answers of at most `length` tokens to prompts of token ids, which are padded on the left to end together."""
+            dtype: torch.dtype, batch_size: int = 100, streamer: TextStreamer | None = None) -> list[str]:
+    """Greedy answers of at most `length` tokens to prompts of token ids, which are padded on the left to end together.
+
+    A streamer shows the answer to a single prompt while it comes.
+    """
     model.eval()
     end, texts = tokenizer.eos_token_id, []
-    greedy = {"max_new_tokens": length, "do_sample": False, "pad_token_id": end}
+    greedy = {"max_new_tokens": length, "do_sample": False, "pad_token_id": end, "streamer": streamer}
     # Torch multiplies a sliced (B, 1, hidden) tensor by copying the head's weight B times; a contiguous one it does not.
     contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: inputs[0].contiguous())
     with contiguous, autocast(model.device, dtype):

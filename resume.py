@@ -108,13 +108,15 @@ def read_state(path: Path) -> State:
     """What `save_state` wrote. Raises: ValueError if a byte of it has changed or is missing."""
     tensors = files.read_tensors(path)
     metadata = files.read_metadata(path)
+    if not {"progress", "sha256"} <= metadata.keys():
+        raise ValueError(f"{path} is not the state of a run")
+    if checksum(tensors, metadata["progress"]) != metadata["sha256"]:
+        raise ValueError(f"{path} is damaged (its checksum has changed)")
     try:
-        if checksum(tensors, metadata["progress"]) != metadata["sha256"]:
-            raise ValueError(f"{path} is damaged (its checksum has changed)")
         progress = files.parse_json(metadata["progress"].encode())
         state = State(path, tensors, progress["step"], progress["settings"], progress["before"])
         torch.Generator().set_state(tensors["rng"])  # would torch take it?
-    except (KeyError, TypeError, RuntimeError):
+    except (KeyError, TypeError, RuntimeError, ValueError):
         raise ValueError(f"{path} is not the state of a run") from None
     if type(state.step) is not int or state.step < 0 or not isinstance(state.settings, dict) or not _is_pair(state.before):
         raise ValueError(f"{path} is not the state of a run")

@@ -18,15 +18,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 import files
 
 
-def build(folder: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
-    """The model that config.json describes, on the meta device but for the buffers that no file holds."""
+def build(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model that config.json describes, on the meta device but for the buffers that no file holds.
+
+    tensors: those of its files, of which only number and size count. dtype: of its parameters, unless that of config.json.
+    """
     path = folder / "config.json"
     _refuse_endless(files.read_json(path), len(tensors), path)
     most = sum(tensor.nbytes for tensor in tensors.values()) + 2**26
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"), _Bounded(10_000 + 100 * len(tensors), most):  # a tensor needs about 5 calls
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **{"dtype": dtype} if dtype else {})
         computed = dict(model.named_non_persistent_buffers())
         nbytes = sum(buffer.nbytes for buffer in computed.values())
         if nbytes > most:
@@ -82,12 +85,17 @@ def fill(model: PreTrainedModel, tensors: dict[str, Tensor], where: Path) -> Non
         if target in tensors and not _equal(tensors[target], tensors.setdefault(source, tensors[target])):
             raise ValueError(f"{where}: {target} and {source} differ, and config.json ties them")
         tensors.pop(target, None)
-    empty = {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta}
+    empty = empty_of(model)
     check_like(tensors, empty, where)
     files.refuse_nan(tensors, where)
     for name, tensor in empty.items():
         _set(model, name, nn.Parameter(tensors[name], False) if isinstance(tensor, nn.Parameter) else tensors[name])
     model.tie_weights()
+
+
+def empty_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters and buffers that have no numbers yet."""
+    return {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta}
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoint
 import data
+import export
 import files
 import memory
 import packing
@@ -27,24 +28,25 @@ import plan
 import pretrained
 import report
 import resume
-from evaluate import answers, label_loss, measure
-from lora import attach
+import variants
+from evaluate import label_loss, measure
 from nf4 import normal_float
 from options import QUANT, Options, parse_args
 from paged_optim import PagedAdamW
 
 
 def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base, frozen and quantized layer by layer, with fresh adapters from the seed."""
-    model, tokenizer = pretrained.load(args.model or pretrained.DEFAULT, args.dtype, args.device)
-    torch.manual_seed(args.seed)
-    started = time.perf_counter()
+    """The base, frozen and quantized layer by layer as it is read, with adapters that start from the seed."""
+    kept = args.save_4bit if args.resume else None  # the very base that the run had
+    folder = kept or pretrained.find(args.model or pretrained.DEFAULT)
+    tokenizer = pretrained.tokenizer_in(folder)
     codebook = normal_float(QUANT[quant]) if QUANT[quant] else None
-    attach(model, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, block_size=args.block_size,
-           double_quant=not args.no_double_quant, codebook=codebook)
-    print(f"base {'kept in 16 bits' if codebook is None else f'quantized to {quant}'}, {time.perf_counter() - started:.1f} s")
-    for parameter in model.parameters():  # what is left of the base lies in the mapped file; a copy lets the file go
-        parameter.data = parameter.data.clone()
+    base = {"block_size": args.block_size, "double_quant": not args.no_double_quant, "codebook": codebook}
+    adapter = {name: getattr(args, name) for name in ("lora_alpha", "lora_dropout", "use_rslora")} | {"r": args.lora_r}
+    model = variants.adapted(folder, args.dtype, args.device, "default" if kept else args.lora_start, args.seed, adapter, base)
+    model.name_or_path = args.model or str(folder)  # which the adapter's config will name
+    if args.save_4bit:  # which is then what it names
+        export.save_4bit(model, tokenizer, args.save_4bit)
     if args.grad_checkpoint:
         model.activation_checkpointing_enable()
     return model, tokenizer
@@ -144,20 +146,11 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
     }
 
 
-def ask(args: Options) -> None:
-    """Answer --prompt with --adapter on the 4-bit base that it was trained on."""
-    base = args.model or checkpoint.read_config(args.adapter)["base_model_name_or_path"] or pretrained.DEFAULT
-    model, tokenizer = pretrained.load(base, args.dtype, args.device)
-    checkpoint.load_adapter(model, args.adapter)
-    print(answers(model, tokenizer, [data.chat(tokenizer, args.prompt)], args.max_seq_len, args.dtype)[0])
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, __doc__)
     try:
-        if args.prompt is not None:
-            ask(args)
-            return 0
+        if args.adapter is not None:
+            return export.use(args)
         if args.preview:
             _, tokenizer = pretrained.outline(args.model or pretrained.DEFAULT)
             task = data.load(args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing)
@@ -169,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         result = finetune(args, args.quant, args.output_dir)
         report.write_report(result, args.output_dir)
         if args.compare:
+            args.lora_start, args.save_4bit = "default", None
             other = finetune(args, "none", args.output_dir / "16-bit")
             result["compare"] = {key: other[key] for key in ("before", "after", "before_unseen", "after_unseen")}
             report.write_report(result, args.output_dir)

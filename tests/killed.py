@@ -36,6 +36,7 @@ import models  # noqa: E402
 import pretrained  # noqa: E402
 import report  # noqa: E402
 import resume  # noqa: E402
+import streaming  # noqa: E402
 import train  # noqa: E402
 
 FLAGS = ["--max-steps", "4", "--save-every", "2", "--batch-size", "2", "--lora-dropout", "0.2", "--dtype", "float32",
@@ -51,7 +52,8 @@ def warm() -> None:
     rows = [data.Example(ids, [data.IGNORE] * 2 + ids[2:]) for ids in texts]
     data.load = lambda *args: data.Task("perplexity", rows[:-1], rows[-1:])
     pretrained.outline = lambda name: (model.config, tokenizer)
-    pretrained.load = lambda *args: (copy.deepcopy(model), tokenizer)
+    pretrained.find, pretrained.tokenizer_in = lambda name: Path("."), lambda folder: tokenizer
+    streaming.load = lambda *args: copy.deepcopy(model)
     train.measure = lambda *args: [0.5, None]
     report.plot_loss = lambda *args: None
     os.fsync = lambda descriptor: None  # it takes long, and what it is for, a power cut, is not tried here
@@ -79,12 +81,15 @@ def end(child: int) -> int:
 
 
 def trace(folder: Path) -> dict[str, object]:
-    """Everything that a run leaves, but for the time that it took, and the order of the entries in a state's header."""
+    """Everything that a run leaves, but for the time that it took, and the order of the entries in a file's header."""
     contents = {path.name: path.read_bytes() for path in folder.iterdir()}
     lines = report.read_metrics(folder / "metrics.jsonl")
     steps = [{key: each for key, each in line.items() if key not in TIMES} for line in lines]
     states = {path.name: resume.checksum(state.tensors, json.dumps(state[2:]))
               for path in resume.states(folder) for state in [resume.read_state(path)]}  # fmt: skip
+    adapter = folder / "adapter_model.safetensors"
+    header = json.dumps(files.read_metadata(adapter), sort_keys=True)
+    states[adapter.name] = resume.checksum(files.read_tensors(adapter), header)
     return contents | {"metrics.jsonl": steps, "report.json": json.loads(contents["report.json"])["steps"]} | states
 
 

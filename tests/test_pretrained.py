@@ -1,11 +1,13 @@
-"""Where the base comes from, and what is refused: damaged files, unknown names, pickles."""
+"""Where the base comes from, and what is refused: damaged files, unknown names, broken downloads."""
 
+import fnmatch
 import json
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import models
 import pretrained
@@ -51,27 +53,16 @@ def test_a_flipped_bit_in_the_converted_weights_is_noticed(tmp_path: Path) -> No
         pretrained.default_folder(tmp_path)
 
 
-def test_a_folder_is_read_back_as_it_was_saved(tmp_path: Path) -> None:
-    model, tokenizer = pretrained.load(str(models.save_tiny_llama(tmp_path)), torch.float32, "cpu")
-    for (name, ours), theirs in zip(model.named_parameters(), models.tiny_llama().parameters()):
-        assert torch.equal(ours, theirs), name
-    assert tokenizer("order").input_ids == models.tokenizer()("order").input_ids
-    assert not model.training
+def test_a_folder_that_is_there_is_taken_with_its_tokenizer(tmp_path: Path) -> None:
+    folder = models.save_tiny_llama(tmp_path)
+    assert pretrained.find(str(folder)) == folder
+    assert pretrained.tokenizer_in(folder)("order").input_ids == models.tokenizer()("order").input_ids
 
 
-def test_truncated_safetensors_are_refused(tmp_path: Path) -> None:
-    weights = models.save_tiny_llama(tmp_path) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="the weights in .* are damaged"):
-        pretrained.load(str(tmp_path), torch.float32, "cpu")
-
-
-def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
-    weights = models.save_tiny_llama(tmp_path) / "model.safetensors"
-    weights.unlink()
-    torch.save(models.tiny_llama().state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="is not a model that can be read"):
-        pretrained.load(str(tmp_path), torch.float32, "cpu")
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    models.tiny_llama(vocab_size=8).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no tokenizer that can be read"):
+        pretrained.tokenizer_in(tmp_path)
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
@@ -79,7 +70,7 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
     with pytest.raises(ValueError, match="names no end token"):
-        pretrained.load(str(tmp_path), torch.float32, "cpu")
+        pretrained.tokenizer_in(tmp_path)
 
 
 def test_a_hub_id_that_is_there_is_taken_from_the_cache_or_else_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,9 +88,7 @@ def test_an_unknown_model_is_refused_with_the_way_to_the_default(tmp_path: Path,
     monkeypatch.setattr(pretrained.HfApi, "model_info", unreachable)
     for name in (str(tmp_path / "nowhere"), "no-such-owner/no-such-model"):
         with pytest.raises(ValueError, match="neither a folder nor a hub id within reach.*comes from a Python package"):
-            pretrained.load(name, torch.float32, "cpu")
-    with pytest.raises(ValueError, match="is not a model that can be read"):
-        pretrained.load(str(tmp_path), torch.float32, "cpu")
+            pretrained.find(name)
 
 
 def test_the_model_is_converted_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +101,35 @@ def test_the_model_is_converted_once_and_found_again(tmp_path: Path, monkeypatch
     monkeypatch.undo()
     monkeypatch.setattr(pretrained, "_find_gguf", lambda folder: pytest.fail("looked for the package again"))
     assert pretrained.default_folder(tmp_path) == folder and list(tmp_path.iterdir()) == [folder]
-    model, _ = pretrained.load(str(folder), torch.bfloat16, "cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny.parameters()))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_of_a_hubs_folder_no_pickle_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
+    asked = []
+
+    def download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append((name, local_files_only))
+        there = ["model-00001-of-2.safetensors", "config.json", "tokenizer.model", "pytorch_model.bin", "code.py", "x.pt",
+                 "consolidated.safetensors", "model.safetensors.index.json", "chat_template.jinja"]  # fmt: skip
+        wanted = [each for each in there if any(fnmatch.fnmatch(each, pattern) for pattern in allow_patterns)]
+        assert wanted == [there[i] for i in (0, 1, 2, 7, 8)]
+        return str(tmp_path)
+
+    monkeypatch.setattr(pretrained, "_in_cache", lambda name: cached)
+    monkeypatch.setattr(pretrained, "snapshot_download", download)
+    assert pretrained.find("owner/model") == tmp_path and asked == [("owner/model", cached)]
+
+
+def test_a_download_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise OSError("the line is dead\nTraceback")
+
+    monkeypatch.setattr(pretrained, "_in_cache", lambda name: False)
+    monkeypatch.setattr(pretrained, "snapshot_download", broken)
+    with pytest.raises(ValueError, match="owner/model could not be downloaded whole .the line is dead.; without --model"):
+        pretrained.find("owner/model")
 
 
 def test_the_package_is_looked_up_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,18 @@ import re
 import signal
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from test_paged_optim import TorchAdamW
+from transformers import AutoModelForCausalLM
 
 import checkpoint
 import data
 import evaluate
+import export
 import models
 import pretrained
 import train
@@ -81,11 +85,10 @@ def partial_blocks() -> float:
 def assert_same_logits_after_reload(out: Path) -> None:
     """Adapter and base, loaded afresh, give the logits of adapter tensors copied by hand; and PEFT knows every key."""
     ids = torch.arange(100, 120)[None]
-    model, _ = pretrained.load(pretrained.DEFAULT, torch.float32, "cpu")
+    model, by_hand = (AutoModelForCausalLM.from_pretrained(pretrained.default_folder(), dtype=torch.float32) for _ in range(2))
     checkpoint.load_adapter(attach(model), out)
     with torch.no_grad():
         ours = model(input_ids=ids).logits
-    by_hand, _ = pretrained.load(pretrained.DEFAULT, torch.float32, "cpu")
     attach(by_hand)
     tensors = load_file(out / "adapter_model.safetensors")
     for name, layer in by_hand.named_modules():
@@ -176,13 +179,63 @@ def test_text_is_measured_in_perplexity_and_it_falls(tiny: Path, tmp_path: Path)
     assert report["metric"] == "perplexity" and report["after"] < report["before"] and report["before_unseen"] is None
 
 
-def test_an_adapter_answers_a_prompt(tiny: Path, tmp_path: Path, few_questions: None, capsys: pytest.CaptureFixture,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(tiny, tmp_path) == 0
+@pytest.fixture
+def book(tmp_path: Path) -> list[str]:
+    """Flags for data that cost no generation."""
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 300)
+    return ["--data", str(tmp_path / "book.txt"), "--max-seq-len", "64"]
+
+
+def test_an_adapter_answers_a_prompt_word_by_word(tiny: Path, book: list[str], tmp_path: Path, capsys: pytest.CaptureFixture,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "chat", lambda tokenizer, prompt: tokenizer(prompt).input_ids)
+    assert run(tiny, tmp_path, *book, "--max-steps", "1", "--quant", "nf3", "--block-size", "128") == 0
     capsys.readouterr()
-    monkeypatch.setattr(train, "answers", lambda *args: [f"answer of {args[3]} tokens at most"])
-    assert train.main(["--adapter", str(tmp_path), "--prompt", "Who?", "--max-seq-len", "8"]) == 0
-    assert capsys.readouterr().out.endswith("answer of 8 tokens at most\n")
+    asked = ["--adapter", str(tmp_path), "--prompt", "Who?", "--max-seq-len", "8", "--dtype", "float32"]
+    assert train.main(asked) == 0
+    streamed = capsys.readouterr().out
+    model, tokenizer = export.load(tmp_path, None, torch.float32, "cpu")
+    assert {layer.base.codebook.numel() for layer in checkpoint.adapted_layers(model).values()} == {8}
+    whole = evaluate.answers(model, tokenizer, [data.chat(tokenizer, "Who?")], 8, torch.float32)
+    assert streamed.strip() == whole[0] != ""
+
+
+@pytest.mark.parametrize("start", ["pissa", "loftq"])
+def test_a_start_that_changes_the_base_keeps_it_and_goes_on_from_it(
+    tiny: Path, book: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str) -> None:
+    flags = [*book, "--lora-start", start, "--save-4bit", str(tmp_path / "base"), "--use-rslora", "--save-every", "2"]
+    assert run(tiny, tmp_path / "whole", *flags) == 0
+    tensors = [load_file(tmp_path / "whole" / "adapter_model.safetensors")]
+    (tmp_path / "parts").mkdir()
+    real = train.train_step
+    counter = iter(range(100))
+    monkeypatch.setattr(train, "train_step", lambda *args: real(*args) if next(counter) != 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tiny, tmp_path / "parts", *flags)
+    assert run(tiny, tmp_path / "parts", *flags, "--resume") == 0
+    tensors.append(load_file(tmp_path / "parts" / "adapter_model.safetensors"))
+    one, other = tensors
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "whole")
+    ours, _ = export.load(tmp_path / "whole", None, torch.float32, "cpu")
+    assert ours.name_or_path == str(tmp_path / "base")
+    for name, layer in checkpoint.adapted_layers(ours).items():
+        their = theirs.base_model.model.get_submodule(name)
+        weight = bitsandbytes.functional.dequantize_4bit(their.base_layer.weight, their.base_layer.weight.quant_state)
+        assert torch.equal(layer.base(), weight) and their.scaling["default"] == layer.scaling == 16 / math.sqrt(8)
+        assert torch.equal(layer.lora_A, their.lora_A["default"].weight)
+
+
+def test_a_start_from_dense_weights_needs_them(tiny: Path, book: list[str], tmp_path: Path,
+                                               capsys: pytest.CaptureFixture) -> None:
+    assert run(tiny, tmp_path / "out", *book, "--save-4bit", str(tmp_path / "base"), "--max-steps", "1") == 0
+    again = ["--save-4bit", str(tmp_path / "other"), "--lora-start", "loftq"]
+    assert run(tmp_path / "base", tmp_path / "out", *book, *again) == 1
+    assert "loftq starts from dense weights, and" in capsys.readouterr().err
+    assert run(tmp_path / "base", tmp_path / "out", *book, "--max-steps", "1") == 0, "a 4-bit folder is a model"
+    assert run(tiny, tmp_path / "out", *book, "--save-4bit", str(tiny)) == 1
+    assert "holds a model that is not in 4 bits" in capsys.readouterr().err
 
 
 def test_a_preview_reads_no_weights_and_writes_nothing(
