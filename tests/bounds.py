@@ -22,6 +22,7 @@ U = UNIT_ROUNDOFF[torch.float32]
 
 # Not of rounding, but what the ledger promises of a peak: everywhere, and where the run of 65B is held to a card's memory
 OF_A_PEAK, OF_A_PEAK_ON_A_CARD = 0.05, 0.03
+HALF_A_PERCENT = 0.005  # what a share may be off that is printed in whole percents
 
 
 def gamma(n: int, dtype: torch.dtype = torch.float32) -> float:

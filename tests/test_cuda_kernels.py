@@ -109,6 +109,13 @@ def test_numbers_that_do_not_start_at_16_bytes_are_copied_first() -> None:
     assert ran == ["quantize"] and same_bits(q.packed, nf4.quantize(weight).packed)
 
 
+def test_eight_bit_codes_go_to_the_reference() -> None:
+    weight = random(600)
+    with simulated() as ran:
+        q = dispatch.quantize(weight, 64, nf4.normal_float(8))
+    assert ran == [] and same_bits(q.packed, nf4.quantize(weight, 64, nf4.normal_float(8)).packed)
+
+
 # dequantize
 
 tensors = st.builds(

@@ -190,6 +190,13 @@ def test_the_kernels_take_the_threads_that_torch_has(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_torch_keeps_its_number_of_threads_when_those_of_numba_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(numba, "set_num_threads", lambda count: torch.set_num_threads(count + 1))  # as they do
+    host.follow_torch()
+    assert torch.get_num_threads() == before
+
+
 # quantize
 
 

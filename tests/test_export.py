@@ -8,7 +8,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from bounds import cosine
+from bounds import HALF_A_PERCENT, cosine
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -88,7 +88,7 @@ def test_a_merge_into_4_bits_keeps_what_the_audit_said_and_transformers_loads_it
         moved = (after - before[name]).double().norm() / length.sqrt()
         assert abs(change / length - audit[name].kept) <= cosine(update.numel()) * moved, name
         wanted, realised = wanted + length, realised + change
-    assert 0 < said < 1 and abs(said - realised / wanted) <= 0.5 / 100 + cosine(2**14)
+    assert 0 < said < 1 and abs(said - realised / wanted) <= HALF_A_PERCENT + cosine(2**14)
 
 
 def test_the_share_over_a_model_weighs_layers_by_the_square_of_their_updates() -> None:

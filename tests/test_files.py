@@ -48,6 +48,7 @@ def test_a_folder_that_cannot_be_written_or_is_too_small_is_found_out_first(tmp_
 JSON = {
     "is not a JSON object .*Expecting": b"{", "but a list": b"[1]", "is not a JSON object .*start byte": b'{"a": "\xff"}',
     "is not a JSON object .*recursion": b"[" * 100_000, "is not a JSON object .*digits": b'{"a": ' + b"9" * 5000 + b"}",
+    "is not a JSON object .*nested more than 50 deep": b'{"a": ' * 60 + b"1" + b"}" * 60,
 }  # fmt: skip
 
 
