@@ -2,8 +2,7 @@
 
 An operator of torch.library takes tensors and numbers, no dataclasses. So nf4's Quantized, and double_quant's DoubleQuantized
 where there is one, are laid side by side on the way in (`stored`) and put together again where the reference is to run
-(`restored`). Nothing is copied, but
-levels that lie on another device.
+(`restored`). Nothing is copied but levels that lie on another device.
 """
 
 import math

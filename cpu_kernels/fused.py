@@ -9,7 +9,7 @@ elements between them by their low ones. Nothing is put back in order: the other
     y = x W^T     x in this order. Two rows of W are multiplied by T tokens: 4 T sums, which stay in registers
     y = x W       y in this order. 64 columns of a team of rows are multiplied by T tokens: 4 T sums, which stay there meanwhile
 
-T is 4, or 1 for a single token. An element of W is decoded once for T tokens, by a fifth of the instructions that multiply it.
+T is 4, or 1 for a single token. An element of W is decoded once for T tokens, so that with 4 most instructions multiply.
 Elements are level * scale rounded to float32, as in the reference; only their sum has another order.
 
 Bytes read an element of W: 1/2 + 1/64, double-quantized, once for all tokens; x and y come again and again, from the cache.

@@ -158,25 +158,17 @@ def test_levels_in_another_order_are_found_by_the_reference_and_decoded_by_the_k
         del calls[:]
 
 
-@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no GPU here"))])  # fmt: skip
-def test_on_another_device_the_reference_runs(device: str, no_kernels: None) -> None:
+def test_on_a_device_without_kernels_the_reference_runs(no_kernels: None) -> None:
+    """On the meta device, where tensors have no numbers; for a GPU there are test_cuda_kernels.py and test_gpu.py."""
     q, constants = weight_of(Recipe((33, 70)), True)
-    there = dataclasses.replace(q, packed=q.packed.to(device), codebook=q.codebook.to(device))
-    moved = {name: getattr(constants, name).to(device) for name in ("codes", "absmax", "offset", "codebook")}
+    there = dataclasses.replace(q, packed=q.packed.to("meta"), codebook=q.codebook.to("meta"))
+    moved = {name: getattr(constants, name).to("meta") for name in ("codes", "absmax", "offset", "codebook")}
     constants_there = dataclasses.replace(constants, **moved)
     whole = dispatch.dequantize(there, torch.bfloat16, constants_there)
-    assert (whole.device.type, whole.shape, whole.dtype) == (device, (33, 70), torch.bfloat16)
+    assert (whole.device.type, whole.shape, whole.dtype) == ("meta", (33, 70), torch.bfloat16)
     for transposed, width, other in [(True, 70, 33), (False, 33, 70)]:
-        x = random(5, width).to(device)
-        y = dispatch.matmul(x, there, constants_there, transposed)
-        assert (y.device.type, y.shape, y.dtype) == (device, (5, other), torch.float32)
-        if device != "meta":
-            weight = Bounded.exact(dense(q, constants, torch.float32))
-            bound = Bounded.exact(x.cpu()).matmul(weight.T if transposed else weight, torch.float32)
-            assert in_float64(bound, 2 * width).allows(y.cpu())
-    if device != "meta":
-        assert same_bits(whole.cpu(), dense(q, constants, torch.bfloat16))
+        y = dispatch.matmul(random(5, width).to("meta"), there, constants_there, transposed)
+        assert (y.device.type, y.shape, y.dtype) == ("meta", (5, other), torch.float32)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
