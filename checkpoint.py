@@ -44,8 +44,11 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {key: parameter for pair in pairs.values() for key, parameter in pair}
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapters of a model into a folder, as PEFT would. Raises: ValueError if the model has none."""
+def save_adapter(model: nn.Module, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
+    """Write the adapters of a model into a folder, as PEFT would. Raises: ValueError if the model has none.
+
+    tensors: what `adapter_tensors` gives, made whole, where the model's own are sharded.
+    """
     folder, layers = Path(folder), adapted_layers(model)
     if not layers:
         raise ValueError("the model has no adapters: lora.attach puts them there")
@@ -57,7 +60,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
             "base_model_name_or_path": getattr(model, "name_or_path", None)}
     folder.mkdir(parents=True, exist_ok=True)
     header = {"format": "pt", "base": describe_base(next(iter(layers.values())).base)}
-    files.write_tensors(adapter_tensors(model), folder / "adapter_model.safetensors", header)
+    files.write_tensors(tensors or adapter_tensors(model), folder / "adapter_model.safetensors", header)
     write_config({name: (layer.r, layer.lora_alpha) for name, layer in layers.items()}, rest, folder)
 
 

@@ -10,13 +10,16 @@ are both known as soon as a few rows of logits are, and what is float32 among th
 """
 
 import math
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import data
+import parallel
+import processes
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:
@@ -70,12 +73,27 @@ def label_loss(model: PreTrainedModel, batch: data.Batch, dtype: torch.dtype) ->
     return CrossEntropy.apply(output.logits, labels[learnt])  # logits (labels, vocabulary)
 
 
+class LabelLoss(nn.Module):
+    """`label_loss` of a model as a module, which is what DistributedDataParallel takes."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, batch: data.Batch) -> Tensor:
+        return label_loss(self.model, batch, self.dtype)
+
+
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, examples: list[data.Example], batch_size: int, pad_id: int, dtype: torch.dtype) -> float:
-    """exp of the mean loss a label over all examples."""
+    """exp of the mean loss a label over all examples, of which each process looks at its part."""
     model.eval()
-    batches = [data.collate(examples[i : i + batch_size], pad_id).to(model.device) for i in range(0, len(examples), batch_size)]
-    return math.exp(sum(label_loss(model, batch, dtype).item() for batch in batches) / sum(batch.n_labels for batch in batches))
+    mine, counted = processes.part(examples)
+    mine[counted:] = [replace(example, labels=[data.IGNORE] * len(example.ids)) for example in mine[counted:]]
+    batches = [data.collate(mine[i : i + batch_size], pad_id).to(model.device) for i in range(0, len(mine), batch_size)]
+    loss, labels = processes.total(sum(label_loss(model, batch, dtype).item() for batch in batches),
+                                     sum(batch.n_labels for batch in batches))  # fmt: skip
+    return math.exp(loss / labels)
 
 
 @torch.no_grad()
@@ -87,7 +105,8 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
     """
     model.eval()
     end, texts = tokenizer.eos_token_id, []
-    greedy = {"max_new_tokens": length, "do_sample": False, "pad_token_id": end, "streamer": streamer}
+    greedy = {"max_new_tokens": length, "do_sample": False, "pad_token_id": end, "streamer": streamer,
+              "synced_gpus": parallel.is_sharded(model)}  # then all go on until the last one has its answers
     # Torch multiplies a sliced (B, 1, hidden) tensor by copying the head's weight B times; a contiguous one it does not.
     contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: inputs[0].contiguous())
     with contiguous, autocast(model.device, dtype):
@@ -103,14 +122,20 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
 
 def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[data.Example], dtype: torch.dtype,
                 show: int = 0) -> float | None:
-    """The share of answers that are right to the letter (None without examples); the first `show` are printed."""
+    """The share of answers that are right to the letter (None without examples); `show` of them are printed.
+
+    Each process asks its part of the questions.
+    """
     if not examples:
         return None
+    mine, counted = processes.part(examples)
     length = max(len(e.ids) - e.n_prompt for e in examples)
-    got = answers(model, tokenizer, [e.ids[: e.n_prompt] for e in examples], length, dtype)
-    for example, text in list(zip(examples, got))[:show]:
+    got = answers(model, tokenizer, [e.ids[: e.n_prompt] for e in mine], length, dtype)
+    pairs = list(zip(mine, got))[:counted]
+    for example, text in pairs[:show]:
         print(f"  asked   {example.prompt}\n  wanted  {example.answer}\n  got     {' '.join(text.split())[:100]}")
-    return sum(text == example.answer for example, text in zip(examples, got)) / len(examples)
+    (right,) = processes.total(sum(text == example.answer for example, text in pairs))
+    return right / len(examples)
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: data.Task, batch_size: int, dtype: torch.dtype,

@@ -117,8 +117,9 @@ class FrozenWeight(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """What the weight costs in memory, read off the tensors that hold it."""
-        return sum(buffer.nbytes for name, buffer in self.named_buffers() if not name.endswith("codebook"))
+        """What the weight costs in memory, read off the tensors that hold it (of all processes, if it is sharded)."""
+        buffers = [buffer for name, buffer in self.named_buffers() if not name.endswith("codebook")]
+        return sum(tensor.nbytes for tensor in [*buffers, *self.parameters()])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """What .to(), .half() and .cuda() call. Buffers change their device, but 4-bit ones never their dtype."""

@@ -39,15 +39,16 @@ def ledger(model: nn.Module) -> dict[str, Component]:
     rows = {name: [0, 0] for name in ("linear layers", "embedding, head", "norms, biases", "adapters")}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     big = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding) or module is head}
-    for parameter in model.parameters():
+    frozen = [module for module in model.modules() if hasattr(module, "codebook")]  # a FrozenWeight keeps its bytes in
+    theirs = {id(parameter) for module in frozen for parameter in module.parameters()}  # buffers; sharded, in parameters
+    for parameter in (parameter for parameter in model.parameters() if id(parameter) not in theirs):
         kind = "adapters" if parameter.requires_grad else "embedding, head" if id(parameter) in big else "norms, biases"
         kind = "linear layers" if kind == "norms, biases" and parameter.dim() > 1 else kind
         rows[kind][0] += parameter.numel()
         rows[kind][1] += parameter.nbytes
-    for module in model.modules():
-        if hasattr(module, "codebook"):  # a FrozenWeight, which keeps its bytes in buffers
-            rows["linear layers"][0] += module.shape.numel()
-            rows["linear layers"][1] += module.nbytes
+    for module in frozen:
+        rows["linear layers"][0] += module.shape.numel()
+        rows["linear layers"][1] += module.nbytes
     return {name: Component(elements, 2 * elements, nbytes) for name, (elements, nbytes) in rows.items()}
 
 

@@ -1,47 +1,23 @@
-"""The command line of train.py: one dataclass, from which the parser, the help and what --resume compares are made.
+"""The options of train.py: one dataclass, of which command_line.py makes the parser and the help, and --resume what to compare.
 
-A flag is a field: its name, its type, and in `flag` its group, default, help, other spellings and the rule for its value.
-
-    lr: float = training(1e-3, "learning rate after warm-up", "--learning-rate", rule="above 0")
-
-Other spellings are those of Hugging Face's trainers; an underscore does for a dash. With `free=True` a flag may have another
-value on --resume. Nothing is loaded before flags make sense, each by itself and all of them together (`wrong_combination`).
+Spellings besides our own are those of Hugging Face's trainers. With `free=True` a flag may have another value on --resume.
+Nothing is loaded before flags make sense, each by itself and all of them together (`wrong_combination`).
 """
 
-import argparse
-import difflib
-import math
-import sys
-from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, get_args, get_type_hints
 
 import torch
 
 import pretrained
+import processes
+from command_line import flag, parser_of, read, spelling
 from evaluate import pick_dtype
 from variants import STARTS
 
 QUANT = {"nf4": 4, "nf3": 3, "nf2": 2, "none": 0}  # bits of the base's code; none leaves it in 16 bits
 STEPS = 60  # that are taken where neither their number nor one of epochs is given
-RULES: dict[str, Callable[[float], bool]] = {
-    "above 0": lambda x: 0 < x < math.inf,
-    "0 or more": lambda x: 0 <= x < math.inf,
-    "2 or more, the megabytes of a page": lambda x: 2 <= x < math.inf,
-    "a probability, 0 <= p < 1": lambda x: 0 <= x < 1,
-    "a power of two, 2 or more": lambda x: x >= 2 and x & (x - 1) == 0,
-}
-
-
-def flag(group: str, default: object, text: str, *aliases: str, rule: str | None = None, choices: list[str] | None = None,
-         free: bool = False) -> Field:
-    """A field of Options, and all that the parser must know of it."""
-    return field(default=default, metadata={"group": group, "text": text, "aliases": aliases, "rule": rule,
-                                            "choices": choices, "free": free})  # fmt: skip
-
-
 base, adapters, rows = (partial(flag, group) for group in ("the frozen base", "the adapters", "the data"))
 training, saving = partial(flag, "training"), partial(flag, "saving and resuming", free=True)
 instead = partial(flag, "before, after and instead of training", free=True)
@@ -59,6 +35,7 @@ class Options:
     save_4bit: Path | None = base(None, "keep the 4-bit base, as transformers and bitsandbytes read it")
     dtype: str = base("auto", "of products; auto: bfloat16 if native", choices=["auto", "bfloat16", "float32"])
     device: str = base("cuda" if torch.cuda.is_available() else "cpu", "where the model is")
+    shard: bool = base(False, "under torchrun: each process keeps its share of every tensor (FSDP2)", free=True)
 
     lora_r: int = adapters(8, "their rank", rule="above 0")
     lora_alpha: float = adapters(16.0, "the update is scaled by alpha / r", rule="above 0")
@@ -75,8 +52,8 @@ class Options:
 
     max_steps: int | None = training(None, f"optimizer steps (default: {STEPS})", rule="above 0")
     num_train_epochs: float | None = training(None, "instead of --max-steps: passes over the data", rule="above 0", free=True)
-    batch_size: int = training(4, "sequences in one forward pass", "--per-device-train-batch-size", rule="above 0")
-    grad_accum: int = training(1, "forward passes a step", "--gradient-accumulation-steps", rule="above 0")
+    batch_size: int = training(4, "sequences in one forward pass of a process", "--per-device-train-batch-size", rule="above 0")
+    grad_accum: int = training(1, "forward passes a step", "--gradient-accumulation-steps", rule="above 0", free=True)
     lr: float = training(1e-3, "learning rate after warm-up", "--learning-rate", rule="above 0")
     max_grad_norm: float = training(1.0, "clip the gradient to this norm", rule="above 0")
     optim: str = training("paged_adamw", "the same bits from either", choices=["paged_adamw", "adamw"], free=True)
@@ -105,59 +82,10 @@ class Options:
         return {each.name: str(getattr(self, each.name)) for each in fields(self) if not each.metadata["free"]}
 
 
-def spelling(name: str) -> str:
-    """The flag of a field: --batch-size for batch_size."""
-    return "--" + name.replace("_", "-")
-
-
-class Parser(argparse.ArgumentParser):
-    """One that answers with one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"train.py: {message}\n")
-
-
-def value(kind: type, rule: str | None, text: str) -> int | float | str | Path:
-    """A flag's value from its text. Raises: ArgumentTypeError saying what it must be."""
-    noun = {int: "a whole number", float: "a number"}.get(kind, "text")
-    try:
-        number = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be {noun}{f', {rule}' if rule else ''}; got {text!r}") from None
-    if rule and not RULES[rule](number):
-        raise argparse.ArgumentTypeError(f"must be {rule}; got {text}")
-    return number
-
-
-def parser_of(description: str | None) -> Parser:
-    """A parser with a flag for each field of Options, in its groups."""
-    parser = Parser(prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)  # fmt: skip
-    titles = dict.fromkeys(each.metadata["group"] for each in fields(Options))
-    groups, types = {title: parser.add_argument_group(title) for title in titles}, get_type_hints(Options)
-    for each in fields(Options):
-        its, kind = each.metadata, (get_args(types[each.name]) or (types[each.name],))[0]  # of `int | None`, int
-        if kind is bool:
-            more = {"action": "store_true"}
-        else:
-            shown = None if its["choices"] else {int: "N", float: "X", Path: "FOLDER"}.get(kind)
-            more = {"type": partial(value, kind, its["rule"]), "choices": its["choices"], "metavar": shown}
-        default = "" if each.default is None or each.default is False else f" (default: {each.default})"
-        groups[its["group"]].add_argument(spelling(each.name), *its["aliases"], default=each.default,
-                                          help=its["text"] + default, **more)  # fmt: skip
-    return parser
-
-
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> Options:
     """The options that a command line gives. Exits with one line and status 2 if it makes no sense."""
-    words = [word.replace("_", "-", word.partition("=")[0].count("_")) if word.startswith("--") else word
-             for word in (sys.argv[1:] if argv is None else argv)]  # fmt: skip
-    parser = parser_of(description)
-    args, unknown = parser.parse_known_args(words)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], [name for action in parser._actions for name in action.option_strings])
-        parser.error(f"{unknown[0]} is no flag: " + (f"did you mean {near[0]}?" if near else "--help shows all of them"))
-    options = Options(**vars(args))
+    parser = parser_of(Options, description)
+    options = Options(**vars(read(parser, argv)))
     problem = wrong_combination(options) or unusable(options.device)
     if problem:
         parser.error(problem)
@@ -176,6 +104,12 @@ def wrong_combination(options: Options) -> str | None:
             return together(spelling(one), spelling(other))
     if "adapter" in given and not given & {"prompt", "merge", "merge_4bit"}:
         return "--adapter does nothing without --prompt, --merge or --merge-4bit: give one of them"
+    if "shard" in given and not processes.launched():
+        return "--shard shares a model out among processes: start them with torchrun --nproc-per-node N train.py --shard"
+    if "adapter" in given and processes.launched():
+        return "--adapter is for one process: leave torchrun out"
+    if options.device.startswith("cuda:") and processes.launched():
+        return f"--device {options.device} would be the same GPU for all processes: give --device cuda, and each takes its own"
     if "lora_start" in given and ("save_4bit" not in given or options.quant != "nf4"):
         return f"--lora-start {options.lora_start} changes the base: give --save-4bit FOLDER too, and --quant nf4"
     exclusive = [("max_steps", "num_train_epochs"), *(("prompt", name) for name in ("preview", "dry_run", "resume", "compare"))]

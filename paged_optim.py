@@ -20,6 +20,8 @@ torch's float32 roots, where it was built with Intel's MKL, are on some processo
 and, where 1 - beta1 rounds to 1, a zero's sign. `adamw_` below says what a run's update is; where there is a kernel, with
 the same bits, dispatch.py has it do the work.
 
+Of a parameter that is sharded (a DTensor), each process has the pages of its own rows, and needs no other for an update.
+
 Differs from the paper and bitsandbytes: they page large parameters only, here all are.
 """
 
@@ -32,6 +34,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 import dispatch
 from pager import Page, Pager, require
+from parallel import joined, like, local
 
 
 def adamw_(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: StateDict) -> None:
@@ -101,7 +104,7 @@ class PagedAdamW(Optimizer):
 
     def _cut(self, param: Tensor) -> list[Page]:
         require("parameters must be real floating point", param.is_floating_point(), param.dtype, "convert it")
-        n, width, k = param.numel(), 2 * param.element_size(), self.page_bytes // (2 * param.element_size())
+        n, width, k = local(param).numel(), 2 * param.element_size(), self.page_bytes // (2 * param.element_size())
         require("page_bytes must hold an element's moments", k > 0, self.page_bytes, f"give {width} or more")
         return [Page((2, min(k, n - start)), param.dtype, param.device) for start in range(0, n, k)]
 
@@ -120,24 +123,29 @@ class PagedAdamW(Optimizer):
 
     def _update(self, param: Tensor, group: StateDict) -> None:
         self.state[param]["step"] = step = self.state[param].get("step", 0) + 1
-        flat, flat_grad = param.detach().contiguous().view(-1), param.grad.contiguous().view(-1)
+        here, grad = local(param.detach()), local(param.grad)
+        flat, flat_grad = here.contiguous().view(-1), grad.contiguous().view(-1)
         update = dispatch.adamw(flat, flat_grad, step, group) or partial(update_run, flat, flat_grad, step, group)
         start = 0
         for page in self.pages[param]:
             update(start, self.pager.fetch(page, write=True))
             start += page.shape[1]
-        if not param.is_contiguous():
-            param.copy_(flat.view_as(param))
+        if not here.is_contiguous():
+            here.copy_(flat.view_as(here))
 
     def state_dict(self) -> StateDict:
-        """In torch.optim.AdamW's layout, with copies of the moments on the host. Fetches count as in a step."""
+        """In torch.optim.AdamW's layout, with copies of the moments on the host. Fetches count as in a step.
+
+        Those of a sharded parameter are sharded like it, and on its device.
+        """
         packed = super().state_dict()
         for index, (param, pages) in enumerate(self.pages.items()):
             if index in packed["state"]:
-                moments = torch.empty(2, param.numel(), dtype=param.dtype)
+                here = local(param)
+                moments = torch.empty(2, here.numel(), dtype=param.dtype)
                 for page, run in by_page(pages, moments):
                     run.copy_(self.pager.fetch(page))
-                exp_avg, exp_avg_sq = (moment.clone().view(param.shape) for moment in moments)  # in a storage each
+                exp_avg, exp_avg_sq = (joined(moment.clone().view(here.shape), param) for moment in moments)
                 step = torch.tensor(float(self.state[param]["step"]))
                 packed["state"][index] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         return packed
@@ -148,7 +156,7 @@ class PagedAdamW(Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         for param, slot in slots.items():
             self.state[param]["step"] = int(slot["step"])
-            moments = torch.stack([slot["exp_avg"].flatten(), slot["exp_avg_sq"].flatten()])  # (2, n)
+            moments = torch.stack([local(like(slot[key], param)).flatten() for key in ("exp_avg", "exp_avg_sq")])  # (2, n)
             for page, run in by_page(self.pages[param], moments):
                 self.pager.fetch(page, write=True).copy_(run)
 

@@ -17,6 +17,7 @@ import data
 import files
 import predict
 import pretrained
+import processes
 import resume
 import template
 from options import Options
@@ -45,9 +46,11 @@ def make(args: Options, folder: Path) -> Plan:
     if context and args.max_seq_len > context:
         raise ValueError(f"--max-seq-len {args.max_seq_len} is longer than the model's context of {context} tokens")
     task = data.load(args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing)
+    batches = args.grad_accum * processes.world()
     if args.num_train_epochs:
-        args.max_steps = max(1, round(args.num_train_epochs * len(task.train) / (args.batch_size * args.grad_accum)))
-    settings = args.settings() | {"data (a hash of its token ids)": template.fingerprint(task.train)}
+        args.max_steps = max(1, round(args.num_train_epochs * len(task.train) / (args.batch_size * batches)))
+    settings = args.settings() | {"batches a step (processes times --grad-accum)": str(batches),
+                                  "data (a hash of its token ids)": template.fingerprint(task.train)}
     state = None
     if args.resume and (folder == args.output_dir or resume.states(folder)):  # --compare may not have begun
         state = resume.newest(folder)
@@ -57,7 +60,8 @@ def make(args: Options, folder: Path) -> Plan:
 
 def describe(plan: Plan, args: Options, folder: Path) -> str:
     """The plan as text."""
-    task, per_step, name = plan.task, args.batch_size * args.grad_accum, args.model or pretrained.DEFAULT
+    task, world, name = plan.task, processes.world(), args.model or pretrained.DEFAULT
+    per_step = args.batch_size * args.grad_accum * world
     longest = max(len(example.ids) for example in task.train)
     seen = args.max_steps * per_step / len(task.train)
     start = f"step {plan.state.step}, by {plan.state.path}" if plan.state else "the pretrained model"
@@ -66,7 +70,8 @@ def describe(plan: Plan, args: Options, folder: Path) -> str:
         f"{'16 bits' if args.quant == 'none' else args.quant}",
         f"data      {args.data}: {len(task.train)} sequences to train on, the longest of {longest} tokens; "
         f"{len(task.test) + len(task.unseen)} held out",
-        f"training  {args.max_steps} steps of {per_step} sequences, {seen:.2f} epochs, from {start}",
+        f"training  {args.max_steps} steps of {per_step} sequences, {seen:.2f} epochs, from {start}"
+        + f"; {world} processes" * (world > 1),
         f"output    {folder}/ can be written; {shutil.disk_usage(folder).free / 1e9:.1f} GB are free",
         f"memory    {memory_of(plan.config, args, longest)}",
     ])  # fmt: skip

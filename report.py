@@ -64,11 +64,12 @@ def write_report(report: dict, folder: Path) -> None:
     files.write_text(json.dumps(report | {"versions": versions}, indent=2) + "\n", folder / "report.json")
 
 
-def command(words: list[str]) -> str:
-    """A command line that runs train.py again with these words, by the Python that runs now."""
+def command(words: list[str], processes: int = 1) -> str:
+    """A command line that runs train.py again with these words, by the Python that runs now, in so many processes."""
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
-    return shlex.join([str(python), "train.py", *words])
+    start = [str(python)] if processes == 1 else [str(python.with_name("torchrun")), "--nproc-per-node", str(processes)]
+    return shlex.join([*start, "train.py", *words])
 
 
 def table(report: dict) -> str:

@@ -1,8 +1,9 @@
 """States, from which a run that was stopped at any moment goes on to the same bits.
 
-A state is one file, state-<step>.safetensors: the adapter, both moments of every parameter, the random number generators, and
-as JSON in its header the step and the settings, among them a hash of the data's token ids. Everything else, the learning rate
-and the place in the data, follows from the step.
+A state is one file, state-<step>.safetensors: the adapter, both moments of every parameter, and as JSON in its header the step
+and the settings, among them a hash of the data's token ids. Everything else follows from the step and the seed: the learning
+rate, the place in the data, and the masks of dropout, for which `reseed` starts the random numbers of each batch. So a state
+says nothing of the processes that wrote it: any number of others that share out the same batches go on from it.
 
     step             0 ........ 10 ........ 20 ........ 30 ....        --save-every 10 --save-total-limit 2
     on the disk      0        0 10       10 20       20 30             a state appears whole, and only then an old one goes
@@ -14,6 +15,7 @@ Neither costs more than the steps since. What is intact, but of other settings o
 
 import hashlib
 import json
+import random
 import re
 import signal
 import sys
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import files
+import parallel
 from checkpoint import adapter_tensors, check_like, copy_tensors
 
 
@@ -44,11 +47,11 @@ def states(folder: Path) -> list[Path]:
     return [path for _, path in sorted(((int(match[1]), path) for match, path in named if match), reverse=True)]
 
 
-def save(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, str], step: int, before: list[float | None],
-         folder: Path, limit: int) -> None:
+def save(tensors: dict[str, Tensor], settings: dict[str, str], step: int, before: list[float | None], folder: Path,
+         limit: int) -> None:
     """Write the state after `step`, and then remove all up to it but the last `limit`."""
     path = folder / f"state-{step:06d}.safetensors"
-    save_state(model, optimizer, settings, step, before, path)
+    save_state(tensors, settings, step, before, path)
     keep_last(path, limit)
 
 
@@ -59,10 +62,14 @@ def keep_last(path: Path, limit: int) -> None:
         old.unlink()
 
 
-def forget(folder: Path) -> None:
-    """Remove the states of an earlier run, its last one last."""
-    for path in reversed(states(folder)):
-        path.unlink()
+def tidy(folder: Path, state: State | None, limit: int) -> None:
+    """Remove what earlier runs have left: unfinished files, and states: up to the last `limit`, or all if none goes on."""
+    files.remove_unfinished(folder)
+    if state:
+        keep_last(state.path, limit)  # a kill may have come between a save and that
+    else:
+        for path in reversed(states(folder)):  # the last one last
+            path.unlink()
 
 
 def newest(folder: Path) -> State:
@@ -75,22 +82,26 @@ def newest(folder: Path) -> State:
     raise ValueError(f"there is no state in {folder} to resume from: start without --resume")
 
 
-def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, str], step: int,
-               before: list[float | None], path: Path) -> None:
-    """Write all that a run needs to go on after `step` into a file. Raises: OSError; what was there is untouched then."""
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a state has of tensors. All processes make it together, and the first one has it then."""
     tensors = {f"adapter.{name}": tensor for name, tensor in adapter_tensors(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-    tensors |= {name: generator.get_state() for name, generator in generators(model).items()}
+    return parallel.whole(tensors)
+
+
+def save_state(tensors: dict[str, Tensor], settings: dict[str, str], step: int, before: list[float | None], path: Path) -> None:
+    """Write all that a run needs to go on after `step` into a file. Raises: OSError; what was there is untouched then."""
     progress = json.dumps({"step": step, "settings": settings, "before": before})
     files.write_tensors(tensors, path, {"progress": progress, "sha256": checksum(tensors, progress)})
 
 
-def generators(model: nn.Module) -> dict[str, torch.Generator]:
-    """What draws the random numbers of a run: the processor's generator and, for dropout on a GPU, the GPU's."""
-    device = next(model.parameters()).device
-    of_gpu = {f"rng.{device.type}": torch.cuda.default_generators[device.index]} if device.type == "cuda" else {}
-    return {"rng": torch.default_generator} | of_gpu
+def reseed(seed: int, batch: int) -> None:
+    """Start the random numbers, on all devices, for the batch of that number, counted from the start of the run.
+
+    The same whichever process works on it, after however many others.
+    """
+    torch.manual_seed(random.Random(f"{seed} {batch}").getrandbits(63))
 
 
 @torch.no_grad()
@@ -115,8 +126,7 @@ def read_state(path: Path) -> State:
     try:
         progress = files.parse_json(metadata["progress"].encode())
         state = State(path, tensors, progress["step"], progress["settings"], progress["before"])
-        torch.Generator().set_state(tensors["rng"])  # would torch take it?
-    except (KeyError, TypeError, RuntimeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is not the state of a run") from None
     if type(state.step) is not int or state.step < 0 or not isinstance(state.settings, dict) or not _is_pair(state.before):
         raise ValueError(f"{path} is not the state of a run")
@@ -138,12 +148,8 @@ def refuse_changes(state: State, settings: dict[str, str], anyway: bool) -> None
 
 
 def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Set adapters, optimizer and random numbers to a state. Raises: ValueError if it does not fit; nothing has changed then.
-
-    On another kind of device than the state's, which only --resume-anyway allows, a generator that it knows nothing of stays.
-    """
-    rng = {name: generator for name, generator in generators(model).items() if name in state.tensors}
-    tensors = {name: tensor for name, tensor in state.tensors.items() if name in rng or not name.startswith("rng.")}
+    """Set adapters and optimizer to a state. Raises: ValueError if it does not fit; nothing has changed then."""
+    tensors = state.tensors
     targets = {f"adapter.{name}": parameter for name, parameter in adapter_tensors(model).items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     like: dict[int, dict[str, Tensor]] = {}
@@ -151,17 +157,16 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State)
         count = torch.tensor(float(state.step))
         like = {index: {"step": count, "exp_avg": p, "exp_avg_sq": p} for index, p in enumerate(parameters)}
     moments = {f"optimizer.{index}.{key}": tensor for index, its in like.items() for key, tensor in its.items()}
-    check_like(tensors, targets | moments | {name: generator.get_state() for name, generator in rng.items()}, state.path)
+    check_like(tensors, targets | moments, state.path)
     files.refuse_nan(tensors, state.path)
     for name in moments:
         tensor, key = tensors[name], name.rpartition(".")[2]
         if (key == "step" and tensor != state.step) or (key == "exp_avg_sq" and (tensor < 0).any()):
             raise ValueError(f"{state.path}: {name} is not of step {state.step}, or negative")
-    loaded = {index: {key: tensors[f"optimizer.{index}.{key}"] for key in its} for index, its in like.items()}
+    here = {name: parallel.like(tensor, (targets | moments)[name]) for name, tensor in tensors.items()}
+    loaded = {index: {key: here[f"optimizer.{index}.{key}"] for key in its} for index, its in like.items()}
     optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
-    copy_tensors(tensors, targets)
-    for name, generator in rng.items():
-        generator.set_state(tensors[name])
+    copy_tensors(here, targets)
 
 
 class StopAfterStep:

@@ -74,8 +74,9 @@ def fits(s: Stored, device: torch.device) -> bool:
         pieces += [(s.nested_absmax, torch.float32, -(-s.absmax.numel() // s.nested_block_size)),
                    (s.nested_offset, torch.float32, 1), (s.nested_codebook, torch.float32, 256)]
     powers = all(size > 0 and not size & (size - 1) for size in (s.block_size, s.nested_block_size))
-    return n > 0 and powers and all(piece.dtype == dtype and piece.shape == (count,) and piece.device == device
-                                    for piece, dtype, count in pieces)  # fmt: skip
+    side_by_side = s.packed.is_contiguous() and all(piece.is_contiguous() for piece, _, _ in pieces)
+    return n > 0 and powers and side_by_side and all(piece.dtype == dtype and piece.shape == (count,) and piece.device == device
+                                                     for piece, dtype, count in pieces)  # fmt: skip
 
 
 def product(x: Tensor, dense: Tensor, transposed: bool, bias: Tensor | None) -> Tensor:

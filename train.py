@@ -3,6 +3,7 @@
     python train.py                                    SmolLM2-135M learns to turn sentences into JSON orders
     python train.py --data my.jsonl --model my/model   your data, your model
     python train.py --adapter out --prompt "..."       ask the result
+    torchrun --nproc-per-node 4 train.py               four processes, on as many GPUs or on none
     python train.py --help                             the rest
 """
 
@@ -24,31 +25,43 @@ import export
 import files
 import memory
 import packing
+import parallel
 import plan
 import pretrained
+import processes
 import report
 import resume
 import variants
-from evaluate import label_loss, measure
+from evaluate import LabelLoss, measure
 from nf4 import normal_float
 from options import QUANT, Options, parse_args
 from paged_optim import PagedAdamW
 
 
 def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base, frozen and quantized layer by layer as it is read, with adapters that start from the seed."""
+    """The base, frozen and quantized layer by layer as it is read, with adapters that start from the seed.
+
+    With --shard it is read into the host's memory, and goes to the device once it is only this process's share.
+    """
     kept = args.save_4bit if args.resume else None  # the very base that the run had
     folder = kept or pretrained.find(args.model or pretrained.DEFAULT)
     tokenizer = pretrained.tokenizer_in(folder)
     codebook = normal_float(QUANT[quant]) if QUANT[quant] else None
     base = {"block_size": args.block_size, "double_quant": not args.no_double_quant, "codebook": codebook}
     adapter = {name: getattr(args, name) for name in ("lora_alpha", "lora_dropout", "use_rslora")} | {"r": args.lora_r}
-    model = variants.adapted(folder, args.dtype, args.device, "default" if kept else args.lora_start, args.seed, adapter, base)
+    device = "cpu" if args.shard else args.device
+    model = variants.adapted(folder, args.dtype, device, "default" if kept else args.lora_start, args.seed, adapter, base)
     model.name_or_path = args.model or str(folder)  # which the adapter's config will name
     if args.save_4bit:  # which is then what it names
-        export.save_4bit(model, tokenizer, args.save_4bit)
+        model.name_or_path = str(args.save_4bit.absolute())
+        if processes.first():
+            export.save_4bit(model, tokenizer, args.save_4bit)
+    if args.packing:
+        packing.check(model)
     if args.grad_checkpoint:
         model.activation_checkpointing_enable()
+    if args.shard:
+        parallel.shard(model, args.device)
     return model, tokenizer
 
 
@@ -60,15 +73,21 @@ def learning_rate(step: int, args: Options) -> float:
     return args.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / max(1, args.max_steps - warm_up)))
 
 
-def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batches: list[data.Batch],
+def train_step(losses: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list[data.Batch], step: int,
                args: Options) -> tuple[float, float]:
-    """Forward, backward and update; the loss is the mean over all labels of the step. -> loss, norm of the gradient"""
-    labels, loss = sum(batch.n_labels for batch in batches), 0.0
-    for batch in batches:
-        share = label_loss(model, batch.to(args.device), args.dtype) / labels
-        share.backward()
-        loss += share.item()
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm).item()
+    """Forward, backward and update, on every Nth batch if there are N processes.
+
+    losses: a batch -> the sum of its losses. -> the mean loss over all labels of the step, and the norm of the gradient
+    """
+    labels, world, loss = sum(batch.n_labels for batch in batches), processes.world(), 0.0
+    mine = range(processes.rank(), len(batches), world)
+    for number in mine:
+        resume.reseed(args.seed, step * len(batches) + number)
+        with parallel.sending(losses, number == mine[-1]):
+            share = losses(batches[number].to(args.device)) / (labels / world)  # of which the gradients are averaged
+            share.backward()
+        loss += share.item() / world
+    norm, (loss,) = parallel.clip_gradients(optimizer.param_groups[0]["params"], args.max_grad_norm), processes.total(loss)
     if not math.isfinite(norm):
         raise ValueError(f"the gradient is not finite (loss {loss}): lower --lr or use --dtype float32")
     optimizer.step()
@@ -76,17 +95,19 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batches
     return loss, norm
 
 
-def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, examples: list[data.Example], pad_id: int, start: int,
+def train(losses: torch.nn.Module, optimizer: torch.optim.Optimizer, examples: list[data.Example], pad_id: int, start: int,
           save: Callable[[int], None], metrics: Path, args: Options) -> None:
     """Steps start + 1 to max_steps, each a line in `metrics`. Raises: KeyboardInterrupt after a signal, the state saved."""
-    model.train()
-    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, dynamic_ncols=True, mininterval=1)
-    with resume.StopAfterStep() as stop, open(metrics, "a", encoding="utf-8") as log:
+    losses.train()
+    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, dynamic_ncols=True, mininterval=1,
+               disable=not processes.first())  # fmt: skip
+    with resume.StopAfterStep() as stop, open(metrics if processes.first() else os.devnull, "a", encoding="utf-8") as log:
         for step in bar:
             began = time.perf_counter()
-            batches = data.batches_of_step(examples, step, args.batch_size, args.grad_accum, args.seed, pad_id)
+            count = args.grad_accum * processes.world()
+            batches = data.batches_of_step(examples, step, args.batch_size, count, args.seed, pad_id)
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step, args)
-            loss, norm = train_step(model, optimizer, batches, args)
+            loss, norm = train_step(losses, optimizer, batches, step, args)
             tokens, seconds = sum(int(b.attention_mask.sum()) for b in batches), time.perf_counter() - began
             line = {"step": step + 1, "loss": loss, "tokens": tokens, "seconds": seconds, "lr": lr, "grad_norm": norm,
                     "rss_bytes": memory.rss_bytes()}
@@ -95,50 +116,54 @@ def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, examples: li
             seen = f"loss {loss:.4f}, {tokens / seconds:.0f} tokens/s, {line['rss_bytes'] / 1e9:.2f} GB"
             bar.set_postfix_str(seen, refresh=False)
             last = step + 1 == args.max_steps
-            if stop.asked or last or (args.save_every and (step + 1) % args.save_every == 0):
-                os.fsync(log.fileno())  # a state must not outlive the lines before it
+            (asked,) = processes.total(stop.asked)  # of any process: all stop after the same step
+            if asked or last or (args.save_every and (step + 1) % args.save_every == 0):
+                if processes.first():
+                    os.fsync(log.fileno())  # a state must not outlive the lines before it
                 save(step + 1)
-            if stop.asked and not last:
+            if asked and not last:
                 raise KeyboardInterrupt
 
 
 def finetune(args: Options, quant: str, folder: Path) -> dict:
     """One run from the base to its adapter in `folder`. -> its report"""
     began = time.perf_counter()
-    _, tokenizer, task, settings, state = plan.make(args, folder)
-    model, _ = adapted_model(args, quant)
-    if args.packing:
-        packing.check(model)
+    number = processes.local_rank()
+    planned = processes.together(lambda: plan.make(args, folder), turn=min(number, 1))  # the first may fetch the model
+    _, tokenizer, task, settings, state = planned
+    processes.refuse_differences(settings | {"step to go on from": state.step if state else 0})
+    model, _ = processes.together(lambda: adapted_model(args, quant), turn=number if args.shard else 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     copies = 2 * 4 + (args.save_total_limit + 1) * 12  # bytes: adapter, and states with both moments, and a new one of each
-    files.claim(folder, copies * sum(p.numel() for p in parameters))
+    processes.in_first(lambda: files.claim(folder, copies * sum(p.numel() for p in parameters)))
     if args.optim == "paged_adamw":
         resident = None if args.resident_mb is None else int(args.resident_mb * 2**20)
         optimizer = PagedAdamW(parameters, weight_decay=0.0, resident_bytes=resident)
     else:
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    files.remove_unfinished(folder)
-    metrics = folder / "metrics.jsonl"
     if state:
         start, before = state.step, state.before
         resume.load_state(model, optimizer, state)
-        resume.keep_last(state.path, args.save_total_limit)  # a kill may have come between a save and that
     else:
         start, before = 0, measure(model, tokenizer, task, args.batch_size, args.dtype, "before")
-        resume.forget(folder)
-    report.keep_metrics(metrics, start)
+    metrics = folder / "metrics.jsonl"
+    processes.in_first(lambda: (resume.tidy(folder, state, args.save_total_limit), report.keep_metrics(metrics, start)))
 
     def save(step: int) -> None:
-        resume.save(model, optimizer, settings, step, before, folder, args.save_total_limit)
+        tensors = resume.tensors_of(model, optimizer)
+        processes.in_first(lambda: resume.save(tensors, settings, step, before, folder, args.save_total_limit))
 
     if not start:
         save(start)
-    train(model, optimizer, task.train, tokenizer.eos_token_id, start, save, metrics, args)
-    checkpoint.save_adapter(model, folder)
-    report.plot_loss(metrics, folder / "loss.png")
+    losses = parallel.parallel(LabelLoss(model, args.dtype))
+    train(losses, optimizer, task.train, tokenizer.eos_token_id, start, save, metrics, args)
+    adapter = parallel.whole(checkpoint.adapter_tensors(model))
+    processes.in_first(lambda: (checkpoint.save_adapter(model, folder, adapter),
+                                  report.plot_loss(metrics, folder / "loss.png")))  # fmt: skip
     after = measure(model, tokenizer, task, args.batch_size, args.dtype, "after")
     pager = getattr(optimizer, "counters", dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out"), 0))
     return {
+        "processes": processes.world(), "model_bytes_per_process": parallel.bytes_here(model),
         "metric": task.metric, "quant": quant, "before": before[0], "after": after[0],
         "before_unseen": before[1], "after_unseen": after[1], **report.totals(metrics),
         "seconds_total": time.perf_counter() - began, "peak_rss_bytes": memory.peak_rss_bytes(),
@@ -148,6 +173,8 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, __doc__)
+    processes.begin(args.device)
+    args.resume |= processes.begun_again() and bool(resume.states(args.output_dir))
     try:
         if args.adapter is not None:
             return export.use(args)
@@ -160,24 +187,29 @@ def main(argv: list[str] | None = None) -> int:
             print(plan.describe(plan.make(args, args.output_dir), args, args.output_dir))
             return 0
         result = finetune(args, args.quant, args.output_dir)
-        report.write_report(result, args.output_dir)
+        processes.in_first(lambda: report.write_report(result, args.output_dir))
         if args.compare:
             args.lora_start, args.save_4bit = "default", None
             other = finetune(args, "none", args.output_dir / "16-bit")
             result["compare"] = {key: other[key] for key in ("before", "after", "before_unseen", "after_unseen")}
-            report.write_report(result, args.output_dir)
+            processes.in_first(lambda: report.write_report(result, args.output_dir))
         print(f"\n{report.table(result)}\n\nadapter, metrics and report are in {args.output_dir}/; ask it with\n"
               f"  {report.command(['--adapter', str(args.output_dir), '--prompt', 'your question'])}")
         return 0
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        again = report.command([word for word in (argv or sys.argv[1:]) if word != "--resume"] + ["--resume"])
-        print(f"\nstopped; go on with\n  {again}" if resume.states(args.output_dir) else "\nstopped before anything was saved",
-              file=sys.stderr)
+    except (KeyboardInterrupt, RuntimeError) as error:
+        lost = processes.lost_another(error)
+        if not lost and isinstance(error, RuntimeError):
+            raise
+        words = [word for word in (argv or sys.argv[1:]) if word != "--resume"] + ["--resume"]
+        again = f"; go on with\n  {report.command(words, processes.on_this_machine())}"
+        rest = again if resume.states(args.output_dir) else " before anything was saved"
+        if lost or processes.first():
+            print(f"\n{lost or 'stopped'}{rest}", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.leave(main())

@@ -14,6 +14,7 @@ Traffic: the packed bytes are read once from memory; the window is written and r
 window, from the cache too where its TOKENS rows fit. Scratch: WINDOW elements.
 """
 
+import ctypes
 import math
 from collections.abc import Callable
 
@@ -95,10 +96,19 @@ def weight_of(s: Stored) -> tuple:
     """A weight as decode.py takes it."""
     levels, double = F.pad(s.codebook, (0, 16 - s.codebook.numel())).numpy(), s.nested_absmax is not None
     second = (s.nested_absmax, s.absmax, s.nested_codebook, s.nested_offset) if double else (s.absmax,)
-    absmax, *rest = (constant.numpy() for constant in second)
+    absmax, *rest = map(memory_of, second)
     codes, levels8, offset = rest or (absmax[:0].view(np.uint8), levels, np.zeros(1, np.float32))
-    return (s.packed.flatten().numpy(), levels, absmax, codes, levels8, offset[0], np.float32(largest(s.dtype)),
+    return (memory_of(s.packed), levels, absmax, codes, levels8, offset[0], np.float32(largest(s.dtype)),
             s.block_size.bit_length() - 1, s.nested_block_size.bit_length() - 1, decode.AVX512)
+
+
+def memory_of(tensor: Tensor) -> np.ndarray:
+    """The bytes, or float32 numbers, of a contiguous tensor, flat. It must outlive them.
+
+    Unlike tensor.numpy(), this does not forbid torch for ever to resize the storage, as FSDP2 does between uses of a weight.
+    """
+    memory = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
+    return np.frombuffer(memory, np.uint8 if tensor.dtype == torch.uint8 else np.float32)
 
 
 def numbers_of(tensor: Tensor) -> np.ndarray:

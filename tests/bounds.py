@@ -22,6 +22,9 @@ U = UNIT_ROUNDOFF[torch.float32]
 
 # Not of rounding, but what the ledger promises of a peak: everywhere, and where the run of 65B is held to a card's memory
 OF_A_PEAK, OF_A_PEAK_ON_A_CARD = 0.05, 0.03
+OF_A_LOSS_IN_SEVERAL_PROCESSES = 1e-5  # and of losses whose sums were rounded in another order, over some steps
+OF_TRAFFIC = 0.05  # what headers, and the few numbers that all add up in a step, may come to
+OF_A_SHARE = 0.1  # what a process may have above its share of all bytes: 55 % of two
 HALF_A_PERCENT = 0.005  # what a share may be off that is printed in whole percents
 
 

@@ -59,9 +59,9 @@ def warm() -> None:
     os.fsync = lambda descriptor: None  # it takes long, and what it is for, a power cut, is not tried here
 
 
-def begin(folder: Path, disturb: Callable[[], None] = lambda: None) -> int:
+def begin(folder: Path, disturb: Callable[[], None] = lambda: None, more: tuple[str, ...] = ()) -> int:
     """Start train.py in a fork, going on if there is a state; `disturb` prepares what goes wrong. -> process id"""
-    flags = [*FLAGS, "--output-dir", str(folder), *(["--resume"] if resume.states(folder) else [])]
+    flags = [*FLAGS, *more, "--output-dir", str(folder), *(["--resume"] if resume.states(folder) else [])]
     child = os.fork()
     if child:
         return child

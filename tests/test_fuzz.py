@@ -67,7 +67,8 @@ def whole(kind: str) -> Contents:
         if kind == "state":
             model = copy.deepcopy(adapted())
             with sealed():
-                resume.save_state(model, stepped(model), {"lr": "1"}, 1, [0.5, None], folder / "state.safetensors")
+                tensors = resume.tensors_of(model, stepped(model))
+                resume.save_state(tensors, {"lr": "1"}, 1, [0.5, None], folder / "state.safetensors")
         elif kind in ADAPTERS:
             checkpoint.save_adapter(models.trained(copy.deepcopy(adapted())), folder)
         else:
@@ -551,7 +552,7 @@ def state_of(model: nn.Module, optimizer: PagedAdamW) -> dict[str, tuple[list[in
     tensors = {f"adapter.{name}": parameter for name, parameter in checkpoint.adapter_tensors(model).items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in moments.items()}
-    return {name: raw(tensor) for name, tensor in (tensors | {"rng": torch.get_rng_state()}).items()}
+    return {name: raw(tensor) for name, tensor in tensors.items()}
 
 
 @contextmanager
@@ -568,7 +569,7 @@ def resumed(data: bytes, damage: str) -> str:
     """-> what the refusal says, or "" if a run could go on from these bytes; anything else breaks the law."""
     model, said = copy.deepcopy(adapted()), ""
     optimizer = stepped(model)
-    before, held, rng = snapshot(model), state_of(model, optimizer), torch.get_rng_state()
+    before, held = snapshot(model), state_of(model, optimizer)
     with tempfile.TemporaryDirectory() as name, in_time(), sealed():
         path = Path(name) / "state"
         path.write_bytes(data)
@@ -587,7 +588,6 @@ def resumed(data: bytes, damage: str) -> str:
             assert ours == {name: raw(tensor) for name, tensor in theirs.items()}
             assert all(tensor.isfinite().all() for tensor in theirs.values())
             stepped(model, optimizer)
-        torch.set_rng_state(rng)
     COUNTS[f"state, {damage}", "refused" if said else "loaded"] += 1
     return said
 

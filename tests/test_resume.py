@@ -22,9 +22,10 @@ from paged_optim import PagedAdamW
 IDS = torch.arange(5, 25)[None]
 
 
-def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, start: int = 0) -> None:
     model.train()
-    for _ in range(count):
+    for step in range(start, start + count):
+        resume.reseed(0, step)
         model(input_ids=IDS, labels=IDS).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -34,6 +35,10 @@ def optimizer_of(model: nn.Module, **settings: int) -> PagedAdamW:
     return PagedAdamW([p for p in model.parameters() if p.requires_grad], **settings)
 
 
+def save(model: nn.Module, optimizer: PagedAdamW, step: int, folder: Path, limit: int) -> None:
+    resume.save(resume.tensors_of(model, optimizer), {"lr": "1"}, step, [0.5, None], folder, limit)
+
+
 def run_with_states(folder: Path, steps: int, limit: int = 2) -> tuple[nn.Module, PagedAdamW]:
     """A run that saves after each step."""
     model = models.adapted()
@@ -41,7 +46,7 @@ def run_with_states(folder: Path, steps: int, limit: int = 2) -> tuple[nn.Module
     for step in range(steps + 1):
         if step:
             take_steps(model, optimizer, 1)
-        resume.save(model, optimizer, {"lr": "1"}, step, [0.5, None], folder, limit)
+        save(model, optimizer, step, folder, limit)
     return model, optimizer
 
 
@@ -54,8 +59,8 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(tmp_path: Pa
     whole = models.adapted(lora_dropout=0.3)
     first = optimizer_of(whole)
     take_steps(whole, first, 3)
-    resume.save(whole, first, {"lr": "1"}, 3, [0.5, None], tmp_path, 1)
-    take_steps(whole, first, 3)
+    save(whole, first, 3, tmp_path, 1)
+    take_steps(whole, first, 3, start=3)
 
     torch.manual_seed(2)
     resumed = models.adapted(lora_dropout=0.3)
@@ -63,7 +68,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(tmp_path: Pa
     state = resume.newest(tmp_path)
     assert (state.step, state.settings, state.before) == (3, {"lr": "1"}, [0.5, None])
     resume.load_state(resumed, second, state)
-    take_steps(resumed, second, 3)
+    take_steps(resumed, second, 3, start=3)
     for (name, ours), theirs in zip(checkpoint.adapter_tensors(resumed).items(), checkpoint.adapter_tensors(whole).values()):
         assert torch.equal(ours, theirs), name
 
@@ -79,7 +84,7 @@ def test_the_last_states_are_kept_and_their_number_is_not_an_order_of_letters(tm
         (tmp_path / f"state-{step:06d}.safetensors").write_text("")
     (tmp_path / "state-7.txt").write_text("somebody's")
     assert [path.name for path in resume.states(tmp_path)][0] == "state-1000000.safetensors"
-    resume.forget(tmp_path)
+    resume.tidy(tmp_path, None, limit)
     assert names(tmp_path) == ["state-7.txt"]
 
 
@@ -98,7 +103,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before_with_a_word(tmp_path:
     run_with_states(tmp_path, 3, limit=3)
     last, middle, first = resume.states(tmp_path)
     last.write_bytes(last.read_bytes()[:-8])
-    save_file({"rng": torch.get_rng_state()}, middle)
+    save_file({"adapter": torch.zeros(1)}, middle)
     assert resume.newest(tmp_path).path == first
     words = capsys.readouterr().err.splitlines()
     assert len(words) == 2 and all(": passed over for the state before it" in word for word in words)
@@ -162,20 +167,22 @@ def test_a_state_of_other_ranks_is_refused_even_if_settings_may_differ(tmp_path:
         resume.load_state(model, optimizer_of(model), resume.newest(tmp_path))
 
 
-def test_a_generator_of_a_device_that_is_not_here_is_left_aside(tmp_path: Path) -> None:
-    model, optimizer = run_with_states(tmp_path, 1)
-    state = resume.newest(tmp_path)
-    state.tensors["rng.cuda"] = torch.zeros(16, dtype=torch.uint8)
-    resume.load_state(model, optimizer, state)
+def test_random_numbers_follow_from_the_seed_and_the_number_of_the_batch_alone() -> None:
+    def drawn(seed: int, batch: int) -> tuple[float, ...]:
+        resume.reseed(seed, batch)
+        return tuple(torch.rand(4).tolist())
+
+    pairs = [(seed, batch) for seed in range(12) for batch in range(12)]
+    assert len({drawn(*pair) for pair in pairs}) == len(pairs), "no two batches of no two seeds share a mask"
+    torch.rand(5)
+    assert drawn(3, 4) == drawn(3, 4)
 
 
 @pytest.mark.gpu
-def test_dropout_on_a_gpu_draws_on_from_where_it_was(tmp_path: Path) -> None:
-    model = nn.ModuleList([models.adapted()]).cuda()
-    optimizer = optimizer_of(model)
-    resume.save(model, optimizer, {}, 0, [None, None], tmp_path, 1)
+def test_dropout_on_a_gpu_follows_from_them_too() -> None:
+    resume.reseed(1, 2)
     drawn = torch.rand(8, device="cuda")
-    resume.load_state(model, optimizer, resume.newest(tmp_path))
+    resume.reseed(1, 2)
     assert torch.equal(torch.rand(8, device="cuda"), drawn)
 
 

@@ -149,7 +149,7 @@ def test_checkpointing_changes_no_gradient_and_accumulation_divides_by_the_label
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         kept = []
         optimizer.register_step_pre_hook(lambda *_: kept.extend(p.grad.clone() for p in optimizer.param_groups[0]["params"]))
-        loss, _ = train.train_step(model.train(), optimizer, batches, args)
+        loss, _ = train.train_step(evaluate.LabelLoss(model.train(), args.dtype), optimizer, batches, 0, args)
         if not flags:  # by definition: the sum over all labels of the step, divided by their number
             model.load_state_dict(train.adapted_model(args, "nf4")[0].state_dict())
             total = sum(batch.n_labels for batch in batches)
@@ -305,7 +305,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_adapte
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     batches = data.batches_of_step(data.load("orders", tokenizer, 256, 0).train, 0, 2, 1, 0, 2)
     with pytest.raises(ValueError, match="the gradient is not finite"):
-        train.train_step(model, optimizer, batches, args)
+        train.train_step(evaluate.LabelLoss(model, args.dtype), optimizer, batches, 0, args)
     assert torch.equal(layer.lora_A, before)
 
 
