@@ -19,6 +19,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 Result, Item = TypeVar("Result"), TypeVar("Item")
 
@@ -37,7 +38,11 @@ def begin(device: str) -> None:
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    store, number, count = next(rendezvous("env://"))
+    # torchrun's store outlives a restart, and what the lost processes have written there would be taken for the new ones'.
+    store = dist.PrefixStore(f"attempt {attempt()}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
 
@@ -52,9 +57,9 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def begun_again() -> bool:
-    """Whether torchrun --max-restarts has started the processes anew, after one of them was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def attempt() -> int:
+    """How often torchrun --max-restarts has started the processes anew, after one of them was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def rank() -> int:

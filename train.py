@@ -174,7 +174,7 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, __doc__)
     processes.begin(args.device)
-    args.resume |= processes.begun_again() and bool(resume.states(args.output_dir))
+    args.resume |= processes.attempt() > 0 and bool(resume.states(args.output_dir))  # torchrun has started us anew
     try:
         if args.adapter is not None:
             return export.use(args)

@@ -104,6 +104,30 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_torchrun_starts_a_run_anew_that_lost_a_process_and_it_goes_on_by_itself(few_rows: Path, tmp_path: Path) -> None:
+    tiny = models.save_tiny_llama(tmp_path / "tiny")
+    begin = """
+import os, signal, sys, train
+real, steps = train.train_step, []
+def step(*args):
+    steps.append(1)
+    if len(steps) == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+train.train_step = step
+train.processes.leave(train.main(sys.argv[1:]))
+"""
+    (tmp_path / "begin.py").write_text(begin)
+    flags = ["--model", str(tiny), "--data", str(few_rows), "--max-steps", "6", "--save-every", "2", "--dtype", "float32",
+             "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(traffic.ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*TORCHRUN, "2", "--max-restarts", "1", str(tmp_path / "begin.py"), *flags], capture_output=True,
+                          text=True, env=env)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "out")) == 6 and done.stdout.count("base loaded") == 2
+    assert done.stdout.count("perplexity") == 1, "measured before the first start alone"
+
+
 def test_over_20_steps_of_the_real_model_torchrun_gives_the_losses_of_one_process(few_rows: Path, tmp_path: Path) -> None:
     """Which a loss may be 1e-5 off; here all bits of the adapters are the same."""
     flags = ["train.py", "--data", str(few_rows), "--max-steps", "20", "--batch-size", "1", "--dtype", "float32"]

@@ -83,14 +83,17 @@ def test_a_broken_connection_is_told_from_other_errors(group: None, said: str, s
 @pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
 def test_processes_join_and_all_but_the_first_are_silent(monkeypatch: pytest.MonkeyPatch, device: str, backend: str) -> None:
     joined, cards, out = [], [], sys.stdout
-    monkeypatch.setattr(dist, "init_process_group", joined.append)
+    monkeypatch.setattr(processes, "rendezvous", lambda url: iter([(dist.HashStore(), 3, 4)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: joined.append((args, kwargs)))
     monkeypatch.setattr(torch.cuda, "set_device", cards.append)
     processes.begin(device)
     assert joined == []
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     processes.begin(device)
-    assert joined == [backend] and cards == ([1] if device == "cuda" else []) and sys.stdout is out
+    [(args, told)] = joined
+    assert args == (backend,) and (told["rank"], told["world_size"]) == (3, 4)
+    assert cards == ([1] if device == "cuda" else []) and sys.stdout is out
     monkeypatch.setattr(processes, "first", lambda: False)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     processes.begin(device)
@@ -99,9 +102,9 @@ def test_processes_join_and_all_but_the_first_are_silent(monkeypatch: pytest.Mon
 
 
 def test_a_run_that_torchrun_began_again_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not processes.begun_again()
+    assert processes.attempt() == 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert processes.begun_again()
+    assert processes.attempt() == 1
 
 
 def test_the_command_to_go_on_with_starts_as_many_processes(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
