@@ -21,7 +21,7 @@ from typing import NoReturn, get_args, get_type_hints
 import torch
 
 import pretrained
-from evaluate import pick_dtype
+from precision import pick_dtype
 from variants import STARTS
 
 QUANT = {"nf4": 4, "nf3": 3, "nf2": 2, "none": 0}  # bits of the base's code; none leaves it in 16 bits

@@ -25,6 +25,7 @@ import files
 import memory
 import packing
 import plan
+import precision
 import pretrained
 import report
 import resume
@@ -107,6 +108,7 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
     began = time.perf_counter()
     _, tokenizer, task, settings, state = plan.make(args, folder)
     model, _ = adapted_model(args, quant)
+    print(f"\n{precision.table(model, args.dtype)}\n")
     if args.packing:
         packing.check(model)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -13,7 +13,7 @@ LEAVES = ["files", "tasks", "predict", "pretrained", "figures"]  # import nothin
 PACKAGES = ["cpu_kernels", "cuda_kernels"]  # nor do their files
 ORDER = ["memory", "report", "nf4", "double_quant", "stored", "cpu_kernels", "cuda_kernels", "dispatch", "frozen",
          "lora_matmul", "lora", "stores", "pager", "paged_optim", "bnb_format", "peft_format", "skeleton", "checkpoint",
-         "streaming", "variants", "resume", "formats", "template", "packing", "data", "evaluate", "random_llama",
+         "streaming", "variants", "resume", "formats", "template", "packing", "data", "precision", "evaluate", "random_llama",
          "options", "plan", "export", "train", "contenders", "contenders_cuda", "bench_cuda", "bench"]
 SOURCES = sorted(path.stem for path in ROOT.glob("*.py"))
 TORCH = "cpu_kernels/host.py"  # is not compiled, but calls those that are, and torch
