@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ import pretrained
 import report
 import resume
 import variants
+import weigh
 from evaluate import label_loss, measure
 from nf4 import normal_float
 from options import QUANT, Options, parse_args
@@ -78,16 +80,24 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batches
 
 
 def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, examples: list[data.Example], pad_id: int, start: int,
-          save: Callable[[int], None], metrics: Path, args: Options) -> None:
-    """Steps start + 1 to max_steps, each a line in `metrics`. Raises: KeyboardInterrupt after a signal, the state saved."""
+          save: Callable[[int], None], metrics: Path, args: Options) -> dict[str, dict[str, int | None]]:
+    """Steps start + 1 to max_steps, each a line in `metrics`. -> what a step weighs, if there was any (weigh.py)
+
+    Raises: KeyboardInterrupt after a signal, the state saved.
+    """
     model.train()
+    weighed, weights = min(start + 1, args.max_steps - 1), {}  # the second step, in which AdamW has its moments, if it comes
     bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, dynamic_ncols=True, mininterval=1)
     with resume.StopAfterStep() as stop, open(metrics, "a", encoding="utf-8") as log:
         for step in bar:
             began = time.perf_counter()
             batches = data.batches_of_step(examples, step, args.batch_size, args.grad_accum, args.seed, pad_id)
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step, args)
-            loss, norm = train_step(model, optimizer, batches, args)
+            work = partial(train_step, model, optimizer, batches, args)
+            if step == weighed:
+                (loss, norm), weights = weigh.step(work, model, optimizer, batches, args)
+            else:
+                loss, norm = work()
             tokens, seconds = sum(int(b.attention_mask.sum()) for b in batches), time.perf_counter() - began
             line = {"step": step + 1, "loss": loss, "tokens": tokens, "seconds": seconds, "lr": lr, "grad_norm": norm,
                     "rss_bytes": memory.rss_bytes()}
@@ -101,6 +111,7 @@ def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, examples: li
                 save(step + 1)
             if stop.asked and not last:
                 raise KeyboardInterrupt
+    return weights
 
 
 def finetune(args: Options, quant: str, folder: Path) -> dict:
@@ -135,7 +146,7 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
 
     if not start:
         save(start)
-    train(model, optimizer, task.train, tokenizer.eos_token_id, start, save, metrics, args)
+    weights = train(model, optimizer, task.train, tokenizer.eos_token_id, start, save, metrics, args)
     checkpoint.save_adapter(model, folder)
     report.plot_loss(metrics, folder / "loss.png")
     after = measure(model, tokenizer, task, args.batch_size, args.dtype, "after")
@@ -144,7 +155,7 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
         "metric": task.metric, "quant": quant, "before": before[0], "after": after[0],
         "before_unseen": before[1], "after_unseen": after[1], **report.totals(metrics),
         "seconds_total": time.perf_counter() - began, "peak_rss_bytes": memory.peak_rss_bytes(),
-        **memory.summary(model), "pager": dict(pager), "seed": args.seed,
+        **memory.summary(model), "memory": weights, "pager": dict(pager), "seed": args.seed,
     }
 
 
