@@ -30,10 +30,11 @@ import dispatch
 import memory
 import pretrained
 import variants
-from evaluate import autocast, label_loss
+from evaluate import label_loss
 from frozen import FrozenWeight
 from lora import QLoRALinear
 from paged_optim import PagedAdamW
+from precision import autocast
 
 Work = Callable[[], object]
 
@@ -159,9 +160,8 @@ def model_of(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
 
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                   bnb_4bit_compute_dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(
-        pretrained.default_folder(), dtype=torch.bfloat16, device_map="cpu",
-        quantization_config=four_bit if name.startswith("bitsandbytes") else None)
+    model = AutoModelForCausalLM.from_pretrained(pretrained.default_folder(), dtype=torch.bfloat16, device_map="cpu",
+                                                 quantization_config=four_bit if name.startswith("bitsandbytes") else None)
     if name.startswith("bitsandbytes"):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))

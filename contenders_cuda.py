@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import dispatch
 import random_llama
 import stores
-from evaluate import autocast
 from frozen import FrozenWeight
 from paged_optim import PagedAdamW
+from precision import autocast
 from predict import Shape
 
 Work = Callable[[], object]

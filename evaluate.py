@@ -20,20 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 import data
 import parallel
 import processes
-
-
-def pick_dtype(name: str, device: str) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32, unless the user says which."""
-    if name != "auto":
-        return getattr(torch, name)
-    cpu = torch.cpu.get_capabilities()
-    on_cpu = any(cpu.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if (torch.cuda.is_bf16_supported() if device.startswith("cuda") else on_cpu) else torch.float32
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Products in `dtype`; nothing to cast for float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+from precision import autocast
 
 
 class CrossEntropy(torch.autograd.Function):

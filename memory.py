@@ -13,11 +13,13 @@ QLoRA is a method for saving memory, so a run says where its bytes are. One row 
 import argparse
 import resource
 import sys
+import weakref
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import predict
@@ -77,28 +79,40 @@ def peak_rss_bytes() -> int:
 
 
 class Live(TorchDispatchMode):
-    """The bytes of the storages that are alive: now, and at most after any operation, when inputs and outputs both are."""
+    """The bytes of the storages that are alive: now, and at most after any operation, when inputs and outputs both are.
 
-    def __init__(self, *tensors: Tensor) -> None:
+    A storage is counted when it is first seen and discounted as it dies, so that an operation costs the same however many live.
+    `outside`: tensors that do not count, such as a mapped file.
+    """
+
+    def __init__(self, *tensors: Tensor, outside: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.known: dict[int, weakref.ref] = {}
+        self.bytes = 0
+        self.see(outside, counting=False)
         self.see(tensors)
-        self.peak = self.now()
+        self.peak = self.bytes
 
-    def see(self, tensors: tuple[Tensor, ...]) -> None:
+    def see(self, tensors: Iterable[Tensor], counting: bool = True) -> None:
         for storage in [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]:
-            reference = StorageWeakRef(storage)  # it keeps the address from being used again, not the bytes
-            self.known.setdefault(reference.cdata, (reference, storage.nbytes()))
+            if storage._cdata not in self.known:
+                nbytes = storage.nbytes() if counting else 0
+                self.bytes += nbytes
+                forget = partial(self._forget, storage._cdata, nbytes)
+                self.known[storage._cdata] = weakref.ref(storage, forget)  # torch lets it die with the bytes, not before
+
+    def _forget(self, address: int, nbytes: int, _: weakref.ref) -> None:
+        del self.known[address]
+        self.bytes -= nbytes
 
     def now(self) -> int:
-        self.known = {address: entry for address, entry in self.known.items() if not entry[0].expired()}
-        return sum(nbytes for _, nbytes in self.known.values())
+        return self.bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
         result = func(*args, **(kwargs or {}))
         outputs = result if isinstance(result, (list, tuple)) else (result,)
         self.see(tuple(output for output in outputs if isinstance(output, Tensor)))
-        self.peak = max(self.peak, self.now())
+        self.peak = max(self.peak, self.bytes)
         return result
 
 

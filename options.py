@@ -13,7 +13,7 @@ import torch
 import pretrained
 import processes
 from command_line import flag, parser_of, read, spelling
-from evaluate import pick_dtype
+from precision import pick_dtype
 from variants import STARTS
 
 QUANT = {"nf4": 4, "nf3": 3, "nf2": 2, "none": 0}  # bits of the base's code; none leaves it in 16 bits

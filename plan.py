@@ -15,14 +15,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 import data
 import files
-import predict
 import pretrained
 import processes
 import resume
 import template
+import weigh
 from options import Options
-
-LLAMAS = ("llama", "mistral")  # whose layers are the seven maps that predict.py counts
 
 
 class Plan(NamedTuple):
@@ -81,15 +79,13 @@ def memory_of(config: PretrainedConfig, args: Options, length: int) -> str:
     """The peak of a step, predicted, beside what the device has."""
     total = device_bytes(args.device)
     has = f"; {args.device} has {total / 1e9:.2f} GB"
-    if config.model_type not in LLAMAS:
-        return f"not predicted: the ledger knows {' and '.join(LLAMAS)}, and this is {config.model_type}{has}"
-    method = predict.LORA if args.quant == "none" else predict.QLORA
-    predicted = predict.predict(predict.shape_from(config.to_dict()), method, args.batch_size, length, args.lora_r,
-                                args.grad_checkpoint, accumulating=args.grad_accum > 1)  # fmt: skip
+    predicted = weigh.ledger(config, args, args.batch_size, length, args.grad_accum > 1)
+    if predicted is None:
+        known = f"{' and '.join(weigh.LLAMAS)}, from dense weights and without biases"
+        return f"not predicted: the ledger knows {known}, and this is another {config.model_type}{has}"
     peak = predicted.peak()
-    least = "" if args.dtype == torch.bfloat16 else "more than "  # the ledger has 16 bits where float32 has 32
     advice = ", which is too little: see --batch-size, --max-seq-len, --grad-checkpoint" if peak > total else ""
-    return f"{least}{peak / 1e9:.2f} GB at a step's peak, predicted{has}{advice}"
+    return f"{peak / 1e9:.2f} GB at a step's peak, predicted{has}{advice}"
 
 
 def device_bytes(device: str) -> int:

@@ -80,6 +80,11 @@ def table(report: dict) -> str:
     lines += [f"  {name:30}{mb(in_16bit / 1e6)}{mb(kept / 1e6)}" for name, (_, in_16bit, kept) in base.items()]
     lines.append(f"  {'together':30}{mb(report['base_bytes_16bit'] / 1e6)}{mb(report['base_bytes_4bit'] / 1e6)}")
     lines.append(f"  {report['bits_per_weight']:.3f} bits a weight in the linear layers")
+    if report["memory"]:  # of a run that had a step to weigh
+        lines.append(f"\n{'bytes of a step':32}{'predicted':>15}{'measured':>15}")
+        for name, row in report["memory"].items():
+            predicted = "-" if row["predicted"] is None else f"{row['predicted']:,}"
+            lines.append(f"  {name:30}{predicted:>15}{row['measured']:>15,}")
     lines.append(f"\n{report['metric']:32}{'before':>13}{'after':>13}")
     shown = (lambda x: f"{100 * x:.0f} %") if report["metric"] == "exact match" else (lambda x: f"{x:.2f}")
     rows = {f"{report['quant']} base": (report["before"], report["after"])}

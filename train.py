@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,11 +28,13 @@ import memory
 import packing
 import parallel
 import plan
+import precision
 import pretrained
 import processes
 import report
 import resume
 import variants
+import weigh
 from evaluate import LabelLoss, measure
 from nf4 import normal_float
 from options import QUANT, Options, parse_args
@@ -95,19 +98,26 @@ def train_step(losses: torch.nn.Module, optimizer: torch.optim.Optimizer, batche
     return loss, norm
 
 
-def train(losses: torch.nn.Module, optimizer: torch.optim.Optimizer, examples: list[data.Example], pad_id: int, start: int,
-          save: Callable[[int], None], metrics: Path, args: Options) -> None:
-    """Steps start + 1 to max_steps, each a line in `metrics`. Raises: KeyboardInterrupt after a signal, the state saved."""
-    losses.train()
+def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, examples: list[data.Example], pad_id: int, start: int,
+          save: Callable[[int], None], metrics: Path, args: Options) -> dict[str, dict[str, int | None]]:
+    """Steps start + 1 to max_steps, each a line in `metrics`. -> what a step weighs, if there was any (weigh.py)
+
+    Raises: KeyboardInterrupt after a signal, the state saved.
+    """
+    losses, world = parallel.parallel(LabelLoss(model.train(), args.dtype)), processes.world()
+    weighed, weights = min(start + 1, args.max_steps - 1), {}  # the second step, in which AdamW has its moments, if it comes
     bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, dynamic_ncols=True, mininterval=1,
                disable=not processes.first())  # fmt: skip
     with resume.StopAfterStep() as stop, open(metrics if processes.first() else os.devnull, "a", encoding="utf-8") as log:
         for step in bar:
             began = time.perf_counter()
-            count = args.grad_accum * processes.world()
-            batches = data.batches_of_step(examples, step, args.batch_size, count, args.seed, pad_id)
+            batches = data.batches_of_step(examples, step, args.batch_size, args.grad_accum * world, args.seed, pad_id)
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step, args)
-            loss, norm = train_step(losses, optimizer, batches, step, args)
+            work = partial(train_step, losses, optimizer, batches, step, args)
+            if step == weighed and not args.shard:
+                (loss, norm), weights = weigh.step(work, model, optimizer, batches[processes.rank() :: world], args)
+            else:
+                loss, norm = work()
             tokens, seconds = sum(int(b.attention_mask.sum()) for b in batches), time.perf_counter() - began
             line = {"step": step + 1, "loss": loss, "tokens": tokens, "seconds": seconds, "lr": lr, "grad_norm": norm,
                     "rss_bytes": memory.rss_bytes()}
@@ -123,6 +133,7 @@ def train(losses: torch.nn.Module, optimizer: torch.optim.Optimizer, examples: l
                 save(step + 1)
             if asked and not last:
                 raise KeyboardInterrupt
+    return weights
 
 
 def finetune(args: Options, quant: str, folder: Path) -> dict:
@@ -133,6 +144,7 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
     _, tokenizer, task, settings, state = planned
     processes.refuse_differences(settings | {"step to go on from": state.step if state else 0})
     model, _ = processes.together(lambda: adapted_model(args, quant), turn=number if args.shard else 0)
+    print(f"\n{precision.table(model, args.dtype)}\n")
     parameters = [p for p in model.parameters() if p.requires_grad]
     copies = 2 * 4 + (args.save_total_limit + 1) * 12  # bytes: adapter, and states with both moments, and a new one of each
     processes.in_first(lambda: files.claim(folder, copies * sum(p.numel() for p in parameters)))
@@ -155,11 +167,10 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
 
     if not start:
         save(start)
-    losses = parallel.parallel(LabelLoss(model, args.dtype))
-    train(losses, optimizer, task.train, tokenizer.eos_token_id, start, save, metrics, args)
+    weights = train(model, optimizer, task.train, tokenizer.eos_token_id, start, save, metrics, args)
     adapter = parallel.whole(checkpoint.adapter_tensors(model))
     processes.in_first(lambda: (checkpoint.save_adapter(model, folder, adapter),
-                                  report.plot_loss(metrics, folder / "loss.png")))  # fmt: skip
+                                report.plot_loss(metrics, folder / "loss.png")))  # fmt: skip
     after = measure(model, tokenizer, task, args.batch_size, args.dtype, "after")
     pager = getattr(optimizer, "counters", dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out"), 0))
     return {
@@ -167,7 +178,7 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
         "metric": task.metric, "quant": quant, "before": before[0], "after": after[0],
         "before_unseen": before[1], "after_unseen": after[1], **report.totals(metrics),
         "seconds_total": time.perf_counter() - began, "peak_rss_bytes": memory.peak_rss_bytes(),
-        **memory.summary(model), "pager": dict(pager), "seed": args.seed,
+        **memory.summary(model), "memory": weights, "pager": dict(pager), "seed": args.seed,
     }
 
 

@@ -16,7 +16,6 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ import random_llama
 from evaluate import label_loss
 from paged_optim import PagedAdamW
 from predict import QLORA, Prediction, Shape
-from stores import Managed
+from weigh import is_managed, on_gpu, peak_of
 
 CAP = 48 * 2**30  # bytes: what the process may use of the card
 SPARE = 0.97  # of what torch's tensors and the pages may take, this much is planned for
@@ -76,30 +75,6 @@ def step(model: nn.Module, optimizer: PagedAdamW, ids: torch.Tensor, size: int) 
     return gradients
 
 
-def on_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-def peak_of(work: Callable[[], object], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
-    """The most bytes that live during a call: the allocator's and the pager's count on a GPU, living tensors' elsewhere."""
-    if on_gpu(device):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() + (optimizer.pager.peak if is_managed(optimizer) else 0)
-    pages = optimizer.pager.cache.values() if isinstance(optimizer, PagedAdamW) else ()
-    with memory.Live(*model.parameters(), *model.buffers(), *pages) as live:
-        work()
-    return live.peak
-
-
-def is_managed(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its state is unified memory, which torch does not count as its own."""
-    pages = optimizer.pages.values() if isinstance(optimizer, PagedAdamW) else ()
-    return any(isinstance(page.store, Managed) for cut in pages for page in cut)
-
-
 def room(device: torch.device) -> int:
     """What torch's tensors and the pages may take: of the card, or of 48 GiB if it has more."""
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu(device) else CAP
@@ -119,7 +94,7 @@ def measure(shape: Shape, plan: Plan, device: torch.device) -> dict:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((room(device) - plan.resident * is_managed(optimizer)) / total)
     gradients = work()
-    peak, began = peak_of(work, model, optimizer, device), time.perf_counter()
+    (_, peak), began = peak_of(work, model, optimizer, device), time.perf_counter()
     work()
     if on_gpu(device):
         torch.cuda.synchronize()

@@ -121,14 +121,6 @@ def test_generation_from_a_batch_takes_no_copy_of_the_head_for_each_sequence() -
     assert layouts and all(layouts)
 
 
-def test_products_are_in_bfloat16_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for features, dtype in (({"avx512_bf16": True}, torch.bfloat16), ({"avx512_f": True, "amx_bf16": False}, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
-        assert evaluate.pick_dtype("auto", "cpu") is dtype
-        assert evaluate.pick_dtype("float32", "cpu") is torch.float32
-        assert evaluate.pick_dtype("bfloat16", "cpu") is torch.bfloat16
-
-
 def test_perplexity_is_exp_of_the_mean_loss() -> None:
     model, batch = models.tiny_llama(), batch_of_two()
     examples = [data.Example([5, 6, 7, 8, 9], [-100, -100, 7, 8, 9]), data.Example([9, 8, 7], [-100, 8, 7])]

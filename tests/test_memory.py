@@ -31,6 +31,23 @@ def test_bits_a_weight_are_those_of_the_paper() -> None:
     assert summary["base_bytes_16bit"] == 2 * weights
 
 
+def test_what_lives_is_counted_once_while_it_does() -> None:
+    kept, mapped = torch.zeros(100), torch.zeros(1000)
+    with memory.Live(kept, kept[:10], outside=[mapped]) as live:
+        assert live.now() == live.peak == 400
+        other = kept + 1
+        view = other.view(10, 10)
+        mapped.copy_(mapped)
+        assert live.now() == 800
+        del other
+        assert live.now() == 800, "its view still holds the bytes"
+        del view
+        assert live.now() == 400
+        for _ in range(3):
+            torch.zeros(50)  # each may have the address of the one before
+    assert live.now() == 400 and live.peak == 800
+
+
 def test_resident_memory_grows_by_what_is_touched() -> None:
     before = memory.rss_bytes()
     block = torch.ones(2**25)

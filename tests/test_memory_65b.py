@@ -12,6 +12,7 @@ from test_managed import CPU, CUDA, recording
 import memory
 import predict
 import random_llama
+import weigh
 from paper import memory_65b as paper
 from predict import QLORA, SHAPES
 
@@ -59,7 +60,7 @@ def test_every_size_of_the_paper_fits_its_48_gb(name: str, batch: int) -> None:
 
 def test_what_fits_in_no_way_is_refused() -> None:
     with pytest.raises(ValueError, match="a sequence of 64 tokens needs .* bytes, and there are"):
-        paper.Plan(TINY, 2, LENGTH, room_for(1, 2) - 1)
+        paper.Plan(TINY, 2, LENGTH, min(room_for(1, 2), room_for(2, 2)) - 1)
 
 
 def test_a_gradient_that_is_not_finite_is_an_error() -> None:
@@ -74,7 +75,8 @@ def test_on_a_gpu_torch_and_the_pages_share_the_room_and_the_peak_is_that_of_bot
     log, total = [], 80 * 2**30
     plan = paper.Plan(TINY, 2, LENGTH, PLENTY)
     with recording() as driver, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paper, "on_gpu", lambda device: True)
+        for module in (paper, weigh):
+            patch.setattr(module, "on_gpu", lambda device: True)
         for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
             patch.setattr(torch.cuda, name, lambda *device, name=name: log.append(name))
         patch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)

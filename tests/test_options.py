@@ -12,6 +12,7 @@ import options
 import plan
 import pretrained
 import train
+import weigh
 from options import Options, parse_args
 
 SPELLINGS = {
@@ -142,13 +143,17 @@ def test_a_dry_run_finds_what_a_run_would_fail_at(tiny: Path, rows: Path, tmp_pa
 
 def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
     config = models.tiny_llama(vocab_size=256).config
-    half, whole = (parse_args(["--dtype", dtype, "--device", "cpu"]) for dtype in ("bfloat16", "float32"))
-    assert "more than" not in plan.memory_of(config, half, 64)
-    assert plan.memory_of(config, whole, 64).startswith("more than 0.00 GB at a step's peak, predicted; cpu has")
+    args, whole = (parse_args(["--dtype", dtype, "--device", "cpu"]) for dtype in ("bfloat16", "float32"))
+    assert plan.memory_of(config, whole, 64).startswith("0.00 GB at a step's peak, predicted; cpu has")
+    half, whole = (weigh.ledger(config, each, 4, 64) for each in (args, whole))
+    assert half.components["activations"] < whole.components["activations"] < 2 * half.components["activations"]
     monkeypatch.setattr(plan, "device_bytes", lambda device: 1000)
-    assert plan.memory_of(config, half, 64).endswith("which is too little: see --batch-size, --max-seq-len, --grad-checkpoint")
+    assert plan.memory_of(config, args, 64).endswith("which is too little: see --batch-size, --max-seq-len, --grad-checkpoint")
     config.model_type = "gemma"
-    assert plan.memory_of(config, half, 64).startswith("not predicted: the ledger knows llama and mistral, and this is gemma")
+    known = "not predicted: the ledger knows llama and mistral, from dense weights and without biases, and this is another "
+    assert plan.memory_of(config, args, 64).startswith(f"{known}gemma; cpu has")
+    config.model_type, config.attention_bias = "llama", True
+    assert plan.memory_of(config, args, 64).startswith(f"{known}llama; cpu has")
 
 
 def test_a_gpus_memory_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

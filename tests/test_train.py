@@ -10,6 +10,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
+from bounds import OF_A_PEAK
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_paged_optim import TorchAdamW
@@ -71,6 +72,9 @@ def test_the_real_model_learns_and_its_adapter_comes_back_to_the_same_logits(
     assert report["trainable_parameters"] == sum(t.numel() for t in load_file(out / "adapter_model.safetensors").values())
     assert report["base_bytes_16bit"] == 2 * (weights + 49152 * 576 + 61 * 576)  # and the embedding, and 61 norms
     assert report["pager"]["evictions"] > 0 < report["pager"]["bytes_in"]
+    *lasting, peak = report["memory"].values()
+    assert len(lasting) == 6 and all(row["predicted"] == row["measured"] > 0 for row in lasting), "to the byte"
+    assert abs(peak["predicted"] - peak["measured"]) <= OF_A_PEAK * peak["measured"]
     assert "4.127 bits a weight" in capsys.readouterr().out
 
     assert_same_logits_after_reload(out)
