@@ -91,6 +91,8 @@ def kinds(model: nn.Module) -> dict[str, list[nn.Module]]:
     head = model.get_output_embeddings()
     found = {"linear layers": [], "embedding": [], "head": [head], "norms": []}
     for module in model.modules():
+        if isinstance(module, FrozenWeight):
+            continue  # it belongs to its layer
         if isinstance(module, QLoRALinear):
             found["linear layers"].append(module)
         elif isinstance(module, nn.Embedding):

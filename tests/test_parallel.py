@@ -20,6 +20,7 @@ import data
 import files
 import models
 import parallel
+import precision
 import report
 import train
 from lora import attach
@@ -181,6 +182,7 @@ def test_a_sharded_model_computes_what_it_did(group: None) -> None:
     torch.manual_seed(0)
     plain, ids = models.trained(attach(models.tiny_llama(vocab_size=256), r=4)), torch.arange(5, 25)[None]
     model = sharded()
+    assert precision.table(model, torch.float32) == precision.table(plain, torch.float32)
     assert ledger(model) == ledger(plain) and parallel.bytes_here(model) == parallel.bytes_here(plain)
     for each in (plain, model):
         each(input_ids=ids, labels=ids).loss.backward()
