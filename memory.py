@@ -48,6 +48,8 @@ def ledger(model: nn.Module) -> dict[str, Component]:
         if hasattr(module, "codebook"):  # a FrozenWeight, which keeps its bytes in buffers
             rows["linear layers"][0] += module.shape.numel()
             rows["linear layers"][1] += module.nbytes
+        if hasattr(module, "base_norm"):  # dora.Magnitude's, found once and kept
+            rows["adapters"][1] += module.base_norm.nbytes
     return {name: Component(elements, 2 * elements, nbytes) for name, (elements, nbytes) in rows.items()}
 
 
