@@ -40,8 +40,8 @@ def adapted_layers(model: nn.Module) -> dict[str, QLoRALinear]:
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """PEFT's name -> parameter, for every adapter in the model."""
-    pairs = {name: zip(tensor_names(name), (layer.lora_A, layer.lora_B)) for name, layer in adapted_layers(model).items()}
-    return {key: parameter for pair in pairs.values() for key, parameter in pair}
+    return {key: layer.get_parameter(ours) for name, layer in adapted_layers(model).items()
+            for ours, key in tensor_names(name, layer.use_dora).items()}  # fmt: skip
 
 
 def save_adapter(model: nn.Module, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
@@ -52,11 +52,11 @@ def save_adapter(model: nn.Module, folder: str | Path, tensors: dict[str, Tensor
     folder, layers = Path(folder), adapted_layers(model)
     if not layers:
         raise ValueError("the model has no adapters: lora.attach puts them there")
-    common = {(layer.lora_dropout, layer.use_rslora) for layer in layers.values()}
+    common = {(layer.lora_dropout, layer.use_rslora, layer.use_dora) for layer in layers.values()}
     if len(common) > 1:
-        raise ValueError("the adapters differ in lora_dropout or use_rslora: PEFT's format has one value for all layers")
-    [(lora_dropout, use_rslora)] = common
-    rest = {"lora_dropout": lora_dropout, "use_rslora": use_rslora, "target_modules": _target_modules(model),
+        raise ValueError("the adapters differ in lora_dropout, use_rslora or use_dora: PEFT's format has one value for all")
+    [same] = common
+    rest = {**dict(zip(("lora_dropout", "use_rslora", "use_dora"), same)), "target_modules": _target_modules(model),
             "base_model_name_or_path": getattr(model, "name_or_path", None)}
     folder.mkdir(parents=True, exist_ok=True)
     header = {"format": "pt", "base": describe_base(next(iter(layers.values())).base)}
@@ -79,13 +79,16 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         r, _ = of_layer(config, name)
         if not new and layer.r != r:
             raise ValueError(f"{folder}/adapter_config.json gives {name} rank {r}, and the model's adapter has {layer.r}")
-        shapes = (r, layer.in_features), (layer.out_features, r)
-        expected |= {key: torch.empty(shape, device="meta") for key, shape in zip(tensor_names(name), shapes)}
+        if not new and layer.use_dora != config["use_dora"]:
+            raise ValueError(f"{folder}/adapter_config.json has use_dora {config['use_dora']}, and the model's adapter has not")
+        shapes = (r, layer.in_features), (layer.out_features, r), (layer.out_features,)
+        names = tensor_names(name, config["use_dora"]).values()
+        expected |= {key: torch.empty(shape, device="meta") for key, shape in zip(names, shapes)}
     check_like(tensors, expected, path)
     if not expected:
         raise ValueError(f"{path} has no adapter for any layer of the model")
     files.refuse_nan({name: tensor.float() for name, tensor in tensors.items()}, path)  # also what float64 can hold alone
-    same = {"lora_dropout": config["lora_dropout"], "use_rslora": config["use_rslora"]}
+    same = {key: config[key] for key in ("lora_dropout", "use_rslora", "use_dora")}
     settings = {name: dict(zip(("r", "lora_alpha"), of_layer(config, name))) | same for name in layers}
     adapt(model, [(names, settings[names[0]]) for names in new])
     for name, layer in adapted_layers(model).items():

@@ -5,7 +5,7 @@ zero, so that training starts exactly at the pretrained model (paper, section 3,
 
     y = x W'^T + b + s (d(x) A^T) B^T        W' = the dequantized weight,  s = lora_alpha / r,  d = dropout
 
-lora_matmul.py has the product and its gradients; here are the layer, a model full of them, and the way back to dense layers.
+lora_matmul.py has the product and its gradients, dora.py a variant; here are the layer, a model of them, and the way back.
 
 Differs from PEFT: a merge goes to a dense weight and says what a 4-bit merge would have lost; unmerging is exact, because the
 codes are never touched.
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dora import Magnitude, scaled
 from frozen import FrozenWeight, MergeAudit
 from lora_matmul import LoRAMatmul
 from nf4 import NF4, check_finite
@@ -28,20 +29,22 @@ class QLoRALinear(nn.Module):
     """A frozen 4-bit linear layer with a trainable adapter. Made by `from_linear` or, for a whole model, by `attach`.
 
     base: FrozenWeight (out, in). lora_A (r, in), lora_B (out, r): float32, cast for the products. bias (out,): frozen, or None.
+    lora_magnitude_vector: with use_dora, the trained length of each row of the weight, or None.
     Made by `QLoRALinear(base, bias)` it has no adapter yet, which is an adapter of rank 0: the layers of a 4-bit checkpoint.
     """
 
     def __init__(self, base: FrozenWeight, bias: Tensor | None, r: int = 0, lora_alpha: float = 0, lora_dropout: float = 0.0,
-                 compute_dtype: torch.dtype | None = None, use_rslora: bool = False) -> None:
+                 compute_dtype: torch.dtype | None = None, use_rslora: bool = False, use_dora: bool = False) -> None:
         super().__init__()
         self.base, (self.out_features, self.in_features) = base, base.shape
-        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.r, self.lora_alpha, self.use_rslora, self.use_dora = r, lora_alpha, use_rslora, use_dora
         self.lora_dropout, self.compute_dtype = lora_dropout, compute_dtype
         kind = {"dtype": torch.promote_types(base.dtype, torch.float32), "device": next(base.buffers()).device}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **kind), requires_grad=r > 0)
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **kind), requires_grad=r > 0)
         if r:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as the authors of LoRA, and PEFT, do
+        self.lora_magnitude_vector = Magnitude(base, self.lora_A, self.lora_B, self.scaling) if use_dora else None
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_buffer("merged", None, persistent=False)
 
@@ -53,7 +56,8 @@ class QLoRALinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: "nn.Linear | QLoRALinear", r: int = 8, lora_alpha: float = 16, lora_dropout: float = 0.0,
                     block_size: int = 64, double_quant: bool = True, codebook: Tensor | None = NF4,
-                    compute_dtype: torch.dtype | None = None, use_rslora: bool = False) -> "QLoRALinear":
+                    compute_dtype: torch.dtype | None = None, use_rslora: bool = False,
+                    use_dora: bool = False) -> "QLoRALinear":
         """Quantize a dense layer; codebook=None keeps it dense, for 16-bit LoRA. A layer in 4 bits keeps its base.
 
         Raises: ValueError for what `nf4.quantize` refuses, and an r, lora_alpha or lora_dropout out of range.
@@ -68,7 +72,7 @@ class QLoRALinear(nn.Module):
             base, compute_dtype = linear.base, compute_dtype or linear.compute_dtype
         else:
             base = FrozenWeight(linear.weight, block_size, double_quant, codebook)
-        return cls(base, linear.bias, r, lora_alpha, lora_dropout, compute_dtype, use_rslora).train(linear.training)
+        return cls(base, linear.bias, r, lora_alpha, lora_dropout, compute_dtype, use_rslora, use_dora).train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in autocast's dtype where it is on, else in x's; computed in compute_dtype if given."""
@@ -84,12 +88,18 @@ class QLoRALinear(nn.Module):
             p = self.lora_dropout if self.training else 0.0
             keep = torch.rand(flat.shape, device=x.device) >= p if p else None
             y = LoRAMatmul.apply(flat, self.lora_A, self.lora_B, bias, keep, self.scaling / (1 - p), self.base)
+            if self.use_dora:
+                y = scaled(y, self.lora_magnitude_vector(self.base, self.lora_A, self.lora_B, self.scaling), bias)
         return y.reshape(*x.shape[:-1], self.out_features).to(result)
 
     def update(self) -> Tensor:
-        """What the adapter adds to the weight: s B A (out, in), in the adapter's dtype."""
+        """What the adapter adds to the weight: s B A (out, in), with use_dora c (W' + s B A) - W'; in the adapter's dtype."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            return (self.lora_B @ self.lora_A).detach() * self.scaling
+            update = (self.lora_B @ self.lora_A).detach() * self.scaling
+        if not self.use_dora:
+            return update
+        c = self.lora_magnitude_vector(self.base, self.lora_A, self.lora_B, self.scaling).detach()[:, None]  # (out, 1)
+        return (c - 1) * self.base(update.dtype) + c * update
 
     def merge(self) -> None:
         """From now on compute with base + update, one dense weight in the base's original dtype. The base is kept."""
@@ -141,8 +151,8 @@ def adapt(model: nn.Module, layers: list[tuple[list[str], dict]]) -> tuple[int, 
         after += layer.base.nbytes
     model.requires_grad_(False)
     for layer in names_of(model, QLoRALinear):  # those of an earlier call too
-        layer.lora_A.requires_grad_(layer.r > 0)
-        layer.lora_B.requires_grad_(layer.r > 0)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(layer.r > 0 and name != "bias")
     return before, after
 
 

@@ -51,6 +51,7 @@ def ledger(model: nn.Module) -> dict[str, Component]:
     for module in frozen:
         rows["linear layers"][0] += module.shape.numel()
         rows["linear layers"][1] += module.nbytes
+    rows["adapters"][1] += sum(module.base_norm.nbytes for module in model.modules() if hasattr(module, "base_norm"))  # DoRA's
     return {name: Component(elements, 2 * elements, nbytes) for name, (elements, nbytes) in rows.items()}
 
 

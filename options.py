@@ -40,8 +40,8 @@ class Options:
     lora_r: int = adapters(8, "their rank", rule="above 0")
     lora_alpha: float = adapters(16.0, "the update is scaled by alpha / r", rule="above 0")
     lora_dropout: float = adapters(0.0, "dropout before the adapters", rule="a probability, 0 <= p < 1")
-
     use_rslora: bool = adapters(False, "scale by alpha / sqrt(r), so that a larger r does not learn more slowly")
+    use_dora: bool = adapters(False, "train the length of each row of a weight apart from its direction (dora.py)")
     lora_start: str = adapters("default", "pissa, loftq: see variants.py; with --save-4bit", choices=list(STARTS))
 
     data: str = rows("orders", "orders, text, roman, a .txt, .jsonl or .json file, or a hub id", "--dataset-name", free=True)

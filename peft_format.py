@@ -1,8 +1,10 @@
 """The folder of an adapter, in PEFT's format: which layer has which rank and scaling, and under which name.
 
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (r, in) and ...lora_B.weight (out, r)
-    adapter_config.json         r, lora_alpha, lora_dropout, use_rslora for all layers; rank_pattern and alpha_pattern for those
-                                that differ: regular expressions, the first that matches the end of a layer's name counts
+                                with use_dora, base_model.model.<layer>.lora_magnitude_vector (out,)
+    adapter_config.json         r, lora_alpha, lora_dropout, use_rslora, use_dora for all layers; rank_pattern and alpha_pattern
+                                for those that differ: regular expressions, the first that matches the end of a layer's name
+                                counts
 
 A regular expression from a stranger can take longer than a life to match. So a pattern may hold three repetitions and no
 groups, which bounds its time by the cube of the length of a name; and there may not be too many, the slow ones least of all.
@@ -23,16 +25,17 @@ import nf4
 from frozen import FrozenWeight
 
 PREFIX = "base_model.model."
-DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
-            "base_model_name_or_path": None, "bias": "none", "init_lora_weights": True}  # PEFT's
-UNSUPPORTED = """use_dora use_qalora use_bdlora lora_bias alora_invocation_tokens modules_to_save trainable_token_indices
+DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "rank_pattern": {},
+            "alpha_pattern": {}, "base_model_name_or_path": None, "bias": "none", "init_lora_weights": True}  # PEFT's
+UNSUPPORTED = """use_qalora use_bdlora lora_bias alora_invocation_tokens modules_to_save trainable_token_indices
     target_parameters layer_replication arrow_config velora_config monteclora_config kasa_config""".split()
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base, and need it changed again
 
 
-def tensor_names(layer: str) -> tuple[str, str]:
-    """The names of lora_A and lora_B of a layer."""
-    return f"{PREFIX}{layer}.lora_A.weight", f"{PREFIX}{layer}.lora_B.weight"
+def tensor_names(layer: str, use_dora: bool) -> dict[str, str]:
+    """The parameters of a layer's adapter: QLoRALinear's name -> PEFT's."""
+    ours = ["lora_A", "lora_B", *(["lora_magnitude_vector.weight"] if use_dora else [])]
+    return dict(zip(ours, (f"{PREFIX}{layer}.{name}" for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))))
 
 
 def layers_of(tensors: dict[str, Tensor]) -> set[str]:
@@ -78,7 +81,8 @@ def read_config(folder: Path) -> dict:
         "alpha_pattern": _are_patterns(alphas) and all(map(_is_alpha, alphas.values())),
         "r": _is_rank(config["r"]), "lora_alpha": _is_alpha(config["lora_alpha"]),
         "lora_dropout": type(config["lora_dropout"]) in (int, float) and 0 <= config["lora_dropout"] < 1,
-        "use_rslora": type(config["use_rslora"]) is bool, "base_model_name_or_path": base is None or isinstance(base, str),
+        "use_rslora": type(config["use_rslora"]) is bool, "use_dora": type(config["use_dora"]) is bool,
+        "base_model_name_or_path": base is None or isinstance(base, str),
     }
     broken = [key for key, holds in rules.items() if not holds]
     if broken:

@@ -81,7 +81,7 @@ def memory_of(config: PretrainedConfig, args: Options, length: int) -> str:
     has = f"; {args.device} has {total / 1e9:.2f} GB"
     predicted = weigh.ledger(config, args, args.batch_size, length, args.grad_accum > 1)
     if predicted is None:
-        known = f"{' and '.join(weigh.LLAMAS)}, from dense weights and without biases"
+        known = f"{' and '.join(weigh.LLAMAS)}, from dense weights, without biases or DoRA"
         return f"not predicted: the ledger knows {known}, and this is another {config.model_type}{has}"
     peak = predicted.peak()
     advice = ", which is too little: see --batch-size, --max-seq-len, --grad-checkpoint" if peak > total else ""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import predict
+from dora import Magnitude
 from frozen import FrozenWeight
 from lora import QLoRALinear
 
@@ -91,7 +92,7 @@ def kinds(model: nn.Module) -> dict[str, list[nn.Module]]:
     head = model.get_output_embeddings()
     found = {"linear layers": [], "embedding": [], "head": [head], "norms": []}
     for module in model.modules():
-        if isinstance(module, FrozenWeight):
+        if isinstance(module, (FrozenWeight, Magnitude)):
             continue  # it belongs to its layer
         if isinstance(module, QLoRALinear):
             found["linear layers"].append(module)

@@ -51,7 +51,8 @@ def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTraine
     tokenizer = pretrained.tokenizer_in(folder)
     codebook = normal_float(QUANT[quant]) if QUANT[quant] else None
     base = {"block_size": args.block_size, "double_quant": not args.no_double_quant, "codebook": codebook}
-    adapter = {name: getattr(args, name) for name in ("lora_alpha", "lora_dropout", "use_rslora")} | {"r": args.lora_r}
+    adapter = {"r": args.lora_r}
+    adapter |= {name: getattr(args, name) for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
     device = "cpu" if args.shard else args.device
     model = variants.adapted(folder, args.dtype, device, "default" if kept else args.lora_start, args.seed, adapter, base)
     model.name_or_path = args.model or str(folder)  # which the adapter's config will name

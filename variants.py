@@ -12,7 +12,8 @@ PiSSA trains the directions in which W is largest, and leaves less to be rounded
 start of training, is at most |W - Q|. Both share the singular values between A and B, each of which takes their root.
 
 The base is then not quantize(W), and an adapter is worth nothing on another base: it is saved too (checkpoint.save_4bit).
-rsLoRA, s = lora_alpha / sqrt(r) (arXiv 2312.03732), is a flag of the layer: lora.QLoRALinear.
+rsLoRA, s = lora_alpha / sqrt(r) (arXiv 2312.03732), is a flag of the layer: lora.QLoRALinear. So is DoRA (dora.py), which goes
+with any start: its magnitudes begin as the lengths of the rows of Q + s B A.
 
 Differs from PEFT: its LoftQ leaves s out, so that it starts nearer to W only where lora_alpha = r. Its PiSSA leaves the base
 dense, to be quantized by the user.
@@ -27,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import streaming
+from dora import Magnitude
 from frozen import FrozenWeight
 from lora import QLoRALinear, attach, unadapted
 
@@ -37,7 +39,7 @@ STARTS = ("default", "pissa", "loftq")
 def maker(start: str, adapter: dict, quantization: dict) -> Callable[[Tensor, Tensor | None], QLoRALinear]:
     """What makes a layer of a weight (out, in) and a bias: without an adapter for "default", else with one that starts there.
 
-    adapter: r, lora_alpha, lora_dropout, use_rslora, as QLoRALinear.from_linear takes them; quantization: block_size,
+    adapter: r, lora_alpha, lora_dropout, use_rslora, use_dora, as QLoRALinear.from_linear takes them; quantization: block_size,
     double_quant, codebook, as FrozenWeight does.
     """
     def make(weight: Tensor, bias: Tensor | None) -> QLoRALinear:
@@ -48,6 +50,8 @@ def maker(start: str, adapter: dict, quantization: dict) -> Callable[[Tensor, Te
             layer = QLoRALinear.from_linear(layer, **adapter)
             for _ in range(LOFTQ_STEPS if start == "loftq" else 1):
                 step(layer, weight.to(layer.lora_A.dtype), start, quantization)
+            if layer.use_dora:  # on another base, and with another B A, than the layer was made with
+                layer.lora_magnitude_vector = Magnitude(layer.base, layer.lora_A, layer.lora_B, layer.scaling)
         return layer
 
     return make

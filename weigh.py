@@ -33,7 +33,7 @@ T = TypeVar("T")
 def ledger(config: PretrainedConfig, args: Options, batch: int, length: int, accumulating: bool = False,
            labels: int | None = None, masked: bool = True, packed: bool = False) -> predict.Prediction | None:
     """What the ledger says of a pass of batch * length tokens; None of a model that it does not know."""
-    if config.model_type not in LLAMAS or any(getattr(config, name, None) for name in BESIDE):
+    if config.model_type not in LLAMAS or any(getattr(config, name, None) for name in BESIDE) or args.use_dora:
         return None
     method = predict.LORA if args.quant == "none" else predict.QLORA
     return predict.predict(predict.shape_from(config.to_dict()), method, batch, length, args.lora_r, args.grad_checkpoint,

@@ -217,13 +217,57 @@ def merged_forward(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bi
     return in_float64(y if bias is None else y.plus(operand(bias, dtype), dtype), 4 * max(x.shape[-1], 1))
 
 
-def lora_backward(g: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float,
+def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Bounded:
+    """The norm of each row of W + s B A (out,), in the adapter's dtype, from float64 sums and a product W A^T in that dtype.
+
+    n^2 = w^2 + 2 s sum_r B (W A^T) + s^2 sum_r B (B A A^T), where w, the norm of W alone, has been rounded to that dtype.
+    Clamping at zero only comes nearer.
+    """
+    dtype, in_64 = lora_A.dtype, torch.float64
+    W, A, B = (Bounded.exact(each) for each in (weight, lora_A, lora_B))
+    ones, B = Bounded.exact(torch.ones(lora_A.shape[0], 1)), B.times(scaling, in_64)
+    of_base = root(product(W, W, in_64).matmul(Bounded.exact(torch.ones(weight.shape[1], 1)), in_64), in_64).to(dtype)
+    crossed, gram = W.matmul(A.T, dtype).times(2, in_64), B.matmul(A.matmul(A.T, in_64), in_64)
+    square = product(of_base, of_base, in_64).plus(product(B, crossed.plus(gram, in_64), in_64).matmul(ones, in_64), in_64)
+    norm = root(Bounded(square.value.clamp(min=0), square.error), in_64).to(dtype)
+    return Bounded(norm.value[:, 0], norm.error[:, 0])
+
+
+def dora_scale(magnitude: Tensor, norm: Bounded) -> Bounded:
+    """c = m / n (out,)."""
+    return quotient(Bounded.exact(magnitude), norm, magnitude.dtype)
+
+
+def dora_forward(y: Bounded, c: Bounded, bias: Tensor | None, dtype: torch.dtype) -> Bounded:
+    """c y + (1 - c) b in float32, then in `dtype`, for y with a bias in it."""
+    wide = torch.float32
+    scaled = product(y, c, wide)
+    if bias is not None:
+        rest = Bounded(1 - c.value, c.error).to(wide)
+        scaled = scaled.plus(product(rest, operand(bias, dtype), wide), wide)
+    return scaled if dtype == wide else scaled.to(dtype)
+
+
+def dora_backward(g: Tensor, y: Bounded, c: Bounded, norm: Bounded, bias: Tensor | None,
+                  dtype: torch.dtype) -> tuple[Bounded, Bounded]:
+    """The gradients of y in `dtype`, which is c g, and of m: what tokens add up to of g (y - b), over n."""
+    wide, ones, g_ = torch.float32, Bounded.exact(torch.ones(1, len(g))), operand(g, dtype)
+    of_c = ones.matmul(product(g_, y, wide), wide)
+    if bias is not None:
+        total = product(ones.matmul(g_, wide), operand(bias, dtype), wide)
+        of_c = of_c.plus(Bounded(-total.value, total.error), wide)
+    of_y = product(g_, c, wide)
+    return (of_y if dtype == wide else of_y.to(dtype)), quotient(Bounded(of_c.value[0], of_c.error[0]), norm, wide)
+
+
+def lora_backward(g: Tensor | Bounded, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float,
                   keep: Tensor | None, dtype: torch.dtype) -> tuple[Bounded, Bounded, Bounded]:
     """dL/dx, dL/dA and dL/dB of the same, for an incoming gradient g.
 
     dh = s g B, dB = s g^T h, dA = dh^T (keep x), dx = g W + keep (dh A).
     """
-    g_, x_, W, A, B = (operand(t, dtype) for t in (g, x, weight, lora_A, lora_B))
+    x_, W, A, B = (operand(t, dtype) for t in (x, weight, lora_A, lora_B))
+    g_ = g if isinstance(g, Bounded) else operand(g, dtype)
     dropped = x_ if keep is None else x_.times(keep.double(), torch.float64)
     h = dropped.matmul(A.T, dtype)
     dh = g_.matmul(B, dtype).times(scaling, dtype)

@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEAVES = ["command_line", "files", "processes", "tasks", "predict", "pretrained", "figures"]  # import nothing of ours
 PACKAGES = ["cpu_kernels", "cuda_kernels"]  # nor do their files
-ORDER = ["memory", "report", "nf4", "double_quant", "stored", "cpu_kernels", "cuda_kernels", "dispatch", "frozen",
-         "parallel", "lora_matmul", "lora", "stores", "pager", "paged_optim", "bnb_format", "peft_format", "skeleton",
+ORDER = ["memory", "report", "nf4", "double_quant", "stored", "cpu_kernels", "cuda_kernels", "dispatch", "frozen", "parallel",
+         "lora_matmul", "dora", "lora", "stores", "pager", "paged_optim", "bnb_format", "peft_format", "skeleton",
          "checkpoint", "streaming", "variants", "resume", "formats", "template", "packing", "data", "precision", "evaluate",
-         "random_llama", "options", "weigh", "plan", "export", "train", "contenders", "contenders_cuda", "bench_cuda", "bench"]
+         "random_llama", "options", "weigh", "plan", "export", "train", "contenders", "contenders_cuda", "bench_cuda",
+         "bench"]
 SOURCES = sorted(path.stem for path in ROOT.glob("*.py"))
 TORCH = "cpu_kernels/host.py"  # is not compiled, but calls those that are, and torch
 DRIVER = "cuda_kernels/managed.py"  # talks to CUDA's driver and torch's streams, and compiles nothing

@@ -150,7 +150,8 @@ def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(monkeypatch: 
     monkeypatch.setattr(plan, "device_bytes", lambda device: 1000)
     assert plan.memory_of(config, args, 64).endswith("which is too little: see --batch-size, --max-seq-len, --grad-checkpoint")
     config.model_type = "gemma"
-    known = "not predicted: the ledger knows llama and mistral, from dense weights and without biases, and this is another "
+    known = "not predicted: the ledger knows llama and mistral, from dense weights, without biases or DoRA"
+    known += ", and this is another "
     assert plan.memory_of(config, args, 64).startswith(f"{known}gemma; cpu has")
     config.model_type, config.attention_bias = "llama", True
     assert plan.memory_of(config, args, 64).startswith(f"{known}llama; cpu has")
