@@ -20,6 +20,10 @@ from bounds import (
     cast,
     cosine,
     decision_error,
+    dora_backward,
+    dora_forward,
+    dora_norm,
+    dora_scale,
     double_quantized,
     few_rows,
     gamma,
@@ -452,6 +456,26 @@ def test_the_bound_of_a_merged_layer_is_reached(kept_in: torch.dtype, dtype: tor
     assert y.item() == 1
     bound = merged_forward(x, W, A, loses, bias, 1.0, kept_in, dtype)
     assert is_tight(distance(y, bound.value), bound.error, share(kept_in))
+
+
+def test_the_bound_of_the_norm_of_dora_is_reached_by_a_product_with_the_base_that_loses_what_it_can() -> None:
+    """B makes most of that, and lets the norm be rounded down by nearly half a unit."""
+    loses = torch.tensor([[1.0, *[U] * 2**14]])
+    A, B = torch.ones_like(loses), torch.tensor([[0.0325781256]])
+    w, crossed, b = loses.double().norm().float().double(), in_sequence(loses, A.T, torch.float32).double(), B.double()
+    norm = (w**2 + b * (2 * crossed + b * A.numel())).sqrt().float()[0]
+    bound = dora_norm(loses, A, B, 1.0)
+    assert is_tight(distance(norm, bound.value), bound.error)
+
+
+def test_the_bounds_of_what_dora_divides_by_its_norm_are_reached_by_one_that_is_too_small() -> None:
+    g, y, bias, m, norm = torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1), torch.ones(1), torch.tensor([0.75])
+    bound = Bounded(torch.ones(1).double(), torch.tensor([0.25]).double())
+    c, computed = dora_scale(m, bound), m / norm
+    of_y, of_m = dora_backward(g, Bounded.exact(y), c, bound, bias, torch.float32)
+    forward = dora_forward(Bounded.exact(y), c, bias, torch.float32)
+    pairs = [(computed, c), (y * computed + (1 - computed) * bias, forward), (g * computed, of_y), (y[0] / norm, of_m)]
+    assert all(is_tight(distance(value, each.value), each.error) for value, each in pairs)
 
 
 # angles

@@ -130,7 +130,7 @@ def test_layers_whose_short_names_others_share_are_saved_by_their_whole_names(tm
 
 def test_adapters_that_one_config_cannot_describe_are_not_saved(tmp_path: Path) -> None:
     model = attach(attach(base(), ["q_proj"], use_rslora=True), ["v_proj"])
-    with pytest.raises(ValueError, match="differ in lora_dropout or use_rslora"):
+    with pytest.raises(ValueError, match="differ in lora_dropout, use_rslora or use_dora"):
         checkpoint.save_adapter(model, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
@@ -189,7 +189,7 @@ def rewrite(folder: Path, change: str | dict) -> None:
     ("config garbage", "is not a JSON object"), ("config list", "is not a JSON object"),
     ("gone", "there is no .*adapter_model.safetensors"), ("config gone", "there is no .*adapter_config.json"),
     ("pickle", "adapter_model.bin is a pickle, which could run code"),
-    ({"peft_type": "IA3"}, "asks for peft_type IA3"), ({"use_dora": True}, "asks for use_dora True"),
+    ({"peft_type": "IA3"}, "asks for peft_type IA3"), ({"use_bdlora": {"x": 1}}, "asks for use_bdlora"),
     ({"bias": "all"}, "asks for bias all"), ({"init_lora_weights": "pissa"}, "asks for init_lora_weights pissa"),
     ({"modules_to_save": ["lm_head"]}, r"asks for modules_to_save \['lm_head'\]"),
     ({"r": 3}, "q_proj rank 3, and the model's adapter has 4"), ({"r": "4"}, "adapter_config.json: r cannot be 4"),
