@@ -1,13 +1,11 @@
 """Data sets, as token ids and a mask of which of them are learnt.
 
-    orders, roman   generated, see tasks.py
-    text            the reference pages of Python's own help(), as plain text
+    orders, roman   generated, see tasks.py; text: the reference pages of Python's own help(), as plain text
     a file          .txt as plain text; .jsonl and .json as rows of the formats of formats.py
     a hub id        owner/name of a data set on the Hugging Face hub, of such rows
 
-Conversations are written by the model's chat template; only answers and their end tokens are learnt (template.py), documents
-are learnt whole. Padding is told from text by its position, never by its id: pad and end are the same token in many models, and
-an end that is masked away is never learnt.
+Only answers and their end tokens are learnt (template.py), and documents whole. Padding is told from text by its position,
+never by its id: pad and end are the same token in many models, and an end that is masked away is never learnt.
 """
 
 import random
@@ -90,8 +88,7 @@ class Batch:
         return {"input_ids": self.input_ids} | seen
 
     def to(self, device: str) -> "Batch":
-        tensors = {name: tensor if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}
-        return Batch(**tensors)
+        return Batch(**{name: tensor if tensor is None else tensor.to(device) for name, tensor in vars(self).items()})
 
 
 def collate(examples: list[Example], pad_id: int) -> Batch:
@@ -107,11 +104,20 @@ def collate(examples: list[Example], pad_id: int) -> Batch:
     return Batch(ids, mask, labels, packing.positions(examples, shape) if packed else None)
 
 
-def batches_of_step(examples: list[Example], step: int, batch_size: int, count: int, seed: int, pad_id: int) -> list[Batch]:
-    """The `count` batches of a step: they follow from step and seed alone, so a resumed run sees what it would have seen."""
-    n, places = len(examples), range(step * batch_size * count, (step + 1) * batch_size * count)
+def batches_of_step(examples: list[Example], step: int, batch_size: int, count: int, seed: int, pad_id: int,
+                    by_length: bool = False) -> list[Batch]:
+    """The `count` batches of a step: they follow from step and seed alone, so a resumed run sees what it would have seen.
+
+    by_length: 50 batches at a time of an epoch's order are filled anew, each with sequences of similar length.
+    """
+    n, places, size = len(examples), range(step * batch_size * count, (step + 1) * batch_size * count), 50 * batch_size
     epochs = {place // n for place in places}
-    order = {epoch: torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)) for epoch in epochs}
+    order = {epoch: torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist() for epoch in epochs}
+    for epoch, start in {(place // n, place % n // size * size) for place in places if by_length}:
+        window = sorted(order[epoch][start : start + size], key=lambda number: len(examples[number].ids), reverse=True)
+        batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        random.Random(f"{seed} {epoch} {start}").shuffle(batches)
+        order[epoch][start : start + size] = [number for batch in batches for number in batch]
     chosen = [examples[order[place // n][place % n]] for place in places]
     return [collate(chosen[i : i + batch_size], pad_id) for i in range(0, len(chosen), batch_size)]
 
@@ -125,8 +131,7 @@ def preview(task: Task, tokenizer: PreTrainedTokenizerBase, colour: bool, count:
     """The first sequences to train on as text, what is learnt in it marked."""
     lines = [f"{len(task.train)} sequences to train on, {len(task.test)} held out; learnt is {marked('this', colour)}"]
     for number, example in enumerate(task.train[:count], 1):
-        learnt = sum(label != IGNORE for label in example.labels[1:])
-        lines.append(f"--- {number}: {len(example.ids)} tokens, {learnt} learnt")
+        lines.append(f"--- {number}: {len(example.ids)} tokens, {sum(label != IGNORE for label in example.labels[1:])} learnt")
         documents = [example.cut(*place) for place in pairwise([*example.starts, len(example.ids)])]
         lines.append("\n- - -\n".join(shown(document, tokenizer, colour) for document in documents))
     return "\n".join(lines)

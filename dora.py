@@ -28,10 +28,11 @@ dropout, c x W'^T is x W'^T + (c - 1) d(x) W'^T there, with a second product; th
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from frozen import FrozenWeight
 
-ROWS = 1024  # of a weight are in float64 at once
+ROWS, TOKENS = 1024, 64  # of a weight, and of y, that are in a wider dtype at once
 
 
 class Magnitude(nn.Module):
@@ -62,7 +63,29 @@ class Magnitude(nn.Module):
         return (self.weight / norm.where(norm > 0, 1)).where(norm > 0, 1)
 
 
-def scaled(y: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
-    """c times what is above the bias in y (tokens, out), in y's dtype; y itself, to the bit, where c is 1."""
-    scaled = y * c if bias is None else y * c + (1 - c) * bias  # in c's dtype: 1.003 would be 1 in bfloat16
-    return scaled.to(y.dtype)
+class Scaled(torch.autograd.Function):
+    """c times what is above the bias in y, in y's dtype; y itself, to the bit, where c is 1.
+
+    Computed in c's dtype, in which 1.003 is not 1 as in bfloat16; a few tokens at a time, so that y is never whole in it.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, y: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
+        """y (tokens, out), c (out,), bias (out,) -> c y + (1 - c) b (tokens, out)."""
+        ctx.save_for_backward(y, c, bias)
+        result = torch.empty_like(y)
+        for here, there in zip(y.split(TOKENS), result.split(TOKENS)):
+            there.copy_(here * c if bias is None else here * c + (1 - c) * bias)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+        """g (tokens, out) -> the gradients of y, c g; of c, that of all tokens' g (y - b); and of b, (1 - c) g."""
+        y, c, bias = ctx.saved_tensors
+        dy, dc, total = torch.empty_like(y), torch.zeros_like(c), torch.zeros_like(c)
+        for here, there, piece in zip(y.split(TOKENS), dy.split(TOKENS), g.split(TOKENS)):
+            there.copy_(piece * c)
+            dc += (piece.to(c.dtype) * here).sum(0)
+            total += piece.sum(0, dtype=c.dtype)
+        return dy, dc if bias is None else dc - total * bias, None if bias is None else (1 - c) * total

@@ -126,10 +126,11 @@ def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: data.Task, batch_size: int, dtype: torch.dtype,
-            when: str) -> list[float | None]:
-    """The task's metric on what was held out, and on phrasings never trained on; and three answers to look at."""
+            when: str | None = None) -> list[float | None]:
+    """The task's metric on what was held out, and on phrasings never trained on; `when` said, three answers to look at, too."""
     if task.metric == "perplexity":
         return [perplexity(model, task.test, batch_size, tokenizer.eos_token_id, dtype), None]
-    print(f"{when} training, {len(task.test) + len(task.unseen)} held-out questions:", flush=True)
-    known = exact_match(model, tokenizer, task.test, dtype, show=3)
+    if when:
+        print(f"{when} training, {len(task.test) + len(task.unseen)} held-out questions:", flush=True)
+    known = exact_match(model, tokenizer, task.test, dtype, show=3 if when else 0)
     return [known, exact_match(model, tokenizer, task.unseen, dtype)]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora import Magnitude, scaled
+from dora import Magnitude, Scaled
 from frozen import FrozenWeight, MergeAudit
 from lora_matmul import LoRAMatmul
 from nf4 import NF4, check_finite
@@ -89,7 +89,7 @@ class QLoRALinear(nn.Module):
             keep = torch.rand(flat.shape, device=x.device) >= p if p else None
             y = LoRAMatmul.apply(flat, self.lora_A, self.lora_B, bias, keep, self.scaling / (1 - p), self.base)
             if self.use_dora:
-                y = scaled(y, self.lora_magnitude_vector(self.base, self.lora_A, self.lora_B, self.scaling), bias)
+                y = Scaled.apply(y, self.lora_magnitude_vector(self.base, self.lora_A, self.lora_B, self.scaling), bias)
         return y.reshape(*x.shape[:-1], self.out_features).to(result)
 
     def update(self) -> Tensor:

@@ -49,6 +49,7 @@ class Options:
 
     train_on_prompt: bool = rows(False, "learn the questions too, not the answers alone")
     packing: bool = rows(False, "several examples a sequence, none of which sees another")
+    group_by_length: bool = rows(False, "sequences of similar length share a batch, so that less of it is padding")
 
     max_steps: int | None = training(None, f"optimizer steps (default: {STEPS})", rule="above 0")
     num_train_epochs: float | None = training(None, "instead of --max-steps: passes over the data", rule="above 0", free=True)
@@ -61,6 +62,9 @@ class Options:
                                          rule="2 or more, the megabytes of a page", free=True)
     grad_checkpoint: bool = training(False, "keep only each block's input: less memory, more time", "--gradient-checkpointing")
     seed: int = training(0, "of adapters, dropout and the order of the data", rule="0 or more")
+
+    eval_every: int = training(0, "measure every N steps too; 0: only before and after training", "--eval-steps",
+                               rule="0 or more", free=True)
 
     output_dir: Path = saving(Path("out"), "where adapter, metrics and report go")
     save_every: int = saving(0, "save the state every N steps; 0: before the first and after the last", "--save-steps",
@@ -112,7 +116,8 @@ def wrong_combination(options: Options) -> str | None:
         return f"--device {options.device} would be the same GPU for all processes: give --device cuda, and each takes its own"
     if "lora_start" in given and ("save_4bit" not in given or options.quant != "nf4"):
         return f"--lora-start {options.lora_start} changes the base: give --save-4bit FOLDER too, and --quant nf4"
-    exclusive = [("max_steps", "num_train_epochs"), *(("prompt", name) for name in ("preview", "dry_run", "resume", "compare"))]
+    exclusive = [("max_steps", "num_train_epochs"), ("group_by_length", "packing"),
+                 *(("prompt", name) for name in ("preview", "dry_run", "resume", "compare"))]
     for one, other in exclusive:
         if {one, other} <= given:
             return f"{spelling(one)} and {spelling(other)} exclude each other: leave one out"

@@ -20,11 +20,11 @@ Activations, in bytes a token and layer, as autograd keeps them for backward:
     5 d + q + f        with dropout before the adapters, a byte for each number of the seven x
 
 In float32 each 2 is a 4, but for what is float32 anyhow. Where attention has a mask (padding, packed documents), k and v are
-there for every head, 4 q instead of 4 kv, and the mask, 2 T for a token in T. The first norm keeps nothing: before it is only
-the embedding, which is frozen. Checkpointing keeps a layer's input instead, 2 d, and makes the others anew when backward comes
-to the layer. There the most is alive at the product silu(gate) * up: its two gradients, 4 f, and the gradient that came in,
-2 d. Without it more may be alive in the backward pass of the last norm, which makes five float32 tensors, 20 d. In full
-fine-tuning so does that of the first norm, when all gradients are there.
+there for every head, 4 q instead of 4 kv, and the mask, 2 T for a token in T. Without checkpointing the first norm keeps
+nothing: before it is only the frozen embedding. Checkpointing keeps a layer's input instead, 2 d, and makes the others anew
+when backward comes to the layer. There the most is alive at the product silu(gate) * up: its two gradients, 4 f, and the
+gradient that came in, 2 d. Without it more may be alive in the backward pass of the last norm, which makes five float32
+tensors, 20 d. In full fine-tuning so does that of the first norm, when all gradients are there.
 
 Activations leave as gradients come, so the peak is not the sum of all maxima but the largest of a few instants. Not counted:
 biases, and what lies outside of torch's tensors, such as CUDA's context.

@@ -43,9 +43,10 @@ def totals(metrics: Path) -> dict:
     return {"steps": len(lines), "seconds": seconds, "tokens_per_second": sum(line["tokens"] for line in lines) / seconds}
 
 
-def plot_loss(metrics: Path, picture: Path) -> None:
-    """Loss by step, and its running mean, as a PNG."""
-    losses = [line["loss"] for line in read_metrics(metrics)]
+def plot_loss(metrics: Path, picture: Path, metric: str = "") -> None:
+    """Loss by step, its running mean, and what was measured on the way of a metric of that name, as a PNG."""
+    lines = read_metrics(metrics)
+    losses, measured = [line["loss"] for line in lines], [(line["step"], line["eval"][0]) for line in lines if "eval" in line]
     smooth = [statistics.fmean(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     steps = range(1, len(losses) + 1)
@@ -53,6 +54,11 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="mean of 5 steps")
     axes.set(xlabel="step", ylabel="cross entropy of a learnt token", yscale="log", title="Training loss")
     axes.grid(alpha=0.3)
+    if measured:
+        axes.plot([], [], "o", color="tab:orange", label=metric)  # for the legend
+        beside = axes.twinx()
+        beside.plot(*zip(*measured), "o", color="tab:orange")
+        beside.set_ylabel(f"{metric} of what was held out")
     axes.legend()
     files.atomically(picture, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png"))
     plt.close(figure)

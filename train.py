@@ -99,8 +99,8 @@ def train_step(losses: torch.nn.Module, optimizer: torch.optim.Optimizer, batche
     return loss, norm
 
 
-def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, examples: list[data.Example], pad_id: int, start: int,
-          save: Callable[[int], None], metrics: Path, args: Options) -> dict[str, dict[str, int | None]]:
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: torch.optim.Optimizer, task: data.Task,
+          start: int, save: Callable[[int], None], metrics: Path, args: Options) -> dict[str, dict[str, int | None]]:
     """Steps start + 1 to max_steps, each a line in `metrics`. -> what a step weighs, if there was any (weigh.py)
 
     Raises: KeyboardInterrupt after a signal, the state saved.
@@ -112,7 +112,8 @@ def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, examples: li
     with resume.StopAfterStep() as stop, open(metrics if processes.first() else os.devnull, "a", encoding="utf-8") as log:
         for step in bar:
             began = time.perf_counter()
-            batches = data.batches_of_step(examples, step, args.batch_size, args.grad_accum * world, args.seed, pad_id)
+            batches = data.batches_of_step(task.train, step, args.batch_size, args.grad_accum * world, args.seed,
+                                           tokenizer.eos_token_id, args.group_by_length)  # fmt: skip
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step, args)
             work = partial(train_step, losses, optimizer, batches, step, args)
             if step == weighed and not args.shard:
@@ -122,11 +123,17 @@ def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, examples: li
             tokens, seconds = sum(int(b.attention_mask.sum()) for b in batches), time.perf_counter() - began
             line = {"step": step + 1, "loss": loss, "tokens": tokens, "seconds": seconds, "lr": lr, "grad_norm": norm,
                     "rss_bytes": memory.rss_bytes()}
+            last = step + 1 == args.max_steps
+            if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
+                line["eval"] = measure(model, tokenizer, task, args.batch_size, args.dtype)
+                bar.write(f"step {step + 1}: {task.metric} {line['eval'][0]:.4f}")
+                model.train()
             log.write(json.dumps(line) + "\n")
             log.flush()
+            if "eval" in line and processes.first():
+                report.plot_loss(metrics, metrics.with_name("loss.png"), task.metric)
             seen = f"loss {loss:.4f}, {tokens / seconds:.0f} tokens/s, {line['rss_bytes'] / 1e9:.2f} GB"
             bar.set_postfix_str(seen, refresh=False)
-            last = step + 1 == args.max_steps
             (asked,) = processes.total(stop.asked)  # of any process: all stop after the same step
             if asked or last or (args.save_every and (step + 1) % args.save_every == 0):
                 if processes.first():
@@ -168,10 +175,10 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
 
     if not start:
         save(start)
-    weights = train(model, optimizer, task.train, tokenizer.eos_token_id, start, save, metrics, args)
+    weights = train(model, tokenizer, optimizer, task, start, save, metrics, args)
     adapter = parallel.whole(checkpoint.adapter_tensors(model))
     processes.in_first(lambda: (checkpoint.save_adapter(model, folder, adapter),
-                                report.plot_loss(metrics, folder / "loss.png")))  # fmt: skip
+                                report.plot_loss(metrics, folder / "loss.png", task.metric)))  # fmt: skip
     after = measure(model, tokenizer, task, args.batch_size, args.dtype, "after")
     pager = getattr(optimizer, "counters", dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out"), 0))
     return {

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 import data
@@ -248,3 +250,38 @@ def test_a_model_without_a_chat_template_gets_the_bare_question(tokenizer: PreTr
     plain.chat_template = None
     assert tokenizer.decode(data.chat(plain, "Who?")) == "Who?\n"
     assert tokenizer.decode(data.chat(tokenizer, "Who?")).count("<|im_start|>") == 3, "system, user, and the answer to come"
+
+
+def rows_of(lengths: list[int]) -> list[data.Example]:
+    return [data.Example([number, *[3] * (length - 1)], [number, *[3] * (length - 1)]) for number, length in enumerate(lengths)]
+
+
+@given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=300), batch_size=st.integers(1, 5), count=st.integers(1, 3),
+       seed=st.integers(0, 3), epoch=st.integers(0, 2))  # fmt: skip
+def test_by_length_an_epoch_has_each_example_once_and_a_step_is_the_same_whenever_it_is_asked_for(
+    lengths: list[int], batch_size: int, count: int, seed: int, epoch: int) -> None:
+    rows, step_size = rows_of(lengths), batch_size * count
+    steps = range(epoch * len(rows) // step_size, -(-(epoch + 1) * len(rows) // step_size))
+
+    def seen(by_length: bool) -> list[data.Batch]:
+        return [batch for step in steps for batch in data.batches_of_step(rows, step, batch_size, count, seed, 2, by_length)]
+
+    again = data.batches_of_step(rows, steps[-1], batch_size, count, seed, 2, True)  # as a resumed run would
+    assert all(torch.equal(one.input_ids, other.input_ids) for one, other in zip(again, seen(True)[-count:]))
+    first = [int(ids[0]) for batch in seen(True) for ids in batch.input_ids]
+    skipped = epoch * len(rows) - steps[0] * step_size
+    assert sorted(first[skipped : skipped + len(rows)]) == list(range(len(rows)))
+
+
+def test_by_length_batches_have_less_padding_and_come_in_another_order() -> None:
+    draw = random.Random(0)
+    rows = rows_of([2 + int(draw.expovariate(1 / 40)) for _ in range(1000)])
+
+    def epoch(by_length: bool) -> list[data.Batch]:
+        return [batch for step in range(125) for batch in data.batches_of_step(rows, step, 4, 2, 0, 2, by_length)]
+
+    padding = {kind: sum(int((1 - batch.attention_mask).sum()) for batch in epoch(kind)) for kind in (True, False)}
+    assert 5 * padding[True] < padding[False]
+    widths = [batch.input_ids.shape[1] for batch in epoch(True)]
+    ascents = sum(a < b for a, b in zip(widths, widths[1:]))
+    assert len(widths) < 3 * ascents < 2 * len(widths), "neither sorted one way nor the other"

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import Bounded, cast, dora_backward, dora_forward, dora_norm, dora_scale, in_float64, lora_backward, lora_forward
+from bounds import (
+    Bounded,
+    cast,
+    dora_backward,
+    dora_forward,
+    dora_norm,
+    dora_scale,
+    gamma,
+    in_float64,
+    lora_backward,
+    lora_forward,
+)  # fmt: skip
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -53,6 +64,10 @@ def scale(layer: QLoRALinear) -> Tensor:
     return layer.lora_magnitude_vector(layer.base, layer.lora_A, layer.lora_B, layer.scaling)
 
 
+def norm_of(layer: QLoRALinear) -> Tensor:
+    return layer.lora_magnitude_vector.norm(layer.base, layer.lora_A, layer.lora_B, layer.scaling)
+
+
 def norm_in_float64(layer: QLoRALinear) -> Tensor:
     """By the definition."""
     update = layer.scaling * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
@@ -73,14 +88,13 @@ def test_the_norm_is_that_of_the_rows_of_the_dense_sum(case: Adapted, dtype: tor
     with torch.no_grad():
         layer.lora_B.mul_(size)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # which does not reach into it
-        norm = layer.lora_magnitude_vector.norm(layer.base, layer.lora_A, layer.lora_B, layer.scaling)
+        norm = norm_of(layer)
     assert norm.dtype == layer.lora_A.dtype and not norm.requires_grad
     assert bound_of_norm(layer).allows(norm, norm_in_float64(layer))
 
 
 def test_a_norm_of_more_rows_than_are_squared_at_once_has_all_of_them() -> None:
     weight = torch.randn(2 * dora.ROWS + 3, 4)
-    layer = QLoRALinear.from_linear(nn.Linear(4, len(weight), bias=False), r=1, use_dora=True, codebook=None)
     layer = QLoRALinear(FrozenWeight(weight, codebook=None), None, 1, 1, use_dora=True)
     bound = cast(weight.double().norm(dim=1), torch.float32)
     assert ((layer.lora_magnitude_vector.weight.double() - weight.double().norm(dim=1)).abs() <= bound).all()
@@ -109,6 +123,14 @@ def test_a_layer_whose_magnitudes_double_gives_the_double_output_whatever_its_ad
     assert torch.equal(layer(case.x()), before * factor)
 
 
+def test_a_magnitude_that_changes_by_less_than_16_bits_can_tell_from_1_counts() -> None:
+    layer, x = untrained(Adapted(64, 64, bias=False)), torch.randn(50, 64).bfloat16()
+    before = layer(x)
+    with torch.no_grad():
+        layer.lora_magnitude_vector.weight.mul_(1.003)
+    assert torch.tensor(1.003).bfloat16() == 1 and not torch.equal(layer(x), before)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_row_of_zeros_is_the_bias_and_can_learn(bias: bool) -> None:
     """Where the norm is zero c is 1, and B gets a gradient; where m alone is zero, m gets one."""
@@ -116,19 +138,20 @@ def test_a_row_of_zeros_is_the_bias_and_can_learn(bias: bool) -> None:
     linear = case.linear()
     linear.weight.data[3] = 0
     layer = QLoRALinear.from_linear(linear, **case.settings(), use_dora=True)
-    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad and p is not layer.bias], lr=0.1)
+    optimizer = torch.optim.SGD([layer.get_parameter(name) for name in DORA], lr=0.1)
     for learnt in ("lora_B", "lora_magnitude_vector.weight"):
         y = layer(case.x())
         assert torch.equal(y[:, 3], torch.full((5,), layer.bias[3].item() if bias else 0.0))
         y.backward(case.g())
-        assert all(parameter.grad.isfinite().all() for _, parameter in layer.named_parameters() if parameter is not layer.bias)
+        assert all(layer.get_parameter(name).grad.isfinite().all() for name in DORA)
         assert layer.get_parameter(learnt).grad[3].any()
         optimizer.step()
         optimizer.zero_grad()
     assert not torch.equal(layer(case.x())[:, 3], y[:, 3]) and norm_in_float64(layer)[3] > 0
 
 
-@given(st.integers(0, 200), st.sampled_from([1.0, 1e-18, 1e18]))
+@given(st.integers(0, 200), st.sampled_from([1.0, 1e-18, 1e25]))
+@example(133, 1e-18)
 def test_rows_that_the_update_cancels_leave_all_that_is_computed_finite(seed: int, size: float) -> None:
     """Where the square of the norm is no more than rounding, and may come out below zero."""
     layer = QLoRALinear.from_linear(nn.Linear(8, 6), r=1, lora_alpha=1, use_dora=True, codebook=None)
@@ -139,8 +162,7 @@ def test_rows_that_the_update_cancels_leave_all_that_is_computed_finite(seed: in
         layer.lora_magnitude_vector = dora.Magnitude(layer.base, layer.lora_A, layer.lora_B, 1.0)
         layer.lora_A.copy_(a[None])
         layer.lora_B.copy_(-b[:, None] * size)
-    assert bound_of_norm(layer).allows(scale(layer).new_tensor(0) + layer.lora_magnitude_vector.norm(
-        layer.base, layer.lora_A, layer.lora_B, 1.0), norm_in_float64(layer))
+    assert bound_of_norm(layer).allows(norm_of(layer), norm_in_float64(layer))
     y = layer(case.x())
     y.backward(case.g())
     assert y.isfinite().all() and all(layer.get_parameter(name).grad.isfinite().all() for name in DORA)
@@ -376,11 +398,21 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(tmp_path: Pa
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_with_another_start_the_magnitudes_are_those_of_base_and_adapter_and_c_is_1(shape: tuple[int, int]) -> None:
+    """On a dense base, which PiSSA leaves as PEFT does, they are PEFT's."""
     weight = weight_of(shape)
     for start in ("pissa", "loftq"):
         layer = variants.maker(start, {"r": 4, "use_dora": True}, {})(weight, None)
         assert (scale(layer) == 1).all() and layer.lora_B.any()
         assert bound_of_norm(layer).allows(layer.lora_magnitude_vector.weight, norm_in_float64(layer))
+    model = nn.Sequential(nn.Linear(*shape[::-1], bias=False))
+    model[0].weight.data = weight.clone()
+    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights="pissa", target_modules=["0"], use_dora=True)
+    theirs = get_peft_model(model, config).base_model.model[0]
+    ours = variants.maker("pissa", {"r": 4, "use_dora": True}, {"codebook": None})(weight, None)
+    assert same_bits(ours.lora_A, theirs.lora_A["default"].weight)
+    distance = (ours.lora_magnitude_vector.weight - theirs.lora_magnitude_vector["default"].weight).abs()
+    both = 2 * bound_of_norm(ours).error + gamma(shape[1] + 8) * weight.double().norm(dim=1)  # and of their dense float32 sums
+    assert (distance <= both).all()
 
 
 def test_a_run_with_use_dora_is_merged_as_peft_merges_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -17,15 +17,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from hypothesis import Phase, settings
-from strategies import Constants, Cut, Recipe, Tower, TowerWithHead, uniform_code
+from strategies import Adapted, Constants, Cut, Recipe, Tower, TowerWithHead, uniform_code
 
 import nf4
 
 SOURCES, HERE = Path(nf4.__file__).parent, Path(__file__).parent
 KERNELS = ["cpu_kernels.quantize", "cpu_kernels.decode", "cpu_kernels.fused", "cpu_kernels.adamw"]
 REFERENCE = ["nf4", "double_quant", "paged_optim"]  # their kernels would hide what is wrong with them
-STACK = ["nf4", "double_quant", "stored", *KERNELS, "cpu_kernels.host", "dispatch", "frozen", "lora_matmul", "lora", "stores",
-         "pager", "paged_optim"]  # as they import
+STACK = ["nf4", "double_quant", "stored", *KERNELS, "cpu_kernels.host", "dispatch", "frozen", "lora_matmul", "dora", "lora",
+         "stores", "pager", "paged_optim"]  # as they import
 SUITES = {"lora_matmul": "test_lora", "stores": "test_pager", "stored": "test_dispatch", "cpu_kernels.host": "test_dispatch",
           **dict.fromkeys(KERNELS, "test_cpu_kernels"),  # where it is not the module of that name
           "cpu_kernels.adamw": "test_paged_optim"}  # fmt: skip
@@ -74,6 +74,11 @@ BLOCKWISE = "test_codes_and_constants_are_those_of_the_reference_bit_for_bit"
 REMAINDERS = "test_every_row_and_column_is_made_whatever_windows_leave_over"
 ATTACH = "test_attach_adapts_every_linear_layer_but_the_head_and_freezes_the_rest"
 MERGED = "test_merge_and_unmerge_restore_every_bit"
+PLAIN_DORA = "test_output_and_gradients_are_those_of_a_plain_autograd_dora"
+ROW_NORMS = "test_the_norm_is_that_of_the_rows_of_the_dense_sum"
+CANCELLED = "test_rows_that_the_update_cancels_leave_all_that_is_computed_finite"
+UNTRAINED = "test_an_untrained_layer_gives_the_output_of_its_base_to_the_bit"
+ZERO_ROW = "test_a_row_of_zeros_is_the_bias_and_can_learn"
 RECOUNT = "test_every_page_says_what_was_last_written_and_every_counter_is_a_plain_recount"
 TORCH_BITS = "test_any_page_size_and_budget_gives_the_bits_of_one_page_and_of_torch"
 # Examples of property tests that a few random ones may miss
@@ -276,7 +281,7 @@ LORA_MUTANTS = [
            "test_dropout_keeps_as_many_inputs_as_it_says"),
     Mutant("dropout stays on in evaluation", "lora", "self.lora_dropout if self.training else 0.0", "self.lora_dropout",
            "test_an_evaluating_layer_drops_nothing"),
-    Mutant("a layer that was evaluating goes back to training", "lora", "use_rslora).train(linear.training)", "use_rslora)",
+    Mutant("a layer that was evaluating goes back to training", "lora", "use_dora).train(linear.training)", "use_dora)",
            "test_an_adapted_layer_is_in_the_mode_of_the_layer_it_replaces", {"training": False}),
     Mutant("the bias is added twice", "lora_matmul", "bias=bias)", "bias=None if bias is None else 2 * bias)", PLAIN_LORA),
     Mutant("the bias is forgotten", "lora_matmul", "base.matmul(x, bias=bias)", "base.matmul(x)", PLAIN_LORA),
@@ -356,6 +361,40 @@ LORA_MUTANTS = [
     Mutant("what is not quantized becomes float32", "lora", "model.requires_grad_(False)",
            "model.requires_grad_(False).float()", "test_attaching_changes_no_dtype_of_what_it_does_not_quantize",
            seen_in="PEFT's prepare_model_for_kbit_training"),
+]  # fmt: skip
+
+DORA_MUTANTS = [
+    Mutant("the gradient goes through the norm", "dora", "    @torch.no_grad()\n", "", PLAIN_DORA),
+    Mutant("the norm is that of the base alone", "dora", "(B * (2 * crossed + B @ (A @ A.T))).sum(1)", "0 * B.sum(1)",
+           ROW_NORMS),
+    Mutant("base and update meet once in the square of their sum", "dora", "2 * crossed", "crossed", ROW_NORMS),
+    Mutant("the norm leaves out the square of the update", "dora", " + B @ (A @ A.T)", "", ROW_NORMS),
+    Mutant("the norm forgets the scaling", "dora", "lora_B.double() * scaling", "lora_B.double()", ROW_NORMS),
+    Mutant("autocast reaches into the norm", "dora", "enabled=False)",
+           "enabled=torch.is_autocast_enabled(lora_A.device.type))", ROW_NORMS,
+           {"case": Adapted(), "dtype": torch.float32, "dense": True, "size": 1.0}),
+    Mutant("the norm is what dropout makes of the scaling", "lora",
+           "self.scaling), bias)", "self.scaling / (1 - p)), bias)", PLAIN_DORA,
+           {"case": Adapted(lora_dropout=0.5), "mode": (torch.float32, None, None)}, suite="test_dora"),
+    Mutant("the squares of a row are summed in float32", "dora", "piece.double()", "piece", CANCELLED,
+           {"seed": 1, "size": 1e25}),
+    Mutant("the root is drawn of a number below zero", "dora", ".clamp(min=0)", "", CANCELLED, {"seed": 133, "size": 1e-18}),
+    Mutant("magnitudes start at one", "dora", "nn.Parameter(self.norm(base, lora_A, lora_B, scaling))",
+           "nn.Parameter(torch.ones_like(self.base_norm))", UNTRAINED),
+    Mutant("a row of zeros is divided by zero", "dora", "norm.where(norm > 0, 1)).where(norm > 0, 1)", "norm)", ZERO_ROW,
+           {"bias": False}, seen_in="PEFT"),
+    Mutant("a row of zeros can never learn", "dora", "norm.where(norm > 0, 1)).where(norm > 0, 1)", "norm.where(norm > 0, 1))",
+           ZERO_ROW, {"bias": False}),
+    Mutant("the bias is scaled too", "dora", "(1 - c) * bias", "0 * bias", PLAIN_DORA,
+           {"case": Adapted(), "mode": (torch.float32, None, None)}),
+    Mutant("c is rounded to 16 bits", "dora", "here * c if", "here * c.to(y.dtype) if",
+           "test_a_magnitude_that_changes_by_less_than_16_bits_can_tell_from_1_counts"),
+    Mutant("the norms of the base are saved with the adapter", "dora", ", persistent=False)", ")",
+           "test_what_is_not_said_is_lora"),
+    Mutant("the magnitudes stay frozen", "lora", 'name != "bias")', 'name in ("lora_A", "lora_B"))',
+           "test_training_lowers_the_loss_and_moves_the_magnitudes_and_nothing_frozen", suite="test_dora"),
+    Mutant("the update leaves out what c does to the base", "lora", "(c - 1) * self.base(update.dtype) + c", "c",
+           "test_a_merged_row_has_the_length_of_its_magnitude_and_the_layer_computes_the_same", suite="test_dora"),
 ]  # fmt: skip
 
 KERNEL_MUTANTS = [
@@ -511,11 +550,11 @@ OPTIMIZER_MUTANTS = [
     Mutant("an empty parameter ends the step", "paged_optim", "            self._update(param, group)\n",
            "            if not param.numel():\n                break\n            self._update(param, group)\n", TORCH_BITS,
            seen_in="TransformerEngine #3207"),
-    Mutant("a strided parameter is updated in a copy", "paged_optim", "if not param.is_contiguous():", "if False:", TORCH_BITS,
+    Mutant("a strided parameter is updated in a copy", "paged_optim", "if not here.is_contiguous():", "if False:", TORCH_BITS,
            seen_in="torch on MPS; bitsandbytes #1185"),
-    Mutant("a strided gradient is read in memory order", "paged_optim", "param.grad.contiguous().view(-1)",
-           "param.grad.as_strided((param.numel(),), (1,))", TORCH_BITS, seen_in="bitsandbytes #1185"),
-    Mutant("what is saved goes on changing", "paged_optim", "(moment.clone().view(param.shape)", "(moment.view(param.shape)",
+    Mutant("a strided gradient is read in memory order", "paged_optim", "grad.contiguous().view(-1)",
+           "grad.as_strided((grad.numel(),), (1,))", TORCH_BITS, seen_in="bitsandbytes #1185"),
+    Mutant("what is saved goes on changing", "paged_optim", "joined(moment.clone().view(", "joined(moment.view(",
            "test_a_loaded_state_is_a_copy_and_a_saved_one_a_snapshot"),
     Mutant("a resumed run starts its bias correction again", "paged_optim", 'self.state[param]["step"] = int(slot["step"])',
            'self.state[param]["step"] = 1', "test_a_state_saved_by_either_optimizer_continues_in_either", from_torch),
@@ -523,7 +562,7 @@ OPTIMIZER_MUTANTS = [
            "self.pager.fetch(page, write=True).zero_()", "test_a_state_saved_by_either_optimizer_continues_in_either",
            from_torch, seen_in="the code of the paper: its resume leaves the optimizer out"),
 ]  # fmt: skip
-MUTANTS = NF4_MUTANTS + CONSTANT_MUTANTS + LORA_MUTANTS + KERNEL_MUTANTS + OPTIMIZER_MUTANTS
+MUTANTS = NF4_MUTANTS + CONSTANT_MUTANTS + LORA_MUTANTS + DORA_MUTANTS + KERNEL_MUTANTS + OPTIMIZER_MUTANTS
 warnings_of_python = pytest.mark.filterwarnings(r"ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning")
 
 

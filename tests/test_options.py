@@ -89,7 +89,8 @@ def test_what_a_resumed_run_must_share_is_what_the_bits_depend_on() -> None:
     settings = parse_args(["--output-dir", "elsewhere", "--lora-alpha", "16", "--num-train-epochs", "3"]).settings()
     assert settings.keys() == {"model", "quant", "no_double_quant", "block_size", "dtype", "device", "lora_r",
                                "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_start", "save_4bit",
-                               "max_seq_len", "train_on_prompt", "packing", "max_steps", "batch_size", "lr", "max_grad_norm",
+                               "max_seq_len", "train_on_prompt", "packing", "group_by_length",
+                               "max_steps", "batch_size", "lr", "max_grad_norm",
                                "grad_checkpoint", "seed"}
     assert settings["lora_alpha"] == parse_args([]).settings()["lora_alpha"] == "16.0"
 

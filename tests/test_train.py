@@ -242,6 +242,20 @@ def test_a_start_from_dense_weights_needs_them(tiny: Path, book: list[str], tmp_
     assert "holds a model that is not in 4 bits" in capsys.readouterr().err
 
 
+def test_measuring_on_the_way_changes_no_bit_and_is_drawn(
+    tiny: Path, book: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    drawn, real = [], train.report.plot_loss
+    monkeypatch.setattr(train.report, "plot_loss", lambda *args: (drawn.append(args[2]), real(*args)))
+    assert run(tiny, tmp_path / "without", *book, "--group-by-length") == 0
+    assert run(tiny, tmp_path / "with", *book, "--group-by-length", "--eval-steps", "2") == 0
+    one, other = (load_file(tmp_path / name / "state-000006.safetensors") for name in ("without", "with"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    measured = {line["step"]: line["eval"] for line in lines_of(tmp_path / "with") if "eval" in line}
+    assert list(measured) == [2, 4] and all(math.isfinite(value) and unseen is None for value, unseen in measured.values())
+    assert drawn == ["perplexity"] * 4 and f"step 2: perplexity {measured[2][0]:.4f}" in capsys.readouterr().out
+    assert (tmp_path / "with" / "loss.png").read_bytes() != (tmp_path / "without" / "loss.png").read_bytes()
+
+
 def test_a_preview_reads_no_weights_and_writes_nothing(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights"))
