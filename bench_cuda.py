@@ -31,6 +31,7 @@ import random_llama
 from contenders_cuda import Layer, Work
 from paged_optim import PagedAdamW
 from paper import memory_65b
+from weigh import peak_of
 
 SHAPES = [(28672, 8192), (4096, 4096)]  # (out, in): the largest layers of a 70B model, and a square one of a 7B
 TINY = [(128, 64), (64, 64)]
@@ -153,7 +154,7 @@ def step(clock: Clock, quick: bool) -> dict:
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
             work = partial(contenders_cuda.peft_step, model, optimizer, ids)
         work()  # compiles, and makes the moments
-        peak = memory_65b.peak_of(work, model, optimizer, clock.device)
+        _, peak = peak_of(work, model, optimizer, clock.device)
         seconds = statistics.median(clock.seconds(work) for _ in range(2 if quick else 5))
         rows[who] = {"seconds": seconds, "tokens_per_second": ids.numel() / seconds, "peak_bytes": peak}
         print(f"step {who}   {rows[who]['tokens_per_second']:.0f} tokens/s   {peak / 1e9:.2f} GB", flush=True)

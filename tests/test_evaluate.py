@@ -109,6 +109,9 @@ def test_exact_match_counts_answers_that_are_right_to_the_letter(
     assert evaluate.exact_match(models.tiny_llama(), None, examples, torch.float32, show=1) == 2 / 4
     assert capsys.readouterr().out.count("asked") == 1
     assert evaluate.exact_match(models.tiny_llama(), None, [], torch.float32) is None
+    task = data.Task("exact match", examples, examples, [])
+    assert evaluate.measure(models.tiny_llama(), None, task, 2, torch.float32) == [2 / 4, None]
+    assert capsys.readouterr().out == "", "on the way nothing is shown"
 
 
 def test_generation_from_a_batch_takes_no_copy_of_the_head_for_each_sequence() -> None:

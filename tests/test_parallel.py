@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import files
 import models
 import parallel
 import precision
+import processes
 import report
 import train
 from lora import attach
@@ -238,6 +240,18 @@ def test_a_group_of_one_is_one_process(group: None, flags: list[str], tmp_path: 
     assert losses(tmp_path / "alone") == losses(tmp_path / "group")
 
 
+def test_another_process_than_the_first_writes_and_says_nothing(
+    group: None, tmp_path: Path, few_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    tiny, real = models.save_tiny_llama(tmp_path / "tiny"), train.train_step
+    for module in (processes, parallel):
+        monkeypatch.setattr(module, "first", lambda: False)
+    monkeypatch.setattr(train, "train_step", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), real(*args))[1])
+    flags = ["--model", str(tiny), "--data", str(few_rows), "--dtype", "float32", "--save-4bit", str(tmp_path / "base")]
+    capsys.readouterr()
+    assert train.main([*flags, "--output-dir", str(tmp_path / "out")]) == 130
+    assert not list((tmp_path / "out").iterdir()) and not (tmp_path / "base").exists() and capsys.readouterr().err == ""
+
+
 def test_gradients_are_clipped_to_a_norm_that_is_rounded_once() -> None:
     parameters = [nn.Parameter(torch.zeros(n)) for n in (3, 0, 5)] + [nn.Parameter(torch.zeros(1))]
     for parameter in parameters[:-1]:  # the last has none
@@ -252,8 +266,6 @@ def test_gradients_are_clipped_to_a_norm_that_is_rounded_once() -> None:
 
 
 def test_examples_are_shared_out_and_each_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import processes
-
     for world in (1, 2, 3, 7):
         for n in (1, 2, 5, 6):
             counted, lengths = [], set()

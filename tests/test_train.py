@@ -242,6 +242,16 @@ def test_a_start_from_dense_weights_needs_them(tiny: Path, book: list[str], tmp_
     assert "holds a model that is not in 4 bits" in capsys.readouterr().err
 
 
+def test_an_error_that_no_lost_process_explains_is_not_explained_by_one(
+    tiny: Path, book: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("peer gynt")
+
+    monkeypatch.setattr(train, "train_step", fail)
+    with pytest.raises(RuntimeError, match="peer gynt"):
+        run(tiny, tmp_path / "out", *book)
+
+
 def test_measuring_on_the_way_changes_no_bit_and_is_drawn(
     tiny: Path, book: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     drawn, real = [], train.report.plot_loss
