@@ -127,7 +127,7 @@ def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: data.Task, batch_size: int, dtype: torch.dtype,
             when: str | None = None) -> list[float | None]:
-    """The task's metric on what was held out, and on phrasings never trained on; `when` said, three answers to look at, too."""
+    """The task's metric on what was held out, and on phrasings never trained on; with `when`, three answers are shown, too."""
     if task.metric == "perplexity":
         return [perplexity(model, task.test, batch_size, tokenizer.eos_token_id, dtype), None]
     if when:

@@ -46,7 +46,6 @@ class Options:
 
     data: str = rows("orders", "orders, text, roman, a .txt, .jsonl or .json file, or a hub id", "--dataset-name", free=True)
     max_seq_len: int = rows(256, "tokens in the longest sequence", "--max-length", "--max-seq-length", rule="above 0")
-
     train_on_prompt: bool = rows(False, "learn the questions too, not the answers alone")
     packing: bool = rows(False, "several examples a sequence, none of which sees another")
     group_by_length: bool = rows(False, "sequences of similar length share a batch, so that less of it is padding")
@@ -62,7 +61,6 @@ class Options:
                                          rule="2 or more, the megabytes of a page", free=True)
     grad_checkpoint: bool = training(False, "keep only each block's input: less memory, more time", "--gradient-checkpointing")
     seed: int = training(0, "of adapters, dropout and the order of the data", rule="0 or more")
-
     eval_every: int = training(0, "measure every N steps too; 0: only before and after training", "--eval-steps",
                                rule="0 or more", free=True)
 

@@ -157,13 +157,14 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State)
         count = torch.tensor(float(state.step))
         like = {index: {"step": count, "exp_avg": p, "exp_avg_sq": p} for index, p in enumerate(parameters)}
     moments = {f"optimizer.{index}.{key}": tensor for index, its in like.items() for key, tensor in its.items()}
-    check_like(tensors, targets | moments, state.path)
+    wanted = targets | moments
+    check_like(tensors, wanted, state.path)
     files.refuse_nan(tensors, state.path)
     for name in moments:
         tensor, key = tensors[name], name.rpartition(".")[2]
         if (key == "step" and tensor != state.step) or (key == "exp_avg_sq" and (tensor < 0).any()):
             raise ValueError(f"{state.path}: {name} is not of step {state.step}, or negative")
-    here = {name: parallel.like(tensor, (targets | moments)[name]) for name, tensor in tensors.items()}
+    here = {name: parallel.like(tensor, wanted[name]) for name, tensor in tensors.items()}
     loaded = {index: {key: here[f"optimizer.{index}.{key}"] for key in its} for index, its in like.items()}
     optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
     copy_tensors(here, targets)

@@ -56,10 +56,8 @@ def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTraine
     device = "cpu" if args.shard else args.device
     model = variants.adapted(folder, args.dtype, device, "default" if kept else args.lora_start, args.seed, adapter, base)
     model.name_or_path = args.model or str(folder)  # which the adapter's config will name
-    if args.save_4bit:  # which is then what it names
-        model.name_or_path = str(args.save_4bit.absolute())
-        if processes.first():
-            export.save_4bit(model, tokenizer, args.save_4bit)
+    if args.save_4bit and processes.first():  # which is then what it names
+        export.save_4bit(model, tokenizer, args.save_4bit)
     if args.packing:
         packing.check(model)
     if args.grad_checkpoint:

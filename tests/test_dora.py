@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from bounds import (
     Bounded,
     cast,
@@ -26,7 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from strategies import Adapted, TowerWithHead, adapted, same_bits
 from test_checkpoint import assert_peft_computes_the_same, logits
-from test_lora import MODES, saved_by
+from test_lora import MODES, losses_around_ten_steps, saved_by
 from test_resume import optimizer_of, save, take_steps
 from test_variants import SHAPES, weight_of
 from torch import Tensor, nn
@@ -275,18 +274,9 @@ def test_training_lowers_the_loss_and_moves_the_magnitudes_and_nothing_frozen() 
     model = lora.attach(TowerWithHead(tied=True), r=4, lora_dropout=0.1, use_dora=True)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert {name.partition("up.")[2] or name.partition("down.")[2] for name in trained} == DORA
-    start, ids = copy.deepcopy(model.state_dict()), torch.randint(11, (4, 9))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-
-    def loss() -> Tensor:
-        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-
-    before = loss().item()
-    for _ in range(10):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    assert loss().item() < before
+    start = copy.deepcopy(model.state_dict())
+    before, after = losses_around_ten_steps(model)
+    assert after < before
     assert all(same_bits(tensor, start[name]) != ("lora_" in name) for name, tensor in model.state_dict().items())
 
 
