@@ -38,14 +38,14 @@ gpu:
 else
 gpu: $(VENV)/dev
 	$(BIN)/python -m pytest -m gpu $(ARGS)
-	$(BIN)/python bench.py --device cuda
+	$(BIN)/python -m bench --device cuda
 endif
 
 mutate: $(VENV)/dev
 	$(BIN)/python tests/mutate.py $(ARGS)
 
 bench: $(VENV)/dev
-	$(BIN)/python bench.py $(ARGS)
+	$(BIN)/python -m bench $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

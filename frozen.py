@@ -29,10 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import dispatch
 import double_quant as second
 import nf4
-from stored import decoded
+from kernels import dispatch
+from kernels.packed_weight import decoded
 
 
 class MergeAudit(NamedTuple):

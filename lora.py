@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora import Magnitude, Scaled
 from frozen import FrozenWeight, MergeAudit
 from lora_matmul import LoRAMatmul
 from nf4 import NF4, check_finite
+from variants.dora import Magnitude, Scaled
 
 
 class QLoRALinear(nn.Module):

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-import dispatch
+from kernels import dispatch
 from pager import Page, Pager, require
-from parallel import joined, like, local
+from training.sharding import joined, like, local
 
 
 def adamw_(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: StateDict) -> None:

@@ -25,7 +25,7 @@ from collections import OrderedDict
 
 from torch import Tensor
 
-from stores import Page, require, store_for
+from kernels.page_store import Page, require, store_for
 
 
 class Pager:

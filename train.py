@@ -20,25 +20,25 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import checkpoint
-import data
-import export
-import files
-import memory
-import packing
-import parallel
-import plan
-import precision
-import pretrained
-import processes
-import report
-import resume
-import variants
-import weigh
-from evaluate import LabelLoss, measure
+from checkpoints import checkpoint
+from checkpoints import io as files
+from checkpoints import sources as pretrained
+from data import dataset as data
+from data import packing
+from memory import measured as memory
+from memory import weigh
 from nf4 import normal_float
-from options import QUANT, Options, parse_args
 from paged_optim import PagedAdamW
+from training import distributed as processes
+from training import dtypes as precision
+from training import preflight as plan
+from training import report
+from training import sharding as parallel
+from training import state as resume
+from training import use_adapter as export
+from training.loss_and_eval import LabelLoss, measure
+from training.options import QUANT, Options, parse_args
+from variants import init as variants
 
 
 def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -106,12 +106,12 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer:
     losses, world = parallel.parallel(LabelLoss(model.train(), args.dtype)), processes.world()
     weighed, weights = min(start + 1, args.max_steps - 1), {}  # the second step, in which AdamW has its moments, if it comes
     bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, dynamic_ncols=True, mininterval=1,
-               disable=not processes.first())  # fmt: skip
+               disable=not processes.first())
     with resume.StopAfterStep() as stop, open(metrics if processes.first() else os.devnull, "a", encoding="utf-8") as log:
         for step in bar:
             began = time.perf_counter()
             batches = data.batches_of_step(task.train, step, args.batch_size, args.grad_accum * world, args.seed,
-                                           tokenizer.eos_token_id, args.group_by_length)  # fmt: skip
+                                           tokenizer.eos_token_id, args.group_by_length)
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step, args)
             work = partial(train_step, losses, optimizer, batches, step, args)
             if step == weighed and not args.shard:
@@ -176,7 +176,7 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
     weights = train(model, tokenizer, optimizer, task, start, save, metrics, args)
     adapter = parallel.whole(checkpoint.adapter_tensors(model))
     processes.in_first(lambda: (checkpoint.save_adapter(model, folder, adapter),
-                                report.plot_loss(metrics, folder / "loss.png", task.metric)))  # fmt: skip
+                                report.plot_loss(metrics, folder / "loss.png", task.metric)))
     after = measure(model, tokenizer, task, args.batch_size, args.dtype, "after")
     pager = getattr(optimizer, "counters", dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out"), 0))
     return {

@@ -56,7 +56,7 @@ def adamw(p4, g4, m4, v4, p, g, m, v, n, wide, first, decay, factor, near, zero,
             for j in range(4):
                 new_p[j], new_m[j], new_v[j] = updated(
                     number(old_p[j]), number(old_g[j]), number(old_m[j]), number(old_v[j]), first, decay, factor, near, zero,
-                    beta2, value, divisor, eps, step_size)  # fmt: skip
+                    beta2, value, divisor, eps, step_size)
             store4(p4, i, new_p[0], new_p[1], new_p[2], new_p[3])
             store4(m4, i, new_m[0], new_m[1], new_m[2], new_m[3])
             store4(v4, i, new_v[0], new_v[1], new_v[2], new_v[3])

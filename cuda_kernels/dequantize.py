@@ -44,7 +44,7 @@ from cuda_kernels.device import (
     load4,
     mul,
     store4,
-)  # fmt: skip
+)
 
 THREADS = 256
 RUN = 1024  # elements that a warp of v4 decodes

@@ -47,7 +47,7 @@ from cuda_kernels.device import (
     shared_word,
     shuffle,
     shuffle_xor,
-)  # fmt: skip
+)
 
 WARPS = 8  # of a block
 TILE = 32  # rows of W that a warp has in hand
@@ -62,7 +62,7 @@ def tensor_core(kind: str, tiles: int, groups: int) -> Kernel:
     splits, sums, slots = WARPS // groups, 8 * tiles, 8 * tiles * 32
 
     def matmul(packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, double, x, bias, biased, y, m, height,
-               width):  # fmt: skip
+               width):
         pairs = cuda.shared.array(256 * 32, U32)
         thread = U32(cuda.threadIdx.x)
         lane, warp = thread & U32(31), thread >> U32(5)
@@ -162,7 +162,7 @@ def portable(kind: str, rows: int) -> Kernel:
     pack, read, _ = KINDS[kind] if half else (None, None, None)
 
     def matmul(packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, double, x, bias, biased, y, m, height,
-               width):  # fmt: skip
+               width):
         table = cuda.shared.array(16, F32)
         thread = U32(cuda.threadIdx.x)
         if thread < U32(16):

@@ -33,7 +33,7 @@ from cuda_kernels.device import (
     mul,
     number,
     shuffle_xor,
-)  # fmt: skip
+)
 
 THREADS = 256
 

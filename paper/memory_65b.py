@@ -23,14 +23,14 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
-import memory
-import predict
-import random_llama
-from evaluate import label_loss
+from bench import random_llama
+from data import dataset as data
+from memory import formula as predict
+from memory import measured as memory
+from memory.formula import QLORA, Prediction, Shape
+from memory.weigh import is_managed, on_gpu, peak_of
 from paged_optim import PagedAdamW
-from predict import QLORA, Prediction, Shape
-from weigh import is_managed, on_gpu, peak_of
+from training.loss_and_eval import label_loss
 
 CAP = 48 * 2**30  # bytes: what the process may use of the card
 SPARE = 0.97  # of what torch's tensors and the pages may take, this much is planned for

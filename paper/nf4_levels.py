@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import nf4
-import pretrained
+from checkpoints import sources as pretrained
 
 LAYER = "model.layers.15.mlp.up_proj.weight"
 

@@ -16,5 +16,5 @@ settings.register_profile("ci", max_examples=200, deadline=None, derandomize=Tru
 settings.register_profile("long", max_examples=5000, deadline=None)
 # The same few examples for every mutant, and no time spent on a smaller counterexample: one is enough.
 settings.register_profile("mutate", max_examples=60, deadline=None, derandomize=True, database=None,
-                          phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False)  # fmt: skip
+                          phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")

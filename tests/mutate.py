@@ -27,7 +27,7 @@ from pathlib import Path
 TESTS = {  # the long ones first
     "nf4": "tests/test_nf4.py tests/test_naive.py", "lora": "tests/test_lora.py", "lora_matmul": "tests/test_lora.py",
     "double_quant": "tests/test_double_quant.py tests/test_naive.py",
-}  # fmt: skip
+}
 HERE, BIN = Path(__file__).parent, Path(sys.executable).parent
 IMPORTED_ALREADY = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # by the server, so that pytest cannot rewrite them
 SECONDS = 240  # no mutant of a terminating program needs more

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bounds import (
+from torch import Tensor
+
+import double_quant
+import nf4
+from helpers.bounds import (
     TINY,
     UNIT_ROUNDOFF,
     Bounded,
@@ -38,11 +42,7 @@ from bounds import (
     requantizing_is_safe,
     roundtrip,
 )
-from strategies import DTYPES, HALF_AND_SINGLE
-from torch import Tensor
-
-import double_quant
-import nf4
+from helpers.strategies import DTYPES, HALF_AND_SINGLE
 
 U = 2.0**-24
 EPS = 2.0**-23  # the distance from 1 to the next float32
@@ -94,7 +94,7 @@ def has_share(node: ast.AST) -> bool:
     return any(isinstance(part, ast.Constant) and part.value == 0.99 for part in ast.walk(node))
 
 
-TESTS = {name: node for path in sorted(HERE.glob("test_*.py")) for name, node in functions_of(path).items()}
+TESTS = {name: node for path in sorted(HERE.rglob("test_*.py")) for name, node in functions_of(path).items()}
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -103,7 +103,7 @@ def test_every_law_has_its_test(law: str) -> None:
 
 
 def test_every_bound_is_reached_or_is_part_of_one_that_is() -> None:
-    bounds = {name: names_in(node) for name, node in functions_of(HERE / "bounds.py").items()}
+    bounds = {name: names_in(node) for name, node in functions_of(HERE / "helpers/bounds.py").items()}
     tight = [node for node in TESTS.values() if "is_tight" in names_in(node) or has_share(node)]
     reached = set().union(*map(names_in, tight))
     while parts := set().union(*(bounds[name] for name in reached & set(bounds))) - reached:
@@ -122,7 +122,7 @@ def tolerances_in(source: str) -> list[str | float]:
     return [*sorted(names_in(tree) & LOOSE), *(value for value in fractions if value != 0.99)]  # of a bound, it is no tolerance
 
 
-@pytest.mark.parametrize("path", sorted(HERE.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(HERE.rglob("*.py")), ids=lambda path: path.stem)
 def test_no_tolerance_comes_from_anywhere_but_the_bounds(path: Path) -> None:
     found = tolerances_in(path.read_text())
     assert path.stem == "bounds" or not found, f"derive {found} in bounds.py"
@@ -267,7 +267,7 @@ def test_the_half_gap_is_the_farthest_that_a_number_can_lie_from_all_levels(code
 
 @pytest.mark.parametrize(("dtype", "regime"), [
     *((dtype, "subnormal") for dtype in HALF_AND_SINGLE), (torch.float16, "coarse"), (torch.bfloat16, "coarse"),
-])  # fmt: skip
+])
 def test_requantizing_is_called_safe_up_to_one_per_cent_before_it_goes_wrong(dtype: torch.dtype, regime: str) -> None:
     """A level moves half a step, or by the unit roundoff, towards the level below it, which lies twice as far away, about."""
     u = UNIT_ROUNDOFF[dtype]
@@ -293,7 +293,7 @@ def test_requantizing_is_called_safe_up_to_one_per_cent_before_it_goes_wrong(dty
     [0.0, 2.0**127],
     [0.0, 144 * 2.0**-149],  # and the product is half a step off
     [1.0, 1 + 144 * EPS],  # and so is the sum with a mean that is far larger than the spread
-], ids=["normal", "largest", "subnormal", "close together"])  # fmt: skip
+], ids=["normal", "largest", "subnormal", "close together"])
 def test_the_bound_of_double_quantization_is_reached(constants: list[float]) -> None:
     absmax = torch.tensor(constants)
     dq = double_quant.quantize(absmax)
@@ -444,7 +444,7 @@ def test_the_bounds_of_the_backward_pass_are_reached(way: str, dtype: torch.dtyp
 @pytest.mark.parametrize(("kept_in", "dtype"), [
     (torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float32), (torch.bfloat16, torch.float32),
-])  # fmt: skip
+])
 def test_the_bound_of_a_merged_layer_is_reached(kept_in: torch.dtype, dtype: torch.dtype) -> None:
     """By the sum for the update, what the base adds to it, and, where it is computed in the same dtype, by the product too."""
     x = down(dtype)[None] if dtype == kept_in else torch.ones(1, 1)

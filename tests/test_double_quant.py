@@ -7,13 +7,13 @@ import math
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from bounds import cast, decision_slack, double_quantized, gamma, is_tight
 from hypothesis import assume, example, given, target
 from hypothesis import strategies as st
-from strategies import BLOCK_SIZES, Constants, constants, same_bits
 from torch import Tensor
 
 import double_quant
+from helpers.bounds import cast, decision_slack, double_quantized, gamma, is_tight
+from helpers.strategies import BLOCK_SIZES, Constants, constants, same_bits
 
 LARGEST = torch.finfo(torch.float32).max
 blocks_of = st.sampled_from(BLOCK_SIZES)

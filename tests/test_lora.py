@@ -9,7 +9,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import (
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import double_quant
+import lora
+import nf4
+from frozen import FrozenWeight
+from helpers.bounds import (
     Bounded,
     both_quantized,
     cast,
@@ -21,16 +29,8 @@ from bounds import (
     lora_forward,
     merged_forward,
     of_a_mean,
-)  # fmt: skip
-from hypothesis import assume, example, given
-from hypothesis import strategies as st
-from strategies import Adapted, Tower, TowerWithHead, adapted, same_bits
-from torch import Tensor, nn
-
-import double_quant
-import lora
-import nf4
-from frozen import FrozenWeight
+)
+from helpers.strategies import Adapted, Tower, TowerWithHead, adapted, same_bits
 from lora import QLoRALinear
 
 # dtype of x, dtype of autocast or None, compute_dtype
@@ -38,7 +38,7 @@ MODES = [
     (torch.float32, None, None), (torch.bfloat16, None, None), (torch.float16, None, None),
     (torch.float32, torch.bfloat16, None), (torch.float32, torch.bfloat16, torch.float32),
     (torch.float32, None, torch.bfloat16), (torch.bfloat16, None, torch.float32),
-]  # fmt: skip
+]
 LINEARS = ["blocks.0.down", "blocks.0.up", "blocks.1.down", "blocks.1.up", "blocks.2.down", "blocks.2.up"]
 
 
@@ -299,7 +299,7 @@ def test_a_layer_that_is_used_twice_stays_one_layer() -> None:
     ("all-linear", LINEARS), ("down", LINEARS[0:5:2]), (["down"], LINEARS[0:5:2]), (("up", "down"), LINEARS),
     ("blocks.1.down", ["blocks.1.down"]), (["0.down", "blocks.1.up"], ["blocks.0.down", "blocks.1.up"]),
     ("2.up", ["blocks.0.up", "blocks.2.up"]), (iter(["down"]), LINEARS[0:5:2]),
-])  # fmt: skip
+])
 def test_targets_are_names_or_the_ends_of_names(targets: object, expected: list[str]) -> None:
     model = lora.attach(TowerWithHead(), targets, r=3)
     assert sorted(n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QLoRALinear)) == expected
@@ -308,7 +308,7 @@ def test_targets_are_names_or_the_ends_of_names(targets: object, expected: list[
 @pytest.mark.parametrize(("targets", "said"), [
     ("own", "own"), ("wn", "wn"), ("lm_head", "lm_head"), ("blocks", "blocks"), (["q_proj", "v_proj"], "q_proj or v_proj"),
     ([], "by no target"), ("", "by no target"),
-])  # fmt: skip
+])
 def test_a_target_that_names_no_layer_is_refused_with_the_names_that_there_are(targets: object, said: str) -> None:
     with pytest.raises(ValueError, match=f"no linear layer is named {said}; there are down, up"):
         lora.attach(TowerWithHead(), targets, r=3)

@@ -17,18 +17,18 @@ from typing import NamedTuple
 import pytest
 import torch
 from hypothesis import Phase, settings
-from strategies import Adapted, Constants, Cut, Recipe, Tower, TowerWithHead, uniform_code
 
 import nf4
+from helpers.strategies import Adapted, Constants, Cut, Recipe, Tower, TowerWithHead, uniform_code
 
 SOURCES, HERE = Path(nf4.__file__).parent, Path(__file__).parent
-KERNELS = ["cpu_kernels.quantize", "cpu_kernels.decode", "cpu_kernels.fused", "cpu_kernels.adamw"]
+KERNELS = ["kernels.cpu.quantize", "kernels.cpu.decode", "kernels.cpu.fused", "kernels.cpu.adamw"]
 REFERENCE = ["nf4", "double_quant", "paged_optim"]  # their kernels would hide what is wrong with them
-STACK = ["nf4", "double_quant", "stored", *KERNELS, "cpu_kernels.host", "dispatch", "frozen", "lora_matmul", "dora", "lora",
-         "stores", "pager", "paged_optim"]  # as they import
-SUITES = {"lora_matmul": "test_lora", "stores": "test_pager", "stored": "test_dispatch", "cpu_kernels.host": "test_dispatch",
-          **dict.fromkeys(KERNELS, "test_cpu_kernels"),  # where it is not the module of that name
-          "cpu_kernels.adamw": "test_paged_optim"}  # fmt: skip
+STACK = ["nf4", "double_quant", "kernels.packed_weight", *KERNELS, "kernels.cpu.launch", "kernels.dispatch", "frozen", "lora_matmul", "variants.dora", "lora",
+         "kernels.page_store", "pager", "paged_optim"]  # as they import
+SUITES = {"lora_matmul": "test_lora", "frozen": "test_frozen_weight", "kernels.page_store": "test_pager", "kernels.packed_weight": "test_dispatch", "kernels.cpu.launch": "test_dispatch",
+          **dict.fromkeys(KERNELS, "test_cpu"),  # where it is not the module of that name
+          "kernels.cpu.adamw": "test_paged_optim"}
 # What the tests raise, the code where it refuses, and NumPy where a kernel leaves its arrays
 KILLED = (AssertionError, ValueError, IndexError, pytest.fail.Exception)
 COPIES = itertools.count()
@@ -84,7 +84,7 @@ TORCH_BITS = "test_any_page_size_and_budget_gives_the_bits_of_one_page_and_of_to
 # Examples of property tests that a few random ones may miss
 LONG_BLOCK = {"recipe": Recipe((1, 4096), block_size=4096), "codebook": nf4.NF4}
 PRESSED = {"looks": [((2, 2), torch.float32)] * 3, "spare": 16,  # three pages, room for two
-           "accesses": [(page, write) for write in (True, True, False, False) for page in (0, 1, 0, 2)]}  # fmt: skip
+           "accesses": [(page, write) for write in (True, True, False, False) for page in (0, 1, 0, 2)]}
 SMALLER = {"looks": [((1, 9), torch.float64), ((1, 1), torch.float16)], "spare": 0, "accesses": [(0, True), (1, True)]}
 # The products of test_every_row_and_column...: three windows of 64 rows, and tokens by sevens
 SQUARE, ODD = (128, 128), (150, 40)
@@ -204,7 +204,7 @@ NF4_MUTANTS = [
     Mutant("the last index is named, not the first", "nf4", "bad.nonzero()[0, 0]", "bad.nonzero()[-1, 0]", NOT_FINITE),
     Mutant("the input is normalised in place", "nf4", "(blocks * shift[:, None]).mul_(", "blocks.mul_(shift[:, None]).mul_(",
            "test_the_input_is_not_modified", seen_in="bitsandbytes #1587: the caller's absmax"),
-]  # fmt: skip
+]
 
 CONSTANT_MUTANTS = [
     Mutant("the mean is not removed", "double_quant", "blockwise(absmax - offset,", "blockwise(absmax,", CONSTANTS),
@@ -224,7 +224,7 @@ CONSTANT_MUTANTS = [
            "nf4.Quantized(dq.codes, dq.absmax,", "nf4.Quantized(dq.codes, dq.absmax.roll(1),", CONSTANTS,
            seen_in="NVIDIA Model-Optimizer #2421: groups mixed up"),
     Mutant("constants are quantized in blocks of 64 too", "double_quant", "absmax: Tensor, block_size: int = 256,",
-           "absmax: Tensor, block_size: int = 64,", STORAGE, {"blocks": 2}, suite="test_frozen"),
+           "absmax: Tensor, block_size: int = 64,", STORAGE, {"blocks": 2}, suite="test_frozen_weight"),
     Mutant("a decoded constant may be negative", "double_quant", ".clamp_(0, ", ".clamp_(-1, ",
            "test_a_constant_that_would_decode_to_less_than_zero_is_clamped", seen_in="bitsandbytes"),
     Mutant("a decoded constant may be infinite", "double_quant", ".clamp_(0, torch.finfo(torch.float32).max)", ".clamp_(0)",
@@ -244,11 +244,11 @@ CONSTANT_MUTANTS = [
            seen_in="bitsandbytes: its format"),
     Mutant("the constants are not quantized", "frozen", "second.quantize(q.absmax, blockwise=dispatch.quantize)", "None",
            STORAGE, {"blocks": 2}),
-    Mutant("the codes of the constants are taken for constants", "stored", "absmax = double_quant.dequantize(constants)",
+    Mutant("the codes of the constants are taken for constants", "kernels.packed_weight", "absmax = double_quant.dequantize(constants)",
            "absmax = constants.codes.float()", "test_the_error_is_within_that_of_both_quantizations",
-           seen_in="bitsandbytes #1549", suite="test_frozen"),
-    Mutant("constants that come back too large make a float16 weight infinite", "stored", ".clamp_(max=largest(q.dtype))",
-           "", FINITE, {"dtype": torch.float16}, seen_in="bitsandbytes", suite="test_frozen"),
+           seen_in="bitsandbytes #1549", suite="test_frozen_weight"),
+    Mutant("constants that come back too large make a float16 weight infinite", "kernels.packed_weight", ".clamp_(max=largest(q.dtype))",
+           "", FINITE, {"dtype": torch.float16}, seen_in="bitsandbytes", suite="test_frozen_weight"),
     Mutant("the constants are left out of the bill", "frozen", 'if not name.endswith("codebook")', 'if name == "packed"',
            STORAGE, {"blocks": 2}),
     Mutant("the dense weight is kept beside its codes", "frozen", "q = dispatch.quantize(weight, block_size, codebook)",
@@ -262,7 +262,7 @@ CONSTANT_MUTANTS = [
     Mutant("the audit reports what was wanted", "frozen", "realised, wanted = (after - before).flatten()",
            "realised, wanted = update.flatten()", "test_the_audit_measures_what_a_4_bit_merge_would_realise",
            suite="test_lora"),
-]  # fmt: skip
+]
 
 LORA_MUTANTS = [
     Mutant("scaling is lora_alpha, not lora_alpha / r", "lora", "else self.r) or 1)", "else 1) or 1)", PLAIN_LORA),
@@ -361,151 +361,151 @@ LORA_MUTANTS = [
     Mutant("what is not quantized becomes float32", "lora", "model.requires_grad_(False)",
            "model.requires_grad_(False).float()", "test_attaching_changes_no_dtype_of_what_it_does_not_quantize",
            seen_in="PEFT's prepare_model_for_kbit_training"),
-]  # fmt: skip
+]
 
 DORA_MUTANTS = [
-    Mutant("the gradient goes through the norm", "dora", "    @torch.no_grad()\n", "", PLAIN_DORA),
-    Mutant("the norm is that of the base alone", "dora", "(B * (2 * crossed + B @ (A @ A.T))).sum(1)", "0 * B.sum(1)",
+    Mutant("the gradient goes through the norm", "variants.dora", "    @torch.no_grad()\n", "", PLAIN_DORA),
+    Mutant("the norm is that of the base alone", "variants.dora", "(B * (2 * crossed + B @ (A @ A.T))).sum(1)", "0 * B.sum(1)",
            ROW_NORMS),
-    Mutant("base and update meet once in the square of their sum", "dora", "2 * crossed", "crossed", ROW_NORMS),
-    Mutant("the norm leaves out the square of the update", "dora", " + B @ (A @ A.T)", "", ROW_NORMS),
-    Mutant("the norm forgets the scaling", "dora", "lora_B.double() * scaling", "lora_B.double()", ROW_NORMS),
-    Mutant("autocast reaches into the norm", "dora", "enabled=False)",
+    Mutant("base and update meet once in the square of their sum", "variants.dora", "2 * crossed", "crossed", ROW_NORMS),
+    Mutant("the norm leaves out the square of the update", "variants.dora", " + B @ (A @ A.T)", "", ROW_NORMS),
+    Mutant("the norm forgets the scaling", "variants.dora", "lora_B.double() * scaling", "lora_B.double()", ROW_NORMS),
+    Mutant("autocast reaches into the norm", "variants.dora", "enabled=False)",
            "enabled=torch.is_autocast_enabled(lora_A.device.type))", ROW_NORMS,
            {"case": Adapted(), "dtype": torch.float32, "dense": True, "size": 1.0}),
     Mutant("the norm is what dropout makes of the scaling", "lora",
            "self.scaling), bias)", "self.scaling / (1 - p)), bias)", PLAIN_DORA,
            {"case": Adapted(lora_dropout=0.5), "mode": (torch.float32, None, None)}, suite="test_dora"),
-    Mutant("the squares of a row are summed in float32", "dora", "piece.double()", "piece", CANCELLED,
+    Mutant("the squares of a row are summed in float32", "variants.dora", "piece.double()", "piece", CANCELLED,
            {"seed": 1, "size": 1e25}),
-    Mutant("the root is drawn of a number below zero", "dora", ".clamp(min=0)", "", CANCELLED, {"seed": 133, "size": 1e-18}),
-    Mutant("magnitudes start at one", "dora", "nn.Parameter(self.norm(base, lora_A, lora_B, scaling))",
+    Mutant("the root is drawn of a number below zero", "variants.dora", ".clamp(min=0)", "", CANCELLED, {"seed": 133, "size": 1e-18}),
+    Mutant("magnitudes start at one", "variants.dora", "nn.Parameter(self.norm(base, lora_A, lora_B, scaling))",
            "nn.Parameter(torch.ones_like(self.base_norm))", UNTRAINED),
-    Mutant("a row of zeros is divided by zero", "dora", "norm.where(norm > 0, 1)).where(norm > 0, 1)", "norm)", ZERO_ROW,
+    Mutant("a row of zeros is divided by zero", "variants.dora", "norm.where(norm > 0, 1)).where(norm > 0, 1)", "norm)", ZERO_ROW,
            {"bias": False}, seen_in="PEFT"),
-    Mutant("a row of zeros can never learn", "dora", "norm.where(norm > 0, 1)).where(norm > 0, 1)", "norm.where(norm > 0, 1))",
+    Mutant("a row of zeros can never learn", "variants.dora", "norm.where(norm > 0, 1)).where(norm > 0, 1)", "norm.where(norm > 0, 1))",
            ZERO_ROW, {"bias": False}),
-    Mutant("the bias is scaled too", "dora", "(1 - c) * bias", "0 * bias", PLAIN_DORA,
+    Mutant("the bias is scaled too", "variants.dora", "(1 - c) * bias", "0 * bias", PLAIN_DORA,
            {"case": Adapted(), "mode": (torch.float32, None, None)}),
-    Mutant("c is rounded to 16 bits", "dora", "here * c if", "here * c.to(y.dtype) if",
+    Mutant("c is rounded to 16 bits", "variants.dora", "here * c if", "here * c.to(y.dtype) if",
            "test_a_magnitude_that_changes_by_less_than_16_bits_can_tell_from_1_counts"),
-    Mutant("the norms of the base are saved with the adapter", "dora", ", persistent=False)", ")",
+    Mutant("the norms of the base are saved with the adapter", "variants.dora", ", persistent=False)", ")",
            "test_what_is_not_said_is_lora"),
     Mutant("the magnitudes stay frozen", "lora", 'name != "bias")', 'name in ("lora_A", "lora_B"))',
            "test_training_lowers_the_loss_and_moves_the_magnitudes_and_nothing_frozen", suite="test_dora"),
     Mutant("the update leaves out what c does to the base", "lora", "(c - 1) * self.base(update.dtype) + c", "c",
            "test_a_merged_row_has_the_length_of_its_magnitude_and_the_layer_computes_the_same", suite="test_dora"),
-]  # fmt: skip
+]
 
 KERNEL_MUTANTS = [
-    Mutant("an odd first number is read from the high nibble", "cpu_kernels.decode", "levels[packed[i >> 1] & 15]",
+    Mutant("an odd first number is read from the high nibble", "kernels.cpu.decode", "levels[packed[i >> 1] & 15]",
            "levels[packed[i >> 1] >> 4]", WINDOWS, of_a_window(Cut(start=1, cols=3, rows=2))),
-    Mutant("the nibbles change places where many are looked up at once", "cpu_kernels.decode",
+    Mutant("the nibbles change places where many are looked up at once", "kernels.cpu.decode",
            "numbers[2 * j] = table[pairs[j] >> np.uint8(4)]\n        numbers[2 * j + 1]",
            "numbers[2 * j + 1] = table[pairs[j] >> np.uint8(4)]\n        numbers[2 * j]", WINDOWS, of_a_window(Cut())),
-    Mutant("the kernel gives a ragged last block the constant of the one before", "cpu_kernels.decode",
+    Mutant("the kernel gives a ragged last block the constant of the one before", "kernels.cpu.decode",
            "scale = absmax[block >> shift8]", "scale = absmax[min(block, max((2 * packed.size >> shift) - 1, 0)) >> shift8]",
            WINDOWS, of_a_window(Cut(double_quant=False)), seen_in="bitsandbytes 0.50 with AVX-512"),
-    Mutant("every block has the constant of the one before", "cpu_kernels.decode", "levels8[codes[block]]",
+    Mutant("every block has the constant of the one before", "kernels.cpu.decode", "levels8[codes[block]]",
            "levels8[codes[max(block - 1, 0)]]", WINDOWS, of_a_window(Cut()), seen_in="NVIDIA Model-Optimizer #2421"),
-    Mutant("the kernel forgets the mean", "cpu_kernels.decode", "* scale + offset", "* scale", WINDOWS, of_a_window(Cut())),
-    Mutant("the kernel lets a constant be negative", "cpu_kernels.decode", "min(max(scale, np.float32(0)), largest)",
+    Mutant("the kernel forgets the mean", "kernels.cpu.decode", "* scale + offset", "* scale", WINDOWS, of_a_window(Cut())),
+    Mutant("the kernel lets a constant be negative", "kernels.cpu.decode", "min(max(scale, np.float32(0)), largest)",
            "min(scale, largest)", WINDOWS, lambda suite: of_a_window(Cut(suite.BELOW, True, 0, 99, 7, 99)),
            seen_in="bitsandbytes"),
-    Mutant("the kernel lets a constant be larger than its dtype can hold", "cpu_kernels.decode",
+    Mutant("the kernel lets a constant be larger than its dtype can hold", "kernels.cpu.decode",
            "min(max(scale, np.float32(0)), largest)", "max(scale, np.float32(0))", WINDOWS,
            lambda suite: of_a_window(Cut(suite.ABOVE, True, 0, 99, 7, 99)), seen_in="bitsandbytes"),
-    Mutant("many are looked up at once beyond the end of a block", "cpu_kernels.decode", "(stop - i) // GROUP",
+    Mutant("many are looked up at once beyond the end of a block", "kernels.cpu.decode", "(stop - i) // GROUP",
            "-(-(stop - i) // GROUP)", WINDOWS, of_a_window(Cut())),
-    Mutant("bfloat16 is float32 cut off", "cpu_kernels.decode",
+    Mutant("bfloat16 is float32 cut off", "kernels.cpu.decode",
            "builder.add(builder.add(bits, _splat(bits.type, 0x7FFF)), odd)", "bits", ROUNDING, COMPILED_ROUNDING),
-    Mutant("a tie is rounded up to bfloat16", "cpu_kernels.decode",
+    Mutant("a tie is rounded up to bfloat16", "kernels.cpu.decode",
            "builder.add(builder.add(bits, _splat(bits.type, 0x7FFF)), odd)", "builder.add(bits, _splat(bits.type, 0x8000))",
            ROUNDING, COMPILED_ROUNDING),
-    Mutant("NaN becomes a number of bfloat16", "cpu_kernels.decode", 'fcmp_unordered("uno"', 'fcmp_ordered("one"', ROUNDING,
+    Mutant("NaN becomes a number of bfloat16", "kernels.cpu.decode", 'fcmp_unordered("uno"', 'fcmp_ordered("one"', ROUNDING,
            COMPILED_ROUNDING),
-    Mutant("bfloat16 is float32 cut off in Python", "cpu_kernels.decode", "(bits + 0x7FFF + (bits >> 16 & 1)) >> 16",
+    Mutant("bfloat16 is float32 cut off in Python", "kernels.cpu.decode", "(bits + 0x7FFF + (bits >> 16 & 1)) >> 16",
            "bits >> 16", "test_in_python_numbers_are_rounded_as_torch_does", {"dtype": torch.bfloat16}),
-    Mutant("rows that make no whole team are left out", "cpu_kernels.fused", "prange((height + TEAM - 1) // TEAM)",
+    Mutant("rows that make no whole team are left out", "kernels.cpu.fused", "prange((height + TEAM - 1) // TEAM)",
            "prange(height // TEAM)", FUSED, of_fused(17, 3, tokens=5)),
-    Mutant("a second pair of rows has the scales of the first", "cpu_kernels.fused", "(start >> shift) + i", "i", FUSED,
+    Mutant("a second pair of rows has the scales of the first", "kernels.cpu.fused", "(start >> shift) + i", "i", FUSED,
            of_fused(17, 3, tokens=5)),
-    Mutant("the rows that fill up the tokens are written too", "cpu_kernels.fused", "range(min(tokens, count - first))",
+    Mutant("the rows that fill up the tokens are written too", "kernels.cpu.fused", "range(min(tokens, count - first))",
            "range(tokens)", FUSED, of_fused(17, 3, tokens=5)),
-    Mutant("later teams of rows are added for the first part of the tokens alone", "cpu_kernels.fused",
+    Mutant("later teams of rows are added for the first part of the tokens alone", "kernels.cpu.fused",
            "range(0, y.size // width, tokens)", "range(0, y.size // width if top == 0 else tokens, tokens)", FUSED,
            of_fused(17, 3, tokens=5, transposed=False)),
-    Mutant("the columns that make no whole part are left out", "cpu_kernels.fused", "(strips + parts - 1) // parts",
+    Mutant("the columns that make no whole part are left out", "kernels.cpu.fused", "(strips + parts - 1) // parts",
            "strips // parts", FUSED, of_fused(17, 3, tokens=5, transposed=False)),
-    Mutant("all columns of a part have the scales of its first block", "cpu_kernels.fused",
+    Mutant("all columns of a part have the scales of its first block", "kernels.cpu.fused",
            "(column >> shift) - (first >> shift)", "0", FUSED, of_fused(17, 3, tokens=5, transposed=False)),
-    Mutant("a part that begins within a block has the scales from that place on", "cpu_kernels.fused",
+    Mutant("a part that begins within a block has the scales from that place on", "kernels.cpu.fused",
            "(count + (1 << shift) - 1) >> shift", "count >> shift", FUSED,
            of_fused(2, 1, 256, tokens=1, transposed=False, parts=3)),
-    Mutant("a NaN vanishes in a maximum", "cpu_kernels.quantize", "top = max(top, bits[i] & np.uint32(0x7FFFFFFF))",
+    Mutant("a NaN vanishes in a maximum", "kernels.cpu.quantize", "top = max(top, bits[i] & np.uint32(0x7FFFFFFF))",
            "top = max(top, bits[i] & np.uint32(0x7FFFFFFF)) if bits.view(np.float32)[i] == bits.view(np.float32)[i] else top",
            "test_the_constant_of_a_block_is_finite_if_its_numbers_are",
            {"how": "in Python", "avx512": False, "bad": 0x7FC00000}, seen_in="bitsandbytes"),
-    Mutant("the kernel loses tiny blocks", "cpu_kernels.quantize", "power = np.float32(2.0**64)", "power = np.float32(1)",
+    Mutant("the kernel loses tiny blocks", "kernels.cpu.quantize", "power = np.float32(2.0**64)", "power = np.float32(1)",
            BLOCKWISE, of_blocks(Recipe((1, 127), exponent=-140)), seen_in="bitsandbytes"),
-    Mutant("the kernel lets a tie take the upper code", "cpu_kernels.quantize", "number > midpoints[k]",
+    Mutant("the kernel lets a tie take the upper code", "kernels.cpu.quantize", "number > midpoints[k]",
            "number >= midpoints[k]", BLOCKWISE, of_blocks(Recipe((2, 64), pattern="ties"), uniform_code())),
-    Mutant("the kernel pairs the odd last number with code 0", "cpu_kernels.quantize",
+    Mutant("the kernel pairs the odd last number with code 0", "kernels.cpu.quantize",
            "<< 4 | _code(np.float32(0), midpoints))", "<< 4)", BLOCKWISE, of_blocks(Recipe((1, 127)))),
-    Mutant("the last block is read to its full length", "cpu_kernels.quantize",
+    Mutant("the last block is read to its full length", "kernels.cpu.quantize",
            "min(np.int64((block + 1) << shift), flat.size)", "np.int64((block + 1) << shift)", BLOCKWISE,
            of_blocks(Recipe((1, 127))) | {"avx512": True}),
-    Mutant("the last block is read to its full length, with many levels", "cpu_kernels.quantize",
+    Mutant("the last block is read to its full length, with many levels", "kernels.cpu.quantize",
            "min((block + 1) << shift, flat.size)", "(block + 1) << shift", BLOCKWISE,
            of_blocks(Recipe((1, 127)), nf4.normal_float(5))),
-    Mutant("the search in many levels begins with a step too small", "cpu_kernels.quantize", "(128, 64, 32", "(64, 32",
+    Mutant("the search in many levels begins with a step too small", "kernels.cpu.quantize", "(128, 64, 32", "(64, 32",
            BLOCKWISE, of_blocks(Recipe((1, 127)), nf4.normal_float(8))),
-    Mutant("a window is a row short", "cpu_kernels.host", "rows, cols, numbers_of(window)",
+    Mutant("a window is a row short", "kernels.cpu.launch", "rows, cols, numbers_of(window)",
            "rows - 1, cols, numbers_of(window)", REMAINDERS, of_remainders()),
-    Mutant("the window that is left over is forgotten", "cpu_kernels.host", "range(0, total, step)",
+    Mutant("the window that is left over is forgotten", "kernels.cpu.launch", "range(0, total, step)",
            "range(0, total - step + 1, step)", REMAINDERS, of_remainders()),
-    Mutant("the tokens that are left over are forgotten", "cpu_kernels.host", "range(0, tokens, TOKENS)",
+    Mutant("the tokens that are left over are forgotten", "kernels.cpu.launch", "range(0, tokens, TOKENS)",
            "range(0, tokens - TOKENS + 1, TOKENS)", REMAINDERS, of_remainders(transposed=False)),
-    Mutant("a square weight is always transposed", "cpu_kernels.host", "window.view(rows, cols).T if transposed",
+    Mutant("a square weight is always transposed", "kernels.cpu.launch", "window.view(rows, cols).T if transposed",
            "window.view(rows, cols).T if transposed or rows == cols", "test_a_product_is_within_the_bound_of_its_dtype",
            of_product(SQUARE, 40, False, torch.bfloat16)),
-    Mutant("the gradient is made by W as the product was", "dispatch", "*pieces, not transposed)", "*pieces, transposed)",
+    Mutant("the gradient is made by W as the product was", "kernels.dispatch", "*pieces, not transposed)", "*pieces, transposed)",
            "test_the_gradient_of_either_product_is_the_other", of_product(SQUARE, 40)),
-    Mutant("all products of one size are made in the same memory", "cpu_kernels.host",
+    Mutant("all products of one size are made in the same memory", "kernels.cpu.launch",
            "y, scratch = x.new_empty(tokens, total)", "y, scratch = KINDS.setdefault(tokens, x.new_empty(tokens, total))",
            "test_the_caller_owns_what_it_gets", seen_in="bitsandbytes: its buffers for quantized activations"),
-    Mutant("the dense weight is made before it is multiplied", "cpu_kernels.host",
+    Mutant("the dense weight is made before it is multiplied", "kernels.cpu.launch",
            "min(max(WINDOW // full // 64, 1) * 64, total)", "total",
            "test_a_product_holds_one_window_and_nothing_else_beside_its_result",
            {"shape": (512, 384), "window": 2**14, "dtype": torch.bfloat16, "transposed": True, "double": True,
             "monkeypatch": SimpleNamespace(setattr=setattr)}),
-    Mutant("the numbers after the last whole run are not decoded", "cpu_kernels.host",
+    Mutant("the numbers after the last whole run are not decoded", "kernels.cpu.launch",
            "decode.decode(weight, rows * run, 0, 1, rest, numbers[rows * run :])", "pass",
            "test_dequantizing_into_a_given_tensor_fills_it_and_nothing_beside_it",
            {"recipe": Recipe((33, 70)), "double": True, "dtype": torch.float32, "layout": "contiguous"}),
-    Mutant("what is not finite is looked for in the last piece alone", "dispatch", "not made[1].isfinite().all()",
+    Mutant("what is not finite is looked for in the last piece alone", "kernels.dispatch", "not made[1].isfinite().all()",
            "not made[1][-16:].isfinite().all()", "test_what_is_not_finite_is_refused_as_the_reference_does",
            in_small_windows(dtype=torch.bfloat16, bad=torch.nan, place=0)),
-    Mutant("the kernel takes the largest constant of float32 for that of float16", "cpu_kernels.host", "largest(s.dtype)",
-           "largest(torch.float32)", FINITE, {"dtype": torch.float16}, suite="test_frozen"),
-    Mutant("of two codes for one level the second is used", "dispatch", "codebook[1:] > codebook[:-1]",
+    Mutant("the kernel takes the largest constant of float32 for that of float16", "kernels.cpu.launch", "largest(s.dtype)",
+           "largest(torch.float32)", FINITE, {"dtype": torch.float16}, suite="test_frozen_weight"),
+    Mutant("of two codes for one level the second is used", "kernels.dispatch", "codebook[1:] > codebook[:-1]",
            "codebook[1:] >= codebook[:-1]", "test_quantizing_gives_what_the_reference_gives",
            {"recipe": Recipe((9, 130)), "codebook": torch.tensor([-1.0, 0.0, 0.0, 1.0]), "window": 2**20}),
-    Mutant("a weight with too few constants is read beyond its end", "stored", "piece.shape == (count,)", "True",
+    Mutant("a weight with too few constants is read beyond its end", "kernels.packed_weight", "piece.shape == (count,)", "True",
            "test_sizes_that_do_not_fit_together_get_what_the_reference_gives_or_raises",
            without_kernels(what="too few constants")),
-    Mutant("a weight is read beyond its end by an x that is too wide", "dispatch",
+    Mutant("a weight is read beyond its end by an x that is too wide", "kernels.dispatch",
            "x.shape[1:] == (width if transposed else height,)", "True", "test_an_x_of_another_width_is_refused",
            without_kernels(tokens=1, transposed=True, off_by=1)),
-]  # fmt: skip
+]
 
 OPTIMIZER_MUTANTS = [
     Mutant("only clean pages count as written back", "pager", "if not page.stored:", "if page.stored:", RECOUNT, PRESSED),
     Mutant("a page that was written before is not written again", "pager", "if write:", "if write and not page.stored:",
            RECOUNT, PRESSED),
-    Mutant("a page leaves without being written", "stores", "page.in_store().copy_(tensor, non_blocking=self.non_blocking)",
+    Mutant("a page leaves without being written", "kernels.page_store", "page.in_store().copy_(tensor, non_blocking=self.non_blocking)",
            "None", RECOUNT, PRESSED),
-    Mutant("only clean pages are copied to the store", "stores", "if not page.stored:", "if page.stored:", RECOUNT, PRESSED),
+    Mutant("only clean pages are copied to the store", "kernels.page_store", "if not page.stored:", "if page.stored:", RECOUNT, PRESSED),
     Mutant("one page more than the budget", "pager", "self.resident + page.nbytes > self.budget", "self.resident > self.budget",
            RECOUNT, PRESSED),
     Mutant("one page less than the budget", "pager", "self.resident + page.nbytes > self.budget",
@@ -514,14 +514,14 @@ OPTIMIZER_MUTANTS = [
     Mutant("the page that was used last leaves", "pager", "popitem(last=False)", "popitem(last=True)", RECOUNT, PRESSED),
     Mutant("a page that has no value counts as read from the store", "pager", "if page.stored:\n            self.counters",
            "if page.store:\n            self.counters", RECOUNT, PRESSED),
-    Mutant("a page comes in without its value", "stores", "if page.stored else tensor", "if not page.stored else tensor",
+    Mutant("a page comes in without its value", "kernels.page_store", "if page.stored else tensor", "if not page.stored else tensor",
            RECOUNT, PRESSED),
     Mutant("the peak is what is resident now", "pager", "max(self.peak, self.resident)", "self.resident", RECOUNT, SMALLER),
     Mutant("pages overlap in the store", "pager", "offset += page.nbytes", "offset += page.nbytes // 2", RECOUNT, PRESSED),
     Mutant("narrow elements come first, and wide ones are not aligned", "pager", "key=lambda page: -page.dtype.itemsize",
            "key=lambda page: page.dtype.itemsize",
            "test_a_page_starts_at_a_multiple_of_its_elements_size_whatever_was_reserved_before_it", {"dtype": torch.float64}),
-    Mutant("resident pages are announced too", "stores", "if page.stored and page not in resident and", "if page.stored and",
+    Mutant("resident pages are announced too", "kernels.page_store", "if page.stored and page not in resident and", "if page.stored and",
            "test_a_clean_page_that_is_resident_is_not_announced"),
     Mutant("moments are fetched for reading only", "paged_optim", "update(start, self.pager.fetch(page, write=True))",
            "update(start, self.pager.fetch(page))", TORCH_BITS),
@@ -561,7 +561,7 @@ OPTIMIZER_MUTANTS = [
     Mutant("a resumed run starts with moments of zero", "paged_optim", "self.pager.fetch(page, write=True).copy_(run)",
            "self.pager.fetch(page, write=True).zero_()", "test_a_state_saved_by_either_optimizer_continues_in_either",
            from_torch, seen_in="the code of the paper: its resume leaves the optimizer out"),
-]  # fmt: skip
+]
 MUTANTS = NF4_MUTANTS + CONSTANT_MUTANTS + LORA_MUTANTS + DORA_MUTANTS + KERNEL_MUTANTS + OPTIMIZER_MUTANTS
 warnings_of_python = pytest.mark.filterwarnings(r"ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning")
 
@@ -572,7 +572,7 @@ def few_examples() -> Iterator[None]:
     usual = settings.get_current_profile_name()
     phases = [Phase.explicit, Phase.generate]
     settings.register_profile("mutants", max_examples=60, derandomize=True, database=None, deadline=None, phases=phases,
-                              report_multiple_bugs=False)  # fmt: skip
+                              report_multiple_bugs=False)
     settings.load_profile("mutants")
     yield
     settings.load_profile(usual)
@@ -599,15 +599,15 @@ def suite_on(mutant: Mutant | None, suite: str, folder: Path, monkeypatch: pytes
             source = source.replace(mutant.old, mutant.new)
         elif name in KERNELS:
             continue
-        if name == "dispatch":  # of each name torch allows one library of operators
+        if name == "kernels.dispatch":  # of each name torch allows one library of operators
             source = source.replace("qlora", f"qlora{next(COPIES)}")
         (folder / f"{name}.py").write_text(source)
         load(name, folder / f"{name}.py", monkeypatch)
-    return load(suite, HERE / f"{suite}.py", monkeypatch)
+    return load(suite, next(HERE.rglob(f"{suite}.py")), monkeypatch)
 
 
 def suite_of(mutant: Mutant) -> str:
-    return mutant.suite or SUITES.get(mutant.file, f"test_{mutant.file}")
+    return mutant.suite or SUITES.get(mutant.file, f"test_{mutant.file.rpartition('.')[2]}")
 
 
 def run(mutant: Mutant, suite: ModuleType) -> None:

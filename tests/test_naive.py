@@ -9,10 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
-import naive
 import pytest
 import torch
-from bounds import (
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import double_quant
+import nf4
+import paged_optim
+from helpers import naive
+from helpers.bounds import (
     Bounded,
     U,
     adamw,
@@ -24,10 +31,8 @@ from bounds import (
     product,
     quotient,
     root,
-)  # fmt: skip
-from hypothesis import example, given
-from hypothesis import strategies as st
-from strategies import (
+)
+from helpers.strategies import (
     BLOCK_SIZES,
     DTYPES,
     Adapted,
@@ -41,11 +46,6 @@ from strategies import (
     seeds,
     uniform_code,
 )
-from torch import Tensor, nn
-
-import double_quant
-import nf4
-import paged_optim
 from lora import QLoRALinear
 from paged_optim import PagedAdamW
 
@@ -255,7 +255,7 @@ def test_fp4_of_bitsandbytes_is_that_of_the_oracle(recipe: Recipe, block_size: i
 
 def small_layer(case: Adapted) -> Adapted:
     return replace(case, in_features=4 + case.in_features % 20, out_features=4 + case.out_features % 12,
-                   leading=tuple(size % 4 for size in case.leading))  # fmt: skip
+                   leading=tuple(size % 4 for size in case.leading))
 
 
 def weight_of_the_oracle(weight: Tensor, block_size: int, double: bool) -> Tensor:
@@ -327,7 +327,7 @@ hyperparameters = st.fixed_dictionaries({
     "betas": st.tuples(beta, beta),
     "eps": st.sampled_from([0.0, 1e-8, 1e-3]),
     "weight_decay": st.one_of(st.sampled_from([0.0, 0.01, 1.5]), st.floats(1e-6, 2)),
-})  # fmt: skip
+})
 DEFAULTS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -401,7 +401,7 @@ def betas_in_float16(param: Tensor, grad: Tensor, moments: Tensor, step: int, gr
 
 
 MUTANTS = [eps_before_bias_correction, decay_without_lr, decay_through_the_gradient, decay_after_the_update,
-           bias_correction_a_step_late, moments_kept_in_bfloat16, betas_in_float16]  # fmt: skip
+           bias_correction_a_step_late, moments_kept_in_bfloat16, betas_in_float16]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

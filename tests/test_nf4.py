@@ -9,10 +9,13 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
-from bounds import decision_slack, half_gap, is_tight, mean_absolute_error, of_a_mean, requantizing_is_safe, roundtrip
 from hypothesis import assume, example, given, target
 from hypothesis import strategies as st
-from strategies import (
+from torch import Tensor
+
+import nf4
+from helpers.bounds import decision_slack, half_gap, is_tight, mean_absolute_error, of_a_mean, requantizing_is_safe, roundtrip
+from helpers.strategies import (
     BLOCK_SIZES,
     DTYPES,
     HALF_AND_SINGLE,
@@ -26,15 +29,12 @@ from strategies import (
     seeds,
     uniform_code,
 )
-from torch import Tensor
-
-import nf4
 
 PUBLISHED = """bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000
                3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000"""
 PUBLISHED_ERRORS = {
     32: 0.067746, 64: 0.072798, 128: 0.076831, 256: 0.080337, 512: 0.083547, 1024: 0.086610, 2048: 0.089592, 4096: 0.092547,
-}  # fmt: skip
+}
 codebooks = st.sampled_from([nf4.NF4, uniform_code(), *(nf4.normal_float(bits) for bits in (2, 3, 5, 8))])
 
 
@@ -398,7 +398,7 @@ def test_a_dtype_that_is_not_floating_point_is_refused(dtype: torch.dtype) -> No
     torch.tensor([1.0]), torch.linspace(-1, 1, 257), torch.zeros(16), torch.tensor(1.0),
     torch.tensor([-1.0, math.nan, 1.0]), torch.linspace(-1, 1, 16).double(), torch.linspace(-1, 1, 16).reshape(4, 4),
     torch.tensor([-1, 1]),
-])  # fmt: skip
+])
 def test_a_codebook_that_is_not_2_to_256_float32_levels_is_refused(codebook: Tensor) -> None:
     with pytest.raises(ValueError, match="codebook"):
         nf4.quantize(torch.ones(4), 64, codebook)

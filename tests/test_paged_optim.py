@@ -14,17 +14,17 @@ import numba
 import numpy as np
 import pytest
 import torch
-from bounds import Bounded, adamw, apart
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from strategies import DTYPES, LAYOUTS, laid_out, seeds
-from test_cpu_kernels import in_python
+from test_cpu import in_python
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import dispatch
 import paged_optim
-from cpu_kernels import adamw as kernels
+from helpers.bounds import Bounded, adamw, apart
+from helpers.strategies import DTYPES, LAYOUTS, laid_out, seeds
+from kernels import dispatch
+from kernels.cpu import adamw as kernels
 from paged_optim import PagedAdamW
 from pager import Page, Pager
 
@@ -97,7 +97,7 @@ def snapshot(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> li
     moments = [
         [index, float(state[index]["step"]), bits(state[index]["exp_avg"]), bits(state[index]["exp_avg_sq"])]
         for index in sorted(state)
-    ]  # fmt: skip
+    ]
     return [[bits(param) for param in params], moments]
 
 
@@ -135,7 +135,7 @@ runs = st.builds(
     lr=st.sampled_from([0.0, 1e-3, 0.5]), betas=st.sampled_from([(0.9, 0.999), (0.0, 0.0), (0.3, 0.95)]),
     eps=st.sampled_from([0.0, 1e-8, 1e-3]), weight_decay=st.sampled_from([0.0, 0.01, 1.5]),
     steps=st.integers(1, 4), missing=st.integers(0, 3), scale=st.sampled_from([0.0, 1e-30, 1.0, 1e4, INF]),
-)  # fmt: skip
+)
 
 
 @given(runs, st.integers(1, 40), st.integers(1, 6))
@@ -160,7 +160,7 @@ long_runs = st.builds(
     eps=st.one_of(st.sampled_from([0.0, 1e-8]), st.floats(1e-12, 1.0)), steps=st.just(200), missing=st.integers(0, 3),
     weight_decay=st.one_of(st.sampled_from([0.0, 0.01]), st.floats(1e-6, 1.0)), scale=st.sampled_from([0.0, 1e-30, 1.0, 1e4]),
     lr_decay=st.sampled_from([1.0, 0.98, 1.003, 0.0]),  # lr * weight_decay stays below 2, beyond which parameters explode
-)  # fmt: skip
+)
 quarter = settings(max_examples=max(settings().max_examples // 4, 1))  # such a run takes a while
 
 
@@ -346,9 +346,9 @@ def test_a_torch_that_does_not_fuse_gets_the_reference(monkeypatch: pytest.Monke
 
 def test_kernels_leave_the_number_of_torchs_threads_alone() -> None:
     """In a process of its own: it is when they start that Numba's threads would change it."""
-    said = subprocess.run([sys.executable, "-c", "import torch, dispatch; torch.set_num_threads(1); "
+    said = subprocess.run([sys.executable, "-c", "import torch; from kernels import dispatch; torch.set_num_threads(1); "
                            "dispatch.quantize(torch.ones(64)); print(torch.get_num_threads())"],
-                          capture_output=True, text=True, check=True, cwd=Path(paged_optim.__file__).parent)  # fmt: skip
+                          capture_output=True, text=True, check=True, cwd=Path(paged_optim.__file__).parent)
     assert said.stdout == "1\n"
 
 
@@ -408,7 +408,7 @@ updates = st.builds(
     lr=st.one_of(st.sampled_from([0.0, 1e-3]), st.floats(1e-12, 1e30)), betas=st.tuples(betas, betas),
     eps=st.one_of(st.sampled_from([0.0, 1e-8]), st.floats(1e-45, 1e30)),
     weight_decay=st.one_of(st.sampled_from([0.0, 0.01]), st.floats(1e-6, 1e6)), seed=seeds,
-)  # fmt: skip
+)
 
 
 def by_kernel(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
@@ -501,7 +501,7 @@ def test_above_the_budget_each_step_moves_all_of_the_state_in_and_out(
         assert not any(page.store for cut in optimizer.pages.values() for page in cut)
     else:
         wanted = {"hits": 0, "faults": steps * count, "evictions": steps * count - len(optimizer.pager.cache),
-                  "bytes_in": (steps - 1) * state, "bytes_out": steps * state - rest}  # fmt: skip
+                  "bytes_in": (steps - 1) * state, "bytes_out": steps * state - rest}
     assert {name: optimizer.counters[name] for name in wanted} == wanted
 
 
@@ -658,7 +658,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
         (amsgrad, "amsgrad"),
         (fewer, "size of optimizer's group"),
         (partial, r"exp_avg_sq must have shape \(2, 2\), got 'nothing'"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(state)
         assert snapshot(params, optimizer) == before
@@ -669,7 +669,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     (lambda params: torch.optim.SGD(params, momentum=0.9), r"no hyperparameter may be missing, got \['betas', 'eps'\]; "),
     (torch.optim.Adamax, r"exp_avg_sq must have shape \(3, 5\), got 'nothing'; load AdamW's state"),
     (lambda params: torch.optim.Adam(params, amsgrad=True), "amsgrad and maximize must be off"),
-])  # fmt: skip
+])
 def test_a_foreign_state_is_refused_by_what_it_lacks_and_changes_nothing(foreign: Callable, missing: str) -> None:
     run, params = Run(missing=0), Run().params()
     optimizer = PagedAdamW(params, page_bytes=16, resident_bytes=16)
@@ -729,7 +729,7 @@ def test_a_sparse_gradient_is_refused_before_anything_changes() -> None:
     ({"page_bytes": 64.0}, "page_bytes must be an int, got 64.0; "),
     ({"page_bytes": True}, "page_bytes must be an int, got True; "),
     ({"page_bytes": 64, "resident_bytes": 63}, "resident_bytes must hold a page, got 63; give 64 or more, or None"),
-])  # fmt: skip
+])
 def test_a_number_out_of_range_is_refused_with_rule_value_and_remedy(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PagedAdamW([nn.Parameter(torch.zeros(3))], **options)

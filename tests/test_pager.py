@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import DTYPES
 
 import pager as module
+from helpers.strategies import DTYPES
+from kernels.page_store import map_nameless_file
 from pager import Page, Pager
-from stores import map_nameless_file
 
 ROOT = Path(module.__file__).parent
 CPU = torch.device("cpu")

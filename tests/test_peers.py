@@ -12,26 +12,35 @@ from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
-import naive
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from bitsandbytes.optim import AdamW8bit
-from bounds import UNIT_ROUNDOFF, Bounded, both_quantized, cast, cosine, decision_error, lora_forward, roundtrip, table_error
 from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
-from strategies import BLOCK_SIZES, HALF_AND_SINGLE, Constants, Recipe, same_bits
 from torch import Tensor, nn
 from torchao.quantization import to_nf4
 
-import checkpoint
 import double_quant
 import lora
-import models
 import nf4
+from checkpoints import checkpoint
 from frozen import FrozenWeight
+from helpers import models, naive
+from helpers.bounds import (
+    UNIT_ROUNDOFF,
+    Bounded,
+    both_quantized,
+    cast,
+    cosine,
+    decision_error,
+    lora_forward,
+    roundtrip,
+    table_error,
+)
+from helpers.strategies import BLOCK_SIZES, HALF_AND_SINGLE, Constants, Recipe, same_bits
 from paged_optim import PagedAdamW
 
 CODE8 = bnb.create_dynamic_map()
@@ -502,7 +511,7 @@ def spoilt(folder: Path, change: str) -> Path:
     ("no prefix", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "is missing"),
     ("a layer missing", "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight", "is missing"),
     ("a layer too many", "base_model.model.model.layers.2.mlp.down_proj.lora_A.weight", "belongs to no"),
-])  # fmt: skip
+])
 def test_an_adapter_that_does_not_fit_is_refused_by_name_where_peft_goes_on_without_it(
     tmp_path: Path, change: str, name: str, complaint: str
 ) -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import lora
 from frozen import FrozenWeight
 from lora import LoRAMatmul, QLoRALinear
-from memory import Live
+from memory.measured import Live
 
 LAYERS, WIDTH, RANK, BLOCK = 12, 256, 8, 64
 
@@ -69,7 +69,7 @@ def peak(tokens: int, dtype: torch.dtype, segment: int, dropout: float) -> int:
 
 CASES = [pytest.param(dtype, tokens, segment, dropout, id=f"{dtype}-{tokens}-{segment}-{dropout}")
          for dtype in (torch.float32, torch.bfloat16, torch.float16) for tokens in (8, 200)
-         for segment in (LAYERS, 3) for dropout in (0.0, 0.1)]  # fmt: skip
+         for segment in (LAYERS, 3) for dropout in (0.0, 0.1)]
 
 
 @pytest.mark.parametrize(("dtype", "tokens", "segment", "dropout"), CASES)

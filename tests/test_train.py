@@ -10,20 +10,20 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from bounds import OF_A_PEAK
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_paged_optim import TorchAdamW
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-import data
-import evaluate
-import export
-import models
-import pretrained
 import train
+from checkpoints import checkpoint
+from checkpoints import sources as pretrained
+from data import dataset as data
+from helpers import models
+from helpers.bounds import OF_A_PEAK
 from lora import QLoRALinear, attach
+from training import loss_and_eval as evaluate
+from training import use_adapter as export
 
 REPORT_KEYS = {"metric", "before", "after", "before_unseen", "after_unseen", "seconds", "steps", "tokens_per_second",
                "peak_rss_bytes", "bits_per_weight", "base_bytes_16bit", "base_bytes_4bit", "trainable_parameters",

@@ -1,0 +1,1 @@
+"""Rows of people's files as token ids and labels."""

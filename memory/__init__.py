@@ -1,0 +1,1 @@
+"""What a run takes: predicted from the shape of the model, and measured."""

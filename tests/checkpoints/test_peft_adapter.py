@@ -1,0 +1,226 @@
+"""Adapters that PEFT reads and writes; what does not fit is refused by its name, and the model stays as it was."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from checkpoints import checkpoint
+from checkpoints import peft_adapter as peft_format
+from helpers import models
+from helpers.bounds import cast
+from helpers.models import adapted, trained
+from lora import QLoRALinear, attach
+
+IDS = torch.arange(5, 25)[None]
+
+
+def base() -> nn.Module:
+    return models.tiny_llama(torch.float64, vocab_size=256)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+def assert_the_same(ours: torch.Tensor, theirs: torch.Tensor, without: torch.Tensor) -> None:
+    """Computed in float64 and equal as far as float32 can tell, which is far below what the adapter does."""
+    bound = cast(theirs.abs(), torch.float32)
+    assert ((ours - theirs).abs() <= bound).all()
+    assert ((theirs - without).abs() > bound).any()
+
+
+def on_the_same_base(ours: nn.Module) -> nn.Module:
+    """A dense model with the weights that our layers decode to: what PEFT is to adapt."""
+    plain = base()
+    with torch.no_grad():
+        for name, layer in checkpoint.adapted_layers(ours).items():
+            plain.get_submodule(name).weight.copy_(layer.base())
+    return plain
+
+
+def assert_peft_computes_the_same(ours: nn.Module, folder: Path) -> None:
+    plain = on_the_same_base(ours)
+    without = logits(plain)
+    theirs = PeftModel.from_pretrained(plain, folder)
+    assert_the_same(logits(ours), logits(theirs), without)
+    for name, layer in checkpoint.adapted_layers(ours).items():
+        assert layer.scaling == theirs.base_model.model.get_submodule(name).scaling["default"], name
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"lora_alpha": 3.5}, {"use_rslora": True}, {"r": 1}, {"targets": "v_proj"}, {"targets": ["layers.0.self_attn.q_proj"]},
+    {"r": 70},  # more than the 64 of the smaller side, which PEFT does not mind
+], ids=str)
+def test_peft_loads_our_adapter_and_computes_the_same(tmp_path: Path, settings: dict) -> None:
+    ours = adapted(**settings)
+    checkpoint.save_adapter(ours, tmp_path)
+    assert_peft_computes_the_same(ours, tmp_path)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_peft_loads_layers_of_different_ranks_and_scalings(tmp_path: Path, use_rslora: bool) -> None:
+    ours = base()
+    for targets, r, alpha in ((["q_proj", "layers.0.mlp.up_proj"], 4, 8), (["v_proj"], 2, 8), (["layers.1.mlp.up_proj"], 4, 3)):
+        attach(ours, targets, r=r, lora_alpha=alpha, use_rslora=use_rslora)
+    trained(ours)
+    checkpoint.save_adapter(ours, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(config["rank_pattern"].values()) == [2, 2] and list(config["alpha_pattern"].values()) == [3]
+    assert_peft_computes_the_same(ours, tmp_path)
+    again = checkpoint.load_adapter(base(), tmp_path)
+    assert torch.equal(logits(again), logits(ours))
+
+
+PEFT_CONFIGS = [
+    {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 12},
+    {"target_modules": "all-linear", "use_rslora": True, "lora_dropout": 0.25},
+    {"target_modules": r".*\.(q|v)_proj"},
+    {"target_modules": ["up_proj", "v_proj"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.mlp.up_proj"], "init_lora_weights": "gaussian"},
+    {"target_modules": ["q_proj", "v_proj", "up_proj"], "rank_pattern": {"v_proj": 2, r"layers\.1\..*up_proj": 6},
+     "alpha_pattern": {"model.layers.0.self_attn.q_proj": 5, "up_proj|v_proj": 1.5}},
+    {"target_modules": ["q_proj"], "rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 3}, "use_rslora": True},
+]
+
+
+@pytest.mark.parametrize("config", PEFT_CONFIGS, ids=lambda config: str(config["target_modules"]))
+def test_we_load_the_adapter_of_peft_and_compute_the_same(tmp_path: Path, config: dict) -> None:
+    theirs = trained(get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", **{"r": 4} | config)))
+    theirs.save_pretrained(tmp_path)
+    ours = checkpoint.load_adapter(base(), tmp_path)
+    assert_peft_computes_the_same(ours, tmp_path)
+    for name, layer in checkpoint.adapted_layers(ours).items():
+        assert layer.lora_dropout == config.get("lora_dropout", 0.0)
+        assert layer.lora_A.shape[0] == layer.r == theirs.base_model.model.get_submodule(name).r["default"]
+
+
+def test_an_adapter_goes_onto_adapters_that_are_there_and_takes_its_scaling_with_it(tmp_path: Path) -> None:
+    first = adapted(targets=["q_proj", "up_proj"], lora_alpha=12, use_rslora=True)
+    checkpoint.save_adapter(first, tmp_path)
+    second = adapted(targets=["q_proj", "up_proj"], lora_alpha=8)
+    checkpoint.load_adapter(second, tmp_path)
+    assert torch.equal(logits(second), logits(first))
+
+
+def test_a_model_without_adapters_gets_those_of_the_folder(tmp_path: Path) -> None:
+    model = attach(base(), ["v_proj", "up_proj"], r=3)
+    nn.init.normal_(model.model.layers[0].mlp.up_proj.lora_B)
+    checkpoint.save_adapter(model, tmp_path)
+    again = checkpoint.load_adapter(base(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert sum(isinstance(layer, QLoRALinear) for layer in again.modules()) == 4
+    trainable = {name.rpartition(".")[2] for name, parameter in again.named_parameters() if parameter.requires_grad}
+    assert trainable == {"lora_A", "lora_B"}
+
+
+def test_layers_whose_short_names_others_share_are_saved_by_their_whole_names(tmp_path: Path) -> None:
+    model = attach(base(), ["layers.0.self_attn.q_proj"], r=3)
+    checkpoint.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_adapters_that_one_config_cannot_describe_are_not_saved(tmp_path: Path) -> None:
+    model = attach(attach(base(), ["q_proj"], use_rslora=True), ["v_proj"])
+    with pytest.raises(ValueError, match="differ in lora_dropout, use_rslora or use_dora"):
+        checkpoint.save_adapter(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_weight_that_cannot_be_quantized_leaves_the_whole_model_dense(tmp_path: Path) -> None:
+    checkpoint.save_adapter(adapted(), tmp_path)
+    model = base()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = math.nan
+    with pytest.raises(ValueError, match=r"layer model.layers.1.mlp.down_proj: 1 of 8192 .*index \(3, 5\)"):
+        checkpoint.load_adapter(model, tmp_path)
+    assert not any(isinstance(module, QLoRALinear) for module in model.modules())
+
+
+def rewrite(folder: Path, change: str | dict) -> None:
+    """Spoil an adapter folder in one of the ways that happen."""
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors, settings = load_file(weights), json.loads(config.read_text())
+    if change == "no prefix":
+        tensors = {name.removeprefix(peft_format.PREFIX): tensor for name, tensor in tensors.items()}
+    elif change == "other rank":
+        tensors = {name: tensor[:2].contiguous() if "lora_A" in name else tensor for name, tensor in tensors.items()}
+    elif change == "one missing":
+        del tensors[next(iter(tensors))]
+    elif change == "one too many":
+        tensors["base_model.model.elsewhere.lora_A.weight"] = torch.zeros(4, 4)
+    elif change == "NaN":
+        next(iter(tensors.values()))[0, 0] = math.nan
+    elif change == "integers":
+        tensors = {name: tensor.int() for name, tensor in tensors.items()}
+    elif isinstance(change, dict):
+        settings |= change
+    save_file(tensors, weights)
+    config.write_text(json.dumps(settings))
+    if change == "pickle":
+        weights.rename(folder / "adapter_model.bin")
+    if change == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif change == "garbage":
+        weights.write_bytes(b"\xff" * 1000)
+    elif change == "config garbage":
+        config.write_text("{")
+    elif change == "config list":
+        config.write_text("[]")
+    elif change == "gone":
+        weights.unlink()
+    elif change == "config gone":
+        config.unlink()
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ("no prefix", r"adapter_model.safetensors does not fit .*layers.0.\w+.\w+_proj.lora_A.weight (is missing|belongs to)"),
+    ("other rank", r"is \(2, 64\), floating point, and must be \(4, 64\)"), ("one missing", "is missing"),
+    ("one too many", "elsewhere.lora_A.weight belongs to nothing in the model"), ("NaN", "lora_A.weight holds NaN"),
+    ("integers", r"is \(4, 64\), torch.int32, and must be"), ("truncated", "is damaged"), ("garbage", "is damaged"),
+    ("config garbage", "is not a JSON object"), ("config list", "is not a JSON object"),
+    ("gone", "there is no .*adapter_model.safetensors"), ("config gone", "there is no .*adapter_config.json"),
+    ("pickle", "adapter_model.bin is a pickle, which could run code"),
+    ({"peft_type": "IA3"}, "asks for peft_type IA3"), ({"use_bdlora": {"x": 1}}, "asks for use_bdlora"),
+    ({"bias": "all"}, "asks for bias all"), ({"init_lora_weights": "pissa"}, "asks for init_lora_weights pissa"),
+    ({"modules_to_save": ["lm_head"]}, r"asks for modules_to_save \['lm_head'\]"),
+    ({"r": 3}, "q_proj rank 3, and the model's adapter has 4"), ({"r": "4"}, "adapter_config.json: r cannot be 4"),
+    ({"r": 10**12}, "r cannot be 1000000000000"), ({"rank_pattern": {"q_proj": 2}}, "rank 2, and the model's adapter has 4"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern cannot be"), ({"rank_pattern": {"(a+)+$": 2}}, "rank_pattern cannot be"),
+    ({"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern cannot be"), ({"alpha_pattern": {"[": 2}}, "alpha_pattern cannot"),
+    ({"lora_alpha": math.inf}, "lora_alpha cannot be inf"), ({"lora_dropout": 1.0}, "lora_dropout cannot be 1.0"),
+    ({"use_rslora": "yes"}, "use_rslora cannot be yes"), ({"base_model_name_or_path": 7}, "name_or_path cannot be 7"),
+], ids=str)
+@pytest.mark.parametrize("has_adapters", [True, False])
+def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(
+    tmp_path: Path, change: str | dict, complaint: str, has_adapters: bool
+) -> None:
+    checkpoint.save_adapter(adapted(), tmp_path)
+    rewrite(tmp_path, change)
+    model = adapted(lora_alpha=5) if has_adapters else base()
+    before, names = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
+    fits_a_model_without = not has_adapters and "has 4" in complaint
+    with pytest.raises(ValueError, match=r"is \(4, 64\)" if fits_a_model_without else complaint):
+        checkpoint.load_adapter(model, tmp_path)
+    after = model.state_dict()
+    assert [name for name, _ in model.named_modules()] == names and after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in after)
+    assert all(layer.lora_alpha == 5 for layer in checkpoint.adapted_layers(model).values())
+
+
+@pytest.mark.parametrize("pattern", ["(a|aa)(a|aa)", ".*.*.*.*x", "a{2}{3}{4}{5}", "a" * 2000, "["])
+def test_a_pattern_that_may_take_for_ever_to_match_is_none(pattern: str) -> None:
+    assert not peft_format.is_pattern(pattern)
+
+
+def test_a_model_without_adapters_cannot_save_any(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the model has no adapters"):
+        checkpoint.save_adapter(base(), tmp_path)

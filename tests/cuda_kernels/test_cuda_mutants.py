@@ -1,0 +1,188 @@
+"""Broken CUDA kernels, made by the rule: each barrier taken out, each comparison and each number in an index moved by one.
+
+The simulator must notice every one, under one of three orders of threads. Those that do no harm are listed with the reason.
+"""
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+from test_cuda_kernels import dense, random, scalars, simulated, special, weight_of
+
+import nf4
+from helpers import warpsim
+from helpers.bounds import few_rows
+from helpers.strategies import Recipe, same_bits
+from kernels import dispatch
+from kernels import launch_cuda as launch
+from kernels.cpu import adamw as on_the_cpu
+from kernels.packed_weight import stored
+
+FOLDER = Path(launch.__file__).parent.parent / "cuda_kernels"
+OTHER = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
+
+
+class Mutant(NamedTuple):
+    """A piece of a source, by its offsets, and what takes its place."""
+
+    file: str
+    start: int
+    end: int
+    new: str
+
+    def __str__(self) -> str:
+        source = (FOLDER / f"{self.file}.py").read_text()
+        line = source[source.rfind("\n", 0, self.start) + 1 : source.find("\n", self.start)]
+        at = self.start - source.rfind("\n", 0, self.start) - 1
+        old, after = source[self.start : self.end], line[at + self.end - self.start :]
+        return f"{self.file}: {line[:at].lstrip()}[{old} -> {self.new}]{after}"
+
+
+def mutants_of(file: str) -> list[Mutant]:
+    """Every one that the rule makes of a file."""
+    source = (FOLDER / f"{file}.py").read_text()
+    lines = [0, *(at + 1 for at, character in enumerate(source) if character == "\n")]
+
+    def place(node: ast.AST) -> tuple[int, int]:
+        return lines[node.lineno - 1] + node.col_offset, lines[node.end_lineno - 1] + node.end_col_offset
+
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if called == "cuda.syncthreads":
+            found.append(Mutant(file, *place(node), "pass"))
+        elif called == "U32" and isinstance(node.args[0], ast.Constant) and node.args[0].value:
+            found.append(Mutant(file, *place(node.args[0]), str(node.args[0].value + 1)))
+        elif isinstance(node, ast.Compare) and type(node.ops[0]) in OTHER:
+            start, end = place(node.left)[1] + 1, place(node.comparators[0])[0] - 1
+            found.append(Mutant(file, start, end, OTHER[type(node.ops[0])]))
+    return found
+
+
+# Mutants that do no harm, as they print, and why
+HARMLESS = {
+    "quantize: power = F32(2.0**64) if scale [< -> <=] F32(2.0**-64) else F32(2.0**-64) if scale > F32(2.0**64) else F32(1)":
+        "a power of two more or less changes no code, at the end of the range",
+    "quantize: power = F32(2.0**64) if scale < F32(2.0**-64) else F32(2.0**-64) if scale [> -> >=] F32(2.0**64) else F32(1)":
+        "the same at the other end",
+    "quantize: if start [< -> <=] n and n - start >= U32(8):": "at n itself the other half is false",
+    "quantize: if start < n and n - start [>= -> >] U32(8):": "the last 8 are read one by one",
+    "quantize: if start < n and n - start >= U32([8 -> 9]):": "the same",
+    "quantize: if n - start [>= -> >] U32(8):": "their codes are written byte by byte",
+    "quantize: if n - start >= U32([8 -> 9]):": "the same",
+    "matmul: a0 = shared_word(pairs, U32(top << U32(7)) & U32([0x7F80 -> 32641]) | bank)": "the bit was shifted out",
+    "matmul: a1 = shared_word(pairs, U32(low << U32(7)) & U32([0x7F80 -> 32641]) | bank)": "the same",
+    "matmul: while remaining [> -> >=] 1:": "a round in which no warp has anything to do",
+    "matmul: if split [< -> <=] U32(remaining):": "a warp that has handed over adds to what it will not use",
+}
+
+
+def mutated(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    source = (FOLDER / f"{mutant.file}.py").read_text()
+    name = f"cuda_kernels.broken_{mutant.file}"
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader=None))
+    monkeypatch.setitem(sys.modules, name, module)
+    code = source[: mutant.start] + mutant.new + source[mutant.end :]
+    exec(compile(code, f"<{name}>", "exec"), vars(module))  # noqa: S102
+    return module
+
+
+def quantizes(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> bool:
+    patch.setattr(launch, "blockwise", kernels.blockwise)
+    exact = torch.arange(-8, 8) / 8  # levels with exact midpoints, each of which is a tie
+    ties = torch.cat([torch.ones(1), (exact[1:] + exact[:-1]) / 2])
+    for weight, block_size, codebook in [
+        (Recipe((334,), torch.bfloat16).tensor(), 16, nf4.NF4), (ties, 16, exact),
+        (Recipe((2055,), pattern="blocks of all sizes").tensor(), 256, nf4.NF4),
+        (Recipe((133,), block_size=32, pattern="zero blocks").tensor(), 32, nf4.NF4)]:
+        expected = nf4.quantize(weight, block_size, codebook)
+        with simulated(order):
+            q = dispatch.quantize(weight, block_size, codebook)
+        if not (same_bits(q.packed, expected.packed) and same_bits(q.absmax, expected.absmax)):
+            return False
+    return True
+
+
+def dequantizes(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> bool:
+    patch.setattr(launch, "v1", kernels.v1)
+    patch.setattr(launch, "v4", kernels.v4)
+    q, constants = weight_of(Recipe((2048,), torch.bfloat16), True)
+    for rung, unit in ((kernels.v2, 2), (kernels.v3, 8)):
+        out = torch.full((2048,), torch.nan, dtype=torch.bfloat16)
+        rest = (q.packed, out, 2048) if unit == 2 else (out, 2048)
+        kernel = rung("bfloat16")
+        warpsim.run(kernel, 2048 // unit // kernel.threads + 1, (*launch.weight(stored(q, constants)), *rest), order)
+        if not same_bits(out, dense(q, constants)):
+            return False
+    for recipe, dtype in [(Recipe((2341,), torch.bfloat16), torch.bfloat16), (Recipe((2049,), block_size=8), torch.float32)]:
+        q, constants = weight_of(recipe, True)
+        with simulated(order):
+            if not same_bits(dispatch.dequantize(q, dtype, constants), dense(q, constants, dtype)):
+                return False
+    return True
+
+
+def multiplies(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> bool:
+    patch.setattr(launch, "tensor_core", kernels.tensor_core)
+    patch.setattr(launch, "portable", kernels.portable)
+    patch.setattr(launch, "widest", lambda height, tiles, device: min(tiles, 2))
+    for tokens, shape, dtype, block_size, capability in [
+        (3, (9, 64), torch.float32, 32, (9, 0)), (4, (2, 1056), torch.float32, 32, (9, 0)),
+        (3, (2, 64), torch.float16, 64, (7, 5)),
+        (10, (40, 320), torch.bfloat16, 64, (9, 0)), (8, (32, 1088), torch.float16, 128, (8, 0))]:
+        (q, constants), x = weight_of(Recipe(shape, block_size=block_size), True), random(tokens, shape[1], dtype=dtype)
+        bias = random(shape[0], seed=1)
+        with simulated(order, capability):
+            y = launch.few_rows(x, stored(q, constants), bias)
+        if not few_rows(x, dense(q, constants, torch.float32), bias).allows(y):
+            return False
+    return True
+
+
+def updates(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> bool:
+    patch.setattr(launch.optimizer, "ADAMW", kernels.ADAMW)
+    group = {"betas": (0.9, 0.999), "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01}
+    for n in (1032, 261):
+        param, grad, moments = special(n, 1), special(n, 2), special(2 * n, 3).view(2, n).abs()
+        expected = param.clone(), moments.clone()
+        on_the_cpu.update(expected[0].numpy(), grad.numpy(), expected[1].numpy(), *scalars(step=2, **group))
+        with simulated(order):
+            dispatch.adamw(param, grad, 2, group)(0, moments)
+        if not (same_bits(param, expected[0]) and same_bits(moments, expected[1])):
+            return False
+    return True
+
+
+CHECKS: dict[str, Callable[[ModuleType, int, pytest.MonkeyPatch], bool]] = {
+    "quantize": quantizes, "dequantize": dequantizes, "matmul": multiplies, "adamw": updates}
+MUTANTS = [mutant for file in CHECKS for mutant in mutants_of(file)]
+
+
+def is_killed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> bool:
+    for order in range(3):
+        try:
+            if not CHECKS[mutant.file](mutated(mutant, monkeypatch), order, monkeypatch):
+                return True
+        except (AssertionError, IndexError, ValueError, RuntimeError, OverflowError):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_mutant_is_killed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_killed(mutant, monkeypatch) != (str(mutant) in HARMLESS)
+
+
+def test_every_harmless_mutant_is_one() -> None:
+    assert {*HARMLESS} <= {str(mutant) for mutant in MUTANTS}
+
+
+@pytest.mark.parametrize("file", CHECKS)
+def test_the_kernels_as_they_are_pass(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_killed(Mutant(file, 0, 0, ""), monkeypatch)

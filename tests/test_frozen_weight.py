@@ -1,0 +1,202 @@
+"""The laws of frozen.py: what a weight costs, that it comes back, and that no cast of the module touches its bytes."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import double_quant
+import nf4
+from frozen import FrozenWeight
+from helpers.bounds import Bounded, both_quantized, in_float64, is_tight, operand
+from helpers.strategies import DTYPES, PATTERNS, Recipe, recipes, same_bits
+
+CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "half": nn.Module.half, "bfloat16": nn.Module.bfloat16, "float": nn.Module.float, "double": nn.Module.double,
+    "to(bfloat16)": lambda module: module.to(torch.bfloat16), "to(cpu, half)": lambda module: module.to("cpu", torch.float16),
+    "type(half)": lambda module: module.type(torch.float16),
+}
+# Constants that double quantization leaves well inside every dtype, so that a decoded weight is finite.
+moderate = st.builds(
+    Recipe, st.sampled_from([(), (0,), (7,), (40, 33), (3, 5, 7), (2, 4096)]), st.sampled_from(DTYPES), st.just("contiguous"),
+    st.sampled_from([2, 64, 512]), st.sampled_from(PATTERNS[:-2]), st.integers(-14, 0),
+)
+
+
+def state_of(frozen: FrozenWeight) -> dict[str, Tensor]:
+    """Copies of all buffers, the codebook included."""
+    return {name: buffer.clone() for name, buffer in frozen.named_buffers()}
+
+
+def is_in_state(frozen: FrozenWeight, state: dict[str, Tensor]) -> bool:
+    now = state_of(frozen)
+    return now.keys() == state.keys() and all(same_bits(now[name], state[name]) for name in state)
+
+
+@given(recipes, st.sampled_from(DTYPES))
+def test_without_double_quantization_it_is_nf4_and_nothing_else(recipe: Recipe, dtype: torch.dtype) -> None:
+    weight = recipe.tensor()
+    expected = nf4.dequantize(nf4.quantize(weight, recipe.block_size), dtype)
+    assert same_bits(FrozenWeight(weight, recipe.block_size, double_quant=False)(dtype), expected)
+
+
+@given(recipes, st.sampled_from(DTYPES))
+def test_equation_6_is_one_dequantization_inside_the_other(recipe: Recipe, dtype: torch.dtype) -> None:
+    weight = recipe.tensor()
+    q = nf4.quantize(weight, recipe.block_size)
+    largest = min(torch.finfo(recipe.dtype).max, torch.finfo(torch.float32).max)  # what a constant of this dtype can be
+    absmax = double_quant.dequantize(double_quant.quantize(q.absmax)).clamp(max=largest)
+    expected = nf4.dequantize(nf4.Quantized(q.packed, absmax, q.codebook, q.shape, q.dtype, q.block_size), dtype)
+    assert same_bits(FrozenWeight(weight, recipe.block_size)(dtype), expected)
+
+
+@given(moderate)
+def test_the_error_is_within_that_of_both_quantizations(recipe: Recipe) -> None:
+    weight = recipe.tensor()
+    frozen = FrozenWeight(weight, recipe.block_size)
+    q = nf4.quantize(weight, recipe.block_size)
+    nested = frozen.nested_absmax.repeat_interleave(256)[: q.absmax.numel()]
+    bound = both_quantized(q.absmax, nested, nf4.NF4, double_quant.DYNAMIC, recipe.dtype, recipe.dtype)
+    error = (weight.double() - frozen().double()).abs().reshape(-1)
+    assert (error <= bound.repeat_interleave(recipe.block_size)[: error.numel()]).all()
+
+
+def test_the_error_of_both_quantizations_is_reached() -> None:
+    """The nested code has no -1 and decodes the lower constant too large, and with it the far level of the widest gap."""
+    middle = (nf4.NF4[0].item() + nf4.NF4[1].item()) / 2
+    weight = torch.tensor([2.0, 0.0, 1.96, 1.96 * math.nextafter(middle, -1.0)])
+    frozen = FrozenWeight(weight, 2)
+    absmax = nf4.quantize(weight, 2).absmax
+    bound = both_quantized(absmax, frozen.nested_absmax.expand(2), nf4.NF4, double_quant.DYNAMIC, torch.float32, torch.float32)
+    error = (weight.double() - frozen().double()).abs().reshape(2, 2).amax(1)
+    assert is_tight(error, bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_finite_weight_is_decoded_to_finite_numbers_of_its_dtype(dtype: torch.dtype) -> None:
+    """The constants of the largest numbers are decoded up to 0.7 % too large, which their dtype must not turn into infinity."""
+    weight = torch.zeros(12, dtype=dtype)
+    weight[2::2] = torch.finfo(dtype).max  # the constants: 0 once, the largest number five times
+    frozen = FrozenWeight(weight, 2)
+    assert frozen().isfinite().all() and nf4.dequantize(frozen.quantized()[0]).isfinite().all()
+
+
+@given(moderate.filter(lambda recipe: recipe.pattern in ("zero blocks", "zeros", "one-hot")))
+@example(Recipe((4, 64), pattern="zero blocks"))
+def test_blocks_of_zeros_stay_exactly_zero_under_double_quantization_too(recipe: Recipe) -> None:
+    weight = recipe.tensor()
+    decoded = FrozenWeight(weight, recipe.block_size)()
+    zeros = decoded[weight == 0]
+    assert same_bits(zeros, torch.zeros_like(zeros))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_a_weight_costs_exactly_4_bits_and_its_constants_and_one_mean(blocks: int) -> None:
+    frozen = FrozenWeight(torch.randn(64 * blocks, 256))
+    n = 64 * blocks * 256
+    assert 8 * frozen.nbytes == n * 4 + n * 8 // 64 + n * 32 // (64 * 256) + 32
+    assert FrozenWeight(torch.randn(64, 256), double_quant=False).nbytes * 8 == 64 * 256 * 4 + 64 * 256 * 32 // 64
+    assert frozen.nbytes == sum(tensor.nbytes for tensor in frozen.state_dict().values())
+
+
+@given(recipes, st.booleans())
+def test_bytes_of_any_shape_are_those_of_the_formula(recipe: Recipe, double: bool) -> None:
+    frozen = FrozenWeight(recipe.tensor(), recipe.block_size, double)
+    n = frozen.shape.numel()
+    n_blocks = -(-n // recipe.block_size)
+    assert frozen.nbytes == -(-n // 2) + (n_blocks + 4 * -(-n_blocks // 256) + 4 if double else 4 * n_blocks)
+
+
+@pytest.mark.parametrize("name", CASTS)
+@pytest.mark.parametrize("double", [True, False])
+def test_no_cast_of_the_module_changes_a_byte_of_it(name: str, double: bool) -> None:
+    model = nn.Sequential(FrozenWeight(torch.randn(33, 70), double_quant=double), nn.Linear(2, 2))
+    before, decoded = state_of(model[0]), model[0]()
+    CASTS[name](model)
+    assert is_in_state(model[0], before) and same_bits(model[0](), decoded)
+    assert model[0].codebook.dtype == nf4.NF4.dtype and same_bits(nf4.NF4, nf4.normal_float(4))
+
+
+def test_a_move_to_another_device_keeps_every_dtype() -> None:
+    frozen = FrozenWeight(torch.randn(8, 64))
+    dtypes = {name: buffer.dtype for name, buffer in frozen.named_buffers()}
+    frozen.to("meta", torch.float16)
+    assert {name: buffer.dtype for name, buffer in frozen.named_buffers()} == dtypes
+    assert all(buffer.is_meta for buffer in frozen.buffers())
+
+
+@given(recipes, st.booleans())
+def test_a_deep_copy_has_the_same_bytes_and_shares_none(recipe: Recipe, double: bool) -> None:
+    frozen = FrozenWeight(recipe.tensor(), recipe.block_size, double)
+    twin = copy.deepcopy(frozen)
+    assert is_in_state(twin, state_of(frozen)) and same_bits(twin(), frozen())
+    before = state_of(frozen)
+    twin.packed.fill_(0)
+    twin.absmax.fill_(0)
+    assert is_in_state(frozen, before)
+
+
+@given(recipes, st.booleans())
+def test_the_state_dict_round_trips_bit_for_bit(recipe: Recipe, double: bool) -> None:
+    weight = recipe.tensor()
+    frozen = FrozenWeight(weight, recipe.block_size, double)
+    names = {"packed", "absmax", "nested_absmax", "nested_offset"} if double else {"packed", "absmax"}
+    assert frozen.state_dict().keys() == names  # the codebook is a constant of the format
+    twin = FrozenWeight(torch.zeros_like(weight), recipe.block_size, double)
+    twin.load_state_dict(copy.deepcopy(frozen.state_dict()))
+    assert is_in_state(twin, state_of(frozen)) and same_bits(twin(), frozen())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_a_codebook_the_dense_tensor_itself_is_kept(dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.randn(5, 7, dtype=dtype))
+    frozen = FrozenWeight(weight, codebook=None)
+    assert frozen().data_ptr() == weight.data_ptr() and same_bits(frozen(), weight) and not frozen().requires_grad
+    assert frozen.nbytes == weight.nbytes and list(frozen.state_dict()) == ["weight"]
+    assert same_bits(frozen(torch.float64), weight.detach().double())
+    assert frozen.half()(torch.float16).dtype == torch.float16 and list(frozen.parameters()) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("settings", [{}, {"double_quant": False}, {"codebook": nf4.normal_float(8)}, {"codebook": None}])
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+def test_it_multiplies_as_the_dense_weight_does_within_the_bound_of_the_dtype(
+    dtype: torch.dtype, settings: dict, tokens: int
+) -> None:
+    frozen = FrozenWeight(torch.randn(33, 70), **settings)
+    for transposed, width in [(True, 70), (False, 33)]:
+        x, weight = torch.randn(tokens, width).to(dtype), operand(frozen(torch.float32), dtype)
+        y = frozen.matmul(x, transposed)
+        bound = Bounded.exact(x).matmul(weight.T if transposed else weight, dtype)
+        assert y.dtype == dtype and in_float64(bound, 2 * width).allows(y)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_any_code_can_be_frozen(bits: int) -> None:
+    weight, codebook = torch.randn(9, 31), nf4.normal_float(bits)
+    expected = nf4.dequantize(nf4.quantize(weight, 64, codebook))
+    assert same_bits(FrozenWeight(weight, double_quant=False, codebook=codebook)(), expected)
+
+
+def test_the_caller_owns_what_it_gets() -> None:
+    frozen = FrozenWeight(torch.randn(4, 64))
+    before, decoded = state_of(frozen), frozen().clone()
+    frozen().zero_()
+    assert is_in_state(frozen, before) and same_bits(frozen(), decoded)
+
+
+def test_a_weight_that_nf4_refuses_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 of 4 .*index \(1, 0\)"):
+        FrozenWeight(torch.tensor([[1.0, 2.0], [torch.nan, 3.0]]))
+    with pytest.raises(ValueError, match="power of two"):
+        FrozenWeight(torch.ones(4), block_size=63)
+
+
+def test_it_prints_its_shape_and_what_an_element_costs() -> None:
+    assert str(FrozenWeight(torch.randn(64, 256))) == "FrozenWeight((64, 256), 4.129 bits an element)"
+    assert "(0,)" in str(FrozenWeight(torch.zeros(0)))
