@@ -71,24 +71,36 @@ class DoubleQuantized:
     codebook: Tensor = DYNAMIC
 
 
-def quantize(absmax: Tensor, block_size: int = 256, blockwise: Callable[..., nf4.Quantized] = nf4.quantize) -> DoubleQuantized:
+def quantize(
+    absmax: Tensor, block_size: int = 256, blockwise: Callable[..., nf4.Quantized] = nf4.quantize
+) -> DoubleQuantized:
     """Quantize constants (float32, any shape, >= 0) to 8 bits: nf4's blockwise quantizer, or a faster one, with another code.
 
     Error: |absmax - dequantize(...)| <= h8 * nested_absmax of its block, plus rounding.
     Raises: ValueError for a negative constant, and all that `nf4.quantize` refuses.
     """
     absmax = absmax.to(torch.float32)
-    nf4.check_finite(absmax.reshape(-1), absmax.shape)  # now: the mean would spread it over all constants
+    nf4.check_finite(
+        absmax.reshape(-1), absmax.shape
+    )  # now: the mean would spread it over all constants
     if (absmax < 0).any():
         raise ValueError(f"quantization constants are magnitudes >= 0, got {absmax.min().item()}")
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     if offset.isinf():  # float32's sum overflowed
         offset = absmax.double().mean().float()
     q = blockwise(absmax - offset, block_size, DYNAMIC)
-    return DoubleQuantized(q.packed.reshape(absmax.shape), q.absmax, offset.reshape(1), block_size, q.codebook)
+    return DoubleQuantized(
+        q.packed.reshape(absmax.shape), q.absmax, offset.reshape(1), block_size, q.codebook
+    )
 
 
 def dequantize(dq: DoubleQuantized) -> Tensor:
     """The constants, float32, in the shape that they came in."""
-    centred = nf4.Quantized(dq.codes, dq.absmax, dq.codebook, dq.codes.shape, torch.float32, dq.block_size)
-    return (nf4.dequantize(centred) + dq.offset).clamp_(0, torch.finfo(torch.float32).max).reshape(dq.codes.shape)
+    centred = nf4.Quantized(
+        dq.codes, dq.absmax, dq.codebook, dq.codes.shape, torch.float32, dq.block_size
+    )
+    return (
+        (nf4.dequantize(centred) + dq.offset)
+        .clamp_(0, torch.finfo(torch.float32).max)
+        .reshape(dq.codes.shape)
+    )

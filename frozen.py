@@ -46,8 +46,13 @@ class MergeAudit(NamedTuple):
 class FrozenWeight(nn.Module):
     """A weight of any shape in 4 bits (or dense, with codebook=None). `frozen(dtype)` gives it back, dense, in that dtype."""
 
-    def __init__(self, weight: Tensor, block_size: int = 64, double_quant: bool = True,
-                 codebook: Tensor | None = nf4.NF4) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        block_size: int = 64,
+        double_quant: bool = True,
+        codebook: Tensor | None = nf4.NF4,
+    ) -> None:
         """Raises: ValueError as `nf4.quantize` does: NaN, infinity, a block size that is not a power of two."""
         super().__init__()
         if codebook is None:
@@ -56,10 +61,14 @@ class FrozenWeight(nn.Module):
             self.register_buffer("codebook", None)
         else:
             q = dispatch.quantize(weight, block_size, codebook)
-            self._keep(q, second.quantize(q.absmax, blockwise=dispatch.quantize) if double_quant else None)
+            self._keep(
+                q, second.quantize(q.absmax, blockwise=dispatch.quantize) if double_quant else None
+            )
 
     @classmethod
-    def from_quantized(cls, q: nf4.Quantized, constants: second.DoubleQuantized | None) -> "FrozenWeight":
+    def from_quantized(
+        cls, q: nf4.Quantized, constants: second.DoubleQuantized | None
+    ) -> "FrozenWeight":
         """What a checkpoint holds. q.absmax does not count where `constants` stand for it."""
         frozen = cls.__new__(cls)
         nn.Module.__init__(frozen)
@@ -67,7 +76,12 @@ class FrozenWeight(nn.Module):
         return frozen
 
     def _keep(self, q: nf4.Quantized, constants: second.DoubleQuantized | None) -> None:
-        self.shape, self.dtype, self.block_size, self.double_quant = q.shape, q.dtype, q.block_size, constants is not None
+        self.shape, self.dtype, self.block_size, self.double_quant = (
+            q.shape,
+            q.dtype,
+            q.block_size,
+            constants is not None,
+        )
         self.register_buffer("packed", q.packed)
         self.register_buffer("absmax", q.absmax if constants is None else constants.codes)
         self.register_buffer("codebook", q.codebook, persistent=False)
@@ -79,11 +93,18 @@ class FrozenWeight(nn.Module):
 
     def stored(self) -> tuple[nf4.Quantized, second.DoubleQuantized | None]:
         """The weight as it lies in memory: with double quantization, its absmax are the second's codes."""
-        q = nf4.Quantized(self.packed, self.absmax, self.codebook, self.shape, self.dtype, self.block_size)
+        q = nf4.Quantized(
+            self.packed, self.absmax, self.codebook, self.shape, self.dtype, self.block_size
+        )
         if not self.double_quant:
             return q, None
-        return q, second.DoubleQuantized(self.absmax, self.nested_absmax, self.nested_offset, self.nested_block_size,
-                                         self.nested_codebook)
+        return q, second.DoubleQuantized(
+            self.absmax,
+            self.nested_absmax,
+            self.nested_offset,
+            self.nested_block_size,
+            self.nested_codebook,
+        )
 
     def quantized(self) -> tuple[nf4.Quantized, second.DoubleQuantized | None]:
         """The weight as `nf4.dequantize` takes it, its constants decoded, and the constants as they are stored."""
@@ -110,7 +131,11 @@ class FrozenWeight(nn.Module):
         before = self(update.dtype)
         after = FrozenWeight(before + update, self.block_size, self.double_quant, self.codebook)()
         realised, wanted = (after - before).flatten(), update.flatten()
-        length, moved, dot = wanted.norm().item(), realised.norm().item(), (realised @ wanted).item()
+        length, moved, dot = (
+            wanted.norm().item(),
+            realised.norm().item(),
+            (realised @ wanted).item(),
+        )
         if not length:
             return MergeAudit(0.0, 1.0, 1.0)
         return MergeAudit(length, dot / length**2, dot / (length * moved) if moved else 0.0)

@@ -33,18 +33,39 @@ class QLoRALinear(nn.Module):
     Made by `QLoRALinear(base, bias)` it has no adapter yet, which is an adapter of rank 0: the layers of a 4-bit checkpoint.
     """
 
-    def __init__(self, base: FrozenWeight, bias: Tensor | None, r: int = 0, lora_alpha: float = 0, lora_dropout: float = 0.0,
-                 compute_dtype: torch.dtype | None = None, use_rslora: bool = False, use_dora: bool = False) -> None:
+    def __init__(
+        self,
+        base: FrozenWeight,
+        bias: Tensor | None,
+        r: int = 0,
+        lora_alpha: float = 0,
+        lora_dropout: float = 0.0,
+        compute_dtype: torch.dtype | None = None,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+    ) -> None:
         super().__init__()
         self.base, (self.out_features, self.in_features) = base, base.shape
-        self.r, self.lora_alpha, self.use_rslora, self.use_dora = r, lora_alpha, use_rslora, use_dora
+        self.r, self.lora_alpha, self.use_rslora, self.use_dora = (
+            r,
+            lora_alpha,
+            use_rslora,
+            use_dora,
+        )
         self.lora_dropout, self.compute_dtype = lora_dropout, compute_dtype
-        kind = {"dtype": torch.promote_types(base.dtype, torch.float32), "device": next(base.buffers()).device}
+        kind = {
+            "dtype": torch.promote_types(base.dtype, torch.float32),
+            "device": next(base.buffers()).device,
+        }
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **kind), requires_grad=r > 0)
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **kind), requires_grad=r > 0)
         if r:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as the authors of LoRA, and PEFT, do
-        self.lora_magnitude_vector = Magnitude(base, self.lora_A, self.lora_B, self.scaling) if use_dora else None
+            nn.init.kaiming_uniform_(
+                self.lora_A, a=math.sqrt(5)
+            )  # as the authors of LoRA, and PEFT, do
+        self.lora_magnitude_vector = (
+            Magnitude(base, self.lora_A, self.lora_B, self.scaling) if use_dora else None
+        )
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_buffer("merged", None, persistent=False)
 
@@ -54,10 +75,19 @@ class QLoRALinear(nn.Module):
         return self.lora_alpha / ((math.sqrt(self.r) if self.use_rslora else self.r) or 1)
 
     @classmethod
-    def from_linear(cls, linear: "nn.Linear | QLoRALinear", r: int = 8, lora_alpha: float = 16, lora_dropout: float = 0.0,
-                    block_size: int = 64, double_quant: bool = True, codebook: Tensor | None = NF4,
-                    compute_dtype: torch.dtype | None = None, use_rslora: bool = False,
-                    use_dora: bool = False) -> "QLoRALinear":
+    def from_linear(
+        cls,
+        linear: "nn.Linear | QLoRALinear",
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        block_size: int = 64,
+        double_quant: bool = True,
+        codebook: Tensor | None = NF4,
+        compute_dtype: torch.dtype | None = None,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+    ) -> "QLoRALinear":
         """Quantize a dense layer; codebook=None keeps it dense, for 16-bit LoRA. A layer in 4 bits keeps its base.
 
         Raises: ValueError for what `nf4.quantize` refuses, and an r, lora_alpha or lora_dropout out of range.
@@ -65,14 +95,18 @@ class QLoRALinear(nn.Module):
         if type(r) is not int or r < 1:
             raise ValueError(f"r must be a whole number >= 1, such as 8; got {r}")
         if not 0 < lora_alpha < math.inf:
-            raise ValueError(f"lora_alpha must be positive and finite, often 2 * r; got {lora_alpha}")
+            raise ValueError(
+                f"lora_alpha must be positive and finite, often 2 * r; got {lora_alpha}"
+            )
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout is a probability, 0 <= p < 1; got {lora_dropout}")
         if isinstance(linear, QLoRALinear):
             base, compute_dtype = linear.base, compute_dtype or linear.compute_dtype
         else:
             base = FrozenWeight(linear.weight, block_size, double_quant, codebook)
-        return cls(base, linear.bias, r, lora_alpha, lora_dropout, compute_dtype, use_rslora, use_dora).train(linear.training)
+        return cls(
+            base, linear.bias, r, lora_alpha, lora_dropout, compute_dtype, use_rslora, use_dora
+        ).train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in autocast's dtype where it is on, else in x's; computed in compute_dtype if given."""
@@ -83,13 +117,23 @@ class QLoRALinear(nn.Module):
         if self.merged is not None or not self.r:
             with torch.autocast(device, enabled=False):
                 merged = None if self.merged is None else self.merged.to(flat.dtype)
-                y = self.base.matmul(flat, bias=bias) if merged is None else F.linear(flat, merged, bias)
+                y = (
+                    self.base.matmul(flat, bias=bias)
+                    if merged is None
+                    else F.linear(flat, merged, bias)
+                )
         else:
             p = self.lora_dropout if self.training else 0.0
             keep = torch.rand(flat.shape, device=x.device) >= p if p else None
-            y = LoRAMatmul.apply(flat, self.lora_A, self.lora_B, bias, keep, self.scaling / (1 - p), self.base)
+            y = LoRAMatmul.apply(
+                flat, self.lora_A, self.lora_B, bias, keep, self.scaling / (1 - p), self.base
+            )
             if self.use_dora:
-                y = Scaled.apply(y, self.lora_magnitude_vector(self.base, self.lora_A, self.lora_B, self.scaling), bias)
+                y = Scaled.apply(
+                    y,
+                    self.lora_magnitude_vector(self.base, self.lora_A, self.lora_B, self.scaling),
+                    bias,
+                )
         return y.reshape(*x.shape[:-1], self.out_features).to(result)
 
     def update(self) -> Tensor:
@@ -98,7 +142,9 @@ class QLoRALinear(nn.Module):
             update = (self.lora_B @ self.lora_A).detach() * self.scaling
         if not self.use_dora:
             return update
-        c = self.lora_magnitude_vector(self.base, self.lora_A, self.lora_B, self.scaling).detach()[:, None]  # (out, 1)
+        c = self.lora_magnitude_vector(self.base, self.lora_A, self.lora_B, self.scaling).detach()[
+            :, None
+        ]  # (out, 1)
         return (c - 1) * self.base(update.dtype) + c * update
 
     def merge(self) -> None:
@@ -110,7 +156,9 @@ class QLoRALinear(nn.Module):
         self.merged = None
 
 
-def attach(model: nn.Module, targets: str | Iterable[str] = "all-linear", **settings: object) -> nn.Module:
+def attach(
+    model: nn.Module, targets: str | Iterable[str] = "all-linear", **settings: object
+) -> nn.Module:
     """Freeze a model and give its linear layers a 4-bit base and an adapter, in place, one layer at a time.
 
     Every nn.Linear takes part but the output head (adapters on all of them are what it takes to match 16-bit fine-tuning:
@@ -120,16 +168,22 @@ def attach(model: nn.Module, targets: str | Iterable[str] = "all-linear", **sett
     """
     groups = unadapted(model)
     if not groups:
-        raise ValueError("the model has no nn.Linear besides its output head: nothing to adapt (has it been adapted already?)")
+        raise ValueError(
+            "the model has no nn.Linear besides its output head: nothing to adapt (has it been adapted already?)"
+        )
     wanted = [targets] if isinstance(targets, str) else list(targets)
     ends = ("",) if targets == "all-linear" else tuple(f".{target}" for target in wanted)
     chosen = [names for names in groups if any(f".{name}".endswith(ends) for name in names)]
     if not chosen:
         known = sorted({name.rpartition(".")[2] for names in groups for name in names})
-        raise ValueError(f"no linear layer is named {' or '.join(wanted) or 'by no target'}; there are {', '.join(known)}")
+        raise ValueError(
+            f"no linear layer is named {' or '.join(wanted) or 'by no target'}; there are {', '.join(known)}"
+        )
     before, after = adapt(model, [(names, settings) for names in chosen])
-    print(f"adapters of rank {model.get_submodule(chosen[0][0]).r} on {len(chosen)} linear layers; "
-          f"their frozen weights: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now")
+    print(
+        f"adapters of rank {model.get_submodule(chosen[0][0]).r} on {len(chosen)} linear layers; "
+        f"their frozen weights: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now"
+    )
     return model
 
 
@@ -169,7 +223,11 @@ def unadapted(model: nn.Module) -> list[list[str]]:
     """The linear layers without an adapter, but for the output head, each as the list of its names in the model."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     tied = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    dense = [names for module, names in names_of(model, nn.Linear).items() if module is not head and module.weight not in tied]
+    dense = [
+        names
+        for module, names in names_of(model, nn.Linear).items()
+        if module is not head and module.weight not in tied
+    ]
     return dense + [names for layer, names in names_of(model, QLoRALinear).items() if not layer.r]
 
 
@@ -193,8 +251,13 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
         frozen, update = layer.base, layer.update()
         if frozen.codebook is not None:
             audit |= dict.fromkeys(names, frozen.audit(update))
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(layer.training)
-        linear.weight, linear.bias = nn.Parameter((frozen(update.dtype) + update).to(frozen.dtype), False), layer.bias
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(
+            layer.training
+        )
+        linear.weight, linear.bias = (
+            nn.Parameter((frozen(update.dtype) + update).to(frozen.dtype), False),
+            layer.bias,
+        )
         for name in names:
             model.set_submodule(name, linear)
     return model, audit

@@ -25,8 +25,16 @@ class LoRAMatmul(torch.autograd.Function):
     """y = x W^T + b + s (keep x A^T) B^T, where base.matmul(x, bias=b) is x W^T + b and base.matmul(g, False) is g W."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, keep: Tensor | None,
-                scaling: float, base: FrozenWeight) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        keep: Tensor | None,
+        scaling: float,
+        base: FrozenWeight,
+    ) -> Tensor:
         """x (tokens, in), lora_A (r, in), lora_B (out, r), bias (out,), keep bool (tokens, in) -> (tokens, out)."""
         with torch.autocast(x.device.type, enabled=False):
             y = base.matmul(x, bias=bias)  # (tokens, out)
@@ -47,7 +55,9 @@ class LoRAMatmul(torch.autograd.Function):
         with torch.autocast(g.device.type, enabled=False):
             dh = (g @ lora_B.to(g.dtype)).mul_(ctx.scaling)  # (tokens, r)
             dB = (g.T @ h).mul_(ctx.scaling).to(lora_B.dtype) if needs_B else None  # (out, r)
-            dA = (dh.T @ (x if keep is None else x * keep)).to(lora_A.dtype) if needs_A else None  # (r, in)
+            dA = (
+                (dh.T @ (x if keep is None else x * keep)).to(lora_A.dtype) if needs_A else None
+            )  # (r, in)
             if needs_x:
                 dx = ctx.base.matmul(g, transposed=False)  # (tokens, in)
                 A = lora_A.to(g.dtype)

@@ -56,7 +56,9 @@ def normal_float(bits: int) -> Tensor:
     size, half = 2**bits, 2 ** (bits - 1)
     outermost = round(1 - (1 / (2 * size) + 1 / (2 * (size - 1))) / 2, 7)
     positive = ndtri(torch.linspace(outermost, 0.5, half + 1)[:-1].numpy())  # 2**(bits-1) quantiles
-    negative = -ndtri(torch.linspace(outermost, 0.5, half)[:-1].numpy())  # one fewer: zero takes the place
+    negative = -ndtri(
+        torch.linspace(outermost, 0.5, half)[:-1].numpy()
+    )  # one fewer: zero takes the place
     levels = torch.tensor(sorted([*negative.tolist(), 0.0, *positive.tolist()]))
     return levels / levels.max()
 
@@ -111,29 +113,55 @@ def quantize(weight: Tensor, block_size: int = 64, codebook: Tensor = NF4) -> Qu
 
     levels, order = codebook.sort(stable=True)
     midpoints = (levels[1:] + levels[:-1]) / 2
-    places = torch.bucketize(normalised, midpoints, out_int32=True)  # midpoint[i-1] < x <= midpoint[i]: levels[i] is nearest
-    codes = order[torch.searchsorted(levels, levels)].to(torch.uint8).index_select(0, places.flatten())
-    return Quantized(_pack(codes, flat.numel(), codebook), absmax, codebook, weight.shape, weight.dtype, block_size)
+    places = torch.bucketize(
+        normalised, midpoints, out_int32=True
+    )  # midpoint[i-1] < x <= midpoint[i]: levels[i] is nearest
+    codes = (
+        order[torch.searchsorted(levels, levels)].to(torch.uint8).index_select(0, places.flatten())
+    )
+    return Quantized(
+        _pack(codes, flat.numel(), codebook),
+        absmax,
+        codebook,
+        weight.shape,
+        weight.dtype,
+        block_size,
+    )
 
 
 def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     """The tensor of shape q.shape that the codes stand for: level * absmax in float32, then cast to `dtype` (or q.dtype)."""
     n = math.prod(q.shape)
     codebook = q.codebook.to(q.packed.device)
-    if codebook.numel() <= 16:  # one look-up decodes both nibbles of a byte, two float32 moved as one 8-byte word
+    if (
+        codebook.numel() <= 16
+    ):  # one look-up decodes both nibbles of a byte, two float32 moved as one 8-byte word
         sixteen = F.pad(codebook, (0, 16 - codebook.numel()))
-        pairs = torch.cartesian_prod(sixteen, sixteen)  # (256, 2): row 16 * high + low holds both levels
+        pairs = torch.cartesian_prod(
+            sixteen, sixteen
+        )  # (256, 2): row 16 * high + low holds both levels
         codebook = pairs.view(torch.int64).flatten()  # (256,)
-    blocks = codebook.index_select(0, q.packed.flatten().int()).view(torch.float32)[:n]  # (n,) levels
-    blocks = _into_blocks(blocks, q.block_size)  # (n_blocks, block_size), a padded copy only if the last block is ragged
-    return blocks.mul_(q.absmax[:, None]).reshape(-1)[:n].reshape(q.shape).to(q.dtype if dtype is None else dtype)
+    blocks = codebook.index_select(0, q.packed.flatten().int()).view(torch.float32)[
+        :n
+    ]  # (n,) levels
+    blocks = _into_blocks(
+        blocks, q.block_size
+    )  # (n_blocks, block_size), a padded copy only if the last block is ragged
+    return (
+        blocks.mul_(q.absmax[:, None])
+        .reshape(-1)[:n]
+        .reshape(q.shape)
+        .to(q.dtype if dtype is None else dtype)
+    )
 
 
 def _pack(codes: Tensor, n: int, codebook: Tensor) -> Tensor:
     """uint8 codes (n_blocks * block_size,) -> uint8 (ceil(n/2), 1), the first of a pair in the high nibble."""
     if codebook.numel() > 16:
         return codes[:n].reshape(-1, 1)
-    pairs = codes[: n + n % 2].reshape(-1, 2)  # an odd n takes one code of the zeros that fill the last block
+    pairs = codes[: n + n % 2].reshape(
+        -1, 2
+    )  # an odd n takes one code of the zeros that fill the last block
     return (pairs[:, :1] << 4) | pairs[:, 1:]
 
 
@@ -147,10 +175,16 @@ def check_arguments(weight: Tensor, block_size: int, codebook: Tensor) -> None:
     if not weight.is_floating_point():
         raise ValueError(f"only floating-point tensors can be quantized, got {weight.dtype}")
     if not isinstance(block_size, int) or block_size < 2 or block_size & (block_size - 1):
-        raise ValueError(f"the block size must be a power of two >= 2, got {block_size}; the paper uses 64")
-    usable = codebook.dim() == 1 and codebook.dtype == torch.float32 and 2 <= codebook.numel() <= 256
+        raise ValueError(
+            f"the block size must be a power of two >= 2, got {block_size}; the paper uses 64"
+        )
+    usable = (
+        codebook.dim() == 1 and codebook.dtype == torch.float32 and 2 <= codebook.numel() <= 256
+    )
     if not usable or not codebook.isfinite().all() or (codebook == codebook[0]).all():
-        raise ValueError("a codebook is 2 to 256 finite float32 levels, not all the same, such as nf4.normal_float(4)")
+        raise ValueError(
+            "a codebook is 2 to 256 finite float32 levels, not all the same, such as nf4.normal_float(4)"
+        )
 
 
 def check_finite(flat: Tensor, shape: torch.Size) -> None:

@@ -46,13 +46,17 @@ def adamw_(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: State
         param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     if 1 - beta1 >= 1 - 2**-25:
-        exp_avg.add_(0.0)  # a lerp_ whose weight rounds to 1 gives a zero its sign by place: make it +0
+        exp_avg.add_(
+            0.0
+        )  # a lerp_ whose weight rounds to 1 gives a zero its sign by place: make it +0
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denom = root(exp_avg_sq).div_((1 - beta2**step) ** 0.5).add_(group["eps"])
     param.addcdiv_(exp_avg, denom, value=-lr / (1 - beta1**step))
 
 
-def update_run(flat: Tensor, flat_grad: Tensor, step: int, group: StateDict, start: int, moments: Tensor) -> None:
+def update_run(
+    flat: Tensor, flat_grad: Tensor, step: int, group: StateDict, start: int, moments: Tensor
+) -> None:
     """The same for the run of a flat parameter that begins at `start` and is as long as its moments."""
     run = slice(start, start + moments.shape[1])
     adamw_(flat[run], flat_grad[run], moments, step, group)
@@ -81,31 +85,76 @@ class PagedAdamW(Optimizer):
     {'hits': 0, 'faults': 6, 'evictions': 4, 'bytes_in': 48, 'bytes_out': 64, 'prefetches': 0}
     """
 
-    def __init__(self, params: ParamsT, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.01, page_bytes: int = 2**21, resident_bytes: int | None = None) -> None:
-        require("page_bytes must be an int", type(page_bytes) is int, page_bytes, "give a whole number of bytes")
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        page_bytes: int = 2**21,
+        resident_bytes: int | None = None,
+    ) -> None:
+        require(
+            "page_bytes must be an int",
+            type(page_bytes) is int,
+            page_bytes,
+            "give a whole number of bytes",
+        )
         budget = float("inf") if resident_bytes is None else resident_bytes
-        require("resident_bytes must hold a page", budget >= page_bytes, budget, f"give {page_bytes} or more, or None")
-        self.page_bytes, self.pages, self.pager = page_bytes, dict[Tensor, list[Page]](), Pager(budget)
+        require(
+            "resident_bytes must hold a page",
+            budget >= page_bytes,
+            budget,
+            f"give {page_bytes} or more, or None",
+        )
+        self.page_bytes, self.pages, self.pager = (
+            page_bytes,
+            dict[Tensor, list[Page]](),
+            Pager(budget),
+        )
         self.counters = self.pager.counters
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     def add_param_group(self, param_group: StateDict) -> None:
         """Cut the group's state into pages. Raises: ValueError or OSError; the group is not added then."""
         super().add_param_group(param_group)
-        group = self.param_groups.pop()  # it comes back once it is known to be good and has its pages
+        group = (
+            self.param_groups.pop()
+        )  # it comes back once it is known to be good and has its pages
         for name in ("lr", "eps", "weight_decay"):
             require(f"{name} must be at least 0", group[name] >= 0, group[name], "give 0 or more")
-        require("betas must lie in [0, 1)", all(0 <= b < 1 for b in group["betas"]), group["betas"], "try (0.9, 0.999)")
+        require(
+            "betas must lie in [0, 1)",
+            all(0 <= b < 1 for b in group["betas"]),
+            group["betas"],
+            "try (0.9, 0.999)",
+        )
         pages = self.pages | {param: self._cut(param) for param in group["params"]}
         self.pager.reserve_store([page for cut in pages.values() for page in cut])
         self.param_groups.append(group)
         self.pages = pages
 
     def _cut(self, param: Tensor) -> list[Page]:
-        require("parameters must be real floating point", param.is_floating_point(), param.dtype, "convert it")
-        n, width, k = local(param).numel(), 2 * param.element_size(), self.page_bytes // (2 * param.element_size())
-        require("page_bytes must hold an element's moments", k > 0, self.page_bytes, f"give {width} or more")
+        require(
+            "parameters must be real floating point",
+            param.is_floating_point(),
+            param.dtype,
+            "convert it",
+        )
+        n, width, k = (
+            local(param).numel(),
+            2 * param.element_size(),
+            self.page_bytes // (2 * param.element_size()),
+        )
+        require(
+            "page_bytes must hold an element's moments",
+            k > 0,
+            self.page_bytes,
+            f"give {width} or more",
+        )
         return [Page((2, min(k, n - start)), param.dtype, param.device) for start in range(0, n, k)]
 
     @torch.no_grad()
@@ -113,10 +162,17 @@ class PagedAdamW(Optimizer):
         """Update each parameter that has a gradient, one after the other; return the closure's loss."""
         with torch.enable_grad():
             loss = closure() if closure else None
-        turns = [(param, group) for group in self.param_groups for param in group["params"] if param.grad is not None]
+        turns = [
+            (param, group)
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
         for layout in (param.grad.layout for param, _ in turns):
             require("gradients must be dense", layout == torch.strided, layout, "call to_dense()")
-        for (param, group), next_pages in zip(turns, [*(self.pages[param] for param, _ in turns[1:]), []]):
+        for (param, group), next_pages in zip(
+            turns, [*(self.pages[param] for param, _ in turns[1:]), []]
+        ):
             self.pager.prefetch(next_pages)
             self._update(param, group)
         return loss
@@ -125,7 +181,9 @@ class PagedAdamW(Optimizer):
         self.state[param]["step"] = step = self.state[param].get("step", 0) + 1
         here, grad = local(param.detach()), local(param.grad)
         flat, flat_grad = here.contiguous().view(-1), grad.contiguous().view(-1)
-        update = dispatch.adamw(flat, flat_grad, step, group) or partial(update_run, flat, flat_grad, step, group)
+        update = dispatch.adamw(flat, flat_grad, step, group) or partial(
+            update_run, flat, flat_grad, step, group
+        )
         start = 0
         for page in self.pages[param]:
             update(start, self.pager.fetch(page, write=True))
@@ -145,9 +203,15 @@ class PagedAdamW(Optimizer):
                 moments = torch.empty(2, here.numel(), dtype=param.dtype)
                 for page, run in by_page(pages, moments):
                     run.copy_(self.pager.fetch(page))
-                exp_avg, exp_avg_sq = (joined(moment.clone().view(here.shape), param) for moment in moments)
+                exp_avg, exp_avg_sq = (
+                    joined(moment.clone().view(here.shape), param) for moment in moments
+                )
                 step = torch.tensor(float(self.state[param]["step"]))
-                packed["state"][index] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+                packed["state"][index] = {
+                    "step": step,
+                    "exp_avg": exp_avg,
+                    "exp_avg_sq": exp_avg_sq,
+                }
         return packed
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -156,7 +220,9 @@ class PagedAdamW(Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         for param, slot in slots.items():
             self.state[param]["step"] = int(slot["step"])
-            moments = torch.stack([local(like(slot[key], param)).flatten() for key in ("exp_avg", "exp_avg_sq")])  # (2, n)
+            moments = torch.stack(
+                [local(like(slot[key], param)).flatten() for key in ("exp_avg", "exp_avg_sq")]
+            )  # (2, n)
             for page, run in by_page(self.pages[param], moments):
                 self.pager.fetch(page, write=True).copy_(run)
 
@@ -164,16 +230,45 @@ class PagedAdamW(Optimizer):
         """What a state_dict knows about each parameter, if it is an AdamW's and fits."""
         for group in state_dict["param_groups"]:
             missing = [name for name in self.defaults if name not in group]
-            require("no hyperparameter may be missing", not missing, missing, "load the state of an AdamW")
+            require(
+                "no hyperparameter may be missing",
+                not missing,
+                missing,
+                "load the state of an AdamW",
+            )
             variants = [name for name in ("amsgrad", "maximize") if group.get(name)]
-            require("amsgrad and maximize must be off", not variants, variants, "continue with torch.optim.AdamW")
+            require(
+                "amsgrad and maximize must be off",
+                not variants,
+                variants,
+                "continue with torch.optim.AdamW",
+            )
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        slots = {param: state_dict["state"][i] for param, i in zip(self.pages, indices) if state_dict["state"].get(i)}
+        slots = {
+            param: state_dict["state"][i]
+            for param, i in zip(self.pages, indices)
+            if state_dict["state"].get(i)
+        }
         for param, slot in slots.items():
-            for name, shape in {"step": (), "exp_avg": param.shape, "exp_avg_sq": param.shape}.items():
-                got = "nothing" if slot.get(name) is None else tuple(torch.as_tensor(slot[name]).shape)
-                require(f"{name} must have shape {tuple(shape)}", got == shape, got, "load AdamW's state of this model")
+            for name, shape in {
+                "step": (),
+                "exp_avg": param.shape,
+                "exp_avg_sq": param.shape,
+            }.items():
+                got = (
+                    "nothing"
+                    if slot.get(name) is None
+                    else tuple(torch.as_tensor(slot[name]).shape)
+                )
+                require(
+                    f"{name} must have shape {tuple(shape)}",
+                    got == shape,
+                    got,
+                    "load AdamW's state of this model",
+                )
         return slots
 
     def __getstate__(self) -> StateDict:
-        raise TypeError("a PagedAdamW cannot be copied or pickled: its store has no name; save state_dict() instead")
+        raise TypeError(
+            "a PagedAdamW cannot be copied or pickled: its store has no name; save state_dict() instead"
+        )

@@ -44,20 +44,40 @@ class Pager:
 
     def __init__(self, budget: float) -> None:
         self.budget, self.resident, self.peak = budget, 0, 0  # bytes: allowed, now, at most so far
-        self.cache: OrderedDict[Page, Tensor] = OrderedDict()  # the resident pages, least recently used first
-        self.counters = dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out", "prefetches"), 0)
+        self.cache: OrderedDict[Page, Tensor] = (
+            OrderedDict()
+        )  # the resident pages, least recently used first
+        self.counters = dict.fromkeys(
+            ("hits", "faults", "evictions", "bytes_in", "bytes_out", "prefetches"), 0
+        )
 
     def reserve_store(self, pages: list[Page]) -> None:
         """Give each page that needs a place in a store and has none one. Raises: ValueError, OSError; then none gets any."""
         largest = max((page.nbytes for page in pages), default=0)
-        require("the budget must hold each page", largest <= self.budget, self.budget, f"give {largest} or more")
-        fits, bounded = sum(page.nbytes for page in pages) <= self.budget, self.budget < float("inf")
+        require(
+            "the budget must hold each page",
+            largest <= self.budget,
+            self.budget,
+            f"give {largest} or more",
+        )
+        fits, bounded = (
+            sum(page.nbytes for page in pages) <= self.budget,
+            self.budget < float("inf"),
+        )
         homeless = [page for page in pages if page.store is None]
-        groups = [[page for page in homeless if page.device == device] for device in {page.device: None for page in homeless}]
-        stores = [store_for(group[0].device, sum(page.nbytes for page in group), fits, bounded) for group in groups]
+        groups = [
+            [page for page in homeless if page.device == device]
+            for device in {page.device: None for page in homeless}
+        ]
+        stores = [
+            store_for(group[0].device, sum(page.nbytes for page in group), fits, bounded)
+            for group in groups
+        ]
         for store, group in zip(stores, groups):
             offset = 0
-            for page in sorted(group, key=lambda page: -page.dtype.itemsize):  # wide elements first: all are aligned
+            for page in sorted(
+                group, key=lambda page: -page.dtype.itemsize
+            ):  # wide elements first: all are aligned
                 page.store, page.offset = store, offset
                 offset += page.nbytes
 

@@ -96,7 +96,9 @@ def ops(quick: bool) -> dict:
             row(f"forward {kind} {m}", contenders.multiplying(weight, x), n / 2 + constants, fewer)
             works = contenders.multiplying(weight, x, g)
             row(f"forward + backward {kind} {m}", works, n + 2 * constants, fewer)
-            rows[f"forward + backward {kind} {m}"]["extra_bytes"] = {k: contenders.extra_bytes(w) for k, w in works.items()}
+            rows[f"forward + backward {kind} {m}"]["extra_bytes"] = {
+                k: contenders.extra_bytes(w) for k, w in works.items()
+            }
     return {"side": side, "rows": rows}
 
 
@@ -104,7 +106,12 @@ def optim(quick: bool) -> dict:
     """AdamW on a hundred million parameters."""
     count = 2**24 if quick else 6 * 2**24
     result = summary(race(contenders.updating(count), 3 if quick else 9))
-    print("optimizer step", *(f"{name} {1e3 * row['seconds']:.0f} ms" for name, row in result.items()), sep="   ", flush=True)
+    print(
+        "optimizer step",
+        *(f"{name} {1e3 * row['seconds']:.0f} ms" for name, row in result.items()),
+        sep="   ",
+        flush=True,
+    )
     return {"parameters": count, "rows": result}
 
 
@@ -113,7 +120,9 @@ class Stepper:
 
     def __init__(self, name: str) -> None:
         command, pipe = [sys.executable, "-m", "bench.peers", name], subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        )
         while (line := self.process.stdout.readline()) != "ready\n":
             if not line:
                 raise RuntimeError(f"{name} did not start: run {' '.join(command)}")
@@ -139,10 +148,15 @@ def step(quick: bool) -> dict:
                 seconds[name] += [result["seconds"]] if turn else []  # the first warms up
                 peaks[name] = max(peaks[name], result["peak_bytes"])
         kind = "checkpointing" if checkpointing else "plain"
-        rows[kind] = {name: row | {"peak_bytes": peaks[name]} for name, row in summary(seconds).items()}
+        rows[kind] = {
+            name: row | {"peak_bytes": peaks[name]} for name, row in summary(seconds).items()
+        }
         for name, row in rows[kind].items():
-            print(f"step {kind:14} {name:22} {row['seconds']:.2f} s   {row['peak_bytes'] / 1e9:.2f} GB   "
-                  f"ours takes {row['ours_to_this']:.2f} of it", flush=True)
+            print(
+                f"step {kind:14} {name:22} {row['seconds']:.2f} s   {row['peak_bytes'] / 1e9:.2f} GB   "
+                f"ours takes {row['ours_to_this']:.2f} of it",
+                flush=True,
+            )
     for stepper in steppers.values():
         stepper.close()
     return {"batch": 4, "length": 256, "rows": rows}
@@ -156,9 +170,15 @@ def growth(quick: bool) -> dict:
     for batch, length in shapes[:2] if quick else shapes:
         for checkpointing in (False, True):
             results = [stepper.step(batch, length, checkpointing) for _ in range(1 if quick else 3)]
-            rows.append({"batch": batch, "length": length, "checkpointing": checkpointing,
-                         "seconds": statistics.median(result["seconds"] for result in results),
-                         "peak_bytes": max(result["peak_bytes"] for result in results)})
+            rows.append(
+                {
+                    "batch": batch,
+                    "length": length,
+                    "checkpointing": checkpointing,
+                    "seconds": statistics.median(result["seconds"] for result in results),
+                    "peak_bytes": max(result["peak_bytes"] for result in results),
+                }
+            )
             print("growth", rows[-1], flush=True)
     stepper.close()
     return {"rows": rows}
@@ -166,21 +186,44 @@ def growth(quick: bool) -> dict:
 
 def machine() -> dict:
     """What the figures depend on."""
-    info = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip("\t :") or platform.processor()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    versions = {name: version(name) for name in ("torch", "numba", "transformers", "bitsandbytes", "peft", "torchao")}
-    return {"cpu": info, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
-            "commit": commit, "versions": versions}
+    info = (
+        Path("/proc/cpuinfo")
+        .read_text()
+        .partition("model name")[2]
+        .partition("\n")[0]
+        .strip("\t :")
+        or platform.processor()
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
+    ).stdout.strip()
+    versions = {
+        name: version(name)
+        for name in ("torch", "numba", "transformers", "bitsandbytes", "peft", "torchao")
+    }
+    return {
+        "cpu": info,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "commit": commit,
+        "versions": versions,
+    }
 
 
 PARTS = {"ops": ops, "optim": optim, "step": step, "growth": growth}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, *bench_cuda.PARTS, []], help="default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", choices=[*PARTS, *bench_cuda.PARTS, []], help="default: all"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="few turns, small sizes, nothing written")
+    parser.add_argument(
+        "--quick", action="store_true", help="few turns, small sizes, nothing written"
+    )
     args = parser.parse_args(argv)
     on_gpu = args.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
@@ -189,7 +232,9 @@ def main(argv: list[str] | None = None) -> None:
     path = RESULTS / f"{bench_cuda.card().lower().replace(' ', '-') if on_gpu else 'cpu'}.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for name in args.parts or parts:
-        found[name] = parts[name](args.quick) | {"machine": machine() | ({"card": bench_cuda.card()} if on_gpu else {})}
+        found[name] = parts[name](args.quick) | {
+            "machine": machine() | ({"card": bench_cuda.card()} if on_gpu else {})
+        }
         if not args.quick:
             RESULTS.mkdir(exist_ok=True)
             path.write_text(json.dumps(found, indent=1) + "\n")

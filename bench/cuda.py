@@ -33,7 +33,10 @@ from memory.weigh import peak_of
 from paged_optim import PagedAdamW
 from paper import memory_65b
 
-SHAPES = [(28672, 8192), (4096, 4096)]  # (out, in): the largest layers of a 70B model, and a square one of a 7B
+SHAPES = [
+    (28672, 8192),
+    (4096, 4096),
+]  # (out, in): the largest layers of a 70B model, and a square one of a 7B
 TINY = [(128, 64), (64, 64)]
 FEW = [1, 2, 4, 8, 16, 32, 64]
 MANY = 2048
@@ -45,7 +48,9 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
-        self.cache = torch.cuda.get_device_properties(device).L2_cache_size if self.on_gpu else 0  # bytes
+        self.cache = (
+            torch.cuda.get_device_properties(device).L2_cache_size if self.on_gpu else 0
+        )  # bytes
 
     def seconds(self, work: Work) -> float:
         if not self.on_gpu:
@@ -73,7 +78,9 @@ class Clock:
         return max(2, math.ceil(4 * self.cache / nbytes))
 
 
-def race(sets: list[dict[str, Work]], clock: Clock, turns: int, graphed: bool = False) -> dict[str, dict]:
+def race(
+    sets: list[dict[str, Work]], clock: Clock, turns: int, graphed: bool = False
+) -> dict[str, dict]:
     """Seconds a call of each contender, and the ratio of ours to theirs: medians of turns of one call on each set."""
     names, runs = list(sets[0]), {}
     for name in names:
@@ -85,9 +92,16 @@ def race(sets: list[dict[str, Work]], clock: Clock, turns: int, graphed: bool = 
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             took = clock.seconds(runs[name]) / len(sets)
             seconds[name] += [took] if turn else []  # the first warms up
-    return {name: {"seconds": statistics.median(times), "range": [min(times), max(times)],
-                   "ours_to_this": statistics.median(mine / other for mine, other in zip(seconds["ours"], times))}
-            for name, times in seconds.items()}
+    return {
+        name: {
+            "seconds": statistics.median(times),
+            "range": [min(times), max(times)],
+            "ours_to_this": statistics.median(
+                mine / other for mine, other in zip(seconds["ours"], times)
+            ),
+        }
+        for name, times in seconds.items()
+    }
 
 
 def call_all(works: list[Work]) -> None:
@@ -100,9 +114,14 @@ def ceilings(clock: Clock, quick: bool) -> dict[str, float]:
     source = torch.randn(2**12 if quick else 2**28, device=clock.device)
     target, side = torch.empty_like(source), 64 if quick else 8192
     a, b = (torch.randn(side, side, device=clock.device).bfloat16() for _ in range(2))
-    copy, product = (race([{"ours": work}] * 4, clock, 5)["ours"]["seconds"]
-                     for work in (partial(target.copy_, source), partial(torch.mm, a, b)))
-    return {"bytes_per_second": 2 * source.nbytes / copy, "operations_per_second": 2 * side**3 / product}
+    copy, product = (
+        race([{"ours": work}] * 4, clock, 5)["ours"]["seconds"]
+        for work in (partial(target.copy_, source), partial(torch.mm, a, b))
+    )
+    return {
+        "bytes_per_second": 2 * source.nbytes / copy,
+        "operations_per_second": 2 * side**3 / product,
+    }
 
 
 def ops(clock: Clock, quick: bool) -> dict:
@@ -120,13 +139,30 @@ def ops(clock: Clock, quick: bool) -> dict:
         packed, where = n / 2 + n / 64 + n / 64 / 64, f"{height} x {width}"
         layers = [Layer(shape, clock.device) for _ in range(clock.sets(packed))]
         if height != width:
-            row(f"dequantize {where}", [layer.dequantizing() for layer in layers], bytes=packed + 2 * n)
-            row(f"quantize {where}", [layer.quantizing() for layer in layers], bytes=2 * n + n / 2 + n / 16)
+            row(
+                f"dequantize {where}",
+                [layer.dequantizing() for layer in layers],
+                bytes=packed + 2 * n,
+            )
+            row(
+                f"quantize {where}",
+                [layer.quantizing() for layer in layers],
+                bytes=2 * n + n / 2 + n / 16,
+            )
         for rows_of_x in FEW:
             sets = [layer.multiplying(rows_of_x) for layer in layers]
-            row(f"matmul {rows_of_x}, {where}", sets, True, bytes=packed + 2 * rows_of_x * (height + width))
+            row(
+                f"matmul {rows_of_x}, {where}",
+                sets,
+                True,
+                bytes=packed + 2 * rows_of_x * (height + width),
+            )
         many = 4 if quick else MANY
-        row(f"forward + backward {MANY}, {where}", [layer.both_ways(many) for layer in layers], operations=4 * many * n)
+        row(
+            f"forward + backward {MANY}, {where}",
+            [layer.both_ways(many) for layer in layers],
+            operations=4 * many * n,
+        )
     return {"ceilings": ceilings(clock, quick), "rows": rows}
 
 
@@ -134,8 +170,17 @@ def optim(clock: Clock, quick: bool) -> dict:
     """28 bytes an element: parameter, gradient and moments are read, and all but the gradient are written."""
     count = 2**10 if quick else 2**27
     rows = race([contenders_cuda.updating(count, clock.device)], clock, 3 if quick else 10)
-    print("optim   " + "   ".join(f"{who} {1e3 * entry['seconds']:.2f} ms" for who, entry in rows.items()), flush=True)
-    return {"ceilings": ceilings(clock, quick), "parameters": count, "bytes": 28 * count, "rows": rows}
+    print(
+        "optim   "
+        + "   ".join(f"{who} {1e3 * entry['seconds']:.2f} ms" for who, entry in rows.items()),
+        flush=True,
+    )
+    return {
+        "ceilings": ceilings(clock, quick),
+        "parameters": count,
+        "bytes": 28 * count,
+        "rows": rows,
+    }
 
 
 def step(clock: Clock, quick: bool) -> dict:
@@ -151,13 +196,22 @@ def step(clock: Clock, quick: bool) -> dict:
             work = partial(memory_65b.step, model, optimizer, ids, len(ids))
         else:
             model = contenders_cuda.peft_model(shape, memory_65b.RANK, clock.device)
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+            optimizer = torch.optim.AdamW(
+                [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True
+            )
             work = partial(contenders_cuda.peft_step, model, optimizer, ids)
         work()  # compiles, and makes the moments
         _, peak = peak_of(work, model, optimizer, clock.device)
         seconds = statistics.median(clock.seconds(work) for _ in range(2 if quick else 5))
-        rows[who] = {"seconds": seconds, "tokens_per_second": ids.numel() / seconds, "peak_bytes": peak}
-        print(f"step {who}   {rows[who]['tokens_per_second']:.0f} tokens/s   {peak / 1e9:.2f} GB", flush=True)
+        rows[who] = {
+            "seconds": seconds,
+            "tokens_per_second": ids.numel() / seconds,
+            "peak_bytes": peak,
+        }
+        print(
+            f"step {who}   {rows[who]['tokens_per_second']:.0f} tokens/s   {peak / 1e9:.2f} GB",
+            flush=True,
+        )
         del model, optimizer, work
         gc.collect()
     return {"batch": ids.shape[0], "length": ids.shape[1], "rows": rows}
@@ -176,7 +230,12 @@ def sizes(clock: Clock, quick: bool) -> dict:
     return {"rows": rows}
 
 
-PARTS: dict[str, Callable[[Clock, bool], dict]] = {"ops": ops, "optim": optim, "step": step, "sizes": sizes}
+PARTS: dict[str, Callable[[Clock, bool], dict]] = {
+    "ops": ops,
+    "optim": optim,
+    "step": step,
+    "sizes": sizes,
+}
 
 
 def parts() -> dict[str, Callable[[bool], dict]]:

@@ -60,7 +60,9 @@ def quantizing(weight: Tensor) -> dict[str, Work]:
     return {
         "ours": lambda: FrozenWeight(weight),
         "reference": reference(lambda: FrozenWeight(weight)),
-        "bitsandbytes": lambda: bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True),
+        "bitsandbytes": lambda: bnb.quantize_4bit(
+            weight, blocksize=64, quant_type="nf4", compress_statistics=True
+        ),
         "torchao": lambda: to_nf4(weight),
     }
 
@@ -72,7 +74,9 @@ def dequantizing(weight: Tensor, dtype: torch.dtype) -> dict[str, Work]:
 
     weight = weight.to(dtype)
     (q, constants), out = FrozenWeight(weight).stored(), torch.empty_like(weight)
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
     theirs = to_nf4(weight)
     return {
         "ours": lambda: dispatch.dequantize(q, constants=constants, out=out),
@@ -90,8 +94,12 @@ def linear_layers(weight: Tensor, dtype: torch.dtype) -> dict[str, Callable[[Ten
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4
 
     weight = weight.to(dtype)
-    layer = Linear4bit(weight.shape[1], weight.shape[0], bias=False, quant_type="nf4", compute_dtype=dtype)
-    layer.weight = Params4bit(weight.clone(), False, quant_type="nf4", compress_statistics=True, module=layer)
+    layer = Linear4bit(
+        weight.shape[1], weight.shape[0], bias=False, quant_type="nf4", compute_dtype=dtype
+    )
+    layer.weight = Params4bit(
+        weight.clone(), False, quant_type="nf4", compress_statistics=True, module=layer
+    )
     layer, theirs, base = layer.to("cpu"), to_nf4(weight), FrozenWeight(weight)
     return {
         "ours": QLoRALinear(base, None),
@@ -114,7 +122,10 @@ def multiplying(weight: Tensor, x: Tensor, g: Tensor | None = None) -> dict[str,
 
         return once
 
-    return {name: (forward if g is None else both)(layer) for name, layer in linear_layers(weight, x.dtype).items()}
+    return {
+        name: (forward if g is None else both)(layer)
+        for name, layer in linear_layers(weight, x.dtype).items()
+    }
 
 
 def updating(count: int) -> dict[str, Work]:
@@ -126,14 +137,19 @@ def updating(count: int) -> dict[str, Work]:
             parameter.grad = torch.randn(2**24)
         return kind(parameters, **settings).step
 
-    return {"ours": stepping(PagedAdamW), "torch fused": stepping(torch.optim.AdamW, fused=True),
-            "torch": stepping(torch.optim.AdamW, foreach=False)}
+    return {
+        "ours": stepping(PagedAdamW),
+        "torch fused": stepping(torch.optim.AdamW, fused=True),
+        "torch": stepping(torch.optim.AdamW, foreach=False),
+    }
 
 
 def extra_bytes(work: Work) -> int:
     """How much more memory the process holds at the peak of one call than before it, beyond what the call returns."""
     work()
-    ctypes.CDLL(None).malloc_trim(0)  # give back what the allocator keeps, or it would hide what is taken
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # give back what the allocator keeps, or it would hide what is taken
     before = memory.rss_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
     result = work()
@@ -153,18 +169,30 @@ def model_of(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     if name == "ours":
         adapter = {"r": 8, "lora_alpha": 16}
-        model = variants.adapted(pretrained.default_folder(), torch.bfloat16, "cpu", "default", 0, adapter, {})
+        model = variants.adapted(
+            pretrained.default_folder(), torch.bfloat16, "cpu", "default", 0, adapter, {}
+        )
         return model, PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(pretrained.default_folder(), dtype=torch.bfloat16, device_map="cpu",
-                                                 quantization_config=four_bit if name.startswith("bitsandbytes") else None)
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        pretrained.default_folder(),
+        dtype=torch.bfloat16,
+        device_map="cpu",
+        quantization_config=four_bit if name.startswith("bitsandbytes") else None,
+    )
     if name.startswith("bitsandbytes"):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     return model, torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()), lr=1e-4)
 
 
@@ -175,7 +203,9 @@ def serve_steps(name: str) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         batch_size, length, checkpointing = map(int, line.split())
-        ids = torch.randint(100, 40000, (batch_size, length), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            100, 40000, (batch_size, length), generator=torch.Generator().manual_seed(0)
+        )
         batch = data.Batch(ids, torch.ones_like(ids), ids)
         model.gradient_checkpointing_disable()
         if checkpointing:
@@ -186,7 +216,9 @@ def serve_steps(name: str) -> None:
         if name == "ours":
             loss = label_loss(model, batch, torch.bfloat16) / batch.n_labels
         else:
-            with autocast(ids.device, torch.bfloat16 if name.endswith("autocast") else torch.float32):
+            with autocast(
+                ids.device, torch.bfloat16 if name.endswith("autocast") else torch.float32
+            ):
                 loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()

@@ -35,30 +35,45 @@ class Layer:
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.weight = torch.randn(shape, device=device).mul_(0.02).bfloat16()
         self.base, self.out = FrozenWeight(self.weight), torch.empty_like(self.weight)
-        self.packed, self.state = bitsandbytes.functional.quantize_4bit(self.weight, quant_type="nf4", blocksize=64,
-                                                                        compress_statistics=True)
+        self.packed, self.state = bitsandbytes.functional.quantize_4bit(
+            self.weight, quant_type="nf4", blocksize=64, compress_statistics=True
+        )
 
     def quantizing(self) -> dict[str, Work]:
         """bfloat16 -> NF4, the constants in float32."""
-        theirs = partial(bitsandbytes.functional.quantize_4bit, self.weight, quant_type="nf4", blocksize=64)
+        theirs = partial(
+            bitsandbytes.functional.quantize_4bit, self.weight, quant_type="nf4", blocksize=64
+        )
         return {"ours": partial(dispatch.quantize, self.weight), "bitsandbytes": theirs}
 
     def dequantizing(self) -> dict[str, Work]:
         """Double-quantized NF4 -> bfloat16, into memory that is there already."""
         q, constants = self.base.stored()
-        out = self.out if self.out.is_cuda else None  # elsewhere bitsandbytes always takes new memory
+        out = (
+            self.out if self.out.is_cuda else None
+        )  # elsewhere bitsandbytes always takes new memory
         theirs = partial(bitsandbytes.functional.dequantize_4bit, self.packed, self.state, out=out)
-        return {"ours": partial(dispatch.dequantize, q, constants=constants, out=self.out), "bitsandbytes": theirs}
+        return {
+            "ours": partial(dispatch.dequantize, q, constants=constants, out=self.out),
+            "bitsandbytes": theirs,
+        }
 
     def products(self) -> dict[str, Product]:
         """x -> x W^T."""
-        return {"ours": self.base.matmul, "dense": partial(F.linear, weight=self.weight),
-                "bitsandbytes": partial(bitsandbytes.matmul_4bit, B=self.packed, quant_state=self.state)}
+        return {
+            "ours": self.base.matmul,
+            "dense": partial(F.linear, weight=self.weight),
+            "bitsandbytes": partial(
+                bitsandbytes.matmul_4bit, B=self.packed, quant_state=self.state
+            ),
+        }
 
     def multiplying(self, rows: int) -> dict[str, Work]:
         """x W^T, nothing kept for a gradient."""
         x = self._random(rows, self.weight.shape[1])
-        return {name: torch.no_grad()(partial(product, x)) for name, product in self.products().items()}
+        return {
+            name: torch.no_grad()(partial(product, x)) for name, product in self.products().items()
+        }
 
     def both_ways(self, rows: int) -> dict[str, Work]:
         """x W^T and the gradient of x."""
@@ -87,9 +102,12 @@ def updating(count: int, device: torch.device) -> dict[str, Work]:
             return PagedAdamW(*arguments, **settings)
 
     large = 2**26  # bytes of a page: its update is then much longer than its launch
-    return {"ours": stepping(PagedAdamW, page_bytes=large), "ours, pages of 2 MiB": stepping(PagedAdamW),
-            "ours, no unified memory": stepping(ordinary, page_bytes=large),
-            "torch fused": stepping(torch.optim.AdamW, fused=True)}
+    return {
+        "ours": stepping(PagedAdamW, page_bytes=large),
+        "ours, pages of 2 MiB": stepping(PagedAdamW),
+        "ours, no unified memory": stepping(ordinary, page_bytes=large),
+        "torch fused": stepping(torch.optim.AdamW, fused=True),
+    }
 
 
 def peft_model(shape: Shape, r: int, device: torch.device) -> nn.Module:
@@ -97,16 +115,22 @@ def peft_model(shape: Shape, r: int, device: torch.device) -> nn.Module:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     def layer(out: int, width: int) -> Linear4bit:
-        made = Linear4bit(width, out, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16, device="meta")
+        made = Linear4bit(
+            width, out, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16, device="meta"
+        )
         dense = torch.randn(out, width, device=device).mul_(0.02).bfloat16()
-        made.weight = Params4bit(dense, False, quant_type="nf4", compress_statistics=True, module=made).to(device)
+        made.weight = Params4bit(
+            dense, False, quant_type="nf4", compress_statistics=True, module=made
+        ).to(device)
         return made
 
     model = random_llama.fill(random_llama.described(shape), layer, device)
     model.is_loaded_in_4bit = True
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model.activation_checkpointing_enable()
-    return get_peft_model(model, LoraConfig(r=r, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(
+        model, LoraConfig(r=r, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
 
 
 def peft_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:

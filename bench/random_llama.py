@@ -25,19 +25,31 @@ def random_weight(out: int, width: int, device: torch.device) -> FrozenWeight:
     codes = torch.randint(0, 256, (-(-n // 64),), dtype=torch.uint8, device=device)
     nested = torch.full((-(-codes.numel() // 256),), 0.01, device=device)
     q = Quantized(packed, codes, NF4.to(device), torch.Size((out, width)), torch.bfloat16, 64)
-    return FrozenWeight.from_quantized(q, DoubleQuantized(codes, nested, torch.full((1,), 0.05, device=device)))
+    return FrozenWeight.from_quantized(
+        q, DoubleQuantized(codes, nested, torch.full((1,), 0.05, device=device))
+    )
 
 
 def described(shape: Shape) -> nn.Module:
     """A Llama of this shape on the meta device: shapes and no memory."""
-    config = LlamaConfig(vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-                         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-                         head_dim=shape.head_dim, tie_word_embeddings=shape.tied, max_position_embeddings=2048)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=2048,
+    )
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def fill(model: nn.Module, make: Callable[[int, int], nn.Module], device: torch.device) -> nn.Module:
+def fill(
+    model: nn.Module, make: Callable[[int, int], nn.Module], device: torch.device
+) -> nn.Module:
     """Replace the linear layers by make(out, in), one at a time, and give the rest numbers; the head stays dense."""
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and linear is not model.get_output_embeddings():

@@ -27,8 +27,12 @@ from checkpoints import io as files
 from lora import QLoRALinear, naming, unadapted
 
 
-def load(folder: Path, dtype: torch.dtype, device: str,
-         make: Callable[[Tensor, Tensor | None], QLoRALinear]) -> PreTrainedModel:
+def load(
+    folder: Path,
+    dtype: torch.dtype,
+    device: str,
+    make: Callable[[Tensor, Tensor | None], QLoRALinear],
+) -> PreTrainedModel:
     """The model in a folder, dense or in 4 bits, on `device`, in evaluation mode; its parameters are in `dtype`.
 
     make: a linear layer's weight (out, in), in `dtype` on `device`, and its bias (not there yet) -> the layer in its place;
@@ -42,10 +46,19 @@ def load(folder: Path, dtype: torch.dtype, device: str,
     model = skeleton.build(folder, described, dtype)
     refuse_uncovered(model, folder)
     tied, empty, ignored = model.all_tied_weights_keys, skeleton.empty_of(model), _ignored(model)
-    skeleton.check_like({tied.get(name, name): like for name, like in described.items() if not ignored(name)}, empty, folder)
+    skeleton.check_like(
+        {tied.get(name, name): like for name, like in described.items() if not ignored(name)},
+        empty,
+        folder,
+    )
     linears = {f"{names[0]}.weight": names for names in unadapted(model)}
     dense = {}
-    for name, tensor in ((name, tensor) for path in shards for name, tensor in files.each_tensor(path) if not ignored(name)):
+    for name, tensor in (
+        (name, tensor)
+        for path in shards
+        for name, tensor in files.each_tensor(path)
+        if not ignored(name)
+    ):
         wanted = empty[tied.get(name, name)].dtype
         if name in linears:
             with naming(linears[name][0]):
@@ -53,7 +66,9 @@ def load(folder: Path, dtype: torch.dtype, device: str,
             for each in linears[name]:
                 model.set_submodule(each, layer)
         else:
-            dense[name] = tensor.to(device, wanted if tensor.is_floating_point() else tensor.dtype, copy=True)
+            dense[name] = tensor.to(
+                device, wanted if tensor.is_floating_point() else tensor.dtype, copy=True
+            )
     skeleton.fill(model, dense, folder)
     return model.to(device).eval()
 
@@ -82,5 +97,7 @@ def refuse_uncovered(model: PreTrainedModel, where: Path) -> None:
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1:
-                raise ValueError(f"{where}: {name}.{key} {tuple(parameter.shape)} is the matrix of a {type(module).__name__}, "
-                                 f"and only nn.Linear can be put in 4 bits: {type(model).__name__} is not covered")
+                raise ValueError(
+                    f"{where}: {name}.{key} {tuple(parameter.shape)} is the matrix of a {type(module).__name__}, "
+                    f"and only nn.Linear can be put in 4 bits: {type(model).__name__} is not covered"
+                )

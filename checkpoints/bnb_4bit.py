@@ -34,7 +34,11 @@ LARGEST_STATE = 2**12  # bytes; it has about 200
 
 def quant_type(codebook: Tensor | None) -> str | None:
     """The name of a code in a bitsandbytes checkpoint, if it has one."""
-    names = [name for name, code in CODES.items() if codebook is not None and torch.equal(codebook.cpu(), code)]
+    names = [
+        name
+        for name, code in CODES.items()
+        if codebook is not None and torch.equal(codebook.cpu(), code)
+    ]
     return names[0] if names else None
 
 
@@ -48,15 +52,32 @@ def pack(base: FrozenWeight, name: str, storage: torch.dtype = torch.uint8) -> d
         what = "dense"
         if base.codebook is not None:
             what = f"{base.codebook.numel()} levels, blocks of {base.block_size}, {base.dtype}"
-        raise ValueError(f"{name} cannot be saved in bitsandbytes' format: it is {what}; nf4 or fp4 in blocks of "
-                         f"{', '.join(map(str, BLOCK_SIZES))}, of a dtype of 16 or 32 bits, can be")
+        raise ValueError(
+            f"{name} cannot be saved in bitsandbytes' format: it is {what}; nf4 or fp4 in blocks of "
+            f"{', '.join(map(str, BLOCK_SIZES))}, of a dtype of 16 or 32 bits, can be"
+        )
     q, constants = base.quantized()
-    state = {"quant_type": kind, "blocksize": q.block_size, "dtype": str(q.dtype).removeprefix("torch."), "shape": [*q.shape]}
-    tensors = {name: q.packed.flatten().view(storage)[:, None], f"{name}.absmax": base.absmax,
-               f"{name}.quant_map": q.codebook.clone()}
+    state = {
+        "quant_type": kind,
+        "blocksize": q.block_size,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "shape": [*q.shape],
+    }
+    tensors = {
+        name: q.packed.flatten().view(storage)[:, None],
+        f"{name}.absmax": base.absmax,
+        f"{name}.quant_map": q.codebook.clone(),
+    }
     if constants is not None:
-        state |= {"nested_blocksize": constants.block_size, "nested_dtype": "float32", "nested_offset": constants.offset.item()}
-        tensors |= {f"{name}.nested_absmax": constants.absmax, f"{name}.nested_quant_map": constants.codebook.clone()}
+        state |= {
+            "nested_blocksize": constants.block_size,
+            "nested_dtype": "float32",
+            "nested_offset": constants.offset.item(),
+        }
+        tensors |= {
+            f"{name}.nested_absmax": constants.absmax,
+            f"{name}.nested_quant_map": constants.codebook.clone(),
+        }
     text = json.dumps(state).encode()
     return tensors | {name + STATE + kind: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
@@ -78,11 +99,15 @@ def unpack(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> FrozenWe
         tensor = tensors.pop(name + suffix, None)
         if tensor is None or tensor.dtype != dtype or tensor.shape != (size,):
             got = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"{name}{suffix} must be {dtype} ({size},) for a weight {tuple(shape)}, and is {got}")
+            raise ValueError(
+                f"{name}{suffix} must be {dtype} ({size},) for a weight {tuple(shape)}, and is {got}"
+            )
         if dtype.is_floating_point and not tensor.isfinite().all():
             raise ValueError(f"{name}{suffix} holds NaN or infinity")
         if suffix.endswith("absmax") and (tensor < 0).any():
-            raise ValueError(f"{name}{suffix} holds magnitudes, and {tensor.min().item()} is negative")
+            raise ValueError(
+                f"{name}{suffix} holds magnitudes, and {tensor.min().item()} is negative"
+            )
         return tensor
 
     packed = tensors.pop(name, torch.empty(0))
@@ -90,19 +115,29 @@ def unpack(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> FrozenWe
         raise ValueError(f"{name} must be one of {', '.join(STORAGES)}, and is {packed.dtype}")
     packed = packed.contiguous().flatten().view(torch.uint8)
     if packed.numel() != -(-n // 2):
-        raise ValueError(f"{name} must have {-(-n // 2)} bytes for a weight {tuple(shape)}, and has {packed.numel()}")
+        raise ValueError(
+            f"{name} must have {-(-n // 2)} bytes for a weight {tuple(shape)}, and has {packed.numel()}"
+        )
     code = CODES[state["quant_type"]]
     if not torch.equal(take(".quant_map", torch.float32, 16), code):
-        raise ValueError(f"{name}.quant_map is not {state['quant_type']}, which bitsandbytes would use all the same")
+        raise ValueError(
+            f"{name}.quant_map is not {state['quant_type']}, which bitsandbytes would use all the same"
+        )
     absmax, constants = take(".absmax", torch.uint8 if nested else torch.float32, n_blocks), None
     if nested:
-        nested_absmax = take(".nested_absmax", torch.float32, -(-n_blocks // state["nested_blocksize"]))
+        nested_absmax = take(
+            ".nested_absmax", torch.float32, -(-n_blocks // state["nested_blocksize"])
+        )
         offset = torch.tensor([float(state["nested_offset"])], dtype=torch.float32)
         levels = take(".nested_quant_map", torch.float32, 256)
-        constants = DoubleQuantized(absmax, nested_absmax, offset, state["nested_blocksize"], levels)
+        constants = DoubleQuantized(
+            absmax, nested_absmax, offset, state["nested_blocksize"], levels
+        )
     dtype = DTYPES[state["dtype"]]
     return FrozenWeight.from_quantized(
-        nf4.Quantized(packed.reshape(-1, 1), absmax, code, shape, dtype, state["blocksize"]), constants)
+        nf4.Quantized(packed.reshape(-1, 1), absmax, code, shape, dtype, state["blocksize"]),
+        constants,
+    )
 
 
 def _read_state(tensor: Tensor, name: str, shape: torch.Size) -> dict:
@@ -117,15 +152,23 @@ def _read_state(tensor: Tensor, name: str, shape: torch.Size) -> dict:
             raise ValueError(f"it has {', '.join(state)}")
     except ValueError as error:
         raise ValueError(f"{name} is not a quantization state in JSON ({error})") from None
-    sizes, powers = [state["blocksize"], state.get("nested_blocksize", 256)], [2**k for k in range(1, 17)]
+    sizes, powers = (
+        [state["blocksize"], state.get("nested_blocksize", 256)],
+        [2**k for k in range(1, 17)],
+    )
     offset, largest = state.get("nested_offset", 0.0), torch.finfo(torch.float32).max
     rules = {
-        f"quant_type must be {name.rpartition('__')[2]}": state["quant_type"] == name.rpartition("__")[2] in CODES,
+        f"quant_type must be {name.rpartition('__')[2]}": state["quant_type"]
+        == name.rpartition("__")[2]
+        in CODES,
         f"shape must be {list(shape)}, that of the layer": state["shape"] == list(shape),
         f"dtype must be {', '.join(DTYPES)}": state["dtype"] in [*DTYPES],
-        "block sizes must be powers of two from 2 to 65536": all(type(b) is int and b in powers for b in sizes),
+        "block sizes must be powers of two from 2 to 65536": all(
+            type(b) is int and b in powers for b in sizes
+        ),
         "nested_dtype must be float32": state.get("nested_dtype", "float32") == "float32",
-        "nested_offset must be a number within float32": type(offset) in (int, float) and abs(offset) <= largest,
+        "nested_offset must be a number within float32": type(offset) in (int, float)
+        and abs(offset) <= largest,
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:

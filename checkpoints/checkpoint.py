@@ -22,14 +22,28 @@ from transformers import PretrainedConfig, PreTrainedModel
 from checkpoints import bnb_4bit as bnb_format
 from checkpoints import io as files
 from checkpoints import skeleton
-from checkpoints.peft_adapter import describe_base, layers_of, of_layer, read_config, tensor_names, write_config
+from checkpoints.peft_adapter import (
+    describe_base,
+    layers_of,
+    of_layer,
+    read_config,
+    tensor_names,
+    write_config,
+)
 from checkpoints.skeleton import check_like
 from lora import QLoRALinear, adapt, names_of, unadapted
 
 QUANTIZATION = {
-    "_load_in_4bit": True, "_load_in_8bit": False, "bnb_4bit_quant_storage": "uint8", "llm_int8_enable_fp32_cpu_offload": False,
-    "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": None, "llm_int8_threshold": 6.0, "load_in_4bit": True,
-    "load_in_8bit": False, "quant_method": "bitsandbytes",
+    "_load_in_4bit": True,
+    "_load_in_8bit": False,
+    "bnb_4bit_quant_storage": "uint8",
+    "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False,
+    "llm_int8_skip_modules": None,
+    "llm_int8_threshold": 6.0,
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "quant_method": "bitsandbytes",
 }  # what transformers writes, but for what depends on the layers
 
 
@@ -40,11 +54,16 @@ def adapted_layers(model: nn.Module) -> dict[str, QLoRALinear]:
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """PEFT's name -> parameter, for every adapter in the model."""
-    return {key: layer.get_parameter(ours) for name, layer in adapted_layers(model).items()
-            for ours, key in tensor_names(name, layer.use_dora).items()}
+    return {
+        key: layer.get_parameter(ours)
+        for name, layer in adapted_layers(model).items()
+        for ours, key in tensor_names(name, layer.use_dora).items()
+    }
 
 
-def save_adapter(model: nn.Module, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
+def save_adapter(
+    model: nn.Module, folder: str | Path, tensors: dict[str, Tensor] | None = None
+) -> None:
     """Write the adapters of a model into a folder, as PEFT would. Raises: ValueError if the model has none.
 
     tensors: what `adapter_tensors` gives, made whole, where the model's own are sharded.
@@ -54,14 +73,23 @@ def save_adapter(model: nn.Module, folder: str | Path, tensors: dict[str, Tensor
         raise ValueError("the model has no adapters: lora.attach puts them there")
     common = {(layer.lora_dropout, layer.use_rslora, layer.use_dora) for layer in layers.values()}
     if len(common) > 1:
-        raise ValueError("the adapters differ in lora_dropout, use_rslora or use_dora: PEFT's format has one value for all")
+        raise ValueError(
+            "the adapters differ in lora_dropout, use_rslora or use_dora: PEFT's format has one value for all"
+        )
     [same] = common
-    rest = {**dict(zip(("lora_dropout", "use_rslora", "use_dora"), same)), "target_modules": _target_modules(model),
-            "base_model_name_or_path": getattr(model, "name_or_path", None)}
+    rest = {
+        **dict(zip(("lora_dropout", "use_rslora", "use_dora"), same)),
+        "target_modules": _target_modules(model),
+        "base_model_name_or_path": getattr(model, "name_or_path", None),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     header = {"format": "pt", "base": describe_base(next(iter(layers.values())).base)}
-    files.write_tensors(tensors or adapter_tensors(model), folder / "adapter_model.safetensors", header)
-    write_config({name: (layer.r, layer.lora_alpha) for name, layer in layers.items()}, rest, folder)
+    files.write_tensors(
+        tensors or adapter_tensors(model), folder / "adapter_model.safetensors", header
+    )
+    write_config(
+        {name: (layer.r, layer.lora_alpha) for name, layer in layers.items()}, rest, folder
+    )
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -78,21 +106,32 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     for name, layer in layers.items():
         r, _ = of_layer(config, name)
         if not new and layer.r != r:
-            raise ValueError(f"{folder}/adapter_config.json gives {name} rank {r}, and the model's adapter has {layer.r}")
+            raise ValueError(
+                f"{folder}/adapter_config.json gives {name} rank {r}, and the model's adapter has {layer.r}"
+            )
         if not new and layer.use_dora != config["use_dora"]:
-            raise ValueError(f"{folder}/adapter_config.json has use_dora {config['use_dora']}, and the model's adapter has not")
+            raise ValueError(
+                f"{folder}/adapter_config.json has use_dora {config['use_dora']}, and the model's adapter has not"
+            )
         shapes = (r, layer.in_features), (layer.out_features, r), (layer.out_features,)
         names = tensor_names(name, config["use_dora"]).values()
         expected |= {key: torch.empty(shape, device="meta") for key, shape in zip(names, shapes)}
     check_like(tensors, expected, path)
     if not expected:
         raise ValueError(f"{path} has no adapter for any layer of the model")
-    files.refuse_nan({name: tensor.float() for name, tensor in tensors.items()}, path)  # also what float64 can hold alone
+    files.refuse_nan(
+        {name: tensor.float() for name, tensor in tensors.items()}, path
+    )  # also what float64 can hold alone
     same = {key: config[key] for key in ("lora_dropout", "use_rslora", "use_dora")}
-    settings = {name: dict(zip(("r", "lora_alpha"), of_layer(config, name))) | same for name in layers}
+    settings = {
+        name: dict(zip(("r", "lora_alpha"), of_layer(config, name))) | same for name in layers
+    }
     adapt(model, [(names, settings[names[0]]) for names in new])
     for name, layer in adapted_layers(model).items():
-        layer.lora_alpha, layer.use_rslora = settings[name]["lora_alpha"], settings[name]["use_rslora"]
+        layer.lora_alpha, layer.use_rslora = (
+            settings[name]["lora_alpha"],
+            settings[name]["use_rslora"],
+        )
     copy_tensors(tensors, adapter_tensors(model))
     return model
 
@@ -107,7 +146,11 @@ def _target_modules(model: nn.Module) -> list[str]:
     """The last parts of the adapted layers' names where they single these layers out, else their whole names."""
     adapted = set(adapted_layers(model))
     suffixes = {name.rpartition(".")[2] for name in adapted}
-    others = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, QLoRALinear))} - adapted
+    others = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, QLoRALinear))
+    } - adapted
     return sorted(adapted if suffixes & {name.rpartition(".")[2] for name in others} else suffixes)
 
 
@@ -118,10 +161,22 @@ def save_4bit(model: PreTrainedModel, folder: str | Path) -> None:
     """
     folder, layers = Path(folder), names_of(model, QLoRALinear)
     if not layers or not isinstance(model, PreTrainedModel):
-        raise ValueError("save_4bit needs a model of transformers with layers in 4 bits: lora.attach makes them")
-    ours = {f"{name}.{key}" for layer, names in layers.items() for name in names for key in layer.state_dict() if key != "bias"}
+        raise ValueError(
+            "save_4bit needs a model of transformers with layers in 4 bits: lora.attach makes them"
+        )
+    ours = {
+        f"{name}.{key}"
+        for layer, names in layers.items()
+        for name in names
+        for key in layer.state_dict()
+        if key != "bias"
+    }
     tied = model.all_tied_weights_keys
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in ours and name not in tied}
+    tensors = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name not in ours and name not in tied
+    }
     config = _config_of(model, next(iter(layers)))
     storage = bnb_format.STORAGES[config.quantization_config["bnb_4bit_quant_storage"]]
     for layer, (name, *_) in layers.items():
@@ -129,7 +184,9 @@ def save_4bit(model: PreTrainedModel, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files.write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
     if model.can_generate():
-        files.write_text(model.generation_config.to_json_string(), folder / "generation_config.json")
+        files.write_text(
+            model.generation_config.to_json_string(), folder / "generation_config.json"
+        )
     files.write_text(config.to_json_string(), folder / "config.json")
 
 
@@ -139,7 +196,9 @@ def _config_of(model: PreTrainedModel, layer: QLoRALinear) -> PretrainedConfig:
     dtype = model.get_input_embeddings().weight.dtype
     config.architectures, config.dtype = [type(model).__name__], dtype
     said = QUANTIZATION | (getattr(config, "quantization_config", None) or {})
-    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    head = [
+        name for name, module in model.named_modules() if module is model.get_output_embeddings()
+    ]
     dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     said = said | {
         "bnb_4bit_quant_type": bnb_format.quant_type(layer.base.codebook),
@@ -160,23 +219,43 @@ def load_4bit(folder: str | Path) -> PreTrainedModel:
     """
     folder = Path(folder)
     said = files.read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(said, dict) or said.get("quant_method") != "bitsandbytes" or not said.get("load_in_4bit"):
-        raise ValueError(f"{folder}/config.json: quantization_config is not that of 4 bits by bitsandbytes, but "
-                         f"{str(said)[:200]}; a dense model is loaded with transformers, and given 4 bits by lora.attach")
-    said = QUANTIZATION | {"bnb_4bit_compute_dtype": "float32"} | said  # what transformers takes where a file is silent
-    for key, known in (("bnb_4bit_compute_dtype", bnb_format.DTYPES), ("bnb_4bit_quant_storage", bnb_format.STORAGES)):
+    if (
+        not isinstance(said, dict)
+        or said.get("quant_method") != "bitsandbytes"
+        or not said.get("load_in_4bit")
+    ):
+        raise ValueError(
+            f"{folder}/config.json: quantization_config is not that of 4 bits by bitsandbytes, but "
+            f"{str(said)[:200]}; a dense model is loaded with transformers, and given 4 bits by lora.attach"
+        )
+    said = (
+        QUANTIZATION | {"bnb_4bit_compute_dtype": "float32"} | said
+    )  # what transformers takes where a file is silent
+    for key, known in (
+        ("bnb_4bit_compute_dtype", bnb_format.DTYPES),
+        ("bnb_4bit_quant_storage", bnb_format.STORAGES),
+    ):
         if said[key] not in [*known]:
-            raise ValueError(f"{folder}/config.json: {key} must be one of {', '.join(known)}; got {said[key]}")
+            raise ValueError(
+                f"{folder}/config.json: {key} must be one of {', '.join(known)}; got {said[key]}"
+            )
     tensors = files.read_model(folder)
     model = skeleton.build(folder, tensors)
-    modules, compute_dtype = dict(model.named_modules()), bnb_format.DTYPES[said["bnb_4bit_compute_dtype"]]
+    modules, compute_dtype = (
+        dict(model.named_modules()),
+        bnb_format.DTYPES[said["bnb_4bit_compute_dtype"]],
+    )
     try:
         for weight in bnb_format.packed_names(tensors):
             name = weight.removesuffix(".weight")
             if type(modules.get(name)) is not nn.Linear or name == weight:
-                raise ValueError(f"{weight} is in 4 bits, and {name} is no linear layer of the model")
+                raise ValueError(
+                    f"{weight} is in 4 bits, and {name} is no linear layer of the model"
+                )
             base = bnb_format.unpack(tensors, weight, modules[name].weight.shape)
-            model.set_submodule(name, QLoRALinear(base, modules[name].bias, compute_dtype=compute_dtype))
+            model.set_submodule(
+                name, QLoRALinear(base, modules[name].bias, compute_dtype=compute_dtype)
+            )
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     skeleton.fill(model, tensors, folder)

@@ -21,7 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-LARGEST_CONFIG, LARGEST_JSON = 2**20, 2**26  # bytes; the index of a model of a million tensors is about as long as the latter
+LARGEST_CONFIG, LARGEST_JSON = (
+    2**20,
+    2**26,
+)  # bytes; the index of a model of a million tensors is about as long as the latter
 UNFINISHED = ".unfinished"  # how the name of a folder ends in which a file is not whole yet
 WINDOW = 2**26  # bytes of a file that are read before it is mapped anew
 DEEPEST_JSON = 50  # so that what walks through it does not run out of stack
@@ -34,17 +37,25 @@ def claim(folder: Path, nbytes: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written to ({error.strerror}): choose another --output-dir") from None
+        raise ValueError(
+            f"{folder} cannot be written to ({error.strerror}): choose another --output-dir"
+        ) from None
     if shutil.disk_usage(folder).free < nbytes:
-        raise ValueError(f"{folder} has too little free space: {nbytes / 1e6:.0f} MB are needed for adapter and state")
+        raise ValueError(
+            f"{folder} has too little free space: {nbytes / 1e6:.0f} MB are needed for adapter and state"
+        )
 
 
 def read_text(path: Path) -> str:
     """A file's text. Raises: ValueError if it is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts first
+        return path.read_text(
+            encoding="utf-8-sig"
+        )  # with or without the mark that Windows puts first
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it"
+        ) from None
 
 
 def parse_json(text: bytes) -> dict:
@@ -57,8 +68,12 @@ def parse_json(text: bytes) -> dict:
         raise ValueError(f"it is no object, but a {type(content).__name__}")
     level = [content]
     for _ in range(DEEPEST_JSON):
-        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)
-                 if isinstance(inner, (dict, list))]
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, (dict, list))
+        ]
     if level:
         raise ValueError(f"it is nested more than {DEEPEST_JSON} deep")
     return content
@@ -69,7 +84,9 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict:
     if not os.path.isfile(path):  # unlike path.is_file(), also for a name that no file can have
         raise ValueError(f"there is no {path}")
     if path.stat().st_size > largest:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; no more than {largest} are read as JSON")
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes; no more than {largest} are read as JSON"
+        )
     try:
         return parse_json(path.read_bytes())
     except (ValueError, OSError) as error:
@@ -81,12 +98,21 @@ def _opened(path: Path) -> Iterator[safe_open]:
     """A safetensors file, its header read and checked against its length; its numbers are mapped, and read when used."""
     if not os.path.isfile(path):
         pickles = sorted(each.name for each in path.parent.glob("*.bin"))
-        hint = f"; {pickles[0]} is a pickle, which could run code: convert it to safetensors" if pickles else ""
+        hint = (
+            f"; {pickles[0]} is a pickle, which could run code: convert it to safetensors"
+            if pickles
+            else ""
+        )
         raise ValueError(f"there is no {path}{hint}")
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, RuntimeError, TypeError, OSError) as error:  # TypeError: 2**63 of something, or more
+    except (
+        SafetensorError,
+        RuntimeError,
+        TypeError,
+        OSError,
+    ) as error:  # TypeError: 2**63 of something, or more
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is damaged ({reason})") from None
 
@@ -121,7 +147,11 @@ def describe(path: Path) -> dict[str, Tensor]:
 def refuse_nan(tensors: dict[str, Tensor], where: Path) -> None:
     """Raise a ValueError naming the first tensor with NaN or infinity in it."""
     for name, tensor in tensors.items():
-        if tensor.dtype in WITH_NAN and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+        if (
+            tensor.dtype in WITH_NAN
+            and tensor.numel()
+            and not all(end.isfinite() for end in tensor.aminmax())
+        ):
             raise ValueError(f"{where}: {name} holds NaN or infinity")
 
 
@@ -141,9 +171,16 @@ def describe_model(folder: Path) -> dict[Path, dict[str, Tensor]]:
         raise ValueError(f"{index}: weight_map does not give the file of each tensor")
     for name, place in places.items():
         if place in ("", "..") or "\0" in place or Path(place).name != place:
-            raise ValueError(f"{index}: {name} is said to be in {place!r}, which is no file of this folder")
+            raise ValueError(
+                f"{index}: {name} is said to be in {place!r}, which is no file of this folder"
+            )
     shards = {folder / place: describe(folder / place) for place in sorted(set(places.values()))}
-    strays = [(path, name) for path, its in shards.items() for name in its if places.get(name) != path.name]
+    strays = [
+        (path, name)
+        for path, its in shards.items()
+        for name in its
+        if places.get(name) != path.name
+    ]
     if strays:
         raise ValueError(f"{strays[0][0]}: {strays[0][1]} is not where {index.name} says")
     lost = [name for name, place in places.items() if name not in shards[folder / place]]
@@ -154,7 +191,11 @@ def describe_model(folder: Path) -> dict[Path, dict[str, Tensor]]:
 
 def read_model(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a model's folder, in memory of its own."""
-    return {name: tensor for path in describe_model(folder) for name, tensor in read_tensors(path).items()}
+    return {
+        name: tensor
+        for path in describe_model(folder)
+        for name, tensor in read_tensors(path).items()
+    }
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -163,7 +204,9 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     try:
         atomically(path, lambda unfinished: save_file(contiguous, unfinished, metadata))
     except SafetensorError as error:
-        raise OSError(f"{path} could not be written ({error}); what was there before is untouched") from None
+        raise OSError(
+            f"{path} could not be written ({error}); what was there before is untouched"
+        ) from None
 
 
 def write_text(text: str, path: Path) -> None:

@@ -25,63 +25,120 @@ from checkpoints import io as files
 from frozen import FrozenWeight
 
 PREFIX = "base_model.model."
-DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "rank_pattern": {},
-            "alpha_pattern": {}, "base_model_name_or_path": None, "bias": "none", "init_lora_weights": True}  # PEFT's
+DEFAULTS = {
+    "r": 8,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "init_lora_weights": True,
+}  # PEFT's
 UNSUPPORTED = """use_qalora use_bdlora lora_bias alora_invocation_tokens modules_to_save trainable_token_indices
     target_parameters layer_replication arrow_config velora_config monteclora_config kasa_config""".split()
-HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base, and need it changed again
+HARMLESS_STARTS = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "eva",
+)  # the others change the base, and need it changed again
 
 
 def tensor_names(layer: str, use_dora: bool) -> dict[str, str]:
     """The parameters of a layer's adapter: QLoRALinear's name -> PEFT's."""
     ours = ["lora_A", "lora_B", *(["lora_magnitude_vector.weight"] if use_dora else [])]
-    return dict(zip(ours, (f"{PREFIX}{layer}.{name}" for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))))
+    return dict(
+        zip(
+            ours,
+            (
+                f"{PREFIX}{layer}.{name}"
+                for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+            ),
+        )
+    )
 
 
 def layers_of(tensors: dict[str, Tensor]) -> set[str]:
     """The layers that a file has adapters for."""
-    return {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors if name.startswith(PREFIX)}
+    return {
+        name.removeprefix(PREFIX).rpartition(".lora_")[0]
+        for name in tensors
+        if name.startswith(PREFIX)
+    }
 
 
 def write_config(settings: dict[str, tuple[int, float]], rest: dict, folder: Path) -> None:
     """settings: layer -> (r, lora_alpha). rest: what is the same for all of them, and target_modules."""
     r, lora_alpha = next(iter(settings.values()))
-    exactly = {layer: f"^{re.escape(layer)}" for layer in settings}  # a pattern that no other layer's name matches
+    exactly = {
+        layer: f"^{re.escape(layer)}" for layer in settings
+    }  # a pattern that no other layer's name matches
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": lora_alpha, **rest,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": r,
+        "lora_alpha": lora_alpha,
+        **rest,
         "rank_pattern": {exactly[layer]: its for layer, (its, _) in settings.items() if its != r},
-        "alpha_pattern": {exactly[layer]: its for layer, (_, its) in settings.items() if its != lora_alpha},
-        "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "alpha_pattern": {
+            exactly[layer]: its for layer, (_, its) in settings.items() if its != lora_alpha
+        },
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
     }
     files.write_text(json.dumps(config, indent=2), folder / "adapter_config.json")
 
 
 def of_layer(config: dict, layer: str) -> tuple[int, float]:
     """A layer's r and lora_alpha."""
-    def first_match(patterns: dict, otherwise: float) -> float:
-        return next((value for pattern, value in patterns.items() if _at_the_end(pattern).match(layer)), otherwise)
 
-    return first_match(config["rank_pattern"], config["r"]), first_match(config["alpha_pattern"], config["lora_alpha"])
+    def first_match(patterns: dict, otherwise: float) -> float:
+        return next(
+            (value for pattern, value in patterns.items() if _at_the_end(pattern).match(layer)),
+            otherwise,
+        )
+
+    return first_match(config["rank_pattern"], config["r"]), first_match(
+        config["alpha_pattern"], config["lora_alpha"]
+    )
 
 
 def read_config(folder: Path) -> dict:
     """adapter_config.json, PEFT's defaults filled in. Raises: ValueError if it is missing, damaged, or not plain LoRA."""
     path = folder / "adapter_config.json"
     if not path.is_file():
-        raise ValueError(f"there is no {path}: an adapter is a folder with adapter_config.json and adapter_model.safetensors")
-    config = DEFAULTS | {key: value for key, value in files.read_json(path).items() if value is not None}
+        raise ValueError(
+            f"there is no {path}: an adapter is a folder with adapter_config.json and adapter_model.safetensors"
+        )
+    config = DEFAULTS | {
+        key: value for key, value in files.read_json(path).items() if value is not None
+    }
     plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": HARMLESS_STARTS}
-    uncovered = [key for key in UNSUPPORTED if config.get(key)] + [key for key in plain if config.get(key) not in plain[key]]
+    uncovered = [key for key in UNSUPPORTED if config.get(key)] + [
+        key for key in plain if config.get(key) not in plain[key]
+    ]
     if uncovered:
         wishes = ", ".join(f"{key} {config.get(key)}" for key in uncovered)
         raise ValueError(f"{path} asks for {wishes[:200]}; plain LoRA is what is covered")
-    ranks, alphas, base = config["rank_pattern"], config["alpha_pattern"], config["base_model_name_or_path"]
+    ranks, alphas, base = (
+        config["rank_pattern"],
+        config["alpha_pattern"],
+        config["base_model_name_or_path"],
+    )
     rules = {
         "rank_pattern": _are_patterns(ranks) and all(map(_is_rank, ranks.values())),
         "alpha_pattern": _are_patterns(alphas) and all(map(_is_alpha, alphas.values())),
-        "r": _is_rank(config["r"]), "lora_alpha": _is_alpha(config["lora_alpha"]),
-        "lora_dropout": type(config["lora_dropout"]) in (int, float) and 0 <= config["lora_dropout"] < 1,
-        "use_rslora": type(config["use_rslora"]) is bool, "use_dora": type(config["use_dora"]) is bool,
+        "r": _is_rank(config["r"]),
+        "lora_alpha": _is_alpha(config["lora_alpha"]),
+        "lora_dropout": type(config["lora_dropout"]) in (int, float)
+        and 0 <= config["lora_dropout"] < 1,
+        "use_rslora": type(config["use_rslora"]) is bool,
+        "use_dora": type(config["use_dora"]) is bool,
         "base_model_name_or_path": base is None or isinstance(base, str),
     }
     broken = [key for key, holds in rules.items() if not holds]
@@ -114,8 +171,12 @@ def _repetitions(text: str) -> int:
 
 def _are_patterns(patterns: object) -> bool:
     """Whether these are regular expressions as keys, and few enough to be matched with every layer in seconds."""
-    return (isinstance(patterns, dict) and len(patterns) <= 10_000 and all(map(is_pattern, patterns))
-            and sum(10 ** _repetitions(pattern) for pattern in patterns) <= 10**5)
+    return (
+        isinstance(patterns, dict)
+        and len(patterns) <= 10_000
+        and all(map(is_pattern, patterns))
+        and sum(10 ** _repetitions(pattern) for pattern in patterns) <= 10**5
+    )
 
 
 def describe_base(base: FrozenWeight) -> str:
@@ -141,10 +202,18 @@ def base_of(folder: Path) -> tuple[dict, torch.dtype | None]:
         dtype = said["dtype"] and bnb_format.DTYPES[said["dtype"]]
         codebook = nf4.normal_float(said["bits"]) if said["bits"] else None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: its header describes no base ({type(error).__name__}: {error})") from None
-    return {"block_size": said["block_size"], "double_quant": bool(said["double_quant"]), "codebook": codebook}, dtype
+        raise ValueError(
+            f"{path}: its header describes no base ({type(error).__name__}: {error})"
+        ) from None
+    return {
+        "block_size": said["block_size"],
+        "double_quant": bool(said["double_quant"]),
+        "codebook": codebook,
+    }, dtype
 
 
-@functools.lru_cache(2**15)  # the cache of re itself holds fewer patterns than a large model has layers
+@functools.lru_cache(
+    2**15
+)  # the cache of re itself holds fewer patterns than a large model has layers
 def _at_the_end(pattern: str) -> re.Pattern:
     return re.compile(rf"(.*\.)?({pattern})$")

@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from checkpoints import io as files
 
 
-def build(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> PreTrainedModel:
+def build(
+    folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """The model that config.json describes, on the meta device but for the buffers that no file holds.
 
     tensors: those of its files, of which only number and size count. dtype: of its parameters, unless that of config.json.
@@ -28,13 +30,20 @@ def build(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = 
     most = sum(tensor.nbytes for tensor in tensors.values()) + 2**26
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"), _Bounded(10_000 + 100 * len(tensors), most):  # a tensor needs about 5 calls
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **{"dtype": dtype} if dtype else {})
+        with (
+            torch.device("meta"),
+            _Bounded(10_000 + 100 * len(tensors), most),
+        ):  # a tensor needs about 5 calls
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, **{"dtype": dtype} if dtype else {}
+            )
         computed = dict(model.named_non_persistent_buffers())
         nbytes = sum(buffer.nbytes for buffer in computed.values())
         if nbytes > most:
             raise ValueError(f"its buffers {', '.join(computed)[:200]} would take {nbytes} bytes")
-        for module in model.modules():  # what transformers is to compute: buffers, and no random weights
+        for (
+            module
+        ) in model.modules():  # what transformers is to compute: buffers, and no random weights
             module._is_hf_initialized = not module._non_persistent_buffers_set
         for name, buffer in computed.items():
             _set(model, name, torch.empty_like(buffer, device="cpu"))
@@ -44,7 +53,9 @@ def build(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = 
             model.generation_config = GenerationConfig.from_dict(files.read_json(path))
     except Exception as error:  # whatever a stranger's config brings about in transformers
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(f"{path} describes no causal language model that transformers can build ({reason})") from None
+        raise ValueError(
+            f"{path} describes no causal language model that transformers can build ({reason})"
+        ) from None
     return model
 
 
@@ -55,7 +66,9 @@ class _Bounded(TorchFunctionMode):
         super().__init__()
         self.calls, self.nbytes = calls, nbytes
 
-    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_function__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         result = function(*args, **(kwargs or {}))
         self.calls -= 1
         self.nbytes -= result.nbytes if isinstance(result, Tensor) and not result.is_meta else 0
@@ -69,7 +82,9 @@ def _refuse_endless(entries: dict, n_tensors: int, path: Path) -> None:
     for key, value in entries.items():
         if isinstance(value, dict):
             _refuse_endless(value, n_tensors, path)
-        many = key == "n_layer" or any(word in key for word in ("layers", "experts", "blocks", "cycles", "labels"))
+        many = key == "n_layer" or any(
+            word in key for word in ("layers", "experts", "blocks", "cycles", "labels")
+        )
         if type(value) is int and many and value > n_tensors:
             raise ValueError(f"{path}: {key} is {value}, and there are {n_tensors} tensors in all")
         if "implementation" in key and "/" in str(value):
@@ -81,21 +96,35 @@ def fill(model: PreTrainedModel, tensors: dict[str, Tensor], where: Path) -> Non
     dense = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for target, source in model.all_tied_weights_keys.items():
         if not {target, source} <= dense:
-            raise ValueError(f"{where}: {target} or {source} is in 4 bits, and config.json ties them")
-        if target in tensors and not _equal(tensors[target], tensors.setdefault(source, tensors[target])):
+            raise ValueError(
+                f"{where}: {target} or {source} is in 4 bits, and config.json ties them"
+            )
+        if target in tensors and not _equal(
+            tensors[target], tensors.setdefault(source, tensors[target])
+        ):
             raise ValueError(f"{where}: {target} and {source} differ, and config.json ties them")
         tensors.pop(target, None)
     empty = empty_of(model)
     check_like(tensors, empty, where)
     files.refuse_nan(tensors, where)
     for name, tensor in empty.items():
-        _set(model, name, nn.Parameter(tensors[name], False) if isinstance(tensor, nn.Parameter) else tensors[name])
+        _set(
+            model,
+            name,
+            nn.Parameter(tensors[name], False)
+            if isinstance(tensor, nn.Parameter)
+            else tensors[name],
+        )
     model.tie_weights()
 
 
 def empty_of(model: PreTrainedModel) -> dict[str, Tensor]:
     """The parameters and buffers that have no numbers yet."""
-    return {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta}
+    return {
+        name: tensor
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if tensor.is_meta
+    }
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -111,10 +140,15 @@ def check_like(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: P
     """Raise a ValueError naming what is missing, unknown, of another shape, or not floating point where it should be."""
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     wrong += [f"{name} belongs to nothing in the model" for name in tensors if name not in expected]
-    wrong += [f"{name} is {_kind(tensors[name])}, and must be {_kind(like)}" for name, like in expected.items()
-              if name in tensors and _kind(tensors[name]) != _kind(like)]
+    wrong += [
+        f"{name} is {_kind(tensors[name])}, and must be {_kind(like)}"
+        for name, like in expected.items()
+        if name in tensors and _kind(tensors[name]) != _kind(like)
+    ]
     if wrong:
-        raise ValueError(f"{where} does not fit the model, {len(wrong)} tensors in all: {'; '.join(wrong[:3])}")
+        raise ValueError(
+            f"{where} does not fit the model, {len(wrong)} tensors in all: {'; '.join(wrong[:3])}"
+        )
 
 
 def _kind(tensor: Tensor) -> str:

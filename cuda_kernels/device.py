@@ -30,9 +30,16 @@ BYTES, SHORTS, WORDS, FLOATS = (types.CPointer(kind) for kind in (U8, U16, U32, 
 FOUR_WORDS, FOUR_FLOATS, MEMORY = types.UniTuple(U32, 4), types.UniTuple(F32, 4), None
 INT, FLOAT, SHORT, BYTE = ir.IntType(32), ir.FloatType(), ir.IntType(16), ir.IntType(8)
 FOUR = ir.VectorType(INT, 4)
-EVERY_LANE, SHARED = 0xFFFFFFFF, 3  # the mask of a whole warp; the address space of what a block shares
-FMAF = ctypes.CFUNCTYPE(ctypes.c_float, *[ctypes.c_float] * 3)(("fmaf", ctypes.CDLL(None)))  # of the C library
-inlined = cuda.jit(device=True, inline="always")  # a function of several lines, pasted where it is called
+EVERY_LANE, SHARED = (
+    0xFFFFFFFF,
+    3,
+)  # the mask of a whole warp; the address space of what a block shares
+FMAF = ctypes.CFUNCTYPE(ctypes.c_float, *[ctypes.c_float] * 3)(
+    ("fmaf", ctypes.CDLL(None))
+)  # of the C library
+inlined = cuda.jit(
+    device=True, inline="always"
+)  # a function of several lines, pasted where it is called
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +56,11 @@ def compiled(twin: Callable, result: types.Type, *arguments: types.Type | None) 
 
     def register(codegen: Callable) -> Callable:
         def typed(*given: types.Type) -> types.Type:
-            return Signature(result, tuple(actual if kind is MEMORY else kind for kind, actual in zip(arguments, given)), None)
+            return Signature(
+                result,
+                tuple(actual if kind is MEMORY else kind for kind, actual in zip(arguments, given)),
+                None,
+            )
 
         typed.pysig = inspect.signature(twin)
         type_callable(twin)(lambda context: typed)
@@ -128,7 +139,9 @@ def pack_bfloat16(low, high):
 
 @compiled(pack_bfloat16, U32, F32, F32)
 def _pack_bfloat16(context, builder, kinds, args):  # sm_80 and newer
-    return builder.asm(ir.FunctionType(INT, [FLOAT, FLOAT]), "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", args, False)
+    return builder.asm(
+        ir.FunctionType(INT, [FLOAT, FLOAT]), "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", args, False
+    )
 
 
 def pack_float16(low, high):
@@ -138,7 +151,9 @@ def pack_float16(low, high):
 
 @compiled(pack_float16, U32, F32, F32)
 def _pack_float16(context, builder, kinds, args):
-    low, high = (builder.zext(builder.bitcast(builder.fptrunc(x, ir.HalfType()), SHORT), INT) for x in args)
+    low, high = (
+        builder.zext(builder.bitcast(builder.fptrunc(x, ir.HalfType()), SHORT), INT) for x in args
+    )
     return builder.or_(low, builder.shl(high, INT(16)))
 
 
@@ -182,7 +197,9 @@ def _load4(context, builder, kinds, args, written=False):
     four = builder.load(place(context, builder, kinds.args[0], args[0], args[1]), align=16)
     if not written:
         four.set_metadata("invariant.load", builder.module.add_metadata([]))
-    return context.make_tuple(builder, kinds.return_type, [builder.extract_element(four, INT(i)) for i in range(4)])
+    return context.make_tuple(
+        builder, kinds.return_type, [builder.extract_element(four, INT(i)) for i in range(4)]
+    )
 
 
 def load4_written(memory, unit):
@@ -219,7 +236,9 @@ def shared_word(memory, offset):
 @compiled(shared_word, U32, MEMORY, U32)
 def _shared_word(context, builder, kinds, args):
     start = context.make_array(kinds.args[0])(context, builder, args[0]).data
-    start = builder.addrspacecast(builder.bitcast(start, BYTE.as_pointer()), ir.PointerType(BYTE, SHARED))
+    start = builder.addrspacecast(
+        builder.bitcast(start, BYTE.as_pointer()), ir.PointerType(BYTE, SHARED)
+    )
     word = builder.gep(start, [builder.zext(args[1], ir.IntType(64))])
     return builder.load(builder.bitcast(word, ir.PointerType(INT, SHARED)), align=4)
 
@@ -250,13 +269,15 @@ def _shuffle_xor(context, builder, kinds, args):
 def _product(read, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
     """c + A B for A (16, 16), B (16, 8), by the lanes of a warp together. Lane 4 g + t brings, and gets,
 
-        a0, a1      A[g, 2t : 2t + 2], A[g + 8, the same]           two 16-bit numbers a word, the first in the low half
-        a2, a3      the same, 8 columns further on
-        b0, b1      B[2t : 2t + 2, g], B[2t + 8 : 2t + 10, g]
-        c0, c1      C[g, 2t], C[g, 2t + 1]          c2, c3      C[g + 8, 2t], C[g + 8, 2t + 1]
+    a0, a1      A[g, 2t : 2t + 2], A[g + 8, the same]           two 16-bit numbers a word, the first in the low half
+    a2, a3      the same, 8 columns further on
+    b0, b1      B[2t : 2t + 2, g], B[2t + 8 : 2t + 10, g]
+    c0, c1      C[g, 2t], C[g, 2t + 1]          c2, c3      C[g + 8, 2t], C[g + 8, 2t + 1]
     """
     words = np.array(cuda.of_all_lanes((a0, a1, a2, a3, b0, b1)), np.uint32)
-    numbers = read(words.view(np.uint16)).reshape(8, 4, 3, 2, 2)  # g, t, (a0 a1 | a2 a3 | b0 b1), the two, low and high half
+    numbers = read(words.view(np.uint16)).reshape(
+        8, 4, 3, 2, 2
+    )  # g, t, (a0 a1 | a2 a3 | b0 b1), the two, low and high half
     a = numbers[:, :, :2].transpose(3, 0, 2, 1, 4).reshape(16, 16)
     b = numbers[:, :, 2].transpose(2, 1, 3, 0).reshape(16, 8)
     c, (g, t) = a @ b, divmod(cuda.threadIdx.x & 31, 4)
@@ -278,9 +299,14 @@ def _tensor_core(kind):
         words, results = [f"${i}" for i in range(14)], ir.LiteralStructType([FLOAT] * 4)
         c, a, b, old = (", ".join(words[at:to]) for at, to in ((0, 4), (4, 8), (8, 10), (10, 14)))
         code = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{c}}}, {{{a}}}, {{{b}}}, {{{old}}};"
-        kind_of_code, registers = ir.FunctionType(results, [INT] * 6 + [FLOAT] * 4), "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
+        kind_of_code, registers = (
+            ir.FunctionType(results, [INT] * 6 + [FLOAT] * 4),
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        )
         made = builder.asm(kind_of_code, code, registers, args, True)
-        return context.make_tuple(builder, kinds.return_type, [builder.extract_value(made, i) for i in range(4)])
+        return context.make_tuple(
+            builder, kinds.return_type, [builder.extract_value(made, i) for i in range(4)]
+        )
 
     return codegen
 
@@ -290,7 +316,10 @@ compiled(product_float16, FOUR_FLOATS, *[U32] * 6, *[F32] * 4)(_tensor_core("f16
 
 
 # What the numbers of a tensor are, by the name of its dtype: how two are packed, one is read, and tensor cores multiply
-KINDS = {"bfloat16": (pack_bfloat16, from_bfloat16, product_bfloat16), "float16": (pack_float16, from_float16, product_float16)}
+KINDS = {
+    "bfloat16": (pack_bfloat16, from_bfloat16, product_bfloat16),
+    "float16": (pack_float16, from_float16, product_float16),
+}
 
 
 # A weight in 4 bits. Kernels that read one all take it as these arguments, made in launch.py:

@@ -61,8 +61,25 @@ def tensor_core(kind: str, tiles: int, groups: int) -> Kernel:
     pack, read, product = KINDS[kind]
     splits, sums, slots = WARPS // groups, 8 * tiles, 8 * tiles * 32
 
-    def matmul(packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, double, x, bias, biased, y, m, height,
-               width):
+    def matmul(
+        packed,
+        levels,
+        absmax,
+        codes,
+        levels8,
+        offset,
+        largest,
+        shift,
+        shift8,
+        double,
+        x,
+        bias,
+        biased,
+        y,
+        m,
+        height,
+        width,
+    ):
         pairs = cuda.shared.array(256 * 32, U32)
         thread = U32(cuda.threadIdx.x)
         lane, warp = thread & U32(31), thread >> U32(5)
@@ -74,7 +91,9 @@ def tensor_core(kind: str, tiles: int, groups: int) -> Kernel:
         g, t, bank = lane >> U32(2), lane & U32(3), lane << U32(2)
         odd, upper = t & U32(1), t >> U32(1)
         split, group = U32(warp // U32(groups)), U32(warp % U32(groups))
-        first = U32((U32(cuda.blockIdx.x) * U32(groups) + group) * U32(TILE) + g)  # the first of a lane's four rows
+        first = U32(
+            (U32(cuda.blockIdx.x) * U32(groups) + group) * U32(TILE) + g
+        )  # the first of a lane's four rows
         last, lines = U32(height - U32(1)), width >> U32(6)  # blocks of 64 columns
         totals, words = cuda.local.array(sums, F32), cuda.local.array((4, 4), U32)
         scales, b = cuda.local.array(2, U32), cuda.local.array(8, U32)
@@ -89,12 +108,16 @@ def tensor_core(kind: str, tiles: int, groups: int) -> Kernel:
                 if U32(line + upper) < lines:
                     unit = U32((row * lines + line) * U32(2) + t)
                     words[i, 0], words[i, 1], words[i, 2], words[i, 3] = load4(packed, unit)
-            for h in range(2):  # of the four constants that a quad needs for 16 rows, each lane decodes one
+            for h in range(
+                2
+            ):  # of the four constants that a quad needs for 16 rows, each lane decodes one
                 row, mine = min(U32(first + U32(16 * h) + U32(8) * upper), last), U32(line + odd)
                 scales[h] = U32(0)
                 if mine < lines:
                     block = U32(row * lines + mine) >> U32(shift - U32(6))
-                    scales[h] = bits(constant(block, absmax, codes, levels8, offset, largest, shift8, double))
+                    scales[h] = bits(
+                        constant(block, absmax, codes, levels8, offset, largest, shift8, double)
+                    )
             for i in range(4):
                 for j in range(2):
                     theirs = shuffle_xor(words[i, j] if upper else words[i, 2 + j], U32(2))
@@ -102,7 +125,9 @@ def tensor_core(kind: str, tiles: int, groups: int) -> Kernel:
                     words[i, j] = theirs if upper else words[i, j]
 
             for half in range(2):
-                column = U32(U32(line + U32(half)) << U32(6) | odd << U32(5) | upper << U32(4))  # the first of a lane's 16
+                column = U32(
+                    U32(line + U32(half)) << U32(6) | odd << U32(5) | upper << U32(4)
+                )  # the first of a lane's 16
                 for n in range(tiles):
                     token = U32(U32(8 * n) + g)
                     for i in range(8):
@@ -114,19 +139,30 @@ def tensor_core(kind: str, tiles: int, groups: int) -> Kernel:
                     for h in range(2):
                         c0, c1, c2, c3 = F32(0), F32(0), F32(0), F32(0)
                         for j in range(4):
-                            top, low = words[2 * h, 2 * half + j // 2], words[2 * h + 1, 2 * half + j // 2]
+                            top, low = (
+                                words[2 * h, 2 * half + j // 2],
+                                words[2 * h + 1, 2 * half + j // 2],
+                            )
                             if j % 2:
                                 top, low = top >> U32(16), low >> U32(16)
                             a0 = shared_word(pairs, U32(top << U32(7)) & U32(0x7F80) | bank)
                             a1 = shared_word(pairs, U32(low << U32(7)) & U32(0x7F80) | bank)
                             a2 = shared_word(pairs, top >> U32(1) & U32(0x7F80) | bank)
                             a3 = shared_word(pairs, low >> U32(1) & U32(0x7F80) | bank)
-                            c0, c1, c2, c3 = product(a0, a1, a2, a3, b[2 * j], b[2 * j + 1], c0, c1, c2, c3)
+                            c0, c1, c2, c3 = product(
+                                a0, a1, a2, a3, b[2 * j], b[2 * j + 1], c0, c1, c2, c3
+                            )
                         s = number(shuffle(scales[h], lane & U32(28) | U32(half)))
                         s8 = number(shuffle(scales[h], lane & U32(28) | U32(2 + half)))
                         at = 8 * n + 4 * h
-                        totals[at], totals[at + 1] = fma(c0, s, totals[at]), fma(c1, s, totals[at + 1])
-                        totals[at + 2], totals[at + 3] = fma(c2, s8, totals[at + 2]), fma(c3, s8, totals[at + 3])
+                        totals[at], totals[at + 1] = (
+                            fma(c0, s, totals[at]),
+                            fma(c1, s, totals[at + 1]),
+                        )
+                        totals[at + 2], totals[at + 3] = (
+                            fma(c2, s8, totals[at + 2]),
+                            fma(c3, s8, totals[at + 3]),
+                        )
 
         remaining = splits  # warps that have a sum of the same rows: the upper half of them hands over, until one is left
         while remaining > 1:
@@ -143,7 +179,9 @@ def tensor_core(kind: str, tiles: int, groups: int) -> Kernel:
 
         if split == U32(0):
             for n in range(tiles):
-                for i in range(8):  # totals[8 n + 4 h + 2 r + c] is of row 16 h + 8 r + g of the tile, and token 8 n + 2 t + c
+                for i in range(
+                    8
+                ):  # totals[8 n + 4 h + 2 r + c] is of row 16 h + 8 r + g of the tile, and token 8 n + 2 t + c
                     row = U32(first + U32(16 * (i // 4) + 8 * (i // 2 % 2)))
                     token = U32(U32(8 * n + i % 2) + U32(2) * t)
                     if row < height and token < m:
@@ -161,8 +199,25 @@ def portable(kind: str, rows: int) -> Kernel:
     half = kind != "float32"
     pack, read, _ = KINDS[kind] if half else (None, None, None)
 
-    def matmul(packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, double, x, bias, biased, y, m, height,
-               width):
+    def matmul(
+        packed,
+        levels,
+        absmax,
+        codes,
+        levels8,
+        offset,
+        largest,
+        shift,
+        shift8,
+        double,
+        x,
+        bias,
+        biased,
+        y,
+        m,
+        height,
+        width,
+    ):
         table = cuda.shared.array(16, F32)
         thread = U32(cuda.threadIdx.x)
         if thread < U32(16):
@@ -181,11 +236,16 @@ def portable(kind: str, rows: int) -> Kernel:
                 partial[token] = F32(0)
             for i in range(4):
                 for token in range(rows):
-                    unit = U32(min(U32(token), U32(m - U32(1))) * width + U32(step) * U32(32) + U32(8 * i)) >> U32(2)
+                    unit = U32(
+                        min(U32(token), U32(m - U32(1))) * width + U32(step) * U32(32) + U32(8 * i)
+                    ) >> U32(2)
                     if half:
                         four = load4(x, unit >> U32(1))
                         for j in range(4):
-                            numbers[2 * j], numbers[2 * j + 1] = read(four[j] & U32(0xFFFF)), read(four[j] >> U32(16))
+                            numbers[2 * j], numbers[2 * j + 1] = (
+                                read(four[j] & U32(0xFFFF)),
+                                read(four[j] >> U32(16)),
+                            )
                     else:
                         four, more = load4(x, unit), load4(x, unit + U32(1))
                         for j in range(4):
@@ -193,17 +253,25 @@ def portable(kind: str, rows: int) -> Kernel:
                     for j in range(8):
                         level = table[words[i] >> U32(8 * (j // 2) + 4 * (1 - j % 2)) & U32(15)]
                         partial[token] = fma(level, numbers[j], partial[token])
-            scale = constant(line >> U32(shift - U32(5)), absmax, codes, levels8, offset, largest, shift8, double)
+            scale = constant(
+                line >> U32(shift - U32(5)), absmax, codes, levels8, offset, largest, shift8, double
+            )
             for token in range(rows):
                 totals[token] = fma(partial[token], scale, totals[token])
-        for i in range(5):  # each lane adds what the one 16, 8, 4, 2, 1 away has, until all have the sum
+        for i in range(
+            5
+        ):  # each lane adds what the one 16, 8, 4, 2, 1 away has, until all have the sum
             for token in range(rows):
-                totals[token] = add(totals[token], number(shuffle_xor(bits(totals[token]), U32(16 >> i))))
+                totals[token] = add(
+                    totals[token], number(shuffle_xor(bits(totals[token]), U32(16 >> i)))
+                )
         if lane == U32(0) and row < height:
             for token in range(rows):
                 if U32(token) < m:
                     total = add(totals[token], bias[row]) if biased else totals[token]
-                    y[U32(U32(token) * height + row)] = U16(pack(total, total) & U32(0xFFFF)) if half else total
+                    y[U32(U32(token) * height + row)] = (
+                        U16(pack(total, total) & U32(0xFFFF)) if half else total
+                    )
 
     kinds = (WORDS, FLOATS, U32, SHORTS if half else FLOATS, U32, U32, U32)
     return Kernel(matmul, (*WEIGHT, *kinds), 32 * WARPS)

@@ -79,7 +79,11 @@ def blockwise(kind: str) -> Kernel:
         else:
             for i in range(8):
                 if U32(start + U32(i)) < n:
-                    x[i] = read(U32(numbers[U32(start + U32(i))])) if half else numbers[U32(start + U32(i))]
+                    x[i] = (
+                        read(U32(numbers[U32(start + U32(i))]))
+                        if half
+                        else numbers[U32(start + U32(i))]
+                    )
 
         top = U32(0)
         for i in range(8):
@@ -90,12 +94,20 @@ def blockwise(kind: str) -> Kernel:
             step = U32(step << U32(1))
         scale = number(top)
         # 1/absmax must not leave float32's normal range: a power of two, which changes no code, moves it in.
-        power = F32(2.0**64) if scale < F32(2.0**-64) else F32(2.0**-64) if scale > F32(2.0**64) else F32(1)
+        power = (
+            F32(2.0**64)
+            if scale < F32(2.0**-64)
+            else F32(2.0**-64)
+            if scale > F32(2.0**64)
+            else F32(1)
+        )
         reciprocal = F32(1) / mul(scale, power) if scale > F32(0) else F32(0)
 
         word = U32(0)
         for i in range(8):  # byte i // 2, the even one in its high nibble
-            word |= code(mul(mul(x[i], power), reciprocal), edges) << U32(8 * (i // 2) + 4 * (1 - i % 2))
+            word |= code(mul(mul(x[i], power), reciprocal), edges) << U32(
+                8 * (i // 2) + 4 * (1 - i % 2)
+            )
         if start < n:
             if n - start >= U32(8):
                 packed_words[lane] = U32(word)

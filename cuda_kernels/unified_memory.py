@@ -65,7 +65,12 @@ class Driver:
 
     def shares_pages(self) -> bool:
         answer = ctypes.c_int()
-        self.call("cuDeviceGetAttribute", ctypes.byref(answer), CONCURRENT_MANAGED_ACCESS, ctypes.c_int(self.index))
+        self.call(
+            "cuDeviceGetAttribute",
+            ctypes.byref(answer),
+            CONCURRENT_MANAGED_ACCESS,
+            ctypes.c_int(self.index),
+        )
         return bool(answer.value)
 
     def free_bytes(self) -> int:
@@ -76,7 +81,12 @@ class Driver:
         """The address of new managed memory."""
         address = ctypes.c_uint64()
         with torch.cuda.device(self.device):
-            self.call("cuMemAllocManaged", ctypes.byref(address), ctypes.c_size_t(nbytes), ctypes.c_uint(GLOBAL))
+            self.call(
+                "cuMemAllocManaged",
+                ctypes.byref(address),
+                ctypes.c_size_t(nbytes),
+                ctypes.c_uint(GLOBAL),
+            )
         return address.value
 
     def free(self, address: int) -> None:
@@ -85,9 +95,20 @@ class Driver:
 
     def move(self, address: int, nbytes: int, kind: int, stream: torch.cuda.Stream) -> None:
         """Let a range of bytes live on the device or the host from now on, and move it there in its turn on the stream."""
-        start, size, place = ctypes.c_uint64(address), ctypes.c_size_t(nbytes), Location(kind, self.index * (kind == ON_DEVICE))
+        start, size, place = (
+            ctypes.c_uint64(address),
+            ctypes.c_size_t(nbytes),
+            Location(kind, self.index * (kind == ON_DEVICE)),
+        )
         self.call("cuMemAdvise_v2", start, size, PREFERRED_LOCATION, place)
-        self.call("cuMemPrefetchAsync_v2", start, size, place, ctypes.c_uint(0), ctypes.c_void_p(stream.cuda_stream))
+        self.call(
+            "cuMemPrefetchAsync_v2",
+            start,
+            size,
+            place,
+            ctypes.c_uint(0),
+            ctypes.c_void_p(stream.cuda_stream),
+        )
 
 
 class Memory:
@@ -101,7 +122,13 @@ class Memory:
     @property
     def __cuda_array_interface__(self) -> dict:
         """How torch learns where the bytes are. Its tensor keeps the object that said so alive."""
-        return {"shape": (self.nbytes,), "typestr": "|u1", "data": (self.address, False), "strides": None, "version": 3}
+        return {
+            "shape": (self.nbytes,),
+            "typestr": "|u1",
+            "data": (self.address, False),
+            "strides": None,
+            "version": 3,
+        }
 
     def tensor(self) -> Tensor:
         """All of it, uint8, as a tensor on the device; nothing is copied."""
@@ -114,4 +141,6 @@ class Memory:
 
     def to_host(self, offset: int, nbytes: int) -> None:
         """After whatever the current stream still does with it."""
-        self.driver.move(self.address + offset, nbytes, ON_HOST, torch.cuda.current_stream(self.driver.device))
+        self.driver.move(
+            self.address + offset, nbytes, ON_HOST, torch.cuda.current_stream(self.driver.device)
+        )

@@ -45,7 +45,9 @@ class Example:
     @property
     def n_prompt(self) -> int:
         """How many tokens come before the first that is learnt."""
-        return next((place for place, label in enumerate(self.labels) if label != IGNORE), len(self.labels))
+        return next(
+            (place for place, label in enumerate(self.labels) if label != IGNORE), len(self.labels)
+        )
 
     def cut(self, start: int, end: int) -> "Example":
         return Example(self.ids[start:end], self.labels[start:end], self.prompt, self.answer)
@@ -55,7 +57,9 @@ def fingerprint(examples: list[Example]) -> str:
     """A hash of the examples' token ids, of which of them are learnt, and of their order: what training sees of the data."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(array("q", [len(example.ids), *example.ids, *example.labels, *example.starts]))
+        digest.update(
+            array("q", [len(example.ids), *example.ids, *example.labels, *example.starts])
+        )
     return digest.hexdigest()[:16]
 
 
@@ -64,10 +68,14 @@ class Template:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.name = tokenizer, f"the chat template of {tokenizer.name_or_path}"
-        self.ends = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.ends = {
+            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
         self.ends.add(tokenizer.eos_token_id)
         first = tokenizer("").input_ids[:1]
-        self.begin = first if first == [tokenizer.bos_token_id] else []  # what this tokenizer puts before every text
+        self.begin = (
+            first if first == [tokenizer.bos_token_id] else []
+        )  # what this tokenizer puts before every text
 
     def ask(self, prompt: str) -> list[int]:
         """The ids of a question, up to where its answer begins."""
@@ -90,24 +98,39 @@ class Template:
             raise BadRow(f"{self.name} refuses it ({error})") from None
         texts = [(turns[place - 1]["content"], turns[place]["content"]) for place in answers]
         if all(whole.startswith(answered) for _, answered in spans):
-            return [self._example(whole, [(len(asked), len(answered)) for asked, answered in spans], *texts[0])]
-        return [self._example(answered, [(len(asked), len(answered))], *text) for (asked, answered), text in zip(spans, texts)]
+            return [
+                self._example(
+                    whole, [(len(asked), len(answered)) for asked, answered in spans], *texts[0]
+                )
+            ]
+        return [
+            self._example(answered, [(len(asked), len(answered))], *text)
+            for (asked, answered), text in zip(spans, texts)
+        ]
 
     def _span(self, turns: list[Turn], place: int) -> tuple[str, str]:
         """What is written up to the answer in turn `place`, and with it."""
         asked, answered = self._write(turns[:place], asks=True), self._write(turns[: place + 1])
         if not answered.startswith(asked):
-            raise ValueError(f"{self.name} asks for an answer with {asked[-40:]!r}, but does not write a given one after that: "
-                             "its tokens cannot be told; give the tokenizer a template that does")
+            raise ValueError(
+                f"{self.name} asks for an answer with {asked[-40:]!r}, but does not write a given one after that: "
+                "its tokens cannot be told; give the tokenizer a template that does"
+            )
         return asked, answered
 
-    def _example(self, text: str, spans: list[tuple[int, int]], prompt: str, answer: str) -> Example:
+    def _example(
+        self, text: str, spans: list[tuple[int, int]], prompt: str, answer: str
+    ) -> Example:
         """Encode a text of which spans are answers, up to the end of the last: what follows teaches nothing."""
         ids, labels = [], []
         cuts = [0, *(cut for span in spans for cut in span)]  # given, answer, given, ..., answer
         for number, (start, end) in enumerate(pairwise(cuts)):
             whole = self._ids(text[:end])
-            new = whole[len(ids) :] if whole[: len(ids)] == ids else self._ids(text[start:end], bare=True)
+            new = (
+                whole[len(ids) :]
+                if whole[: len(ids)] == ids
+                else self._ids(text[start:end], bare=True)
+            )
             ids = ids + new
             learnt = self._up_to_its_end(new) if number % 2 else 0
             labels += new[:learnt] + [IGNORE] * (len(new) - learnt)
@@ -117,17 +140,25 @@ class Template:
     def _up_to_its_end(self, ids: list[int]) -> int:
         ends = [place for place, token in enumerate(ids) if token in self.ends]
         if not ends:
-            raise ValueError(f"{self.name} puts no special token after an answer, so no end would be learnt: give it a "
-                             "template that writes eos_token there")
+            raise ValueError(
+                f"{self.name} puts no special token after an answer, so no end would be learnt: give it a "
+                "template that writes eos_token there"
+            )
         return ends[-1] + 1
 
     def _write(self, turns: list[Turn], asks: bool = False) -> str:
         """The turns as text, and with `asks` the header under which an answer is to be written."""
         if self.tokenizer.chat_template is None:
             end = {"assistant": self.tokenizer.eos_token}
-            return "".join(turn["content"] + end.get(turn["role"], "\n") for turn in turns if turn is not BRIEFLY)
+            return "".join(
+                turn["content"] + end.get(turn["role"], "\n")
+                for turn in turns
+                if turn is not BRIEFLY
+            )
         try:
-            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=asks, tokenize=False)
+            return self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=asks, tokenize=False
+            )
         except TemplateError:
             if turns[0] is not BRIEFLY:
                 raise
@@ -142,11 +173,18 @@ class Template:
 def shown(example: Example, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
     """A sequence as text, what is learnt in it marked."""
     parts = []
-    for learnt, run in groupby(zip(example.ids, example.labels), key=lambda pair: pair[1] != IGNORE):
+    for learnt, run in groupby(
+        zip(example.ids, example.labels), key=lambda pair: pair[1] != IGNORE
+    ):
         text = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
         # A control character in the data is shown, not obeyed by the terminal.
-        text = "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
-        parts.append(marked(text, colour) if learnt else f"\033[2m{text}\033[0m" if colour else text)
+        text = "".join(
+            letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1]
+            for letter in text
+        )
+        parts.append(
+            marked(text, colour) if learnt else f"\033[2m{text}\033[0m" if colour else text
+        )
     return "".join(parts)
 
 

@@ -35,8 +35,14 @@ class Task:
     unseen: list[Example] = field(default_factory=list)  # phrasings kept out of training
 
 
-def load(name: str, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: int, train_on_prompt: bool = False,
-         packed: bool = False) -> Task:
+def load(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    seed: int,
+    train_on_prompt: bool = False,
+    packed: bool = False,
+) -> Task:
     """The data set of that name, or in that file. Prints how many rows were too long, and what became of them.
 
     train_on_prompt: learn every token, not the answers alone. packed: several examples a sequence, as packing.py has it.
@@ -45,14 +51,21 @@ def load(name: str, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, seed: 
     template = Template(tokenizer)
     if name in ("orders", "roman"):
         parts = getattr(tasks, name)(random.Random(seed))
-        task = Task("exact match", *([template.conversation(formats.pair(*pair))[0] for pair in part] for part in parts))
+        task = Task(
+            "exact match",
+            *([template.conversation(formats.pair(*pair))[0] for pair in part] for part in parts),
+        )
         longest = max(len(example.ids) for example in task.train + task.test + task.unseen)
         if longest > max_seq_len:
-            raise ValueError(f"the longest of {name} has {longest} tokens, more than --max-seq-len {max_seq_len}: raise it")
+            raise ValueError(
+                f"the longest of {name} has {longest} tokens, more than --max-seq-len {max_seq_len}: raise it"
+            )
     elif name == "text":
         from pydoc_data.topics import topics  # the pages behind help("for"), help("yield"), ...
 
-        task = _split(_text(template, "\n\n".join(topics[key] for key in sorted(topics)), max_seq_len))
+        task = _split(
+            _text(template, "\n\n".join(topics[key] for key in sorted(topics)), max_seq_len)
+        )
     elif Path(name).suffix == ".txt" and Path(name).is_file():
         task = _split(_text(template, files.read_text(Path(name)), max_seq_len))
     else:
@@ -84,17 +97,30 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What the model is called with. Transformers looks for packed documents where there is no attention_mask."""
-        seen = {"attention_mask": self.attention_mask} if self.position_ids is None else {"position_ids": self.position_ids}
+        seen = (
+            {"attention_mask": self.attention_mask}
+            if self.position_ids is None
+            else {"position_ids": self.position_ids}
+        )
         return {"input_ids": self.input_ids} | seen
 
     def to(self, device: str) -> "Batch":
-        return Batch(**{name: tensor if tensor is None else tensor.to(device) for name, tensor in vars(self).items()})
+        return Batch(
+            **{
+                name: tensor if tensor is None else tensor.to(device)
+                for name, tensor in vars(self).items()
+            }
+        )
 
 
 def collate(examples: list[Example], pad_id: int) -> Batch:
     """Pad examples to the longest of them."""
     shape = len(examples), max(len(example.ids) for example in examples)
-    ids, mask, labels = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
+    ids, mask, labels = (
+        torch.full(shape, pad_id),
+        torch.zeros(shape, dtype=torch.int64),
+        torch.full(shape, IGNORE),
+    )
     for row, example in enumerate(examples):
         n = len(example.ids)
         ids[row, :n] = torch.tensor(example.ids)
@@ -104,17 +130,35 @@ def collate(examples: list[Example], pad_id: int) -> Batch:
     return Batch(ids, mask, labels, packing.positions(examples, shape) if packed else None)
 
 
-def batches_of_step(examples: list[Example], step: int, batch_size: int, count: int, seed: int, pad_id: int,
-                    by_length: bool = False) -> list[Batch]:
+def batches_of_step(
+    examples: list[Example],
+    step: int,
+    batch_size: int,
+    count: int,
+    seed: int,
+    pad_id: int,
+    by_length: bool = False,
+) -> list[Batch]:
     """The `count` batches of a step: they follow from step and seed alone, so a resumed run sees what it would have seen.
 
     by_length: 50 batches at a time of an epoch's order are filled anew, each with sequences of similar length.
     """
-    n, places, size = len(examples), range(step * batch_size * count, (step + 1) * batch_size * count), 50 * batch_size
+    n, places, size = (
+        len(examples),
+        range(step * batch_size * count, (step + 1) * batch_size * count),
+        50 * batch_size,
+    )
     epochs = {place // n for place in places}
-    order = {epoch: torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist() for epoch in epochs}
+    order = {
+        epoch: torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        for epoch in epochs
+    }
     for epoch, start in {(place // n, place % n // size * size) for place in places if by_length}:
-        window = sorted(order[epoch][start : start + size], key=lambda number: len(examples[number].ids), reverse=True)
+        window = sorted(
+            order[epoch][start : start + size],
+            key=lambda number: len(examples[number].ids),
+            reverse=True,
+        )
         batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
         random.Random(f"{seed} {epoch} {start}").shuffle(batches)
         order[epoch][start : start + size] = [number for batch in batches for number in batch]
@@ -129,9 +173,13 @@ def chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 def preview(task: Task, tokenizer: PreTrainedTokenizerBase, colour: bool, count: int = 3) -> str:
     """The first sequences to train on as text, what is learnt in it marked."""
-    lines = [f"{len(task.train)} sequences to train on, {len(task.test)} held out; learnt is {marked('this', colour)}"]
+    lines = [
+        f"{len(task.train)} sequences to train on, {len(task.test)} held out; learnt is {marked('this', colour)}"
+    ]
     for number, example in enumerate(task.train[:count], 1):
-        lines.append(f"--- {number}: {len(example.ids)} tokens, {sum(label != IGNORE for label in example.labels[1:])} learnt")
+        lines.append(
+            f"--- {number}: {len(example.ids)} tokens, {sum(label != IGNORE for label in example.labels[1:])} learnt"
+        )
         documents = [example.cut(*place) for place in pairwise([*example.starts, len(example.ids)])]
         lines.append("\n- - -\n".join(shown(document, tokenizer, colour) for document in documents))
     return "\n".join(lines)
@@ -152,22 +200,35 @@ def _encode(name: str, template: Template) -> list[tuple[formats.Row, list[Examp
     """The rows of a file or a hub data set, each with its examples. Raises: ValueError with every row that makes none."""
     path = Path(name)
     if path.is_file() and path.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"--data {name} ends neither in .txt nor in .jsonl or .json: rename it to what it is")
-    if not path.is_file() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.txt)", name):
+        raise ValueError(
+            f"--data {name} ends neither in .txt nor in .jsonl or .json: rename it to what it is"
+        )
+    if not path.is_file() and not re.fullmatch(
+        r"[\w-][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.txt)", name
+    ):
         raise ValueError(f"--data {name} is not a file, nor one of orders, roman, text")
     rows, encoded, faults = formats.read(path) if path.is_file() else formats.read_hub(name), [], []
     for row in rows:
         try:
             if row.fault:
                 raise formats.BadRow(row.fault)
-            encoded.append((row, template.conversation(row.turns) if row.turns else [template.document(row.text)]))
+            encoded.append(
+                (
+                    row,
+                    template.conversation(row.turns)
+                    if row.turns
+                    else [template.document(row.text)],
+                )
+            )
         except formats.BadRow as error:
             faults.append(f"{row.where}: {error}")
     formats.refuse(faults, len(rows), name)
     return encoded
 
 
-def _fit(rows: list[tuple[formats.Row, list[Example]]], length: int, name: str) -> list[list[Example]]:
+def _fit(
+    rows: list[tuple[formats.Row, list[Example]]], length: int, name: str
+) -> list[list[Example]]:
     """The examples of each row in at most `length` tokens; says how many are cut or dropped.
 
     A document goes on in another sequence. A conversation loses its end, and is dropped if no answer begins before that.
@@ -187,8 +248,10 @@ def _fit(rows: list[tuple[formats.Row, list[Example]]], length: int, name: str) 
         fitting.append(kept)
     if long:
         shown = ", ".join(long[: formats.SHOWN]) + ", ..." * (len(long) > formats.SHOWN)
-        print(f"{len(long)} of {len(rows)} rows of {name} exceed --max-seq-len {length}: documents go on in another\n"
-              f"sequence, conversations are cut, and {dropped} of their sequences dropped, with no answer left: {shown}")
+        print(
+            f"{len(long)} of {len(rows)} rows of {name} exceed --max-seq-len {length}: documents go on in another\n"
+            f"sequence, conversations are cut, and {dropped} of their sequences dropped, with no answer left: {shown}"
+        )
     return [examples for examples in fitting if examples]
 
 
@@ -196,5 +259,13 @@ def _split(rows: list[list[Example]]) -> Task:
     """Hold out the last tenth of the rows, to be measured in perplexity."""
     held_out = max(1, len(rows) // 10)
     if len(rows) < 2:
-        raise ValueError(f"the data make {len(rows)} sequences; at least 2 are needed, one to train on and one to hold out")
-    return Task("perplexity", *([example for row in part for example in row] for part in (rows[:-held_out], rows[-held_out:])))
+        raise ValueError(
+            f"the data make {len(rows)} sequences; at least 2 are needed, one to train on and one to hold out"
+        )
+    return Task(
+        "perplexity",
+        *(
+            [example for row in part for example in row]
+            for part in (rows[:-held_out], rows[-held_out:])
+        ),
+    )

@@ -66,8 +66,14 @@ def check(model: PreTrainedModel) -> None:
     """Raises: ValueError if what stands before a document in its sequence changes a single bit of its logits."""
     second = torch.tensor([[4, 5, 6, 7]], device=model.device)
     places = torch.arange(4, device=model.device).repeat(2)[None]  # (1, 8)
-    logits = [model(input_ids=torch.cat([first, second], 1), position_ids=places, use_cache=False).logits[:, 4:]
-              for first in (second - 4, second.flip(1) - 4)]
+    logits = [
+        model(input_ids=torch.cat([first, second], 1), position_ids=places, use_cache=False).logits[
+            :, 4:
+        ]
+        for first in (second - 4, second.flip(1) - 4)
+    ]
     if not torch.equal(*logits):
         name = type(model).__name__
-        raise ValueError(f"--packing does not suit {name}: a document would see the one before it; leave --packing out")
+        raise ValueError(
+            f"--packing does not suit {name}: a document would see the one before it; leave --packing out"
+        )

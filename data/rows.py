@@ -23,9 +23,17 @@ from pathlib import Path
 
 from checkpoints import io as files
 
-Turn = dict[str, str | int]  # role: system, user or assistant; content; weight, where a row gives one
+Turn = dict[
+    str, str | int
+]  # role: system, user or assistant; content; weight, where a row gives one
 BRIEFLY: Turn = {"role": "system", "content": "Answer briefly."}
-SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
 PAIRS = [("prompt", "completion"), ("question", "answer"), ("instruction", "output")]
 KEYS = "messages; conversations; prompt, completion; question, answer; instruction, output; text"
 BLANK = re.compile(r"[ \t\r\n]*")
@@ -74,12 +82,16 @@ def read_hub(name: str) -> list[Row]:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"--data {name} is no file, and as a hub data set needs a library: pip install datasets") from None
+        raise ValueError(
+            f"--data {name} is no file, and as a hub data set needs a library: pip install datasets"
+        ) from None
     try:
         table = datasets.load_dataset(name, split="train")
     except Exception as error:  # of whichever network or file library it uses
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"--data {name} is no file, nor a hub data set within reach ({reason})") from None
+        raise ValueError(
+            f"--data {name} is no file, nor a hub data set within reach ({reason})"
+        ) from None
     return [_row_or_fault(row, f"{name}, row {number}") for number, row in enumerate(table, 1)]
 
 
@@ -87,7 +99,14 @@ def refuse(faults: list[str], rows: int, name: str) -> None:
     """Raise a ValueError that shows the first bad rows and counts them all, if there are any."""
     if faults:
         shown = faults[:SHOWN] + ["..."] * (len(faults) > SHOWN)
-        raise ValueError("\n  ".join([f"{len(faults)} of {rows} rows of {name} cannot be used: mend or remove them", *shown]))
+        raise ValueError(
+            "\n  ".join(
+                [
+                    f"{len(faults)} of {rows} rows of {name} cannot be used: mend or remove them",
+                    *shown,
+                ]
+            )
+        )
 
 
 def _values(text: str) -> Iterator[tuple[int, str]]:
@@ -95,7 +114,9 @@ def _values(text: str) -> Iterator[tuple[int, str]]:
     start = BLANK.match(text).end()
     if not text.startswith("[", start):
         # Not splitlines(): it also cuts at U+2028 and five other characters that may stand in a JSON string.
-        yield from ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        yield from (
+            (number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()
+        )
         return
     decoder, line, seen, place = json.JSONDecoder(), 1, 0, BLANK.match(text, start + 1).end()
     while not text.startswith("]", place):
@@ -134,7 +155,9 @@ def _row(row: dict, where: str) -> Row:
             return Row(where, pair(prompt, _not_empty(row[answered], answered)))
     if "text" in row:
         return Row(where, text=_not_empty(row["text"], "text"))
-    raise ValueError(f"its keys are {', '.join(map(repr, row)) or 'none'}; a row has those of one format: {KEYS}")
+    raise ValueError(
+        f"its keys are {', '.join(map(repr, row)) or 'none'}; a row has those of one format: {KEYS}"
+    )
 
 
 def _turns(turns: object, key: str, system: object) -> list[Turn]:
@@ -149,7 +172,9 @@ def _turns(turns: object, key: str, system: object) -> list[Turn]:
             raise ValueError(f"turn {number} of {key}: {error}") from None
     roles = [turn["role"] for turn in found]
     if "assistant" not in roles or "user" not in roles[: roles.index("assistant")]:
-        raise ValueError(f"{key} has no answer to learn, or one before any question: its roles are {', '.join(roles)}")
+        raise ValueError(
+            f"{key} has no answer to learn, or one before any question: its roles are {', '.join(roles)}"
+        )
     if "system" in roles[1:]:
         raise ValueError(f"{key}: a system message comes first or not at all")
     if not any(map(is_learnt, found)):
@@ -162,7 +187,9 @@ def _turn(turn: object) -> Turn:
         raise ValueError(f"it is an object, not {_kind(turn)}")
     who, what = ("from", "value") if "from" in turn else ("role", "content")
     if who not in turn or what not in turn:
-        raise ValueError(f"its keys are {', '.join(map(repr, turn)) or 'none'}; needed are role, content or from, value")
+        raise ValueError(
+            f"its keys are {', '.join(map(repr, turn)) or 'none'}; needed are role, content or from, value"
+        )
     speaker = turn[who]
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise ValueError(f"{who} is one of {', '.join(SPEAKERS)}, not {speaker!r:.50}")
@@ -170,7 +197,11 @@ def _turn(turn: object) -> Turn:
     weight = turn.get("weight")
     if weight not in (None, 0, 1):
         raise ValueError(f"weight is 0 or 1, not {weight!r:.50}")
-    content = _not_empty(turn[what], f"the answer ({what})") if role == "assistant" else _string(turn[what], what)
+    content = (
+        _not_empty(turn[what], f"the answer ({what})")
+        if role == "assistant"
+        else _string(turn[what], what)
+    )
     return {"role": role, "content": content} | ({"weight": weight} if weight == 0 else {})
 
 
@@ -191,10 +222,15 @@ def _string(value: object, key: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{key} has half of a surrogate pair at character {error.start}, which is no text") from None
+        raise ValueError(
+            f"{key} has half of a surrogate pair at character {error.start}, which is no text"
+        ) from None
     return value
 
 
 def _kind(value: object) -> str:
-    return {"NoneType": "null", "dict": "an object", "list": "a list" if value else "an empty list"}.get(
-        type(value).__name__, f"{value!r:.50}")
+    return {
+        "NoneType": "null",
+        "dict": "an object",
+        "list": "a list" if value else "an empty list",
+    }.get(type(value).__name__, f"{value!r:.50}")

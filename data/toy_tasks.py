@@ -1,7 +1,7 @@
 """Tasks made up by a seeded generator: pairs of a prompt and its answer, no two prompts alike.
 
-    orders   a sentence in, the order in it as JSON out; 12 phrasings to train on and 4 that training never sees
-    roman    a number in, its Roman numeral out: an honest failure, the tokenizer cuts digits and letters against the task
+orders   a sentence in, the order in it as JSON out; 12 phrasings to train on and 4 that training never sees
+roman    a number in, its Roman numeral out: an honest failure, the tokenizer cuts digits and letters against the task
 """
 
 import json
@@ -13,8 +13,10 @@ Pairs = list[tuple[str, str]]  # (prompt, answer)
 NAMES = "Alice Bob Carla Dmitri Elena Farid Grace Hiro Ines Jack Keiko Liam Maria Noah Olga Priya Quinn Rosa Sam Tara".split()
 CITIES = "Paris Oslo Lima Cairo Tokyo Quito Rome Delhi Boston Lagos Sydney Berlin Madrid Toronto Nairobi Seoul".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-ITEMS = ("apples, blue pens, coffee mugs, desk lamps, erasers, folding chairs, green notebooks, headphones, ink cartridges, "
-         "keyboards, light bulbs, monitors, napkins, oranges, paper clips, rulers, staplers, tea bags, wine").split(", ")
+ITEMS = (
+    "apples, blue pens, coffee mugs, desk lamps, erasers, folding chairs, green notebooks, headphones, ink cartridges, "
+    "keyboards, light bulbs, monitors, napkins, oranges, paper clips, rulers, staplers, tea bags, wine"
+).split(", ")
 PHRASINGS = [
     "{name} from {city} wants {quantity} {item} by {day}.",
     "Please ship {quantity} {item} to {name} in {city} before {day}.",
@@ -41,9 +43,16 @@ def orders(rng: random.Random) -> tuple[Pairs, ...]:
     """4000 sentences to train on, 100 held out of the same 12 phrasings, 50 of the 4 others. No sentence occurs twice."""
 
     def order(phrasings: list[str]) -> tuple[str, str]:
-        fields = {"name": rng.choice(NAMES), "item": rng.choice(ITEMS), "quantity": rng.randrange(2, 99),
-                  "city": rng.choice(CITIES), "day": rng.choice(DAYS)}
-        return "Extract the order as JSON: " + rng.choice(phrasings).format(**fields), json.dumps(fields)
+        fields = {
+            "name": rng.choice(NAMES),
+            "item": rng.choice(ITEMS),
+            "quantity": rng.randrange(2, 99),
+            "city": rng.choice(CITIES),
+            "day": rng.choice(DAYS),
+        }
+        return "Extract the order as JSON: " + rng.choice(phrasings).format(**fields), json.dumps(
+            fields
+        )
 
     known = distinct(lambda: order(PHRASINGS), 4100)
     return known[100:], known[:100], distinct(lambda: order(UNSEEN_PHRASINGS), 50)

@@ -38,20 +38,33 @@ def quantize(weight: Tensor, block_size: int = 64, codebook: Tensor = NF4) -> Qu
         codebook = codebook.to(weight.device)
         made = kernels.quantize(weight.detach().contiguous().view(-1), block_size, codebook)
     if made is None or not made[1].isfinite().all():
-        return nf4.quantize(weight, block_size, codebook)  # which says what is not finite, and where
+        return nf4.quantize(
+            weight, block_size, codebook
+        )  # which says what is not finite, and where
     return Quantized(*made, codebook, weight.shape, weight.dtype, block_size)
 
 
-def dequantize(q: Quantized, dtype: torch.dtype | None = None, constants: DoubleQuantized | None = None,
-               out: Tensor | None = None) -> Tensor:
+def dequantize(
+    q: Quantized,
+    dtype: torch.dtype | None = None,
+    constants: DoubleQuantized | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """What nf4.dequantize gives. `constants`, where given, stand for q.absmax; the result goes into `out`, where given."""
-    out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.packed.device) if out is None else out
+    out = (
+        torch.empty(q.shape, dtype=dtype or q.dtype, device=q.packed.device) if out is None else out
+    )
     torch.ops.qlora.dequantize_(out, *stored(q, constants))
     return out
 
 
-def matmul(x: Tensor, q: Quantized, constants: DoubleQuantized | None = None, transposed: bool = True,
-           bias: Tensor | None = None) -> Tensor:
+def matmul(
+    x: Tensor,
+    q: Quantized,
+    constants: DoubleQuantized | None = None,
+    transposed: bool = True,
+    bias: Tensor | None = None,
+) -> Tensor:
     """x W^T + bias (tokens, out) for x (tokens, in); not transposed, x W (tokens, in) for x (tokens, out). W is (out, in).
 
     The bias, of x's dtype, is added before the sum is rounded to that.
@@ -59,18 +72,33 @@ def matmul(x: Tensor, q: Quantized, constants: DoubleQuantized | None = None, tr
     return torch.ops.qlora.matmul(x, bias, *stored(q, constants), transposed)
 
 
-def adamw(param: Tensor, grad: Tensor, step: int, group: dict) -> Callable[[int, Tensor], None] | None:
+def adamw(
+    param: Tensor, grad: Tensor, step: int, group: dict
+) -> Callable[[int, Tensor], None] | None:
     """What updates a flat parameter from element `start` on, as far as `moments` go, as paged_optim.adamw_ does.
 
     None if there is no kernel for it.
     """
     kernels = _kernels(param)
-    beta1, beta2, lr, weight_decay, eps = map(float, (*group["betas"], group["lr"], group["weight_decay"], group["eps"]))
+    beta1, beta2, lr, weight_decay, eps = map(
+        float, (*group["betas"], group["lr"], group["weight_decay"], group["eps"])
+    )
     step_size = lr / (1 - beta1**step)
-    suits = param.dtype == grad.dtype == torch.float32 and step_size <= torch.finfo(torch.float32).max  # else refused
+    suits = (
+        param.dtype == grad.dtype == torch.float32 and step_size <= torch.finfo(torch.float32).max
+    )  # else refused
     if not suits or kernels is None:
         return None
-    scalars = (step == 1, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5, eps, -step_size)
+    scalars = (
+        step == 1,
+        1 - lr * weight_decay,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        (1 - beta2**step) ** 0.5,
+        eps,
+        -step_size,
+    )
     return kernels.adamw(param, grad, scalars)
 
 
@@ -126,7 +154,13 @@ def _keep_weight(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 def _gradient_of_matmul(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
     *pieces, transposed = ctx.pieces_and_transposed
     of_bias = g.sum(0) if ctx.needs_input_grad[1] else None
-    return torch.ops.qlora.matmul(g, None, *pieces, not transposed), of_bias, *[None] * (len(pieces) + 1)
+    return (
+        torch.ops.qlora.matmul(g, None, *pieces, not transposed),
+        of_bias,
+        *[None] * (len(pieces) + 1),
+    )
 
 
-torch.library.register_autograd("qlora::matmul", _gradient_of_matmul, setup_context=_keep_weight, lib=LIBRARY)
+torch.library.register_autograd(
+    "qlora::matmul", _gradient_of_matmul, setup_context=_keep_weight, lib=LIBRARY
+)

@@ -28,11 +28,18 @@ from cuda_kernels import quantize as quantizer
 from cuda_kernels.device import Kernel
 from kernels.packed_weight import Stored, largest, product
 
-MOST = 2**32 - 2**16  # elements that 32 bits can count, with some room for the threads of the last block
-ROWS = 64  # of x, at most, for the product that decodes in registers; more are multiplied by a dense W
+MOST = (
+    2**32 - 2**16
+)  # elements that 32 bits can count, with some room for the threads of the last block
+ROWS = (
+    64  # of x, at most, for the product that decodes in registers; more are multiplied by a dense W
+)
 ROWS_PORTABLE = 4  # W would be read again for more
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-NUMBERS = {types.uint32: ctypes.c_uint32, types.float32: ctypes.c_float}  # as the driver takes them; the rest are pointers
+NUMBERS = {
+    types.uint32: ctypes.c_uint32,
+    types.float32: ctypes.c_float,
+}  # as the driver takes them; the rest are pointers
 
 
 def launch(kernel: Kernel, blocks: int, device: torch.device, *arguments: Tensor | float) -> None:
@@ -43,24 +50,36 @@ def launch(kernel: Kernel, blocks: int, device: torch.device, *arguments: Tensor
     if not blocks:
         return
     function, context, kinds = loaded(kernel, device)
-    values = tuple(argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
+    values = tuple(
+        argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments
+    )
     stream = torch.cuda.current_stream(device).cuda_stream
     checked(driver.cuCtxPushCurrent(context))
     try:
-        checked(driver.cuLaunchKernel(function, blocks, 1, 1, kernel.threads, 1, 1, 0, stream, (values, kinds), 0))
+        checked(
+            driver.cuLaunchKernel(
+                function, blocks, 1, 1, kernel.threads, 1, 1, 0, stream, (values, kinds), 0
+            )
+        )
     finally:
         checked(driver.cuCtxPopCurrent())
 
 
 @cache
-def loaded(kernel: Kernel, device: torch.device) -> tuple[driver.CUfunction, driver.CUcontext, tuple]:
+def loaded(
+    kernel: Kernel, device: torch.device
+) -> tuple[driver.CUfunction, driver.CUcontext, tuple]:
     """The kernel as machine code of the device, the device's context, and what kinds of arguments it takes."""
     code = assembly(kernel, min(capability(device), (8, 0)))
     name = code.partition(".entry ")[2].partition("(")[0].strip()
     context = checked(driver.cuDevicePrimaryCtxRetain(checked(driver.cuDeviceGet(device.index))))
     checked(driver.cuCtxPushCurrent(context))
     try:
-        function = checked(driver.cuModuleGetFunction(checked(driver.cuModuleLoadData(code.encode() + b"\0")), name.encode()))
+        function = checked(
+            driver.cuModuleGetFunction(
+                checked(driver.cuModuleLoadData(code.encode() + b"\0")), name.encode()
+            )
+        )
     finally:
         checked(driver.cuCtxPopCurrent())
     return function, context, tuple(NUMBERS.get(kind, ctypes.c_void_p) for kind in kernel.signature)
@@ -75,7 +94,9 @@ def checked(answer: tuple) -> object:
     """What a call of the driver gave. Raises: RuntimeError if it failed."""
     status, *results = answer
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"a kernel must start, got {status.name}; QLORA_KERNELS=reference runs without kernels")
+        raise RuntimeError(
+            f"a kernel must start, got {status.name}; QLORA_KERNELS=reference runs without kernels"
+        )
     return results[0] if results else None
 
 
@@ -107,7 +128,9 @@ def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, T
     """packed (ceil(n/2), 1) and absmax (blocks,) of (n,); the codebook, which ascends, is on the device."""
     if codebook.numel() > 16:
         return None
-    midpoints = torch.nn.functional.pad((codebook[1:] + codebook[:-1]) / 2, (0, 16 - codebook.numel()), value=math.inf)
+    midpoints = torch.nn.functional.pad(
+        (codebook[1:] + codebook[:-1]) / 2, (0, 16 - codebook.numel()), value=math.inf
+    )
     n, device, lanes = flat.numel(), flat.device, block_size // 8
     if flat.dtype == torch.float64:
         flat = flat.to(torch.float32)
@@ -118,7 +141,19 @@ def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, T
     packed = torch.empty(-(-n // 2), 1, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
     kernel = blockwise(NAMES[flat.dtype])
-    launch(kernel, -(-n // (8 * kernel.threads)), device, flat, flat, midpoints, packed, packed, absmax, n, lanes)
+    launch(
+        kernel,
+        -(-n // (8 * kernel.threads)),
+        device,
+        flat,
+        flat,
+        midpoints,
+        packed,
+        packed,
+        absmax,
+        n,
+        lanes,
+    )
     return packed, absmax
 
 
@@ -126,12 +161,27 @@ def weight(s: Stored) -> tuple | None:
     """A stored weight, whose sizes fit, as the arguments device.WEIGHT of a kernel."""
     if math.prod(s.shape) > MOST or s.codebook.numel() > 16:
         return None
-    levels = torch.nn.functional.pad(s.codebook, (0, 16 - s.codebook.numel())) if s.codebook.numel() < 16 else s.codebook
+    levels = (
+        torch.nn.functional.pad(s.codebook, (0, 16 - s.codebook.numel()))
+        if s.codebook.numel() < 16
+        else s.codebook
+    )
     double = s.nested_absmax is not None
     shift, shift8 = s.block_size.bit_length() - 1, s.nested_block_size.bit_length() - 1
     absmax, codes = (s.nested_absmax, s.absmax) if double else (s.absmax, s.packed)
     levels8, offset = (s.nested_codebook, s.nested_offset) if double else (levels, levels)
-    return s.packed, levels, absmax, codes, levels8, offset, largest(s.dtype), shift, shift8, int(double)
+    return (
+        s.packed,
+        levels,
+        absmax,
+        codes,
+        levels8,
+        offset,
+        largest(s.dtype),
+        shift,
+        shift8,
+        int(double),
+    )
 
 
 def dequantize(s: Stored, out: Tensor) -> bool:
@@ -153,17 +203,32 @@ def few_rows(x: Tensor, s: Stored, bias: Tensor | None = None) -> Tensor | None:
     """x W^T + bias for x (m, width), W stored: (m, height) in x's dtype, rounded once; None if there is no kernel."""
     x, (m, width), (height, _), device = x.contiguous(), x.shape, s.shape, x.device
     cores = x.dtype != torch.float32 and capability(device) >= (8, 0)
-    fits = width % 64 == 0 and s.block_size >= 64 if cores else width % 32 == 0 and s.block_size >= 32
+    fits = (
+        width % 64 == 0 and s.block_size >= 64 if cores else width % 32 == 0 and s.block_size >= 32
+    )
     fits = fits and 0 < m <= (ROWS if cores else ROWS_PORTABLE) and m * max(width, height) <= MOST
-    if (arguments := weight(s)) is None or not fits or not supports(device, x.dtype) or not aligned(x, s.packed):
+    if (
+        (arguments := weight(s)) is None
+        or not fits
+        or not supports(device, x.dtype)
+        or not aligned(x, s.packed)
+    ):
         return None
     y = x.new_empty(m, height)
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     rest = (x, arguments[1] if bias is None else bias, int(bias is not None), y, m, height, width)
     if cores:
-        tiles = 2 ** max(-(-m // 8) - 1, 0).bit_length()  # tensor cores multiply by 8 rows at once: 1, 2, 4 or 8 times
+        tiles = (
+            2 ** max(-(-m // 8) - 1, 0).bit_length()
+        )  # tensor cores multiply by 8 rows at once: 1, 2, 4 or 8 times
         groups = widest(height, tiles, device)
-        launch(tensor_core(NAMES[x.dtype], tiles, groups), -(-height // (products.TILE * groups)), device, *arguments, *rest)
+        launch(
+            tensor_core(NAMES[x.dtype], tiles, groups),
+            -(-height // (products.TILE * groups)),
+            device,
+            *arguments,
+            *rest,
+        )
     else:
         kernel = portable(NAMES[x.dtype], 1 if m == 1 else ROWS_PORTABLE)
         launch(kernel, -(-height // products.WARPS), device, *arguments, *rest)
@@ -200,8 +265,19 @@ def adamw(param: Tensor, grad: Tensor, scalars: tuple) -> Callable[[int, Tensor]
     return update
 
 
-def update_run(param: Tensor, grad: Tensor, moments: Tensor, first: bool, decay: float, weight: float, beta2: float,
-               value: float, divisor: float, eps: float, step_size: float) -> None:
+def update_run(
+    param: Tensor,
+    grad: Tensor,
+    moments: Tensor,
+    first: bool,
+    decay: float,
+    weight: float,
+    beta2: float,
+    value: float,
+    divisor: float,
+    eps: float,
+    step_size: float,
+) -> None:
     """Update float32 param (k,) and moments (2, k) in place, as paged_optim.adamw_ does; its scalars in their order."""
     weight32 = ctypes.c_float(weight).value
     near = weight32 < 0.5  # lerp_ starts from the nearer end
@@ -210,5 +286,22 @@ def update_run(param: Tensor, grad: Tensor, moments: Tensor, first: bool, decay:
     n, four = param.numel(), (param, grad, moments[0], moments[1])
     wide = n % 4 == 0 and aligned(*four)
     blocks = -(-n // (optimizer.THREADS * (4 if wide else 1)))
-    launch(optimizer.ADAMW, blocks, param.device, *four, *four, n, int(wide), int(first), decay, factor, int(near), zero, beta2,
-           value, divisor, eps, step_size)
+    launch(
+        optimizer.ADAMW,
+        blocks,
+        param.device,
+        *four,
+        *four,
+        n,
+        int(wide),
+        int(first),
+        decay,
+        factor,
+        int(near),
+        zero,
+        beta2,
+        value,
+        divisor,
+        eps,
+        step_size,
+    )

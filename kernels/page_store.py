@@ -51,13 +51,19 @@ class Page:
 
     def in_store(self) -> Tensor:
         """The page's place in the store, as a tensor that shares the store's memory."""
-        return self.store.bytes[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+        return (
+            self.store.bytes[self.offset : self.offset + self.nbytes]
+            .view(self.dtype)
+            .view(self.shape)
+        )
 
     def empty(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
-def store_for(device: torch.device, nbytes: int, fits: bool, bounded: bool) -> "File | Pinned | Managed | None":
+def store_for(
+    device: torch.device, nbytes: int, fits: bool, bounded: bool
+) -> "File | Pinned | Managed | None":
     """A new store; None where none is needed, because all pages can stay in ordinary tensors.
 
     `fits`: all pages can be resident at once. `bounded`: the user has said how many may be, so that more may exist.
@@ -66,8 +72,12 @@ def store_for(device: torch.device, nbytes: int, fits: bool, bounded: bool) -> "
     driver = managed.driver_of(device)
     if driver is not None:
         free = driver.free_bytes()
-        require(f"the state must fit what {device} has free, {free} bytes", bounded or nbytes <= free, nbytes,
-                "give resident_bytes, and the rest waits on the host")
+        require(
+            f"the state must fit what {device} has free, {free} bytes",
+            bounded or nbytes <= free,
+            nbytes,
+            "give resident_bytes, and the rest waits on the host",
+        )
         return Managed(managed.Memory(driver, nbytes))
     if fits:
         return None
@@ -83,7 +93,9 @@ class Copying:
     def bring_in(self, page: Page) -> Tensor:
         """A tensor on the page's device, with the page's value if it has one."""
         tensor = page.empty()
-        return tensor.copy_(page.in_store(), non_blocking=self.non_blocking) if page.stored else tensor
+        return (
+            tensor.copy_(page.in_store(), non_blocking=self.non_blocking) if page.stored else tensor
+        )
 
     def take_out(self, page: Page, tensor: Tensor) -> None:
         """Keep the value that the page has in this tensor."""
@@ -99,9 +111,15 @@ class File(Copying):
     def announce(self, pages: list[Page], resident: Container[Page]) -> int:
         """Tell the operating system, if it listens, what to read while we compute. -> of how many pages it was told"""
         # To copy them in ahead of time would evict others and, without a second thread, hide nothing.
-        waiting = [page for page in pages if page.stored and page not in resident and hasattr(mmap, "MADV_WILLNEED")]
+        waiting = [
+            page
+            for page in pages
+            if page.stored and page not in resident and hasattr(mmap, "MADV_WILLNEED")
+        ]
         for page in waiting:
-            lead = page.offset % mmap.PAGESIZE  # the range must start where a page of the system starts
+            lead = (
+                page.offset % mmap.PAGESIZE
+            )  # the range must start where a page of the system starts
             self.file.madvise(mmap.MADV_WILLNEED, page.offset - lead, lead + page.nbytes)
         return len(waiting)
 
@@ -133,7 +151,9 @@ class Managed:
         """Ask back a parameter's pages, if all of them are resident as we count: the driver may have moved them."""
         if not all(page in resident for page in pages):
             return 0  # within a budget, others have to leave first
-        self.memory.to_device(pages[0].offset, sum(page.nbytes for page in pages), ahead=True)  # they lie side by side
+        self.memory.to_device(
+            pages[0].offset, sum(page.nbytes for page in pages), ahead=True
+        )  # they lie side by side
         return len(pages)
 
 

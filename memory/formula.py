@@ -58,7 +58,12 @@ class Shape(NamedTuple):
 
     def maps(self) -> list[tuple[int, int]]:
         """(out, in) of the seven linear maps of a layer."""
-        d, f, q, kv = self.hidden, self.intermediate, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        d, f, q, kv = (
+            self.hidden,
+            self.intermediate,
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+        )
         return [(q, d), (kv, d), (kv, d), (d, q), (f, d), (f, d), (d, f)]
 
 
@@ -66,8 +71,12 @@ def llama(layers: int, hidden: int, intermediate: int, heads: int) -> Shape:
     return Shape(layers, hidden, intermediate, heads, heads, hidden // heads, 32000)
 
 
-SHAPES = {"llama-7b": llama(32, 4096, 11008, 32), "llama-13b": llama(40, 5120, 13824, 40),
-          "llama-33b": llama(60, 6656, 17920, 52), "llama-65b": llama(80, 8192, 22016, 64)}
+SHAPES = {
+    "llama-7b": llama(32, 4096, 11008, 32),
+    "llama-13b": llama(40, 5120, 13824, 40),
+    "llama-33b": llama(60, 6656, 17920, 52),
+    "llama-65b": llama(80, 8192, 22016, 64),
+}
 
 
 def shape_of(model: str) -> Shape:
@@ -81,18 +90,29 @@ def shape_of(model: str) -> Shape:
     try:
         return shape_from(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # what is not UTF-8 or not JSON is one, too
-        raise ValueError(f"{path}: {error}; give the folder of a Llama, or one of {', '.join(SHAPES)}") from None
+        raise ValueError(
+            f"{path}: {error}; give the folder of a Llama, or one of {', '.join(SHAPES)}"
+        ) from None
 
 
 def shape_from(config: dict) -> Shape:
     """The shape in a Llama's config. Raises: ValueError if it is none."""
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        shape = Shape(config["num_hidden_layers"], hidden, config["intermediate_size"], heads,
-                      config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads,
-                      config["vocab_size"], bool(config.get("tie_word_embeddings", False)))
+        shape = Shape(
+            config["num_hidden_layers"],
+            hidden,
+            config["intermediate_size"],
+            heads,
+            config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or hidden // heads,
+            config["vocab_size"],
+            bool(config.get("tie_word_embeddings", False)),
+        )
     except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
-        raise ValueError(f"not the config of a Llama ({f'no {error}' if isinstance(error, KeyError) else error})") from None
+        raise ValueError(
+            f"not the config of a Llama ({f'no {error}' if isinstance(error, KeyError) else error})"
+        ) from None
     if not all(type(size) is int and size > 0 for size in shape[:-1]):
         raise ValueError(f"sizes must be whole numbers above 0, got {shape}")
     return shape
@@ -119,9 +139,22 @@ class Prediction(NamedTuple):
         return lasting + max(map(sum, self.instants.values()))
 
 
-def predict(shape: Shape, method: str, batch: int, length: int, r: int = 64, checkpointing: bool = True,
-            accumulating: bool = False, labels: int | None = None, masked: bool = False, packed: bool = False,
-            dropout: bool = False, block_size: int = 64, double_quant: bool = True, width: int = 2) -> Prediction:
+def predict(
+    shape: Shape,
+    method: str,
+    batch: int,
+    length: int,
+    r: int = 64,
+    checkpointing: bool = True,
+    accumulating: bool = False,
+    labels: int | None = None,
+    masked: bool = False,
+    packed: bool = False,
+    dropout: bool = False,
+    block_size: int = 64,
+    double_quant: bool = True,
+    width: int = 2,
+) -> Prediction:
     """What a step of batch * length tokens takes, once AdamW has its moments.
 
     `accumulating`: the step has passes before this one, whose gradients are there already. `labels`: None for all tokens but
@@ -143,12 +176,31 @@ def predict(shape: Shape, method: str, batch: int, length: int, r: int = 64, che
     kept = batch * length * _kept(shape, 0 if method == FULL else r, masked, dropout, width)
     kept += masked * width * batch * length**2
     rotary = 2 * width * length * shape.head_dim * (batch if packed else 1)  # cos and sin
-    common = rotary + masked * checkpointing * batch * length**2  # and the mask, a byte each, for the layers to come
-    instants = _instants(shape, method, batch, length, r, checkpointing, trained, labels, kept, common, dropout, width)
+    common = (
+        rotary + masked * checkpointing * batch * length**2
+    )  # and the mask, a byte each, for the layers to come
+    instants = _instants(
+        shape,
+        method,
+        batch,
+        length,
+        r,
+        checkpointing,
+        trained,
+        labels,
+        kept,
+        common,
+        dropout,
+        width,
+    )
     if accumulating:
         instants = {name: instant._replace(gradients=trained) for name, instant in instants.items()}
-    components |= {"gradients": trained, "AdamW moments": (4 if method == FULL else 2) * trained,  # float32, of 16 bits or 32
-                   "activations": max(instant.activations for instant in instants.values()), "loss": instants["the loss"].loss}
+    components |= {
+        "gradients": trained,
+        "AdamW moments": (4 if method == FULL else 2) * trained,  # float32, of 16 bits or 32
+        "activations": max(instant.activations for instant in instants.values()),
+        "loss": instants["the loss"].loss,
+    }
     return Prediction(components, instants)
 
 
@@ -158,8 +210,20 @@ def _constants(n: int, block_size: int, double_quant: bool) -> int:
     return blocks + 4 * -(-blocks // 256) + 4 if double_quant else 4 * blocks
 
 
-def _instants(shape: Shape, method: str, batch: int, length: int, r: int, checkpointing: bool, trained: int, labels: int,
-              layer: int, common: int, dropout: bool, width: int) -> dict[str, Instant]:
+def _instants(
+    shape: Shape,
+    method: str,
+    batch: int,
+    length: int,
+    r: int,
+    checkpointing: bool,
+    trained: int,
+    labels: int,
+    layer: int,
+    common: int,
+    dropout: bool,
+    width: int,
+) -> dict[str, Instant]:
     """What comes and goes in a step, when there is most of it.
 
     Bytes: trained, of all gradients; layer, of what a layer keeps; common, of what all layers share.
@@ -167,29 +231,55 @@ def _instants(shape: Shape, method: str, batch: int, length: int, r: int, checkp
     d, f, layers, tokens = shape.hidden, shape.intermediate, shape.layers, batch * length
     full, norm = method == FULL, (4 * d + 4) * tokens
     kept = width * d * tokens if checkpointing else layer
-    first_norm = 0 if full or checkpointing else norm  # whose input, the frozen embedding, wants no gradient: it keeps nothing
+    first_norm = (
+        0 if full or checkpointing else norm
+    )  # whose input, the frozen embedding, wants no gradient: it keeps nothing
     all_layers = common + layers * kept - first_norm
-    last = all_layers + norm + (2 * d * (tokens + labels) if full else 0)  # x of the last norm's weight, and x of the head's
-    product, draw = width * (2 * f + d), 4 * f + 2 * width * d  # backward of silu(gate) * up; random numbers, as down is redone
-    layer -= 4 * d * tokens if width == 4 else 0  # its first norm's input is its own, and is kept already
+    last = (
+        all_layers + norm + (2 * d * (tokens + labels) if full else 0)
+    )  # x of the last norm's weight, and x of the head's
+    product, draw = (
+        width * (2 * f + d),
+        4 * f + 2 * width * d,
+    )  # backward of silu(gate) * up; random numbers, as down is redone
+    layer -= (
+        4 * d * tokens if width == 4 else 0
+    )  # its first norm's input is its own, and is kept already
     inside = layer * checkpointing + max(product, draw * dropout * checkpointing) * tokens
 
-    outer = 2 * d * (shape.vocabulary + 1) if full else 0  # gradients that are there before any layer's: the head's, a norm's,
+    outer = (
+        2 * d * (shape.vocabulary + 1) if full else 0
+    )  # gradients that are there before any layer's: the head's, a norm's,
     first = 2 * d * f if full else 4 * r * (d + f)  # the first of a layer: that of down,
-    each = (2 * sum(out * into for out, into in shape.maps()) + 4 * d) if full else trained // layers  # and all of a layer
+    each = (
+        (2 * sum(out * into for out, into in shape.maps()) + 4 * d) if full else trained // layers
+    )  # and all of a layer
     logits, rows = width * shape.vocabulary * labels, 4 * shape.vocabulary * min(ROWS, labels)
     return {
         "the loss": Instant(last, 2 * logits + 2 * rows, 0),
         "the last norm's backward": Instant(last + 20 * d * tokens, 0, outer),
         "the last layer's backward": Instant(all_layers + inside, 0, outer + first),
-        "the first layer's backward": Instant(common + kept + inside - first_norm, 0, outer + (layers - 1) * each + first),
-        "the end of backward": Instant(24 * d * tokens if full else 0, 0, trained),  # the first norm's
+        "the first layer's backward": Instant(
+            common + kept + inside - first_norm, 0, outer + (layers - 1) * each + first
+        ),
+        "the end of backward": Instant(
+            24 * d * tokens if full else 0, 0, trained
+        ),  # the first norm's
     }
 
 
 def _kept(shape: Shape, r: int, masked: bool = False, dropout: bool = False, width: int = 2) -> int:
     """What a layer keeps for backward, in bytes a token: the table above."""
-    d, f, q, kv = shape.hidden, shape.intermediate, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = width * (q + 2 * (q if masked and shape.kv_heads > 1 else kv)) + 4 * shape.heads  # of one, none is a copy
+    d, f, q, kv = (
+        shape.hidden,
+        shape.intermediate,
+        shape.heads * shape.head_dim,
+        shape.kv_heads * shape.head_dim,
+    )
+    attention = (
+        width * (q + 2 * (q if masked and shape.kv_heads > 1 else kv)) + 4 * shape.heads
+    )  # of one, none is a copy
     adapters = width * 7 * r + dropout * (5 * d + q + f)
-    return 8 * d + 8 + width * (2 * d + q + f) + attention + width * 3 * f + (adapters if r else 4 * d)
+    return (
+        8 * d + 8 + width * (2 * d + q + f) + attention + width * 3 * f + (adapters if r else 4 * d)
+    )

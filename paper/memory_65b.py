@@ -36,7 +36,9 @@ CAP = 48 * 2**30  # bytes: what the process may use of the card
 SPARE = 0.97  # of what torch's tensors and the pages may take, this much is planned for
 LENGTH, RANK, BATCHES = 512, 64, (1, 16)
 PAGE = 2**21
-TINY = Shape(layers=3, hidden=64, intermediate=176, heads=4, kv_heads=4, head_dim=16, vocabulary=500)
+TINY = Shape(
+    layers=3, hidden=64, intermediate=176, heads=4, kv_heads=4, head_dim=16, vocabulary=500
+)
 
 
 class Plan:
@@ -47,17 +49,23 @@ class Plan:
         self.batch, self.length, self.size = batch, length, batch
         while (left := room - self.predicted(shape).peak(paged=True)) < PAGE:
             if self.size == 1:
-                raise ValueError(f"a sequence of {length} tokens needs {room - left + PAGE} bytes, and there are {room}")
+                raise ValueError(
+                    f"a sequence of {length} tokens needs {room - left + PAGE} bytes, and there are {room}"
+                )
             self.size //= 2
         self.prediction = self.predicted(shape)
         self.resident = min(left, max(self.prediction.components["AdamW moments"], PAGE))
 
     def predicted(self, shape: Shape) -> Prediction:
-        return predict.predict(shape, QLORA, self.size, self.length, RANK, accumulating=self.size < self.batch)
+        return predict.predict(
+            shape, QLORA, self.size, self.length, RANK, accumulating=self.size < self.batch
+        )
 
     @property
     def peak(self) -> int:
-        return self.prediction.peak(paged=True) + min(self.resident, self.prediction.components["AdamW moments"])
+        return self.prediction.peak(paged=True) + min(
+            self.resident, self.prediction.components["AdamW moments"]
+        )
 
 
 def step(model: nn.Module, optimizer: PagedAdamW, ids: torch.Tensor, size: int) -> int:
@@ -85,14 +93,21 @@ def measure(shape: Shape, plan: Plan, device: torch.device) -> dict:
     """Three steps: the first makes AdamW's moments, the second is held against the ledger, the third is timed."""
     torch.manual_seed(0)
     model = random_llama.build(shape, RANK, device)
-    optimizer = PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0,
-                           page_bytes=PAGE, resident_bytes=plan.resident)
+    optimizer = PagedAdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=1e-4,
+        weight_decay=0.0,
+        page_bytes=PAGE,
+        resident_bytes=plan.resident,
+    )
     ids = torch.randint(0, shape.vocabulary, (plan.batch, plan.length), device=device)
     work = partial(step, model, optimizer, ids, plan.size)
     if on_gpu(device):  # more than that raises torch's OutOfMemoryError
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction((room(device) - plan.resident * is_managed(optimizer)) / total)
+        torch.cuda.set_per_process_memory_fraction(
+            (room(device) - plan.resident * is_managed(optimizer)) / total
+        )
     gradients = work()
     (_, peak), began = peak_of(work, model, optimizer, device), time.perf_counter()
     work()
@@ -101,16 +116,29 @@ def measure(shape: Shape, plan: Plan, device: torch.device) -> dict:
         torch.cuda.set_per_process_memory_fraction(1.0)
     seconds = time.perf_counter() - began
     lasting = {name: row.bytes_now for name, row in memory.ledger(model).items()}
-    return {**lasting, "gradients": gradients, "AdamW moments": optimizer.pager.peak, "peak": peak, "seconds": seconds,
-            "tokens_per_second": ids.numel() / seconds, "pager": dict(optimizer.counters)}
+    return {
+        **lasting,
+        "gradients": gradients,
+        "AdamW moments": optimizer.pager.peak,
+        "peak": peak,
+        "seconds": seconds,
+        "tokens_per_second": ids.numel() / seconds,
+        "pager": dict(optimizer.counters),
+    }
 
 
 def predicted(plan: Plan) -> dict:
     """The ledger's side, by the same names."""
     parts = plan.prediction.components
-    return {"linear layers": parts["base"] + parts["constants"], "embedding, head": parts["embedding, head"],
-            "norms, biases": parts["norms"], "adapters": parts["adapters"], "gradients": parts["gradients"],
-            "AdamW moments": min(plan.resident, parts["AdamW moments"]), "peak": plan.peak}
+    return {
+        "linear layers": parts["base"] + parts["constants"],
+        "embedding, head": parts["embedding, head"],
+        "norms, biases": parts["norms"],
+        "adapters": parts["adapters"],
+        "gradients": parts["gradients"],
+        "AdamW moments": min(plan.resident, parts["AdamW moments"]),
+        "peak": plan.peak,
+    }
 
 
 def table(name: str, plan: Plan, result: dict | None) -> str:
@@ -122,8 +150,13 @@ def table(name: str, plan: Plan, result: dict | None) -> str:
         measured = f"{result[row] / size:12.3f}" if result else f"{'-':>12}"
         lines.append(f"  {row:22}{nbytes / size:12.3f}{measured}")
     if result:
-        off, speed = 100 * (predicted(plan)["peak"] / result["peak"] - 1), result["tokens_per_second"]
-        lines.append(f"  predicted peak {off:+.1f} %; {result['seconds']:.2f} s a step, {speed:.0f} tokens/s")
+        off, speed = (
+            100 * (predicted(plan)["peak"] / result["peak"] - 1),
+            result["tokens_per_second"],
+        )
+        lines.append(
+            f"  predicted peak {off:+.1f} %; {result['seconds']:.2f} s a step, {speed:.0f} tokens/s"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -134,14 +167,27 @@ def compare(name: str, batch: int, device: torch.device) -> dict:
     result = measure(shape, plan, device) if on_gpu(device) or name == "tiny" else None
     gc.collect()  # the optimizer, which refers to itself, and its pages
     print("\n" + table(name, plan, result), end="", flush=True)
-    return {"model": name, "batch": batch, "length": length, "passes_of": plan.size, "resident": plan.resident,
-            "predicted": predicted(plan), "measured": result}
+    return {
+        "model": name,
+        "batch": batch,
+        "length": length,
+        "passes_of": plan.size,
+        "resident": plan.resident,
+        "predicted": predicted(plan),
+        "measured": result,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["tiny", *predict.SHAPES], nargs="*", default=list(predict.SHAPES))
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"), help="where the bytes go")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", choices=["tiny", *predict.SHAPES], nargs="*", default=list(predict.SHAPES)
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path(__file__).with_suffix(".json"), help="where the bytes go"
+    )
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     card = torch.cuda.get_device_name(device) if on_gpu(device) else None

@@ -30,9 +30,17 @@ def main() -> None:
     share = codes.bincount(minlength=16) / weight.numel()
 
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained", width_ratios=(2, 3))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 3.6), layout="constrained", width_ratios=(2, 3)
+    )
     sigma = weight.std().item()
-    left.hist(weight.flatten().numpy(), bins=200, range=(-4 * sigma, 4 * sigma), density=True, color="#9db8d2")
+    left.hist(
+        weight.flatten().numpy(),
+        bins=200,
+        range=(-4 * sigma, 4 * sigma),
+        density=True,
+        color="#9db8d2",
+    )
     x = torch.linspace(-4 * sigma, 4 * sigma, 400)
     density = torch.exp(-((x / sigma) ** 2) / 2) / (sigma * (2 * torch.pi) ** 0.5)
     left.plot(x, density, color="#1f3a5f", linewidth=1.5, label=f"normal, σ = {sigma:.3f}")
@@ -44,8 +52,11 @@ def main() -> None:
     for level, used in zip(nf4.NF4.tolist(), share.tolist()):
         right.axvline(level, ymax=0.88, color="#b5442e", linewidth=1.2)
         right.text(level, top * 1.06, f"{100 * used:.0f}", ha="center", fontsize=8, color="#b5442e")
-    right.set(title="divided by the absmax of their block: NF4's levels, % of weights on each",
-              xlabel="weight / absmax", yticks=[])
+    right.set(
+        title="divided by the absmax of their block: NF4's levels, % of weights on each",
+        xlabel="weight / absmax",
+        yticks=[],
+    )
     right.set_ylim(0, top * 1.18)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=130)
     print(f"wrote {Path(__file__).with_suffix('.png').name}")

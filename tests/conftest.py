@@ -11,10 +11,19 @@ if "numba" not in sys.modules:  # it is there already in make mutate, where each
     NUMBA_CACHE = tempfile.TemporaryDirectory(prefix="numba-")
     os.environ["NUMBA_CACHE_DIR"] = NUMBA_CACHE.name
 
-settings.register_profile("dev", max_examples=30, deadline=None)  # no deadline: a first call may compile
+settings.register_profile(
+    "dev", max_examples=30, deadline=None
+)  # no deadline: a first call may compile
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
 settings.register_profile("long", max_examples=5000, deadline=None)
 # The same few examples for every mutant, and no time spent on a smaller counterexample: one is enough.
-settings.register_profile("mutate", max_examples=60, deadline=None, derandomize=True, database=None,
-                          phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False)
+settings.register_profile(
+    "mutate",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    report_multiple_bugs=False,
+)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")

@@ -19,9 +19,13 @@ def main() -> None:
         lines, branches = summary["percent_statements_covered"], summary["percent_branches_covered"]
         print(f"  {name:24}{lines:7.1f}%{branches:9.1f}%")
         if file["missing_lines"] or branches < LEAST_BRANCHES:
-            short.append(f"{name}: lines {file['missing_lines']}, branches {file['missing_branches']}")
+            short.append(
+                f"{name}: lines {file['missing_lines']}, branches {file['missing_branches']}"
+            )
     if short:
-        rule = f"every line and {LEAST_BRANCHES:.0f} % of the branches must be tested; these are not:"
+        rule = (
+            f"every line and {LEAST_BRANCHES:.0f} % of the branches must be tested; these are not:"
+        )
         sys.exit("\n  ".join([rule, *short]))
 
 

@@ -25,11 +25,16 @@ from contextlib import suppress
 from pathlib import Path
 
 TESTS = {  # the long ones first
-    "nf4": "tests/test_nf4.py tests/test_naive.py", "lora": "tests/test_lora.py", "lora_matmul": "tests/test_lora.py",
+    "nf4": "tests/test_nf4.py tests/test_naive.py",
+    "lora": "tests/test_lora.py",
+    "lora_matmul": "tests/test_lora.py",
     "double_quant": "tests/test_double_quant.py tests/test_naive.py",
 }
 HERE, BIN = Path(__file__).parent, Path(sys.executable).parent
-IMPORTED_ALREADY = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # by the server, so that pytest cannot rewrite them
+IMPORTED_ALREADY = [
+    "-W",
+    "ignore::pytest.PytestAssertRewriteWarning",
+]  # by the server, so that pytest cannot rewrite them
 SECONDS = 240  # no mutant of a terminating program needs more
 ONE_CORE = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
@@ -40,9 +45,13 @@ def mutate(file: str) -> set[str]:
         not_code = shutil.ignore_patterns(".*", "models", "out", "__pycache__")
         tree = shutil.copytree(HERE.parent, Path(folder, "tree"), ignore=not_code)
         settings = (HERE / "mutate.toml").read_text().replace("{file}", file)
-        (tree / "mutate.toml").write_text(settings.replace("{ask}", f"{sys.executable} {__file__} ask"))
+        (tree / "mutate.toml").write_text(
+            settings.replace("{ask}", f"{sys.executable} {__file__} ask")
+        )
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        server = subprocess.Popen([sys.executable, __file__, "serve", file], cwd=tree, env=ONE_CORE, **quiet)
+        server = subprocess.Popen(
+            [sys.executable, __file__, "serve", file], cwd=tree, env=ONE_CORE, **quiet
+        )
         try:
             return {marked(diff) for diff in survivors(file, tree)}
         finally:
@@ -55,15 +64,22 @@ def survivors(file: str, tree: Path) -> list[str]:
     run("cosmic-ray init mutate.toml mutants", tree)
     run("cr-filter-operators mutants mutate.toml", tree)
     run("cosmic-ray baseline mutate.toml", tree)  # the tests must pass on the file as it is
-    execution = subprocess.Popen([BIN / "cosmic-ray", "exec", "mutate.toml", "mutants"], cwd=tree, env=ONE_CORE)
+    execution = subprocess.Popen(
+        [BIN / "cosmic-ray", "exec", "mutate.toml", "mutants"], cwd=tree, env=ONE_CORE
+    )
     while execution.poll() is None:
         with suppress(subprocess.TimeoutExpired):
             execution.wait(timeout=60)
-        results = [json.loads(line)[1] for line in run("cosmic-ray dump mutants", tree).splitlines()]
+        results = [
+            json.loads(line)[1] for line in run("cosmic-ray dump mutants", tree).splitlines()
+        ]
         done = [result for result in results if result and result["worker_outcome"] == "normal"]
         passed = [result["diff"] for result in done if result["test_outcome"] == "survived"]
         to_do = sum(result is None for result in results)
-        print(f"{file}.py: {len(done)} of {len(done) + to_do} mutants tested, {len(passed)} survive", flush=True)
+        print(
+            f"{file}.py: {len(done)} of {len(done) + to_do} mutants tested, {len(passed)} survive",
+            flush=True,
+        )
     if to_do or any(result["worker_outcome"] not in ("normal", "skipped") for result in results):
         sys.exit(f"{file}.py: cosmic-ray did not finish")
     return passed
@@ -76,7 +92,9 @@ def serve(file: str) -> None:
     import pytest
     import transformers  # noqa: F401
 
-    sys.dont_write_bytecode = True  # a mutant of the same second and size would pass for the one before
+    sys.dont_write_bytecode = (
+        True  # a mutant of the same second and size would pass for the one before
+    )
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
         server.listen()
@@ -85,7 +103,13 @@ def serve(file: str) -> None:
             child = os.fork()
             if not child:
                 signal.alarm(SECONDS)
-                options = ["-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutate", *IMPORTED_ALREADY]
+                options = [
+                    "-x",
+                    "-p",
+                    "no:cacheprovider",
+                    "--hypothesis-profile=mutate",
+                    *IMPORTED_ALREADY,
+                ]
                 os._exit(pytest.main([*options, f"{file}.py", *TESTS[file].split()]))
             asker.send(bytes([os.waitpid(child, 0)[1] != 0]))
             asker.close()
@@ -102,7 +126,9 @@ def ask() -> None:
 def run(command: str, tree: Path) -> str:
     """What one of cosmic-ray's commands prints."""
     tool, *words = command.split()
-    result = subprocess.run([BIN / tool, *words], cwd=tree, env=ONE_CORE, capture_output=True, text=True)
+    result = subprocess.run(
+        [BIN / tool, *words], cwd=tree, env=ONE_CORE, capture_output=True, text=True
+    )
     if result.returncode:
         sys.exit(f"{command}: {result.stdout}{result.stderr}")
     return result.stdout
@@ -115,7 +141,9 @@ def marked(diff: str) -> str:
     'return 2**«bits → 3»'
     """
     changes = diff.partition("\n@@")[2].splitlines()[1:]
-    old, new = (" ".join(line[1:].strip() for line in changes if line.startswith(sign)) for sign in "-+")
+    old, new = (
+        " ".join(line[1:].strip() for line in changes if line.startswith(sign)) for sign in "-+"
+    )
     old, new = (re.findall(r"[\w.]+|\*\*|<<|>>|[<>=!]=|\s|.", text) for text in (old, new))
     start = len(os.path.commonprefix([old, new]))
     end = len(os.path.commonprefix([old[start:][::-1], new[start:][::-1]]))
@@ -125,7 +153,9 @@ def marked(diff: str) -> str:
 
 def explained(file: str) -> set[str]:
     """The mutants of a file that survivors.md lists."""
-    section = (HERE / "survivors.md").read_text().partition(f"\n## {file}.py\n")[2].partition("\n## ")[0]
+    section = (
+        (HERE / "survivors.md").read_text().partition(f"\n## {file}.py\n")[2].partition("\n## ")[0]
+    )
     return set(re.findall(r"^- `(.*)`$", section, re.MULTILINE))
 
 
@@ -139,7 +169,9 @@ def main(files: list[str]) -> None:
             print(f"{file}.py, SURVIVES:  {line}")
     new = sum(len(survivors - explained(file)) for file, survivors in found.items())
     if new:
-        sys.exit(f"{new} mutants survive: write a test that kills each, or the reason why it may live into tests/survivors.md")
+        sys.exit(
+            f"{new} mutants survive: write a test that kills each, or the reason why it may live into tests/survivors.md"
+        )
     print("no mutant survives but those that tests/survivors.md explains")
 
 

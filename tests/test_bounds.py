@@ -76,25 +76,49 @@ LAWS = {
     "resume after a kill": "test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped",
     "a kill at any byte of a save": "test_a_save_that_fails_at_any_moment_leaves_the_old_file_and_no_other",
 }
-LOOSE = {"allclose", "isclose", "assert_close", "approx", "assert_allclose", "assert_almost_equal", "atol", "rtol"}
-NO_BOUNDS = {"is_tight", "requantizing_is_safe", "of_a_mean", "mean_absolute_error"}  # the last two are of chance
+LOOSE = {
+    "allclose",
+    "isclose",
+    "assert_close",
+    "approx",
+    "assert_allclose",
+    "assert_almost_equal",
+    "atol",
+    "rtol",
+}
+NO_BOUNDS = {
+    "is_tight",
+    "requantizing_is_safe",
+    "of_a_mean",
+    "mean_absolute_error",
+}  # the last two are of chance
 
 
 def functions_of(path: Path) -> dict[str, ast.FunctionDef]:
-    return {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+    return {
+        node.name: node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 def names_in(node: ast.AST) -> set[str]:
     """Every name, attribute and keyword in a piece of code."""
     kinds = {ast.Name: "id", ast.Attribute: "attr", ast.keyword: "arg", ast.alias: "name"}
-    return {getattr(part, kinds[type(part)]) for part in ast.walk(node) if type(part) in kinds} - {None}
+    return {getattr(part, kinds[type(part)]) for part in ast.walk(node) if type(part) in kinds} - {
+        None
+    }
 
 
 def has_share(node: ast.AST) -> bool:
     return any(isinstance(part, ast.Constant) and part.value == 0.99 for part in ast.walk(node))
 
 
-TESTS = {name: node for path in sorted(HERE.rglob("test_*.py")) for name, node in functions_of(path).items()}
+TESTS = {
+    name: node
+    for path in sorted(HERE.rglob("test_*.py"))
+    for name, node in functions_of(path).items()
+}
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -103,7 +127,9 @@ def test_every_law_has_its_test(law: str) -> None:
 
 
 def test_every_bound_is_reached_or_is_part_of_one_that_is() -> None:
-    bounds = {name: names_in(node) for name, node in functions_of(HERE / "helpers/bounds.py").items()}
+    bounds = {
+        name: names_in(node) for name, node in functions_of(HERE / "helpers/bounds.py").items()
+    }
     tight = [node for node in TESTS.values() if "is_tight" in names_in(node) or has_share(node)]
     reached = set().union(*map(names_in, tight))
     while parts := set().union(*(bounds[name] for name in reached & set(bounds))) - reached:
@@ -115,11 +141,22 @@ def tolerances_in(source: str) -> list[str | float]:
     """The comparisons with a tolerance of their own, and fractions that an assertion takes for the limit of something."""
     tree, order = ast.parse(source), (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
     asserts = [node.test for node in ast.walk(tree) if isinstance(node, ast.Assert)]
-    compared = [part for test in asserts for part in ast.walk(test)
-                if isinstance(part, ast.Compare) and any(isinstance(op, order) for op in part.ops)]
-    constants = [part.value for node in compared for part in ast.walk(node) if isinstance(part, ast.Constant)]
-    fractions = [value for value in constants if isinstance(value, float) and not value.is_integer()]
-    return [*sorted(names_in(tree) & LOOSE), *(value for value in fractions if value != 0.99)]  # of a bound, it is no tolerance
+    compared = [
+        part
+        for test in asserts
+        for part in ast.walk(test)
+        if isinstance(part, ast.Compare) and any(isinstance(op, order) for op in part.ops)
+    ]
+    constants = [
+        part.value for node in compared for part in ast.walk(node) if isinstance(part, ast.Constant)
+    ]
+    fractions = [
+        value for value in constants if isinstance(value, float) and not value.is_integer()
+    ]
+    return [
+        *sorted(names_in(tree) & LOOSE),
+        *(value for value in fractions if value != 0.99),
+    ]  # of a bound, it is no tolerance
 
 
 @pytest.mark.parametrize("path", sorted(HERE.rglob("*.py")), ids=lambda path: path.stem)
@@ -135,31 +172,47 @@ def test_a_tolerance_is_found() -> None:
     assert tolerances_in("assert 0.99 <= ratio <= 1 and x == 0.5") == []
 
 
-def test_a_bound_that_is_too_wide_by_two_per_cent_is_not_tight_and_one_that_is_exceeded_is_none() -> None:
+def test_a_bound_that_is_too_wide_by_two_per_cent_is_not_tight_and_one_that_is_exceeded_is_none() -> (
+    None
+):
     assert is_tight(torch.tensor([0.5, 0.995]), 1.0)
-    assert not is_tight(0.98, 1.0) and not is_tight(torch.tensor([0.995, 1.001]), torch.ones(2)) and not is_tight(math.nan, 1.0)
+    assert (
+        not is_tight(0.98, 1.0)
+        and not is_tight(torch.tensor([0.995, 1.001]), torch.ones(2))
+        and not is_tight(math.nan, 1.0)
+    )
 
 
 # one rounding
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-def test_the_bound_of_a_cast_is_reached_by_normal_and_by_subnormal_numbers(dtype: torch.dtype) -> None:
+def test_the_bound_of_a_cast_is_reached_by_normal_and_by_subnormal_numbers(
+    dtype: torch.dtype,
+) -> None:
     eps, normal = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
     for value in (1 + eps / 2, normal * eps / 2):  # ties, both rounded down
         number = torch.tensor(value, dtype=torch.float64)
         assert is_tight(distance(number.to(dtype), number), cast(value, dtype))
 
 
-def test_the_bound_of_a_float64_rounding_is_reached_but_for_subnormals_whose_half_step_no_float64_is() -> None:
+def test_the_bound_of_a_float64_rounding_is_reached_but_for_subnormals_whose_half_step_no_float64_is() -> (
+    None
+):
     u = Fraction(1, 2**53)
     assert is_tight(float(1 + u - Fraction(float(1 + u))), cast(1.0, torch.float64))
     tie = Fraction(1, 2**1075)
-    assert float(tie) == 0 and 2 * tie == Fraction(TINY[torch.float64])  # the least float64 that is not below the error
+    assert float(tie) == 0 and 2 * tie == Fraction(
+        TINY[torch.float64]
+    )  # the least float64 that is not below the error
 
 
-@pytest.mark.parametrize(("dtype", "n"), [(torch.float32, 1000), (torch.float16, 5), (torch.bfloat16, 1)])
-def test_gamma_is_reached_by_a_sum_whose_every_rounding_goes_down(dtype: torch.dtype, n: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "n"), [(torch.float32, 1000), (torch.float16, 5), (torch.bfloat16, 1)]
+)
+def test_gamma_is_reached_by_a_sum_whose_every_rounding_goes_down(
+    dtype: torch.dtype, n: int
+) -> None:
     """Of a few terms only in 16 bits: the squares of n u are in the bound."""
     u, total = UNIT_ROUNDOFF[dtype], torch.ones((), dtype=dtype)
     for term in torch.full((n,), u, dtype=dtype):
@@ -176,7 +229,9 @@ def test_the_rounding_of_the_float64_reference_is_reached() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-def test_an_operand_is_off_by_its_cast_and_by_nothing_if_it_is_in_the_dtype_already(dtype: torch.dtype) -> None:
+def test_an_operand_is_off_by_its_cast_and_by_nothing_if_it_is_in_the_dtype_already(
+    dtype: torch.dtype,
+) -> None:
     tie = torch.tensor([1 + UNIT_ROUNDOFF[dtype]], dtype=torch.float64)
     assert is_tight(distance(tie.to(dtype), tie), operand(tie, dtype).error)
     assert operand(tie.to(dtype), dtype).error.item() == 0
@@ -194,25 +249,36 @@ QUARTERS = torch.tensor([-1.0, -0.5, 0.0, 0.25, 0.75, 1.0])
 
 def roundtrip_ratio(absmax: Tensor, target: torch.dtype, codebook: Tensor) -> float:
     """The largest share of the bound that numbers beside the middle of the widest gap reach, with one of these absmax."""
-    levels, integers = codebook.double(), {2: torch.int16, 4: torch.int32, 8: torch.int64}[absmax.element_size()]
+    levels, integers = (
+        codebook.double(),
+        {2: torch.int16, 4: torch.int32, 8: torch.int64}[absmax.element_size()],
+    )
     gap = int((levels[1:] - levels[:-1]).argmax())
-    middles = (absmax.double() * (levels[gap] + levels[gap + 1]) / 2).to(absmax.dtype).view(integers)
+    middles = (
+        (absmax.double() * (levels[gap] + levels[gap + 1]) / 2).to(absmax.dtype).view(integers)
+    )
     ratios = []
     for ulps in (-1, 0, 1):
         q = nf4.quantize(torch.stack([absmax, (middles + ulps).view(absmax.dtype)], 1), 2, codebook)
-        error = distance(nf4.dequantize(q, target), torch.stack([absmax, (middles + ulps).view(absmax.dtype)], 1)).amax(1)
+        error = distance(
+            nf4.dequantize(q, target), torch.stack([absmax, (middles + ulps).view(absmax.dtype)], 1)
+        ).amax(1)
         ratios.append((error / roundtrip(q.absmax, codebook, absmax.dtype, target)).max())
     return max(ratios).item()
 
 
 @pytest.mark.parametrize(("source", "target"), SOURCES_AND_TARGETS)
-def test_the_half_gap_is_reached_from_every_dtype_to_every_other(source: torch.dtype, target: torch.dtype) -> None:
+def test_the_half_gap_is_reached_from_every_dtype_to_every_other(
+    source: torch.dtype, target: torch.dtype
+) -> None:
     codebook = nf4.normal_float(2) if (source, target) in COARSE else nf4.NF4
     assert is_tight(roundtrip_ratio(ABSMAX.to(source), target, codebook), 1)
 
 
 @pytest.mark.parametrize(("source", "target"), SOURCES_AND_TARGETS)
-def test_the_half_gap_is_reached_by_the_largest_numbers_that_both_dtypes_hold(source: torch.dtype, target: torch.dtype) -> None:
+def test_the_half_gap_is_reached_by_the_largest_numbers_that_both_dtypes_hold(
+    source: torch.dtype, target: torch.dtype
+) -> None:
     largest = min(torch.finfo(dtype).max for dtype in (source, target, torch.float32))
     absmax = (ABSMAX / 2 * largest).to(source)
     codebook = nf4.normal_float(2) if (source, target) in COARSE else nf4.NF4
@@ -225,10 +291,14 @@ def test_no_bound_covers_numbers_beyond_the_largest_of_the_target() -> None:
 
 
 @pytest.mark.parametrize(("source", "target"), SOURCES_AND_TARGETS)
-def test_the_half_gap_is_reached_with_both_roundings_of_subnormal_numbers(source: torch.dtype, target: torch.dtype) -> None:
+def test_the_half_gap_is_reached_with_both_roundings_of_subnormal_numbers(
+    source: torch.dtype, target: torch.dtype
+) -> None:
     """An absmax of two steps of the target, or of the source where no target's step counts: then only the half gap does."""
     step = 2 * max(TINY[dtype] for dtype in (target, torch.float32) if dtype != torch.float64)
-    if source == torch.float64 and step < 2.0**-140:  # the cast to float32, whose steps these are, loses half of one too
+    if (
+        source == torch.float64 and step < 2.0**-140
+    ):  # the cast to float32, whose steps these are, loses half of one too
         x = 1.5 * step * ALMOST
     else:
         x = step
@@ -240,11 +310,16 @@ def test_the_half_gap_is_reached_with_both_roundings_of_subnormal_numbers(source
         weight = torch.tensor([2 * step, x], dtype=torch.float64).to(source)
         q = nf4.quantize(weight, 2, QUARTERS)
         assert nf4.dequantize(q, target)[1] == 0
-        assert is_tight(distance(nf4.dequantize(q, target), weight), roundtrip(q.absmax, QUARTERS, source, target))
+        assert is_tight(
+            distance(nf4.dequantize(q, target), weight),
+            roundtrip(q.absmax, QUARTERS, source, target),
+        )
 
 
 @pytest.mark.parametrize("exponent", [-120, 0, 126])
-def test_the_decision_error_is_reached_and_a_number_farther_from_the_midpoint_gets_its_level(exponent: int) -> None:
+def test_the_decision_error_is_reached_and_a_number_farther_from_the_midpoint_gets_its_level(
+    exponent: int,
+) -> None:
     """All roundings conspire for some numbers near a midpoint just below 1, with an absmax a little below a power of two."""
     absmax = (2 - torch.arange(110_000, 118_000) * EPS) * 2.0**exponent
     codebook = torch.tensor([-1.0, 1 - 153 * U, 1.0])
@@ -258,17 +333,29 @@ def test_the_decision_error_is_reached_and_a_number_farther_from_the_midpoint_ge
     assert is_tight(max(wrong), decision_error())
 
 
-@pytest.mark.parametrize("codebook", [nf4.NF4, double_quant.DYNAMIC, QUARTERS, torch.tensor([-0.5, 0.75]), nf4.FP4.sort()[0]])
-def test_the_half_gap_is_the_farthest_that_a_number_can_lie_from_all_levels(codebook: Tensor) -> None:
+@pytest.mark.parametrize(
+    "codebook",
+    [nf4.NF4, double_quant.DYNAMIC, QUARTERS, torch.tensor([-0.5, 0.75]), nf4.FP4.sort()[0]],
+)
+def test_the_half_gap_is_the_farthest_that_a_number_can_lie_from_all_levels(
+    codebook: Tensor,
+) -> None:
     levels = codebook.double()
     numbers = torch.cat([torch.tensor([-1.0, 1.0]), (levels[1:] + levels[:-1]) / 2])
     assert is_tight((numbers[:, None] - levels).abs().amin(1).max(), half_gap(codebook), share=1)
 
 
-@pytest.mark.parametrize(("dtype", "regime"), [
-    *((dtype, "subnormal") for dtype in HALF_AND_SINGLE), (torch.float16, "coarse"), (torch.bfloat16, "coarse"),
-])
-def test_requantizing_is_called_safe_up_to_one_per_cent_before_it_goes_wrong(dtype: torch.dtype, regime: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "regime"),
+    [
+        *((dtype, "subnormal") for dtype in HALF_AND_SINGLE),
+        (torch.float16, "coarse"),
+        (torch.bfloat16, "coarse"),
+    ],
+)
+def test_requantizing_is_called_safe_up_to_one_per_cent_before_it_goes_wrong(
+    dtype: torch.dtype, regime: str
+) -> None:
     """A level moves half a step, or by the unit roundoff, towards the level below it, which lies twice as far away, about."""
     u = UNIT_ROUNDOFF[dtype]
     if regime == "subnormal":
@@ -282,18 +369,26 @@ def test_requantizing_is_called_safe_up_to_one_per_cent_before_it_goes_wrong(dty
         q = nf4.quantize(torch.tensor([absmax, inside], dtype=torch.float64).to(dtype), 2, codebook)
         again = nf4.quantize(nf4.dequantize(q), 2, codebook)
         assert q.packed.item() == 0x32
-        assert requantizing_is_safe(q.absmax, codebook, dtype).item() == (again.packed.item() == 0x32) == safe
+        assert (
+            requantizing_is_safe(q.absmax, codebook, dtype).item()
+            == (again.packed.item() == 0x32)
+            == safe
+        )
 
 
 # the constants
 
 
-@pytest.mark.parametrize("constants", [
-    [0.0, 2.0],  # minus their mean: -1, 1; and the code has no -1
-    [0.0, 2.0**127],
-    [0.0, 144 * 2.0**-149],  # and the product is half a step off
-    [1.0, 1 + 144 * EPS],  # and so is the sum with a mean that is far larger than the spread
-], ids=["normal", "largest", "subnormal", "close together"])
+@pytest.mark.parametrize(
+    "constants",
+    [
+        [0.0, 2.0],  # minus their mean: -1, 1; and the code has no -1
+        [0.0, 2.0**127],
+        [0.0, 144 * 2.0**-149],  # and the product is half a step off
+        [1.0, 1 + 144 * EPS],  # and so is the sum with a mean that is far larger than the spread
+    ],
+    ids=["normal", "largest", "subnormal", "close together"],
+)
 def test_the_bound_of_double_quantization_is_reached(constants: list[float]) -> None:
     absmax = torch.tensor(constants)
     dq = double_quant.quantize(absmax)
@@ -306,13 +401,22 @@ def test_the_bound_of_both_quantizations_is_reached(target: torch.dtype) -> None
     """The lower constant is decoded too large, as the code has no -1, and with it the far level of the widest gap."""
     middle = math.nextafter((nf4.NF4[0].item() + nf4.NF4[1].item()) / 2, -1.0)
     errors, bound = [], []
-    for lower in (1 + torch.arange(1, 200) / 8192).tolist():  # the cast to 16 bits is at its worst for some of them
+    for lower in (
+        1 + torch.arange(1, 200) / 8192
+    ).tolist():  # the cast to 16 bits is at its worst for some of them
         absmax = torch.tensor([2.0, lower])
         weight = torch.tensor([2.0, 0.0, lower, lower * middle])
         q, dq = nf4.quantize(weight, 2), double_quant.quantize(absmax)
-        decoded = nf4.dequantize(nf4.Quantized(q.packed, double_quant.dequantize(dq), q.codebook, q.shape, q.dtype, 2), target)
+        decoded = nf4.dequantize(
+            nf4.Quantized(q.packed, double_quant.dequantize(dq), q.codebook, q.shape, q.dtype, 2),
+            target,
+        )
         errors.append(distance(decoded, weight).reshape(2, 2).amax(1))
-        bound.append(both_quantized(absmax, dq.absmax.expand(2), nf4.NF4, double_quant.DYNAMIC, torch.float32, target))
+        bound.append(
+            both_quantized(
+                absmax, dq.absmax.expand(2), nf4.NF4, double_quant.DYNAMIC, torch.float32, target
+            )
+        )
     assert is_tight(torch.stack(errors), torch.stack(bound))
 
 
@@ -320,7 +424,10 @@ def test_the_bound_of_both_quantizations_is_reached(target: torch.dtype) -> None
 
 
 def test_a_product_with_an_inexact_number_is_off_by_both_of_its_roundings() -> None:
-    factor, x = 1 + 2.0**-12 + U, torch.tensor([1 + 2.0**-12])  # the factor is a tie, and the rounded product another
+    factor, x = (
+        1 + 2.0**-12 + U,
+        torch.tensor([1 + 2.0**-12]),
+    )  # the factor is a tie, and the rounded product another
     computed = x * torch.tensor(factor, dtype=torch.float64).float()
     exact = Bounded.exact(x).times(factor, torch.float32)
     assert is_tight(distance(computed, exact.value), exact.error)
@@ -336,7 +443,9 @@ def test_a_product_with_a_number_is_off_by_its_rounding_to_16_bits(dtype: torch.
 def test_an_error_grows_with_the_factor_and_adds_up_in_a_sum() -> None:
     off = Bounded(torch.tensor([[2.0]]).double(), torch.tensor([[0.25]]).double())
     assert is_tight(3 * 0.25, off.times(-3.0, torch.float64).error)
-    assert is_tight(0.25 + 0.25, off.plus(off, torch.float64).error) and is_tight(0.25 + 0.25, apart(off, off).error)
+    assert is_tight(0.25 + 0.25, off.plus(off, torch.float64).error) and is_tight(
+        0.25 + 0.25, apart(off, off).error
+    )
     assert is_tight(0.25, off.to(torch.float64).error) and torch.equal(off.T.error, off.error)
 
 
@@ -350,15 +459,22 @@ def test_the_bound_of_a_sum_is_reached_by_its_rounding(dtype: torch.dtype) -> No
 def test_the_bound_of_a_product_of_inexact_factors_is_reached() -> None:
     """Factors that are off by all of their errors, in the direction of their values, and a product without rounding."""
     make = torch.Generator().manual_seed(0)
-    X, Y, E, D = (torch.randn(shape, generator=make, dtype=torch.float64).abs() for shape in ((3, 5), (5, 2), (3, 5), (5, 2)))
+    X, Y, E, D = (
+        torch.randn(shape, generator=make, dtype=torch.float64).abs()
+        for shape in ((3, 5), (5, 2), (3, 5), (5, 2))
+    )
     bound = Bounded(X, E).matmul(Bounded(Y, D), torch.float64)
     error = distance((X + E) @ (Y + D), X @ Y)
-    assert is_tight(error, bound.error) and is_tight(error.min(), bound.error.flatten()[error.argmin()])
+    assert is_tight(error, bound.error) and is_tight(
+        error.min(), bound.error.flatten()[error.argmin()]
+    )
 
 
 def down(dtype: torch.dtype) -> Tensor:
     """1 and then numbers that a sum loses one by one: many in float32, whose accumulator rounds; only one in 16 bits."""
-    return torch.tensor([1.0, *[UNIT_ROUNDOFF[dtype]] * (1000 if dtype == torch.float32 else 1)]).to(dtype)
+    return torch.tensor(
+        [1.0, *[UNIT_ROUNDOFF[dtype]] * (1000 if dtype == torch.float32 else 1)]
+    ).to(dtype)
 
 
 def in_sequence(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -391,8 +507,12 @@ def test_half_of_what_a_matrix_product_may_lose_below_the_normal_numbers_is_reac
 
 def test_a_bound_allows_no_nan_no_other_shape_and_nothing_beyond_it() -> None:
     bound = Bounded(torch.ones(2).double(), torch.tensor([0.0, 0.25]).double())
-    assert bound.allows(torch.tensor([1.0, 1.25])) and bound.allows(torch.tensor([2.0, 2.25]), reference=torch.full((2,), 2.0))
-    assert not bound.allows(torch.tensor([1.0, 1.25 + EPS])) and not bound.allows(torch.tensor([1.0 - EPS, 1.0]))
+    assert bound.allows(torch.tensor([1.0, 1.25])) and bound.allows(
+        torch.tensor([2.0, 2.25]), reference=torch.full((2,), 2.0)
+    )
+    assert not bound.allows(torch.tensor([1.0, 1.25 + EPS])) and not bound.allows(
+        torch.tensor([1.0 - EPS, 1.0])
+    )
     assert not bound.allows(torch.tensor([1.0, math.nan])) and not bound.allows(torch.ones(3, 2))
 
 
@@ -411,7 +531,13 @@ def test_the_bound_of_the_forward_pass_is_reached(way: str, dtype: torch.dtype) 
     if way == "base":  # x W^T, and the bias, and what the adapter adds
         W, A, B, bias, scaling = loses, torch.eye(1, n).to(dtype), u, u[0], 1.0
     else:  # x A^T, h B^T, s times that, and what the base adds
-        W, A, B, bias, scaling = u * torch.eye(1, n).to(dtype), loses.expand(n, n), loses, None, 1 + u.item()
+        W, A, B, bias, scaling = (
+            u * torch.eye(1, n).to(dtype),
+            loses.expand(n, n),
+            loses,
+            None,
+            1 + u.item(),
+        )
     y = in_sequence(x, W.T, dtype) + (0 if bias is None else bias)
     y = y + times(in_sequence(in_sequence(x, A.T, dtype), B.T, dtype), scaling, dtype)
     assert y.item() == 1
@@ -422,7 +548,11 @@ def test_the_bound_of_the_forward_pass_is_reached(way: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("way", ["A", "B", "x through the adapter", "x through the base"])
 def test_the_bounds_of_the_backward_pass_are_reached(way: str, dtype: torch.dtype) -> None:
-    u, loses, scaling = torch.tensor([[UNIT_ROUNDOFF[dtype]]]).to(dtype), down(dtype)[:, None], 1 + UNIT_ROUNDOFF[dtype]
+    u, loses, scaling = (
+        torch.tensor([[UNIT_ROUNDOFF[dtype]]]).to(dtype),
+        down(dtype)[:, None],
+        1 + UNIT_ROUNDOFF[dtype],
+    )
     n, one = len(loses), torch.ones(1, 1, dtype=dtype)
     ones, first = torch.ones(n, n, dtype=dtype), torch.eye(n, 1).to(dtype)
     g, x, W, A, B = {  # (tokens, out), (tokens, in), (out, in), (r, in), (out, r)
@@ -441,14 +571,23 @@ def test_the_bounds_of_the_backward_pass_are_reached(way: str, dtype: torch.dtyp
     assert is_tight(distance(computed, bound.value), bound.error, share(dtype))
 
 
-@pytest.mark.parametrize(("kept_in", "dtype"), [
-    (torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32), (torch.bfloat16, torch.float32),
-])
+@pytest.mark.parametrize(
+    ("kept_in", "dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ],
+)
 def test_the_bound_of_a_merged_layer_is_reached(kept_in: torch.dtype, dtype: torch.dtype) -> None:
     """By the sum for the update, what the base adds to it, and, where it is computed in the same dtype, by the product too."""
     x = down(dtype)[None] if dtype == kept_in else torch.ones(1, 1)
-    n, loses = x.numel(), down(kept_in).float()[None] if kept_in == torch.float32 else torch.ones(1, 1)
+    n, loses = (
+        x.numel(),
+        down(kept_in).float()[None] if kept_in == torch.float32 else torch.ones(1, 1),
+    )
     A, W = torch.ones(loses.numel(), n), torch.full((1, n), UNIT_ROUNDOFF[kept_in])
     bias = torch.full((1,), UNIT_ROUNDOFF[dtype])
     merged = (in_sequence(loses, A, torch.float32) + W).to(kept_in)
@@ -458,23 +597,40 @@ def test_the_bound_of_a_merged_layer_is_reached(kept_in: torch.dtype, dtype: tor
     assert is_tight(distance(y, bound.value), bound.error, share(kept_in))
 
 
-def test_the_bound_of_the_norm_of_dora_is_reached_by_a_product_with_the_base_that_loses_what_it_can() -> None:
+def test_the_bound_of_the_norm_of_dora_is_reached_by_a_product_with_the_base_that_loses_what_it_can() -> (
+    None
+):
     """B makes most of that, and lets the norm be rounded down by nearly half a unit."""
     loses = torch.tensor([[1.0, *[U] * 2**14]])
     A, B = torch.ones_like(loses), torch.tensor([[0.0325781256]])
-    w, crossed, b = loses.double().norm().float().double(), in_sequence(loses, A.T, torch.float32).double(), B.double()
+    w, crossed, b = (
+        loses.double().norm().float().double(),
+        in_sequence(loses, A.T, torch.float32).double(),
+        B.double(),
+    )
     norm = (w**2 + b * (2 * crossed + b * A.numel())).sqrt().float()[0]
     bound = dora_norm(loses, A, B, 1.0)
     assert is_tight(distance(norm, bound.value), bound.error)
 
 
 def test_the_bounds_of_what_dora_divides_by_its_norm_are_reached_by_one_that_is_too_small() -> None:
-    g, y, bias, m, norm = torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1), torch.ones(1), torch.tensor([0.75])
+    g, y, bias, m, norm = (
+        torch.ones(1, 1),
+        torch.ones(1, 1),
+        torch.zeros(1),
+        torch.ones(1),
+        torch.tensor([0.75]),
+    )
     bound = Bounded(torch.ones(1).double(), torch.tensor([0.25]).double())
     c, computed = dora_scale(m, bound), m / norm
     of_y, of_m = dora_backward(g, Bounded.exact(y), c, bound, bias, torch.float32)
     forward = dora_forward(Bounded.exact(y), c, bias, torch.float32)
-    pairs = [(computed, c), (y * computed + (1 - computed) * bias, forward), (g * computed, of_y), (y[0] / norm, of_m)]
+    pairs = [
+        (computed, c),
+        (y * computed + (1 - computed) * bias, forward),
+        (g * computed, of_y),
+        (y[0] / norm, of_m),
+    ]
     assert all(is_tight(distance(value, each.value), each.error) for value, each in pairs)
 
 
@@ -486,7 +642,9 @@ def test_the_bound_of_a_cosine_is_reached() -> None:
     n, root = 20_000, math.sqrt(U) * (1 - 2.0**-11)
     p = torch.tensor([1 + 2.0**-11, *[root] * (n - 1)])
     q = torch.cat([p[:1], -p[1:]])
-    dot, square = (in_sequence(a[None], b[:, None], torch.float32).double() for a, b in ((p, q), (p, p)))
+    dot, square = (
+        in_sequence(a[None], b[:, None], torch.float32).double() for a, b in ((p, q), (p, p))
+    )
     exact = (p.double() @ q.double()) / (p.double() @ p.double())
     assert is_tight(distance(dot / square, exact), cosine(n))
 

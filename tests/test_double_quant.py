@@ -41,7 +41,9 @@ def test_the_8_bit_code_ascends_with_zero_at_127_and_no_minus_one() -> None:
 @example(Constants(pattern="largest"), 256)
 @example(Constants(shape=()), 256)
 @example(Constants(pattern="all sizes", exponent=128), 2)
-def test_the_error_is_within_half_gap_of_the_nested_absmax(recipe: Constants, block_size: int) -> None:
+def test_the_error_is_within_half_gap_of_the_nested_absmax(
+    recipe: Constants, block_size: int
+) -> None:
     absmax = recipe.tensor()
     dq = double_quant.quantize(absmax, block_size)
     error = (absmax.double() - double_quant.dequantize(dq).double()).abs()
@@ -58,11 +60,16 @@ def test_half_gap_is_reached_where_the_code_has_no_minus_one() -> None:
 
 
 @given(constants, blocks_of)
-def test_codes_nested_constants_and_offset_have_the_documented_layout(recipe: Constants, block_size: int) -> None:
+def test_codes_nested_constants_and_offset_have_the_documented_layout(
+    recipe: Constants, block_size: int
+) -> None:
     absmax = recipe.tensor()
     dq = double_quant.quantize(absmax, block_size)
     assert (dq.codes.dtype, dq.codes.shape) == (torch.uint8, absmax.shape)
-    assert (dq.absmax.dtype, dq.absmax.shape) == (torch.float32, (-(-absmax.numel() // block_size),))
+    assert (dq.absmax.dtype, dq.absmax.shape) == (
+        torch.float32,
+        (-(-absmax.numel() // block_size),),
+    )
     assert (dq.offset.dtype, dq.offset.shape, dq.block_size) == (torch.float32, (1,), block_size)
     decoded = double_quant.dequantize(dq)
     assert (decoded.dtype, decoded.shape) == (torch.float32, absmax.shape)
@@ -75,7 +82,9 @@ def test_the_offset_is_the_mean_even_where_the_float32_sum_overflows(recipe: Con
     assume(absmax.numel() > 0)
     mean = absmax.double().mean().item()
     offset = double_quant.quantize(absmax).offset.item()
-    assert abs(offset - mean) <= gamma(absmax.numel()) * mean + cast(mean, torch.float32)  # n - 1 additions, one division
+    assert abs(offset - mean) <= gamma(absmax.numel()) * mean + cast(
+        mean, torch.float32
+    )  # n - 1 additions, one division
 
 
 def test_the_mean_is_taken_off_so_that_equal_constants_come_back_exactly() -> None:
@@ -90,7 +99,9 @@ def test_every_constant_takes_its_nearest_8_bit_level(recipe: Constants, block_s
     dq = double_quant.quantize(absmax, block_size)
     centred = (absmax - dq.offset).double().reshape(-1)  # the subtraction is float32's
     nested = nested_absmax_of(dq).double().reshape(-1)
-    distance = (torch.where(nested > 0, centred / nested, 0.0)[:, None] - double_quant.DYNAMIC.double()).abs()
+    distance = (
+        torch.where(nested > 0, centred / nested, 0.0)[:, None] - double_quant.DYNAMIC.double()
+    ).abs()
     chosen = distance.gather(1, dq.codes.reshape(-1, 1).long())[:, 0]
     assert (chosen <= distance.amin(1) + decision_slack()).all()
 
@@ -99,7 +110,9 @@ def test_every_constant_takes_its_nearest_8_bit_level(recipe: Constants, block_s
 @example(Constants(pattern="some zeros"), 256)
 @example(Constants(pattern="all sizes", exponent=128), 256)
 @example(Constants(pattern="some zeros", exponent=128, seed=1), 256)
-def test_a_decoded_constant_is_never_negative_nor_infinite(recipe: Constants, block_size: int) -> None:
+def test_a_decoded_constant_is_never_negative_nor_infinite(
+    recipe: Constants, block_size: int
+) -> None:
     decoded = double_quant.dequantize(double_quant.quantize(recipe.tensor(), block_size))
     assert ((decoded >= 0) & (decoded <= LARGEST)).all()
 
@@ -123,7 +136,10 @@ def test_the_input_is_not_modified(recipe: Constants) -> None:
     parts = [part.clone() for part in (dq.codes, dq.absmax, dq.offset)]
     double_quant.dequantize(dq)
     assert same_bits(absmax, before)
-    assert all(same_bits(part, copy) for part, copy in zip((dq.codes, dq.absmax, dq.offset), parts, strict=True))
+    assert all(
+        same_bits(part, copy)
+        for part, copy in zip((dq.codes, dq.absmax, dq.offset), parts, strict=True)
+    )
 
 
 @pytest.mark.parametrize("negative", [-1.5, -(2.0**-149)])
@@ -155,7 +171,12 @@ def test_decoding_equals_that_of_bitsandbytes(seed: int, n: int) -> None:
     """Its CPU code chooses the second-nearest level now and then, so the codes are ours; the values must agree."""
     absmax = Constants((n,), seed=seed).tensor()
     dq = double_quant.quantize(absmax)
-    theirs = bnb.dequantize_blockwise(dq.codes, absmax=dq.absmax, code=double_quant.DYNAMIC, blocksize=256) + dq.offset
+    theirs = (
+        bnb.dequantize_blockwise(
+            dq.codes, absmax=dq.absmax, code=double_quant.DYNAMIC, blocksize=256
+        )
+        + dq.offset
+    )
     assert torch.equal(double_quant.dequantize(dq), theirs)
     _, state = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
     assert same_bits(dq.absmax, state.absmax)

@@ -17,14 +17,23 @@ from helpers.bounds import Bounded, both_quantized, in_float64, is_tight, operan
 from helpers.strategies import DTYPES, PATTERNS, Recipe, recipes, same_bits
 
 CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "half": nn.Module.half, "bfloat16": nn.Module.bfloat16, "float": nn.Module.float, "double": nn.Module.double,
-    "to(bfloat16)": lambda module: module.to(torch.bfloat16), "to(cpu, half)": lambda module: module.to("cpu", torch.float16),
+    "half": nn.Module.half,
+    "bfloat16": nn.Module.bfloat16,
+    "float": nn.Module.float,
+    "double": nn.Module.double,
+    "to(bfloat16)": lambda module: module.to(torch.bfloat16),
+    "to(cpu, half)": lambda module: module.to("cpu", torch.float16),
     "type(half)": lambda module: module.type(torch.float16),
 }
 # Constants that double quantization leaves well inside every dtype, so that a decoded weight is finite.
 moderate = st.builds(
-    Recipe, st.sampled_from([(), (0,), (7,), (40, 33), (3, 5, 7), (2, 4096)]), st.sampled_from(DTYPES), st.just("contiguous"),
-    st.sampled_from([2, 64, 512]), st.sampled_from(PATTERNS[:-2]), st.integers(-14, 0),
+    Recipe,
+    st.sampled_from([(), (0,), (7,), (40, 33), (3, 5, 7), (2, 4096)]),
+    st.sampled_from(DTYPES),
+    st.just("contiguous"),
+    st.sampled_from([2, 64, 512]),
+    st.sampled_from(PATTERNS[:-2]),
+    st.integers(-14, 0),
 )
 
 
@@ -39,19 +48,27 @@ def is_in_state(frozen: FrozenWeight, state: dict[str, Tensor]) -> bool:
 
 
 @given(recipes, st.sampled_from(DTYPES))
-def test_without_double_quantization_it_is_nf4_and_nothing_else(recipe: Recipe, dtype: torch.dtype) -> None:
+def test_without_double_quantization_it_is_nf4_and_nothing_else(
+    recipe: Recipe, dtype: torch.dtype
+) -> None:
     weight = recipe.tensor()
     expected = nf4.dequantize(nf4.quantize(weight, recipe.block_size), dtype)
     assert same_bits(FrozenWeight(weight, recipe.block_size, double_quant=False)(dtype), expected)
 
 
 @given(recipes, st.sampled_from(DTYPES))
-def test_equation_6_is_one_dequantization_inside_the_other(recipe: Recipe, dtype: torch.dtype) -> None:
+def test_equation_6_is_one_dequantization_inside_the_other(
+    recipe: Recipe, dtype: torch.dtype
+) -> None:
     weight = recipe.tensor()
     q = nf4.quantize(weight, recipe.block_size)
-    largest = min(torch.finfo(recipe.dtype).max, torch.finfo(torch.float32).max)  # what a constant of this dtype can be
+    largest = min(
+        torch.finfo(recipe.dtype).max, torch.finfo(torch.float32).max
+    )  # what a constant of this dtype can be
     absmax = double_quant.dequantize(double_quant.quantize(q.absmax)).clamp(max=largest)
-    expected = nf4.dequantize(nf4.Quantized(q.packed, absmax, q.codebook, q.shape, q.dtype, q.block_size), dtype)
+    expected = nf4.dequantize(
+        nf4.Quantized(q.packed, absmax, q.codebook, q.shape, q.dtype, q.block_size), dtype
+    )
     assert same_bits(FrozenWeight(weight, recipe.block_size)(dtype), expected)
 
 
@@ -61,7 +78,9 @@ def test_the_error_is_within_that_of_both_quantizations(recipe: Recipe) -> None:
     frozen = FrozenWeight(weight, recipe.block_size)
     q = nf4.quantize(weight, recipe.block_size)
     nested = frozen.nested_absmax.repeat_interleave(256)[: q.absmax.numel()]
-    bound = both_quantized(q.absmax, nested, nf4.NF4, double_quant.DYNAMIC, recipe.dtype, recipe.dtype)
+    bound = both_quantized(
+        q.absmax, nested, nf4.NF4, double_quant.DYNAMIC, recipe.dtype, recipe.dtype
+    )
     error = (weight.double() - frozen().double()).abs().reshape(-1)
     assert (error <= bound.repeat_interleave(recipe.block_size)[: error.numel()]).all()
 
@@ -72,7 +91,14 @@ def test_the_error_of_both_quantizations_is_reached() -> None:
     weight = torch.tensor([2.0, 0.0, 1.96, 1.96 * math.nextafter(middle, -1.0)])
     frozen = FrozenWeight(weight, 2)
     absmax = nf4.quantize(weight, 2).absmax
-    bound = both_quantized(absmax, frozen.nested_absmax.expand(2), nf4.NF4, double_quant.DYNAMIC, torch.float32, torch.float32)
+    bound = both_quantized(
+        absmax,
+        frozen.nested_absmax.expand(2),
+        nf4.NF4,
+        double_quant.DYNAMIC,
+        torch.float32,
+        torch.float32,
+    )
     error = (weight.double() - frozen().double()).abs().reshape(2, 2).amax(1)
     assert is_tight(error, bound)
 
@@ -100,7 +126,10 @@ def test_a_weight_costs_exactly_4_bits_and_its_constants_and_one_mean(blocks: in
     frozen = FrozenWeight(torch.randn(64 * blocks, 256))
     n = 64 * blocks * 256
     assert 8 * frozen.nbytes == n * 4 + n * 8 // 64 + n * 32 // (64 * 256) + 32
-    assert FrozenWeight(torch.randn(64, 256), double_quant=False).nbytes * 8 == 64 * 256 * 4 + 64 * 256 * 32 // 64
+    assert (
+        FrozenWeight(torch.randn(64, 256), double_quant=False).nbytes * 8
+        == 64 * 256 * 4 + 64 * 256 * 32 // 64
+    )
     assert frozen.nbytes == sum(tensor.nbytes for tensor in frozen.state_dict().values())
 
 
@@ -109,7 +138,9 @@ def test_bytes_of_any_shape_are_those_of_the_formula(recipe: Recipe, double: boo
     frozen = FrozenWeight(recipe.tensor(), recipe.block_size, double)
     n = frozen.shape.numel()
     n_blocks = -(-n // recipe.block_size)
-    assert frozen.nbytes == -(-n // 2) + (n_blocks + 4 * -(-n_blocks // 256) + 4 if double else 4 * n_blocks)
+    assert frozen.nbytes == -(-n // 2) + (
+        n_blocks + 4 * -(-n_blocks // 256) + 4 if double else 4 * n_blocks
+    )
 
 
 @pytest.mark.parametrize("name", CASTS)
@@ -145,7 +176,9 @@ def test_a_deep_copy_has_the_same_bytes_and_shares_none(recipe: Recipe, double: 
 def test_the_state_dict_round_trips_bit_for_bit(recipe: Recipe, double: bool) -> None:
     weight = recipe.tensor()
     frozen = FrozenWeight(weight, recipe.block_size, double)
-    names = {"packed", "absmax", "nested_absmax", "nested_offset"} if double else {"packed", "absmax"}
+    names = (
+        {"packed", "absmax", "nested_absmax", "nested_offset"} if double else {"packed", "absmax"}
+    )
     assert frozen.state_dict().keys() == names  # the codebook is a constant of the format
     twin = FrozenWeight(torch.zeros_like(weight), recipe.block_size, double)
     twin.load_state_dict(copy.deepcopy(frozen.state_dict()))
@@ -156,14 +189,20 @@ def test_the_state_dict_round_trips_bit_for_bit(recipe: Recipe, double: bool) ->
 def test_without_a_codebook_the_dense_tensor_itself_is_kept(dtype: torch.dtype) -> None:
     weight = nn.Parameter(torch.randn(5, 7, dtype=dtype))
     frozen = FrozenWeight(weight, codebook=None)
-    assert frozen().data_ptr() == weight.data_ptr() and same_bits(frozen(), weight) and not frozen().requires_grad
+    assert (
+        frozen().data_ptr() == weight.data_ptr()
+        and same_bits(frozen(), weight)
+        and not frozen().requires_grad
+    )
     assert frozen.nbytes == weight.nbytes and list(frozen.state_dict()) == ["weight"]
     assert same_bits(frozen(torch.float64), weight.detach().double())
     assert frozen.half()(torch.float16).dtype == torch.float16 and list(frozen.parameters()) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("settings", [{}, {"double_quant": False}, {"codebook": nf4.normal_float(8)}, {"codebook": None}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"double_quant": False}, {"codebook": nf4.normal_float(8)}, {"codebook": None}]
+)
 @pytest.mark.parametrize("tokens", [0, 1, 40])
 def test_it_multiplies_as_the_dense_weight_does_within_the_bound_of_the_dtype(
     dtype: torch.dtype, settings: dict, tokens: int
@@ -198,5 +237,7 @@ def test_a_weight_that_nf4_refuses_is_refused() -> None:
 
 
 def test_it_prints_its_shape_and_what_an_element_costs() -> None:
-    assert str(FrozenWeight(torch.randn(64, 256))) == "FrozenWeight((64, 256), 4.129 bits an element)"
+    assert (
+        str(FrozenWeight(torch.randn(64, 256))) == "FrozenWeight((64, 256), 4.129 bits an element)"
+    )
     assert "(0,)" in str(FrozenWeight(torch.zeros(0)))

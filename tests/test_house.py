@@ -11,11 +11,30 @@ ROOT = Path(__file__).parent.parent
 METHOD = ["nf4", "double_quant", "lora", "paged_optim"]  # the concepts, in reading order
 # A file may import its own package and whatever stands before it.
 ORDER = [
-    "nf4", "double_quant", "cuda_kernels", "kernels", "frozen", "lora_matmul", "lora", "pager", "paged_optim", "variants",
-    "checkpoints", "data", "memory", "training", "train", "bench", "paper",
+    "nf4",
+    "double_quant",
+    "cuda_kernels",
+    "kernels",
+    "frozen",
+    "lora_matmul",
+    "lora",
+    "pager",
+    "paged_optim",
+    "variants",
+    "checkpoints",
+    "data",
+    "memory",
+    "training",
+    "train",
+    "bench",
+    "paper",
 ]
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
-SOURCES = sorted(path.relative_to(ROOT).as_posix() for name in [".", *PACKAGES, "paper"] for path in (ROOT / name).glob("*.py"))
+SOURCES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for name in [".", *PACKAGES, "paper"]
+    for path in (ROOT / name).glob("*.py")
+)
 # Files that still import upwards after the move; the next commits empty this list.
 NOT_YET = {"lora.py", "paged_optim.py", "variants/init.py", "memory/weigh.py", "bench/cuda.py"}
 SOURCES += [path.relative_to(ROOT).as_posix() for path in ROOT.glob("kernels/cpu/*.py")]

@@ -35,11 +35,22 @@ from lora import QLoRALinear
 
 # dtype of x, dtype of autocast or None, compute_dtype
 MODES = [
-    (torch.float32, None, None), (torch.bfloat16, None, None), (torch.float16, None, None),
-    (torch.float32, torch.bfloat16, None), (torch.float32, torch.bfloat16, torch.float32),
-    (torch.float32, None, torch.bfloat16), (torch.bfloat16, None, torch.float32),
+    (torch.float32, None, None),
+    (torch.bfloat16, None, None),
+    (torch.float16, None, None),
+    (torch.float32, torch.bfloat16, None),
+    (torch.float32, torch.bfloat16, torch.float32),
+    (torch.float32, None, torch.bfloat16),
+    (torch.bfloat16, None, torch.float32),
 ]
-LINEARS = ["blocks.0.down", "blocks.0.up", "blocks.1.down", "blocks.1.up", "blocks.2.down", "blocks.2.up"]
+LINEARS = [
+    "blocks.0.down",
+    "blocks.0.up",
+    "blocks.1.down",
+    "blocks.1.up",
+    "blocks.2.down",
+    "blocks.2.up",
+]
 
 
 def adapt(case: Adapted, dtype: torch.dtype = torch.float32, **settings: object) -> QLoRALinear:
@@ -58,7 +69,9 @@ def saved_by(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
         return run(), kept
 
 
-def plain_lora(layer: QLoRALinear, x: Tensor, lora_A: Tensor, lora_B: Tensor, keep: Tensor | None) -> Tensor:
+def plain_lora(
+    layer: QLoRALinear, x: Tensor, lora_A: Tensor, lora_B: Tensor, keep: Tensor | None
+) -> Tensor:
     """The textbook layer in float64, differentiated by autograd: the dequantized weight, and one node for each product."""
     bias = None if layer.bias is None else layer.bias.detach().double()
     dropped = x if keep is None else x * keep / (1 - layer.lora_dropout)
@@ -73,7 +86,9 @@ def plain_lora(layer: QLoRALinear, x: Tensor, lora_A: Tensor, lora_B: Tensor, ke
 @example(Adapted(leading=(0,), lora_dropout=0.3), MODES[0])
 @example(Adapted(leading=(), lora_dropout=0.3), MODES[3])
 @example(Adapted(leading=(2, 0, 3)), MODES[1])
-def test_output_and_gradients_are_those_of_a_plain_autograd_lora(case: Adapted, mode: tuple) -> None:
+def test_output_and_gradients_are_those_of_a_plain_autograd_lora(
+    case: Adapted, mode: tuple
+) -> None:
     x_dtype, autocast, compute_dtype = mode
     result = autocast or x_dtype
     dtype = compute_dtype or result
@@ -89,26 +104,43 @@ def test_output_and_gradients_are_those_of_a_plain_autograd_lora(case: Adapted, 
     y.backward(g)
 
     flat, g_flat = x.detach().reshape(-1, case.in_features), g.reshape(-1, case.out_features)
-    exact = [tensor.detach().double().requires_grad_() for tensor in (flat, layer.lora_A, layer.lora_B)]
+    exact = [
+        tensor.detach().double().requires_grad_() for tensor in (flat, layer.lora_A, layer.lora_B)
+    ]
     plain = plain_lora(layer, *exact, keep)
     gradients = torch.autograd.grad(plain, exact, g_flat.double())
 
     operands = flat, layer.base(torch.float32), layer.lora_A, layer.lora_B
     scaling = case.lora_alpha / case.r / (1 - case.lora_dropout)
     forward = lora_forward(*operands, layer.bias, scaling, keep, dtype)
-    assert (forward if result == dtype else forward.to(result)).allows(y.reshape(-1, case.out_features), plain)
+    assert (forward if result == dtype else forward.to(result)).allows(
+        y.reshape(-1, case.out_features), plain
+    )
     of_x, of_A, of_B = lora_backward(g_flat, *operands, scaling, keep, dtype)
-    assert (of_x if x_dtype == dtype else of_x.to(x_dtype)).allows(x.grad.reshape(-1, case.in_features), gradients[0])
-    assert of_A.allows(layer.lora_A.grad, gradients[1]) and of_B.allows(layer.lora_B.grad, gradients[2])
-    assert x.grad.dtype == x_dtype and layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+    assert (of_x if x_dtype == dtype else of_x.to(x_dtype)).allows(
+        x.grad.reshape(-1, case.in_features), gradients[0]
+    )
+    assert of_A.allows(layer.lora_A.grad, gradients[1]) and of_B.allows(
+        layer.lora_B.grad, gradients[2]
+    )
+    assert (
+        x.grad.dtype == x_dtype
+        and layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (4,), (2, 3), (2, 1, 2)])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_backward_passes_gradcheck_in_float64(leading: tuple[int, ...], dropout: float, bias: bool) -> None:
+def test_the_backward_passes_gradcheck_in_float64(
+    leading: tuple[int, ...], dropout: float, bias: bool
+) -> None:
     layer = adapt(Adapted(6, 5, 2, leading=leading, lora_dropout=dropout, bias=bias), torch.float64)
-    inputs = [Adapted(6, 5, leading=leading).x(torch.float64).requires_grad_(), layer.lora_A, layer.lora_B]
+    inputs = [
+        Adapted(6, 5, leading=leading).x(torch.float64).requires_grad_(),
+        layer.lora_A,
+        layer.lora_B,
+    ]
     inputs += [layer.bias.requires_grad_()] if bias else []
     assert layer.lora_A.dtype == torch.float64
 
@@ -120,7 +152,11 @@ def test_the_backward_passes_gradcheck_in_float64(leading: tuple[int, ...], drop
         assert torch.autograd.gradcheck(seeded, inputs, raise_exception=False)
     else:  # gradcheck has nothing to vary: the gradients are empty, or zero
         seeded().sum().backward()
-        assert inputs[0].grad.shape == (*leading, 6) and not layer.lora_A.grad.any() and not layer.lora_B.grad.any()
+        assert (
+            inputs[0].grad.shape == (*leading, 6)
+            and not layer.lora_A.grad.any()
+            and not layer.lora_B.grad.any()
+        )
 
 
 def test_a_trainable_bias_gets_the_sum_of_the_gradients_in_its_own_dtype() -> None:
@@ -143,14 +179,19 @@ def test_a_second_derivative_is_refused() -> None:
 
 @given(adapted, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans())
 @example(Adapted(lora_dropout=0.9), torch.float32, False)
-def test_lora_at_initialisation_leaves_the_output_bitwise_unchanged(case: Adapted, dtype: torch.dtype, strided: bool) -> None:
+def test_lora_at_initialisation_leaves_the_output_bitwise_unchanged(
+    case: Adapted, dtype: torch.dtype, strided: bool
+) -> None:
     """It is that of the same base with no adapter beside it."""
     layer = QLoRALinear.from_linear(case.linear(), **case.settings())
     flat = case.x(dtype).reshape(-1, case.in_features)
     flat = flat.T.contiguous().T if strided else flat
     expected = QLoRALinear(layer.base, layer.bias)(flat)
     assert same_bits(layer(flat), expected)
-    assert same_bits(layer(flat.reshape(*case.leading, case.in_features)), expected.reshape(*case.leading, case.out_features))
+    assert same_bits(
+        layer(flat.reshape(*case.leading, case.in_features)),
+        expected.reshape(*case.leading, case.out_features),
+    )
 
 
 @given(adapted)
@@ -186,7 +227,10 @@ def test_forward_saves_x_and_h_and_the_mask_and_nothing_dense(
     width, tokens = (compute_dtype or dtype).itemsize, 10
     assert all(tensor.numel() != 48 * 40 for tensor in kept)
     mask = tokens * 48 if dropout else 0
-    assert sum(tensor.nbytes for tensor in kept) == tokens * (48 + 3) * width + mask + layer.lora_A.nbytes + layer.lora_B.nbytes
+    assert (
+        sum(tensor.nbytes for tensor in kept)
+        == tokens * (48 + 3) * width + mask + layer.lora_A.nbytes + layer.lora_B.nbytes
+    )
 
 
 def test_a_frozen_adapter_saves_nothing_of_x() -> None:
@@ -214,13 +258,20 @@ def test_the_frozen_base_gets_no_gradient() -> None:
     layer = adapt(case)
     before = {name: buffer.clone() for name, buffer in layer.base.named_buffers()}
     layer(case.x()).backward(case.g())
-    assert {name for name, parameter in layer.named_parameters() if parameter.grad is not None} == {"lora_A", "lora_B"}
+    assert {name for name, parameter in layer.named_parameters() if parameter.grad is not None} == {
+        "lora_A",
+        "lora_B",
+    }
     assert list(layer.base.parameters()) == [] and layer.bias.grad is None
     assert all(same_bits(buffer, before[name]) for name, buffer in layer.base.named_buffers())
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
-def test_only_the_gradient_that_is_wanted_is_made_and_it_is_the_same(needs: tuple[bool, bool, bool]) -> None:
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True)]
+)
+def test_only_the_gradient_that_is_wanted_is_made_and_it_is_the_same(
+    needs: tuple[bool, bool, bool],
+) -> None:
     case = Adapted()
     layer, g = adapt(case), case.g()
 
@@ -258,7 +309,9 @@ def test_merge_and_unmerge_restore_every_bit(case: Adapted, mode: tuple) -> None
         layer.unmerge()
         assert same_bits(layer(x), y)
     flat, scaling = x.reshape(-1, case.in_features), case.lora_alpha / case.r
-    bound = merged_forward(flat, layer.base(), layer.lora_A, layer.lora_B, layer.bias, scaling, torch.float32, dtype)
+    bound = merged_forward(
+        flat, layer.base(), layer.lora_A, layer.lora_B, layer.bias, scaling, torch.float32, dtype
+    )
     bound = bound if result == dtype else bound.to(result)
     assert merged.dtype == result and bound.allows(merged.reshape(-1, case.out_features))
     assert all(same_bits(tensor, before[name]) for name, tensor in layer.state_dict().items())
@@ -274,13 +327,26 @@ def test_the_update_is_made_in_the_dtype_of_the_adapter_within_autocast_too() ->
 # a whole model
 
 
-@pytest.mark.parametrize("make", [lambda: Tower(tied=True), TowerWithHead, lambda: TowerWithHead(tied=True)])
-def test_attach_adapts_every_linear_layer_but_the_head_and_freezes_the_rest(make: Callable[[], Tower]) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda: Tower(tied=True), TowerWithHead, lambda: TowerWithHead(tied=True)]
+)
+def test_attach_adapts_every_linear_layer_but_the_head_and_freezes_the_rest(
+    make: Callable[[], Tower],
+) -> None:
     model = make()
     head, shared = model.lm_head, model.lm_head.weight is model.embed.weight
     assert lora.attach(model, r=3) is model
-    assert sorted(n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QLoRALinear)) == LINEARS
-    assert model.lm_head is head and type(head) is nn.Linear and (model.lm_head.weight is model.embed.weight) == shared
+    assert (
+        sorted(
+            n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QLoRALinear)
+        )
+        == LINEARS
+    )
+    assert (
+        model.lm_head is head
+        and type(head) is nn.Linear
+        and (model.lm_head.weight is model.embed.weight) == shared
+    )
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {f"{name}.{side}" for name in LINEARS[:5] for side in ("lora_A", "lora_B")}
     assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, 11)
@@ -295,26 +361,51 @@ def test_a_layer_that_is_used_twice_stays_one_layer() -> None:
     assert model.blocks[0]["up"] is model.blocks[2]["up"]
 
 
-@pytest.mark.parametrize(("targets", "expected"), [
-    ("all-linear", LINEARS), ("down", LINEARS[0:5:2]), (["down"], LINEARS[0:5:2]), (("up", "down"), LINEARS),
-    ("blocks.1.down", ["blocks.1.down"]), (["0.down", "blocks.1.up"], ["blocks.0.down", "blocks.1.up"]),
-    ("2.up", ["blocks.0.up", "blocks.2.up"]), (iter(["down"]), LINEARS[0:5:2]),
-])
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", LINEARS),
+        ("down", LINEARS[0:5:2]),
+        (["down"], LINEARS[0:5:2]),
+        (("up", "down"), LINEARS),
+        ("blocks.1.down", ["blocks.1.down"]),
+        (["0.down", "blocks.1.up"], ["blocks.0.down", "blocks.1.up"]),
+        ("2.up", ["blocks.0.up", "blocks.2.up"]),
+        (iter(["down"]), LINEARS[0:5:2]),
+    ],
+)
 def test_targets_are_names_or_the_ends_of_names(targets: object, expected: list[str]) -> None:
     model = lora.attach(TowerWithHead(), targets, r=3)
-    assert sorted(n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QLoRALinear)) == expected
+    assert (
+        sorted(
+            n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QLoRALinear)
+        )
+        == expected
+    )
 
 
-@pytest.mark.parametrize(("targets", "said"), [
-    ("own", "own"), ("wn", "wn"), ("lm_head", "lm_head"), ("blocks", "blocks"), (["q_proj", "v_proj"], "q_proj or v_proj"),
-    ([], "by no target"), ("", "by no target"),
-])
-def test_a_target_that_names_no_layer_is_refused_with_the_names_that_there_are(targets: object, said: str) -> None:
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("own", "own"),
+        ("wn", "wn"),
+        ("lm_head", "lm_head"),
+        ("blocks", "blocks"),
+        (["q_proj", "v_proj"], "q_proj or v_proj"),
+        ([], "by no target"),
+        ("", "by no target"),
+    ],
+)
+def test_a_target_that_names_no_layer_is_refused_with_the_names_that_there_are(
+    targets: object, said: str
+) -> None:
     with pytest.raises(ValueError, match=f"no linear layer is named {said}; there are down, up"):
         lora.attach(TowerWithHead(), targets, r=3)
 
 
-@pytest.mark.parametrize("model", [nn.LayerNorm(3), nn.Linear(3, 3), nn.Sequential(), nn.Sequential(nn.ReLU())])
+@pytest.mark.parametrize(
+    "model", [nn.LayerNorm(3), nn.Linear(3, 3), nn.Sequential(), nn.Sequential(nn.ReLU())]
+)
 def test_a_model_without_linear_layers_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="no nn.Linear besides its output head"):
         lora.attach(model)
@@ -328,19 +419,25 @@ def test_a_model_that_is_adapted_already_is_refused() -> None:
 
 @pytest.mark.parametrize("r", [-1, 0, 2.0, "8", True])
 def test_a_rank_that_is_no_whole_number_from_1_is_refused_with_the_layer(r: object) -> None:
-    with pytest.raises(ValueError, match=f"layer blocks.0.up: r must be a whole number >= 1.*got {r}"):
+    with pytest.raises(
+        ValueError, match=f"layer blocks.0.up: r must be a whole number >= 1.*got {r}"
+    ):
         lora.attach(TowerWithHead(), r=r)
 
 
 @pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 6 / 9), (True, 6 / 3)])
-def test_with_use_rslora_the_scaling_is_alpha_over_the_root_of_r(use_rslora: bool, scaling: float) -> None:
+def test_with_use_rslora_the_scaling_is_alpha_over_the_root_of_r(
+    use_rslora: bool, scaling: float
+) -> None:
     layer = QLoRALinear.from_linear(nn.Linear(16, 16), r=9, lora_alpha=6, use_rslora=use_rslora)
     assert layer.scaling == scaling
 
 
 def test_a_layer_of_rank_0_has_no_adapter_and_the_scaling_0() -> None:
     layer = QLoRALinear(FrozenWeight(torch.ones(4, 4)), None)
-    assert layer.scaling == 0 and not any(parameter.requires_grad for parameter in layer.parameters())
+    assert layer.scaling == 0 and not any(
+        parameter.requires_grad for parameter in layer.parameters()
+    )
 
 
 def test_a_weight_that_is_refused_leaves_every_layer_dense() -> None:
@@ -354,28 +451,52 @@ def test_a_weight_that_is_refused_leaves_every_layer_dense() -> None:
 
 def test_what_is_not_said_is_what_the_documentation_says() -> None:
     layer = QLoRALinear.from_linear(nn.Linear(256, 256))
-    assert (layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora, layer.compute_dtype) == (8, 16, 0.0, False, None)
-    assert (layer.base.block_size, layer.base.double_quant) == (64, True) and same_bits(layer.base.codebook, nf4.NF4)
+    assert (
+        layer.r,
+        layer.lora_alpha,
+        layer.lora_dropout,
+        layer.use_rslora,
+        layer.compute_dtype,
+    ) == (8, 16, 0.0, False, None)
+    assert (layer.base.block_size, layer.base.double_quant) == (64, True) and same_bits(
+        layer.base.codebook, nf4.NF4
+    )
     without = QLoRALinear(FrozenWeight(torch.ones(4, 4)), None)
-    assert (without.r, without.lora_alpha, without.lora_dropout, without.use_rslora) == (0, 0, 0.0, False)
+    assert (without.r, without.lora_alpha, without.lora_dropout, without.use_rslora) == (
+        0,
+        0,
+        0.0,
+        False,
+    )
 
 
 def test_lora_A_starts_uniform_within_one_over_the_root_of_its_inputs() -> None:
     """What kaiming_uniform_ makes of a = sqrt(5): sqrt(6 / ((1 + 5) in))."""
     layer = QLoRALinear.from_linear(nn.Linear(64, 4096), r=64)
-    assert is_tight(layer.lora_A.detach().abs().max(), 1 / 8) and abs(layer.lora_A.mean()) <= of_a_mean(layer.lora_A.flatten())
+    assert is_tight(layer.lora_A.detach().abs().max(), 1 / 8) and abs(
+        layer.lora_A.mean()
+    ) <= of_a_mean(layer.lora_A.flatten())
 
 
 def test_layers_without_an_adapter_stay_frozen_when_others_get_one() -> None:
-    model = nn.ModuleDict({name: QLoRALinear(FrozenWeight(torch.randn(8, 8)), None) for name in ("a", "b")})
+    model = nn.ModuleDict(
+        {name: QLoRALinear(FrozenWeight(torch.randn(8, 8)), None) for name in ("a", "b")}
+    )
     lora.attach(model, ["a"], r=1)
-    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["a.lora_A", "a.lora_B"]
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
+        "a.lora_A",
+        "a.lora_B",
+    ]
     lora.attach(model, ["b"], r=2)  # and what has one already goes on training
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("given", "taken"), [(None, torch.bfloat16), (torch.float16, torch.float16)])
-def test_an_adapter_computes_as_the_layer_without_one_did_unless_told(given: torch.dtype | None, taken: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("given", "taken"), [(None, torch.bfloat16), (torch.float16, torch.float16)]
+)
+def test_an_adapter_computes_as_the_layer_without_one_did_unless_told(
+    given: torch.dtype | None, taken: torch.dtype
+) -> None:
     without = QLoRALinear(FrozenWeight(torch.randn(8, 8)), None, compute_dtype=torch.bfloat16)
     layer = QLoRALinear.from_linear(without, r=2, compute_dtype=given)
     assert layer.base is without.base and layer.compute_dtype == taken
@@ -383,7 +504,10 @@ def test_an_adapter_computes_as_the_layer_without_one_did_unless_told(given: tor
 
 def test_adapting_says_what_the_weights_cost_before_and_now_to_the_byte() -> None:
     model = nn.ModuleDict({"a": nn.Linear(64, 32), "b": nn.Linear(128, 16, dtype=torch.bfloat16)})
-    assert lora.adapt(model, [(["a"], {"r": 2}), (["b"], {"r": 2})]) == (4 * 2048 + 2 * 2048, 2 * (1024 + 32 + 4 + 4))
+    assert lora.adapt(model, [(["a"], {"r": 2}), (["b"], {"r": 2})]) == (
+        4 * 2048 + 2 * 2048,
+        2 * (1024 + 32 + 4 + 4),
+    )
 
 
 @pytest.mark.parametrize("alpha", [0, -1.0, math.inf, math.nan])
@@ -399,12 +523,16 @@ def test_a_dropout_that_is_no_probability_below_1_is_refused(dropout: float) -> 
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_weight_that_is_not_finite_is_refused_with_the_layer_the_count_and_the_first_index(bad: float) -> None:
+def test_a_weight_that_is_not_finite_is_refused_with_the_layer_the_count_and_the_first_index(
+    bad: float,
+) -> None:
     model = TowerWithHead()
     with torch.no_grad():
         model.blocks[1]["down"].weight[3, 4] = bad
         model.blocks[1]["down"].weight[5, 0] = -bad
-    with pytest.raises(ValueError, match=r"layer blocks.1.down: 2 of 512 .*first at index \(3, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"layer blocks.1.down: 2 of 512 .*first at index \(3, 4\)"
+    ):
         lora.attach(model, r=3)
 
 
@@ -422,7 +550,13 @@ def test_attach_says_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
     dense = 4 * (1024 * 1024 + 1024 * 512)
     frozen = sum(layer.base.nbytes for layer in model)
     said = capsys.readouterr().out
-    for fact in ("rank 5", "2 linear layers", f"{dense / 1e6:.1f} MB", f"{frozen / 1e6:.1f} MB", "frozen"):
+    for fact in (
+        "rank 5",
+        "2 linear layers",
+        f"{dense / 1e6:.1f} MB",
+        f"{frozen / 1e6:.1f} MB",
+        "frozen",
+    ):
         assert fact in said
     assert said.count("\n") == 1 and said.endswith("\n")
 
@@ -443,12 +577,21 @@ def losses_around_ten_steps(model: nn.Module) -> tuple[float, float]:
     return before, loss().item()
 
 
-@pytest.mark.parametrize(("codebook", "compute_dtype"), [(nf4.NF4, None), (nf4.normal_float(3), torch.bfloat16), (None, None)])
+@pytest.mark.parametrize(
+    ("codebook", "compute_dtype"),
+    [(nf4.NF4, None), (nf4.normal_float(3), torch.bfloat16), (None, None)],
+)
 def test_training_a_small_adapted_model_lowers_its_loss_and_moves_nothing_else(
     codebook: Tensor | None, compute_dtype: torch.dtype | None
 ) -> None:
     torch.manual_seed(0)
-    model = lora.attach(TowerWithHead(tied=True), r=4, lora_dropout=0.1, codebook=codebook, compute_dtype=compute_dtype)
+    model = lora.attach(
+        TowerWithHead(tied=True),
+        r=4,
+        lora_dropout=0.1,
+        codebook=codebook,
+        compute_dtype=compute_dtype,
+    )
     frozen = {n: t.clone() for n, t in model.state_dict().items() if "lora_" not in n}
     before, after = losses_around_ten_steps(model)
     assert after < before
@@ -460,9 +603,13 @@ def test_on_a_dense_16_bit_base_it_is_ordinary_lora(dtype: torch.dtype) -> None:
     case = Adapted()
     linear = case.linear(dtype)
     layer = case.trained(QLoRALinear.from_linear(linear, codebook=None, **case.settings()))
-    assert layer.base().data_ptr() == linear.weight.data_ptr() and layer.lora_A.dtype == torch.float32
+    assert (
+        layer.base().data_ptr() == linear.weight.data_ptr() and layer.lora_A.dtype == torch.float32
+    )
     x = case.x(dtype)
-    bound = lora_forward(x, linear.weight, layer.lora_A, layer.lora_B, linear.bias, layer.scaling, None, dtype)
+    bound = lora_forward(
+        x, linear.weight, layer.lora_A, layer.lora_B, linear.bias, layer.scaling, None, dtype
+    )
     assert bound.allows(layer(x))
 
 
@@ -470,16 +617,28 @@ def test_on_a_dense_16_bit_base_it_is_ordinary_lora(dtype: torch.dtype) -> None:
 
 
 @given(adapted, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans())
-def test_a_merged_model_computes_what_the_adapted_one_did(case: Adapted, dtype: torch.dtype, dense: bool) -> None:
+def test_a_merged_model_computes_what_the_adapted_one_did(
+    case: Adapted, dtype: torch.dtype, dense: bool
+) -> None:
     assume(math.prod(case.leading))
     layer = adapt(case, dtype, **{"codebook": None} if dense else {}).eval()
     x = case.x(torch.float32).reshape(-1, case.in_features)
     base, scaling = layer.base(torch.float32), case.lora_alpha / case.r
-    bound = merged_forward(x, base, layer.lora_A, layer.lora_B, layer.bias, scaling, dtype, torch.float32)
+    bound = merged_forward(
+        x, base, layer.lora_A, layer.lora_B, layer.bias, scaling, dtype, torch.float32
+    )
     model, audit = lora.merge(nn.Sequential(layer))
-    assert type(model[0]) is nn.Linear and model[0].weight.dtype == dtype and not model[0].weight.requires_grad
-    assert bound.allows(F.linear(x, model[0].weight.float(), None if layer.bias is None else layer.bias.float()))
-    assert (model[0].bias is None) == (not case.bias) and (case.bias is False or same_bits(model[0].bias, layer.bias))
+    assert (
+        type(model[0]) is nn.Linear
+        and model[0].weight.dtype == dtype
+        and not model[0].weight.requires_grad
+    )
+    assert bound.allows(
+        F.linear(x, model[0].weight.float(), None if layer.bias is None else layer.bias.float())
+    )
+    assert (model[0].bias is None) == (not case.bias) and (
+        case.bias is False or same_bits(model[0].bias, layer.bias)
+    )
     assert set(audit) == (set() if dense else {"0"})
 
 
@@ -493,7 +652,10 @@ def test_the_audit_measures_what_a_4_bit_merge_would_realise(case: Adapted, size
     realised, wanted = (fourbit() - base).double(), update.double()
     assume(realised.any())
     _, audit = lora.merge(nn.Sequential(layer))
-    product, lengths = (realised * wanted).sum().item(), (realised.norm().item(), wanted.norm().item())
+    product, lengths = (
+        (realised * wanted).sum().item(),
+        (realised.norm().item(), wanted.norm().item()),
+    )
     n = update.numel()
     assert abs(audit["0"].update_norm - lengths[1]) <= gamma(n + 2) * lengths[1]
     assert abs(audit["0"].cosine - product / math.prod(lengths)) <= cosine(n)
@@ -524,7 +686,9 @@ def test_a_huge_update_is_kept_up_to_the_error_of_quantization(factor: float) ->
     absmax = nf4.quantize(target).absmax
     nested, codes = frozen.nested_absmax.expand(len(absmax)), (nf4.NF4, double_quant.DYNAMIC)
     error = both_quantized(absmax, nested, *codes, torch.float32, torch.float32)
-    error = error.repeat_interleave(64) + 2 * cast(target.abs().max().item() * 2, torch.float32)  # and two float32 sums
+    error = error.repeat_interleave(64) + 2 * cast(
+        target.abs().max().item() * 2, torch.float32
+    )  # and two float32 sums
     relative = (error.norm() / update.norm()).item()
     slack = cosine(update.numel())
     _, audit = lora.merge(nn.Sequential(layer))
@@ -558,15 +722,23 @@ def test_a_merged_weight_is_rounded_once(dtype: torch.dtype) -> None:
     case = Adapted(48, 40, 3)
     layer = case.trained(QLoRALinear.from_linear(case.linear(dtype), **case.settings()))
     update = Bounded.exact(layer.lora_B).matmul(Bounded.exact(layer.lora_A), torch.float32)
-    total = update.times(layer.scaling, torch.float32).plus(Bounded.exact(layer.base(torch.float32)), torch.float32)
+    total = update.times(layer.scaling, torch.float32).plus(
+        Bounded.exact(layer.base(torch.float32)), torch.float32
+    )
     layer.merge()
     merged, _ = lora.merge(nn.Sequential(layer))
     for weight in (layer.merged, merged[0].weight):
-        assert weight.dtype == dtype and (total if dtype == torch.float32 else total.to(dtype)).allows(weight)
+        assert weight.dtype == dtype and (
+            total if dtype == torch.float32 else total.to(dtype)
+        ).allows(weight)
 
 
 def test_attaching_changes_no_dtype_of_what_it_does_not_quantize() -> None:
     model = TowerWithHead().bfloat16()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("blocks")}
+    before = {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("blocks")
+    }
     after = lora.attach(model, r=3).state_dict()
     assert all(same_bits(after[name], tensor) for name, tensor in before.items())

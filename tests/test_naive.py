@@ -56,7 +56,11 @@ float32s = st.floats(width=32, allow_nan=False)
 # Levels in any order, with some twice, of any size, and of a number that crosses from two codes a byte to one.
 large = st.floats(-(2.0**127), 2.0**127, width=32)
 level = st.one_of(st.sampled_from([-1.0, -0.0, 0.0, 1.0]), st.floats(-1, 1, width=32), large)
-any_code = st.lists(level, min_size=2, max_size=20).filter(lambda levels: len(set(levels)) > 1).map(torch.tensor)
+any_code = (
+    st.lists(level, min_size=2, max_size=20)
+    .filter(lambda levels: len(set(levels)) > 1)
+    .map(torch.tensor)
+)
 known_codes = [nf4.NF4, nf4.FP4, uniform_code(), *(nf4.normal_float(bits) for bits in (2, 3, 5, 8))]
 codebooks = st.one_of(st.sampled_from(known_codes), any_code)
 
@@ -102,10 +106,16 @@ def test_the_oracle_imports_nothing_but_the_standard_library() -> None:
     assert imported and imported <= sys.stdlib_module_names
 
 
-@given(float32s, float32s, st.sampled_from([operator.add, operator.sub, operator.mul, operator.truediv]))
+@given(
+    float32s,
+    float32s,
+    st.sampled_from([operator.add, operator.sub, operator.mul, operator.truediv]),
+)
 @example(2.0**-126, 1 + 2.0**-23, operator.truediv)
 @example(2.0**-100, 2.0**-49, operator.mul)
-def test_an_operation_in_float64_that_is_then_rounded_is_that_of_float32(a: float, b: float, operation: Callable) -> None:
+def test_an_operation_in_float64_that_is_then_rounded_is_that_of_float32(
+    a: float, b: float, operation: Callable
+) -> None:
     wanted = operation(torch.tensor(a), torch.tensor(b))
     if wanted.isfinite() and (b != 0 or operation != operator.truediv):
         assert is_exactly(wanted[None], [naive.float32(operation(a, b))])
@@ -115,21 +125,37 @@ def test_an_operation_in_float64_that_is_then_rounded_is_that_of_float32(a: floa
 @example(65520.0, torch.float16)
 @example(1.00390625, torch.bfloat16)
 @example(-3.4e38, torch.bfloat16)
-def test_a_float32_is_rounded_to_each_dtype_as_torch_rounds_it(x: float, dtype: torch.dtype) -> None:
+def test_a_float32_is_rounded_to_each_dtype_as_torch_rounds_it(
+    x: float, dtype: torch.dtype
+) -> None:
     assert is_exactly(torch.tensor([x]).to(dtype), [naive.ROUND[name_of(dtype)](x)])
 
 
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 2), st.randoms(use_true_random=False))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 2),
+    st.randoms(use_true_random=False),
+)
 def test_the_gradients_of_the_oracle_are_the_differences_of_its_forward(
     tokens: int, inputs: int, outputs: int, r: int, random: object
 ) -> None:
     """The loss sum(g y) is linear in each argument: its difference over a step of 1 is its derivative, exact for integers."""
 
     def whole(rows: int, columns: int, least: int = -3) -> list[list[float]]:
-        return [[float(random.randint(least, 3 if least else 1)) for _ in range(columns)] for _ in range(rows)]
+        return [
+            [float(random.randint(least, 3 if least else 1)) for _ in range(columns)]
+            for _ in range(rows)
+        ]
 
     g, keep, weight = whole(tokens, outputs), whole(tokens, inputs, least=0), whole(outputs, inputs)
-    x, lora_A, lora_B, (bias,) = whole(tokens, inputs), whole(r, inputs), whole(outputs, r), whole(1, outputs)
+    x, lora_A, lora_B, (bias,) = (
+        whole(tokens, inputs),
+        whole(r, inputs),
+        whole(outputs, r),
+        whole(1, outputs),
+    )
 
     def loss() -> float:
         y = naive.lora_forward(x, weight, lora_A, lora_B, bias, 3.0, keep)
@@ -144,12 +170,26 @@ def test_the_gradients_of_the_oracle_are_the_differences_of_its_forward(
         return slopes
 
     gradients = naive.lora_backward(g, x, weight, lora_A, lora_B, 3.0, keep)
-    assert gradients == (*([differences(row) for row in each] for each in (x, lora_A, lora_B)), differences(bias))
+    assert gradients == (
+        *([differences(row) for row in each] for each in (x, lora_A, lora_B)),
+        differences(bias),
+    )
 
 
 def test_without_eps_and_decay_the_first_step_of_the_oracle_is_lr_times_the_sign() -> None:
     grad = [3.0, -0.001, 2.0**40]
-    moved = naive.adamw([0.0] * 3, grad, [0.0] * 3, [0.0] * 3, 1, lr=0.25, beta1=0.5, beta2=0.75, eps=0.0, weight_decay=0.0)
+    moved = naive.adamw(
+        [0.0] * 3,
+        grad,
+        [0.0] * 3,
+        [0.0] * 3,
+        1,
+        lr=0.25,
+        beta1=0.5,
+        beta2=0.75,
+        eps=0.0,
+        weight_decay=0.0,
+    )
     assert moved == ([-0.25, 0.25, -0.25], [g / 2 for g in grad], [g * g / 4 for g in grad])
 
 
@@ -158,22 +198,32 @@ def test_without_eps_and_decay_the_first_step_of_the_oracle_is_lr_times_the_sign
 
 def test_the_nf4_and_fp4_levels_are_those_of_the_oracle_and_of_bitsandbytes() -> None:
     for ours, wanted, peer in [(nf4.NF4, naive.NF4, "nf4"), (nf4.FP4, naive.FP4, "fp4")]:
-        assert is_exactly(ours, wanted) and is_exactly(bnb.get_4bit_type(peer, device="cpu"), wanted)
+        assert is_exactly(ours, wanted) and is_exactly(
+            bnb.get_4bit_type(peer, device="cpu"), wanted
+        )
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_oracle_makes_the_published_nf4_levels_from_the_quantiles_of_a_normal(fused: bool) -> None:
+def test_the_oracle_makes_the_published_nf4_levels_from_the_quantiles_of_a_normal(
+    fused: bool,
+) -> None:
     assert naive.normal_float(4, fused) == naive.NF4
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_levels_of_a_normal_float_are_those_of_the_oracle(bits: int) -> None:
     """In one of its two roundings: torch.linspace multiplies and adds at once on the CPUs that can."""
-    assert any(is_exactly(nf4.normal_float(bits), naive.normal_float(bits, fused)) for fused in (True, False))
+    assert any(
+        is_exactly(nf4.normal_float(bits), naive.normal_float(bits, fused))
+        for fused in (True, False)
+    )
 
 
 def test_the_levels_of_the_dynamic_code_are_those_of_the_oracle() -> None:
-    assert any(is_exactly(double_quant.dynamic_code(), naive.dynamic_code(fused)) for fused in (True, False))
+    assert any(
+        is_exactly(double_quant.dynamic_code(), naive.dynamic_code(fused))
+        for fused in (True, False)
+    )
 
 
 # quantization
@@ -195,7 +245,9 @@ def test_bytes_constants_and_decoded_values_are_those_of_the_oracle(
     packed, absmax = naive.quantize(numbers(weight), recipe.block_size, levels)
     assert q.packed.flatten().tolist() == packed
     assert is_exactly(q.absmax, absmax)
-    decoded = naive.dequantize(packed, absmax, levels, weight.numel(), recipe.block_size, name_of(wanted))
+    decoded = naive.dequantize(
+        packed, absmax, levels, weight.numel(), recipe.block_size, name_of(wanted)
+    )
     assert is_exactly(nf4.dequantize(q, wanted), decoded)
 
 
@@ -209,7 +261,9 @@ def test_numbers_within_two_ulps_of_an_edge_between_levels_go_where_the_oracle_s
     """This is where one rounding more, or another, shows: random numbers seldom come so near."""
     levels = codebook.sort().values
     edges = ((levels[1:] + levels[:-1]) / 2).clamp(-1, 1) * absmax
-    near = (edges.view(torch.int32)[:, None] + torch.arange(-2, 3)).int().view(torch.float32).flatten()
+    near = (
+        (edges.view(torch.int32)[:, None] + torch.arange(-2, 3)).int().view(torch.float32).flatten()
+    )
     weight = torch.cat([torch.tensor([absmax]), near[near.abs() <= absmax]])  # NaN is left out too
     packed, constants = naive.quantize(numbers(weight), 2048, codebook.tolist())
     q = nf4.quantize(weight, 2048, codebook)
@@ -227,7 +281,9 @@ def test_double_quantization_is_that_of_the_oracle_about_a_mean_within_rounding_
     absmax = recipe.tensor()
     dq = double_quant.quantize(absmax, block_size)
     offset, mean = dq.offset.item(), naive.mean(numbers(absmax))
-    assert abs(offset - mean) <= gamma(absmax.numel()) * mean + cast(mean, torch.float32)  # n - 1 additions, one division
+    assert abs(offset - mean) <= gamma(absmax.numel()) * mean + cast(
+        mean, torch.float32
+    )  # n - 1 additions, one division
     codes, nested_absmax = naive.double_quantize(numbers(absmax), offset, block_size, DYNAMIC)
     assert dq.codes.flatten().tolist() == codes
     assert is_exactly(dq.absmax, nested_absmax)
@@ -237,16 +293,24 @@ def test_double_quantization_is_that_of_the_oracle_about_a_mean_within_rounding_
 
 @given(peer_recipes, st.sampled_from([64, 128, 256]), st.integers(1, 3))
 @example(Recipe(pattern="outliers"), 64, 3)
-def test_fp4_of_bitsandbytes_is_that_of_the_oracle(recipe: Recipe, block_size: int, rows: int) -> None:
+def test_fp4_of_bitsandbytes_is_that_of_the_oracle(
+    recipe: Recipe, block_size: int, rows: int
+) -> None:
     """In whole blocks, and with code 8, its second zero, read as 0: it takes 8 for small positive numbers."""
     weight = replace(recipe, shape=(rows, block_size), block_size=block_size).tensor()
     packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="fp4")
     wanted, absmax = naive.quantize(numbers(weight), block_size, naive.FP4)
     codes = naive.unpack(packed.flatten().tolist(), weight.numel(), naive.FP4)
-    assert [0 if code == 8 else code for code in codes] == naive.unpack(wanted, weight.numel(), naive.FP4)
+    assert [0 if code == 8 else code for code in codes] == naive.unpack(
+        wanted, weight.numel(), naive.FP4
+    )
     assert is_exactly(state.absmax, absmax)
-    decoded = naive.dequantize(wanted, absmax, naive.FP4, weight.numel(), block_size, name_of(weight.dtype))
-    with torch.compiler.set_stance("force_eager"):  # the peer compiles some of its paths, for seconds each
+    decoded = naive.dequantize(
+        wanted, absmax, naive.FP4, weight.numel(), block_size, name_of(weight.dtype)
+    )
+    with torch.compiler.set_stance(
+        "force_eager"
+    ):  # the peer compiles some of its paths, for seconds each
         assert bnb.dequantize_4bit(packed, state).double().flatten().tolist() == decoded
 
 
@@ -254,8 +318,12 @@ def test_fp4_of_bitsandbytes_is_that_of_the_oracle(recipe: Recipe, block_size: i
 
 
 def small_layer(case: Adapted) -> Adapted:
-    return replace(case, in_features=4 + case.in_features % 20, out_features=4 + case.out_features % 12,
-                   leading=tuple(size % 4 for size in case.leading))
+    return replace(
+        case,
+        in_features=4 + case.in_features % 20,
+        out_features=4 + case.out_features % 12,
+        leading=tuple(size % 4 for size in case.leading),
+    )
 
 
 def weight_of_the_oracle(weight: Tensor, block_size: int, double: bool) -> Tensor:
@@ -311,7 +379,9 @@ def test_the_output_and_the_gradients_of_a_layer_are_within_rounding_of_the_orac
     assert within(y, naive.lora_forward(*as_lists[:4], bias, *as_lists[4:]), *forwards)
     wanted = naive.lora_backward(matrix(g), *as_lists)
     backwards = zip(*(lora_backward(g, *operands, scaling, keep, each) for each in both))
-    for got, exact, bounds in zip((x.grad, layer.lora_A.grad, layer.lora_B.grad), wanted, backwards):
+    for got, exact, bounds in zip(
+        (x.grad, layer.lora_A.grad, layer.lora_B.grad), wanted, backwards
+    ):
         assert within(got, exact, *bounds)
     if case.bias:
         ones, incoming = Bounded.exact(torch.ones(1, len(g))), Bounded.exact(g)
@@ -322,25 +392,40 @@ def test_the_output_and_the_gradients_of_a_layer_are_within_rounding_of_the_orac
 
 
 beta = st.one_of(st.sampled_from([0.0, 0.5, 0.9, 0.999]), st.floats(1e-6, 0.9999))
-hyperparameters = st.fixed_dictionaries({
-    "lr": st.one_of(st.sampled_from([0.0, 1e-3, 1.0]), st.floats(1e-6, 1)),
-    "betas": st.tuples(beta, beta),
-    "eps": st.sampled_from([0.0, 1e-8, 1e-3]),
-    "weight_decay": st.one_of(st.sampled_from([0.0, 0.01, 1.5]), st.floats(1e-6, 2)),
-})
+hyperparameters = st.fixed_dictionaries(
+    {
+        "lr": st.one_of(st.sampled_from([0.0, 1e-3, 1.0]), st.floats(1e-6, 1)),
+        "betas": st.tuples(beta, beta),
+        "eps": st.sampled_from([0.0, 1e-8, 1e-3]),
+        "weight_decay": st.one_of(st.sampled_from([0.0, 0.01, 1.5]), st.floats(1e-6, 2)),
+    }
+)
 DEFAULTS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def verdicts(hyper: dict, dtype: torch.dtype, steps: int, scale: float, seed: int) -> dict[str, bool]:
+def verdicts(
+    hyper: dict, dtype: torch.dtype, steps: int, scale: float, seed: int
+) -> dict[str, bool]:
     """After a run of PagedAdamW in dtype: are the parameters and the moments within rounding of the oracle's?"""
     make = torch.Generator().manual_seed(seed)
     start = torch.randn(5, generator=make).to(dtype)
     param = nn.Parameter(start.clone())
-    optimizer = PagedAdamW([param], page_bytes=4 * dtype.itemsize, resident_bytes=8 * dtype.itemsize, **hyper)
+    optimizer = PagedAdamW(
+        [param], page_bytes=4 * dtype.itemsize, resident_bytes=8 * dtype.itemsize, **hyper
+    )
     zeros, (beta1, beta2) = torch.zeros(5, dtype=dtype), hyper["betas"]
-    rest = {"lr": hyper["lr"], "beta1": beta1, "beta2": beta2, "eps": hyper["eps"], "weight_decay": hyper["weight_decay"]}
+    rest = {
+        "lr": hyper["lr"],
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": hyper["eps"],
+        "weight_decay": hyper["weight_decay"],
+    }
     oracle = numbers(start), numbers(zeros), numbers(zeros)
-    bounds = {each: tuple(Bounded.exact(tensor) for tensor in (start, zeros, zeros)) for each in (dtype, torch.float64)}
+    bounds = {
+        each: tuple(Bounded.exact(tensor) for tensor in (start, zeros, zeros))
+        for each in (dtype, torch.float64)
+    }
     for step in range(1, steps + 1):
         grad = (torch.randn(5, generator=make) * scale).to(dtype)
         if hyper["eps"]:
@@ -348,7 +433,9 @@ def verdicts(hyper: dict, dtype: torch.dtype, steps: int, scale: float, seed: in
         param.grad = grad
         optimizer.step()
         oracle = naive.adamw(oracle[0], numbers(grad), *oracle[1:], step, **rest)
-        bounds = {each: adamw(*bound, grad, step, **hyper, dtype=each) for each, bound in bounds.items()}
+        bounds = {
+            each: adamw(*bound, grad, step, **hyper, dtype=each) for each, bound in bounds.items()
+        }
     slot = optimizer.state_dict()["state"][0]
     results = {"param": param, "exp_avg": slot["exp_avg"], "exp_avg_sq": slot["exp_avg_sq"]}
     allowed = [apart(*pair) for pair in zip(bounds[dtype], bounds[torch.float64])]
@@ -359,49 +446,86 @@ def verdicts(hyper: dict, dtype: torch.dtype, steps: int, scale: float, seed: in
     }
 
 
-@given(hyperparameters, st.sampled_from(SINGLE_AND_DOUBLE), st.integers(1, 20), st.sampled_from([1e-30, 1e-3, 1.0, 1e4]), seeds)
+@given(
+    hyperparameters,
+    st.sampled_from(SINGLE_AND_DOUBLE),
+    st.integers(1, 20),
+    st.sampled_from([1e-30, 1e-3, 1.0, 1e4]),
+    seeds,
+)
 def test_paged_adamw_is_within_rounding_of_the_oracle(
     hyper: dict, dtype: torch.dtype, steps: int, scale: float, seed: int
 ) -> None:
-    scale = scale if hyper["eps"] else 1.0  # in float32 the square of 1e-30 is 0, and so would the denominator be
+    scale = (
+        scale if hyper["eps"] else 1.0
+    )  # in float32 the square of 1e-30 is 0, and so would the denominator be
     assert all(verdicts(hyper, dtype, steps, scale, seed).values())
 
 
 adamw_ = paged_optim.adamw_
 
 
-def eps_before_bias_correction(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
-    adamw_(param, grad, moments, step, {**group, "eps": group["eps"] / math.sqrt(1 - group["betas"][1] ** step)})
+def eps_before_bias_correction(
+    param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict
+) -> None:
+    adamw_(
+        param,
+        grad,
+        moments,
+        step,
+        {**group, "eps": group["eps"] / math.sqrt(1 - group["betas"][1] ** step)},
+    )
 
 
 def decay_without_lr(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
-    adamw_(param, grad, moments, step, {**group, "weight_decay": group["weight_decay"] / group["lr"]})
+    adamw_(
+        param, grad, moments, step, {**group, "weight_decay": group["weight_decay"] / group["lr"]}
+    )
 
 
-def decay_through_the_gradient(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
-    adamw_(param, grad + group["weight_decay"] * param, moments, step, {**group, "weight_decay": 0.0})
+def decay_through_the_gradient(
+    param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict
+) -> None:
+    adamw_(
+        param, grad + group["weight_decay"] * param, moments, step, {**group, "weight_decay": 0.0}
+    )
 
 
-def decay_after_the_update(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
+def decay_after_the_update(
+    param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict
+) -> None:
     adamw_(param, grad, moments, step, {**group, "weight_decay": 0.0})
     param.mul_(1 - group["lr"] * group["weight_decay"])
 
 
-def bias_correction_a_step_late(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
+def bias_correction_a_step_late(
+    param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict
+) -> None:
     adamw_(param, grad, moments.zero_() if step == 1 else moments, step + 1, group)
 
 
-def moments_kept_in_bfloat16(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
+def moments_kept_in_bfloat16(
+    param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict
+) -> None:
     adamw_(param, grad, moments, step, group)
     moments.copy_(moments.bfloat16())
 
 
 def betas_in_float16(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
-    adamw_(param, grad, moments, step, {**group, "betas": torch.tensor(group["betas"]).half().tolist()})
+    adamw_(
+        param, grad, moments, step, {**group, "betas": torch.tensor(group["betas"]).half().tolist()}
+    )
 
 
-MUTANTS = [eps_before_bias_correction, decay_without_lr, decay_through_the_gradient, decay_after_the_update,
-           bias_correction_a_step_late, moments_kept_in_bfloat16, betas_in_float16]
+MUTANTS = [
+    eps_before_bias_correction,
+    decay_without_lr,
+    decay_through_the_gradient,
+    decay_after_the_update,
+    bias_correction_a_step_late,
+    moments_kept_in_bfloat16,
+    betas_in_float16,
+]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -435,9 +559,27 @@ def test_the_bound_of_a_decayed_parameter_is_reached_where_three_roundings_go_do
     """The decay is a little above 1/2 and half a step away from a float32, p times it likewise, and so is the sum."""
     change, decay = 0.998 * U, 0.5 + 1001.499 * U
     hyper = {"lr": change, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": (1 - decay) / change}
-    param, grad, zeros = 2 + torch.arange(8000) * 2.0**-22, torch.full((8000,), -1.0), torch.zeros(8000)
-    wanted = naive.adamw(*(numbers(each) for each in (param, grad, zeros, zeros)), 1, change, 0, 0, 0, hyper["weight_decay"])
-    bound = adamw(*(Bounded.exact(each) for each in (param, zeros, zeros)), grad, 1, **hyper, dtype=torch.float32)[0]
+    param, grad, zeros = (
+        2 + torch.arange(8000) * 2.0**-22,
+        torch.full((8000,), -1.0),
+        torch.zeros(8000),
+    )
+    wanted = naive.adamw(
+        *(numbers(each) for each in (param, grad, zeros, zeros)),
+        1,
+        change,
+        0,
+        0,
+        0,
+        hyper["weight_decay"],
+    )
+    bound = adamw(
+        *(Bounded.exact(each) for each in (param, zeros, zeros)),
+        grad,
+        1,
+        **hyper,
+        dtype=torch.float32,
+    )[0]
     adamw_(param, grad, torch.zeros(2, 8000), 1, hyper)
     assert 0.99 <= ((param - in_float64(wanted[0])).abs() / bound.error).max() <= 1
 
@@ -448,8 +590,14 @@ def test_the_bound_of_the_first_moment_is_reached_where_four_roundings_go_down()
     lerp_ fuses the last two on most CPUs and needs only three roundings, so the formula is written out here.
     """
     weight, zeros = 2.0**-7 * (1 + 2002.998 * U), torch.zeros(8000)
-    grad, exp_avg = 1 + torch.arange(8000) * 2.0**-23, torch.full((8000,), -(U - 2.0**-31 + 2.0**-40))
+    grad, exp_avg = (
+        1 + torch.arange(8000) * 2.0**-23,
+        torch.full((8000,), -(U - 2.0**-31 + 2.0**-40)),
+    )
     state = (Bounded.exact(each) for each in (zeros, exp_avg, zeros))
     bound = adamw(*state, grad, 2, 0.0, (1 - weight, 0.9), 1.0, 0.0, torch.float32)[1]
-    got, wanted = exp_avg + (grad - exp_avg) * weight, exp_avg.double() + (grad.double() - exp_avg.double()) * weight
+    got, wanted = (
+        exp_avg + (grad - exp_avg) * weight,
+        exp_avg.double() + (grad.double() - exp_avg.double()) * weight,
+    )
     assert 0.99 <= ((got - wanted).abs() / bound.error).max() <= 1

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nf4
-from helpers.bounds import decision_slack, half_gap, is_tight, mean_absolute_error, of_a_mean, requantizing_is_safe, roundtrip
+from helpers.bounds import (
+    decision_slack,
+    half_gap,
+    is_tight,
+    mean_absolute_error,
+    of_a_mean,
+    requantizing_is_safe,
+    roundtrip,
+)
 from helpers.strategies import (
     BLOCK_SIZES,
     DTYPES,
@@ -33,15 +41,28 @@ from helpers.strategies import (
 PUBLISHED = """bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000
                3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000"""
 PUBLISHED_ERRORS = {
-    32: 0.067746, 64: 0.072798, 128: 0.076831, 256: 0.080337, 512: 0.083547, 1024: 0.086610, 2048: 0.089592, 4096: 0.092547,
+    32: 0.067746,
+    64: 0.072798,
+    128: 0.076831,
+    256: 0.080337,
+    512: 0.083547,
+    1024: 0.086610,
+    2048: 0.089592,
+    4096: 0.092547,
 }
-codebooks = st.sampled_from([nf4.NF4, uniform_code(), *(nf4.normal_float(bits) for bits in (2, 3, 5, 8))])
+codebooks = st.sampled_from(
+    [nf4.NF4, uniform_code(), *(nf4.normal_float(bits) for bits in (2, 3, 5, 8))]
+)
 
 
 def codes_of(q: nf4.Quantized) -> Tensor:
     """(n,) int64, read off the packed bytes one nibble at a time."""
     n, packed = math.prod(q.shape), q.packed.reshape(-1).tolist()
-    codes = packed if q.codebook.numel() > 16 else [nibble for byte in packed for nibble in (byte >> 4, byte & 15)]
+    codes = (
+        packed
+        if q.codebook.numel() > 16
+        else [nibble for byte in packed for nibble in (byte >> 4, byte & 15)]
+    )
     return torch.tensor(codes[:n], dtype=torch.int64)
 
 
@@ -59,7 +80,9 @@ def in_blocks(weight: Tensor, block_size: int) -> Tensor:
 
 
 def dequantized_by_peer(packed: Tensor, state: bnb.QuantState) -> Tensor:
-    with torch.compiler.set_stance("force_eager"):  # the peer compiles some of its paths, for seconds each
+    with torch.compiler.set_stance(
+        "force_eager"
+    ):  # the peer compiles some of its paths, for seconds each
         return bnb.dequantize_4bit(packed, state)
 
 
@@ -67,7 +90,9 @@ def dequantized_by_peer(packed: Tensor, state: bnb.QuantState) -> Tensor:
 
 
 def test_the_nf4_levels_are_the_published_ones_bit_for_bit() -> None:
-    assert [f"{word & 0xFFFFFFFF:08x}" for word in nf4.NF4.view(torch.int32).tolist()] == PUBLISHED.split()
+    assert [
+        f"{word & 0xFFFFFFFF:08x}" for word in nf4.NF4.view(torch.int32).tolist()
+    ] == PUBLISHED.split()
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -102,7 +127,9 @@ def test_roundtrip_error_is_within_half_gap(recipe: Recipe, codebook: Tensor) ->
 
 
 @given(recipes, st.sampled_from(DTYPES))
-def test_roundtrip_into_another_dtype_is_within_half_gap_and_the_cast(recipe: Recipe, wanted: torch.dtype) -> None:
+def test_roundtrip_into_another_dtype_is_within_half_gap_and_the_cast(
+    recipe: Recipe, wanted: torch.dtype
+) -> None:
     weight = recipe.tensor()
     assume(weight.numel() == 0 or weight.abs().max() <= torch.finfo(wanted).max)
     q = nf4.quantize(weight, recipe.block_size)
@@ -117,8 +144,13 @@ def test_half_gap_is_reached_in_every_dtype(wanted: torch.dtype) -> None:
     gap = int((nf4.NF4[1:] - nf4.NF4[:-1]).argmax())
     upper = nf4.NF4[gap + 1].item()
     ratios = []
-    for absmax in torch.linspace(1, 2, 1025).tolist():  # the cast to 16 bits is at its worst for some of them
-        for side in (math.nextafter, lambda middle, _: middle):  # just above the midpoint, and on it
+    for absmax in torch.linspace(
+        1, 2, 1025
+    ).tolist():  # the cast to 16 bits is at its worst for some of them
+        for side in (
+            math.nextafter,
+            lambda middle, _: middle,
+        ):  # just above the midpoint, and on it
             middle = side((nf4.NF4[gap].item() + upper) / 2, 0.0)
             weight = torch.tensor([absmax, middle * absmax])
             q = nf4.quantize(weight, 2)
@@ -128,12 +160,16 @@ def test_half_gap_is_reached_in_every_dtype(wanted: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("block_size", PUBLISHED_ERRORS)
-def test_the_mean_error_on_a_normal_is_the_one_that_order_statistics_predict(block_size: int) -> None:
+def test_the_mean_error_on_a_normal_is_the_one_that_order_statistics_predict(
+    block_size: int,
+) -> None:
     predicted = mean_absolute_error(nf4.NF4, block_size)
     assert round(predicted, 4) == round(PUBLISHED_ERRORS[block_size], 4)
     weight = torch.randn(256, 4096, generator=torch.Generator().manual_seed(block_size))
     error = (weight - nf4.dequantize(nf4.quantize(weight, block_size))).abs()
-    by_block = error.reshape(-1, block_size).double().mean(1)  # blocks are independent, numbers in a block are not
+    by_block = (
+        error.reshape(-1, block_size).double().mean(1)
+    )  # blocks are independent, numbers in a block are not
     assert abs(by_block.mean().item() - predicted) <= of_a_mean(by_block)
 
 
@@ -165,7 +201,9 @@ def test_a_wrong_decision_costs_at_most_its_slack_and_can_cost_nearly_that() -> 
     worst = 0.0
     for ulps in range(-4, 5):
         x = ((middle * absmax.double()).float().view(torch.int32) + ulps).view(torch.float32)
-        codes = codes_of(nf4.quantize(torch.stack([absmax, x], 1), 2, codebook)).reshape(-1, 2)[:, 1:]
+        codes = codes_of(nf4.quantize(torch.stack([absmax, x], 1), 2, codebook)).reshape(-1, 2)[
+            :, 1:
+        ]
         distance = ((x.double() / absmax.double())[:, None] - codebook.double()).abs()
         worst = max(worst, (distance.gather(1, codes)[:, 0] - distance.amin(1)).max().item())
     assert is_tight(worst, decision_slack())
@@ -173,7 +211,9 @@ def test_a_wrong_decision_costs_at_most_its_slack_and_can_cost_nearly_that() -> 
 
 @given(seeds, st.sampled_from(BLOCK_SIZES[1:]))
 def test_a_tie_takes_the_lower_code(seed: int, block_size: int) -> None:
-    weight = Recipe(shape=(4 * block_size,), block_size=block_size, pattern="ties", seed=seed).tensor()
+    weight = Recipe(
+        shape=(4 * block_size,), block_size=block_size, pattern="ties", seed=seed
+    ).tensor()
     codes = codes_of(nf4.quantize(weight, block_size, uniform_code()))
     lower = {tie: index for index, tie in enumerate(TIES)} | {1.0: 4}
     assert codes.tolist() == [lower[x] for x in weight.tolist()]
@@ -181,7 +221,9 @@ def test_a_tie_takes_the_lower_code(seed: int, block_size: int) -> None:
 
 @pytest.mark.parametrize("code", range(15))
 def test_a_float32_midpoint_takes_the_lower_code_and_the_next_number_the_upper(code: int) -> None:
-    midpoint = ((nf4.NF4[code].numpy() + nf4.NF4[code + 1].numpy()) / np.float32(2)).astype(np.float32)
+    midpoint = ((nf4.NF4[code].numpy() + nf4.NF4[code + 1].numpy()) / np.float32(2)).astype(
+        np.float32
+    )
     weight = torch.tensor([1.0, midpoint.item(), np.nextafter(midpoint, np.float32(2)).item()])
     assert codes_of(nf4.quantize(weight, 4)).tolist() == [15, code, code + 1]
 
@@ -194,7 +236,11 @@ def test_a_number_is_multiplied_by_the_float32_reciprocal_of_absmax(recipe: Reci
     absmax = np.abs(blocks).max(1, keepdims=True)
     reciprocal = np.divide(np.float32(1), absmax, out=np.zeros_like(absmax), where=absmax > 0)
     midpoints = ((nf4.NF4[1:] + nf4.NF4[:-1]) / 2).numpy()
-    expected = (np.multiply(blocks, reciprocal)[..., None] > midpoints).sum(-1).reshape(-1)[: weight.numel()]
+    expected = (
+        (np.multiply(blocks, reciprocal)[..., None] > midpoints)
+        .sum(-1)
+        .reshape(-1)[: weight.numel()]
+    )
     assert codes_of(nf4.quantize(weight, recipe.block_size)).tolist() == expected.tolist()
 
 
@@ -202,7 +248,10 @@ def test_where_division_would_choose_another_level_the_reciprocal_decides() -> N
     middle = ((nf4.NF4[1:] + nf4.NF4[:-1]) / 2)[9].item()
     absmax = torch.linspace(1, 2, 4001)[1:-1]
     weight = torch.stack([absmax, absmax * middle], 1)
-    by_division, by_reciprocal = weight[:, 1] / absmax > middle, weight[:, 1] * (1 / absmax) > middle
+    by_division, by_reciprocal = (
+        weight[:, 1] / absmax > middle,
+        weight[:, 1] * (1 / absmax) > middle,
+    )
     assert (by_division != by_reciprocal).any()
     assert torch.equal(codes_of(nf4.quantize(weight, 2)).reshape(-1, 2)[:, 1] == 10, by_reciprocal)
 
@@ -214,7 +263,9 @@ def test_where_division_would_choose_another_level_the_reciprocal_decides() -> N
 @example(Recipe(exponent=-149), nf4.NF4)  # not safe: see the next test
 @example(Recipe(dtype=torch.float16, exponent=-20), nf4.NF4)
 @example(Recipe(dtype=torch.bfloat16), nf4.normal_float(5))
-def test_requantizing_a_dequantized_tensor_gives_the_same_codes(recipe: Recipe, codebook: Tensor) -> None:
+def test_requantizing_a_dequantized_tensor_gives_the_same_codes(
+    recipe: Recipe, codebook: Tensor
+) -> None:
     """True unless the steps of a subnormal block are wide beside its absmax, or the dtype is too coarse for the code."""
     q = nf4.quantize(recipe.tensor(), recipe.block_size, codebook)
     again = nf4.quantize(nf4.dequantize(q), recipe.block_size, codebook)
@@ -242,7 +293,11 @@ def test_scaling_by_a_power_of_two_leaves_codes_unchanged(recipe: Recipe, k: int
     weight = recipe.tensor().float()
     wanted = weight.double() * 2.0**k
     scaled = wanted.float()
-    exact = in_blocks(scaled.double() == wanted, recipe.block_size) + (in_blocks(weight, recipe.block_size) == 0) > 0
+    exact = (
+        in_blocks(scaled.double() == wanted, recipe.block_size)
+        + (in_blocks(weight, recipe.block_size) == 0)
+        > 0
+    )
     assume(scaled.isfinite().all())
     whole = exact.all(1)
     q, q_scaled = nf4.quantize(weight, recipe.block_size), nf4.quantize(scaled, recipe.block_size)
@@ -271,7 +326,9 @@ def test_a_number_far_below_absmax_keeps_its_side_of_a_midpoint_at_zero() -> Non
 @given(recipes, codebooks)
 @example(Recipe(pattern="zeros"), nf4.NF4)
 @example(Recipe(pattern="zero blocks"), nf4.NF4)
-def test_zero_stays_exactly_zero_and_never_becomes_minus_zero(recipe: Recipe, codebook: Tensor) -> None:
+def test_zero_stays_exactly_zero_and_never_becomes_minus_zero(
+    recipe: Recipe, codebook: Tensor
+) -> None:
     weight = recipe.tensor()
     assume(weight.numel() > 0)
     for zero in (0.0, -0.0):
@@ -279,7 +336,9 @@ def test_zero_stays_exactly_zero_and_never_becomes_minus_zero(recipe: Recipe, co
         q = nf4.quantize(weight, recipe.block_size, codebook)
         zeros = nf4.dequantize(q)[weight.float() == 0]
         assert same_bits(zeros, torch.zeros_like(zeros))
-        codes = codes_of(q)[weight.float().reshape(-1) == 0]  # its code says zero, whatever becomes of absmax
+        codes = codes_of(q)[
+            weight.float().reshape(-1) == 0
+        ]  # its code says zero, whatever becomes of absmax
         assert (codebook[codes] == 0).all()
 
 
@@ -311,7 +370,10 @@ def test_any_shape_and_stride_gives_the_layout_that_is_documented(recipe: Recipe
 @example(Recipe(shape=(3, 5), layout="transposed"))
 def test_a_strided_tensor_gives_the_bytes_of_its_contiguous_copy(recipe: Recipe) -> None:
     weight = recipe.tensor()
-    strided, packed = nf4.quantize(weight, recipe.block_size), nf4.quantize(weight.contiguous(), recipe.block_size)
+    strided, packed = (
+        nf4.quantize(weight, recipe.block_size),
+        nf4.quantize(weight.contiguous(), recipe.block_size),
+    )
     assert same_bits(strided.packed, packed.packed) and same_bits(strided.absmax, packed.absmax)
 
 
@@ -341,7 +403,9 @@ def test_up_to_sixteen_levels_share_a_byte_and_more_take_one_each(levels: int) -
 
 
 @given(recipes, st.sampled_from(DTYPES))
-def test_the_dtype_argument_is_a_cast_of_the_float32_product(recipe: Recipe, wanted: torch.dtype) -> None:
+def test_the_dtype_argument_is_a_cast_of_the_float32_product(
+    recipe: Recipe, wanted: torch.dtype
+) -> None:
     q = nf4.quantize(recipe.tensor(), recipe.block_size)
     product = nf4.NF4[codes_of(q)].reshape(q.shape) * per_element(q, q.absmax)
     assert same_bits(nf4.dequantize(q, wanted), product.to(wanted))
@@ -378,7 +442,9 @@ def test_what_is_not_finite_in_float32_is_refused_with_its_count_and_first_index
     first = tuple(int(i) for i in np.unravel_index(min(places), recipe.shape))
     with pytest.raises(ValueError) as error:
         nf4.quantize(weight, recipe.block_size)
-    assert str(error.value).startswith(f"{len(places)} of {weight.numel()} weights are NaN, infinite or beyond float32")
+    assert str(error.value).startswith(
+        f"{len(places)} of {weight.numel()} weights are NaN, infinite or beyond float32"
+    )
     assert f"first at index {first}" in str(error.value)
 
 
@@ -388,17 +454,27 @@ def test_a_block_size_that_is_no_power_of_two_is_refused(block_size: object) -> 
         nf4.quantize(torch.ones(4), block_size)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64]
+)
 def test_a_dtype_that_is_not_floating_point_is_refused(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=str(dtype)):
         nf4.quantize(torch.ones(4, dtype=dtype))
 
 
-@pytest.mark.parametrize("codebook", [
-    torch.tensor([1.0]), torch.linspace(-1, 1, 257), torch.zeros(16), torch.tensor(1.0),
-    torch.tensor([-1.0, math.nan, 1.0]), torch.linspace(-1, 1, 16).double(), torch.linspace(-1, 1, 16).reshape(4, 4),
-    torch.tensor([-1, 1]),
-])
+@pytest.mark.parametrize(
+    "codebook",
+    [
+        torch.tensor([1.0]),
+        torch.linspace(-1, 1, 257),
+        torch.zeros(16),
+        torch.tensor(1.0),
+        torch.tensor([-1.0, math.nan, 1.0]),
+        torch.linspace(-1, 1, 16).double(),
+        torch.linspace(-1, 1, 16).reshape(4, 4),
+        torch.tensor([-1, 1]),
+    ],
+)
 def test_a_codebook_that_is_not_2_to_256_float32_levels_is_refused(codebook: Tensor) -> None:
     with pytest.raises(ValueError, match="codebook"):
         nf4.quantize(torch.ones(4), 64, codebook)
@@ -417,26 +493,38 @@ def test_a_codebook_with_an_infinite_level_is_refused() -> None:
 @example(Recipe((3, 40), torch.bfloat16, block_size=64))
 def test_bytes_constants_and_decoded_values_equal_those_of_bitsandbytes(recipe: Recipe) -> None:
     weight = recipe.tensor()
-    assume((in_blocks(weight, recipe.block_size).abs().amax(1) > 0).all())  # it stores 1e-38 for some blocks of zeros
+    assume(
+        (in_blocks(weight, recipe.block_size).abs().amax(1) > 0).all()
+    )  # it stores 1e-38 for some blocks of zeros
     packed, state = bnb.quantize_4bit(weight, blocksize=recipe.block_size, quant_type="nf4")
     q = nf4.quantize(weight, recipe.block_size)
     assert same_bits(q.absmax, state.absmax)
     whole = weight.numel() // recipe.block_size * recipe.block_size
     theirs = nf4.Quantized(packed, state.absmax, nf4.NF4, q.shape, q.dtype, q.block_size)
     assert torch.equal(codes_of(q)[:whole], codes_of(theirs)[:whole])
-    last = weight.reshape(-1)[whole:].float()  # in a ragged last block it divides by absmax: see the next test
+    last = weight.reshape(-1)[
+        whole:
+    ].float()  # in a ragged last block it divides by absmax: see the next test
     by_division = torch.bucketize(last / state.absmax[-1], (nf4.NF4[1:] + nf4.NF4[:-1]) / 2)
     assert torch.equal(codes_of(theirs)[whole:], by_division)
-    assert torch.equal(nf4.dequantize(theirs), dequantized_by_peer(packed, state).reshape(weight.shape))
+    assert torch.equal(
+        nf4.dequantize(theirs), dequantized_by_peer(packed, state).reshape(weight.shape)
+    )
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES[5:])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-def test_a_weight_of_whole_blocks_equals_that_of_bitsandbytes_in_everything(dtype: torch.dtype, block_size: int) -> None:
+def test_a_weight_of_whole_blocks_equals_that_of_bitsandbytes_in_everything(
+    dtype: torch.dtype, block_size: int
+) -> None:
     weight = Recipe((3, 4096), dtype, block_size=block_size, exponent=-5).tensor()
     packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
     q = nf4.quantize(weight, block_size)
-    assert same_bits(q.packed, packed) and same_bits(q.absmax, state.absmax) and same_bits(q.codebook, state.code)
+    assert (
+        same_bits(q.packed, packed)
+        and same_bits(q.absmax, state.absmax)
+        and same_bits(q.codebook, state.code)
+    )
     assert torch.equal(nf4.dequantize(q), dequantized_by_peer(packed, state))
 
 
@@ -448,7 +536,10 @@ def test_a_ragged_last_block_is_normalised_like_all_others_where_bitsandbytes_di
     ragged = torch.tensor([absmax[first], x[first]])
     whole = torch.nn.functional.pad(ragged, (0, 62))
     assert nf4.quantize(ragged).packed[0] == nf4.quantize(whole).packed[0]
-    theirs = [bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64)[0][0] for weight in (ragged, whole)]
+    theirs = [
+        bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64)[0][0]
+        for weight in (ragged, whole)
+    ]
     assert theirs[0] != theirs[1] == nf4.quantize(whole).packed[0]
 
 
@@ -462,12 +553,16 @@ def test_rows_that_are_no_whole_blocks_are_decoded_right_where_bitsandbytes_may_
     weight = Recipe(shape, dtype).tensor()
     packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
     q = nf4.quantize(weight, block_size)
-    assert same_bits(q.packed, packed) and same_bits(q.absmax, state.absmax)  # what it stores is right
+    assert same_bits(q.packed, packed) and same_bits(
+        q.absmax, state.absmax
+    )  # what it stores is right
     error = (weight.double() - nf4.dequantize(q).double()).abs()
     assert (error <= per_element(q, roundtrip(q.absmax, nf4.NF4, dtype, dtype))).all()
     theirs = dequantized_by_peer(packed, state)
     if torch.backends.cpu.get_cpu_capability() == "AVX512" and bitsandbytes.__version__ == "0.50.2":
-        assert not torch.equal(nf4.dequantize(q), theirs)  # the day this fails, the exception can go
+        assert not torch.equal(
+            nf4.dequantize(q), theirs
+        )  # the day this fails, the exception can go
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -477,7 +572,9 @@ def test_the_layouts_of_the_strategies_hold_the_same_values(layout: str) -> None
     assert laid_out(values, layout).is_contiguous() == (layout == "contiguous")
 
 
-def test_the_levels_of_a_code_may_stand_in_any_order_and_the_first_of_two_equal_ones_is_used() -> None:
+def test_the_levels_of_a_code_may_stand_in_any_order_and_the_first_of_two_equal_ones_is_used() -> (
+    None
+):
     codebook = torch.tensor([0.5, -1.0, 0.0, 1.0, 0.0])
     weight = torch.tensor([1.0, 0.2, -0.2, 0.0, -0.6, 0.4, -0.5, 0.75])  # the last two are ties
     q = nf4.quantize(weight, 8, codebook)

@@ -29,13 +29,20 @@ from paged_optim import PagedAdamW
 from pager import Page, Pager
 
 INF = float("inf")
-no_madvise = pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the platform takes no hints")
+no_madvise = pytest.mark.skipif(
+    not hasattr(mmap, "MADV_WILLNEED"), reason="the platform takes no hints"
+)
 
 
 def bits(tensor: Tensor) -> bytes:
     """Every bit of every element, but one NaN for all: hardware picks a NaN's sign and payload as it likes."""
     flat = tensor.detach().flatten()
-    return torch.where(flat.isnan(), torch.full_like(flat, torch.nan), flat).view(torch.uint8).numpy().tobytes()
+    return (
+        torch.where(flat.isnan(), torch.full_like(flat, torch.nan), flat)
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
 
 
 @dataclass(frozen=True)
@@ -57,18 +64,36 @@ class Run:
 
     def params(self) -> list[nn.Parameter]:
         make = torch.Generator().manual_seed(1)
-        values = [torch.randn(shape, generator=make, dtype=torch.float64).to(self.dtype) for shape in self.shapes]
+        values = [
+            torch.randn(shape, generator=make, dtype=torch.float64).to(self.dtype)
+            for shape in self.shapes
+        ]
         return [nn.Parameter(laid_out(value, self.layout)) for value in values]
 
     def groups(self, params: list[nn.Parameter]) -> list[dict]:
         """Two groups where there are two parameters, the second with hyperparameters of its own."""
-        second = [{"params": params[1:], "lr": self.lr / 3, "weight_decay": 0.0}] if len(params) > 1 else []
+        second = (
+            [{"params": params[1:], "lr": self.lr / 3, "weight_decay": 0.0}]
+            if len(params) > 1
+            else []
+        )
         return [{"params": params[:1]}, *second]
 
     def hyper(self) -> dict:
-        return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+        return {
+            "lr": self.lr,
+            "betas": self.betas,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
 
-    def train(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter], first: int = 0, last: int = -1) -> None:
+    def train(
+        self,
+        optimizer: torch.optim.Optimizer,
+        params: list[nn.Parameter],
+        first: int = 0,
+        last: int = -1,
+    ) -> None:
         for step in range(first, self.steps if last < 0 else last):
             for param, grad in zip(params, self.grads(params, step)):
                 param.grad = grad
@@ -79,7 +104,9 @@ class Run:
     def grads(self, params: list[nn.Parameter], step: int) -> list[Tensor | None]:
         make, grads = torch.Generator().manual_seed(100 + step), []
         for index, param in enumerate(params):
-            grad = (torch.randn(param.shape, generator=make, dtype=torch.float64) * self.scale).to(self.dtype)
+            grad = (torch.randn(param.shape, generator=make, dtype=torch.float64) * self.scale).to(
+                self.dtype
+            )
             absent = self.missing and (step + index) % self.missing == self.missing - 1
             grads.append(None if absent else laid_out(grad, self.grad_layout))
         return grads
@@ -95,7 +122,12 @@ class Run:
 def snapshot(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list:
     state = optimizer.state_dict()["state"]
     moments = [
-        [index, float(state[index]["step"]), bits(state[index]["exp_avg"]), bits(state[index]["exp_avg_sq"])]
+        [
+            index,
+            float(state[index]["step"]),
+            bits(state[index]["exp_avg"]),
+            bits(state[index]["exp_avg_sq"]),
+        ]
         for index in sorted(state)
     ]
     return [[bits(param) for param in params], moments]
@@ -112,7 +144,9 @@ class TorchAdamW(torch.optim.AdamW):
     def step(self, *arguments: object) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Tensor, "sqrt", nearest)
-            patch.setattr(torch, "_foreach_sqrt", lambda tensors: [nearest(tensor) for tensor in tensors])
+            patch.setattr(
+                torch, "_foreach_sqrt", lambda tensors: [nearest(tensor) for tensor in tensors]
+            )
             return super().step(*arguments)
 
 
@@ -131,10 +165,18 @@ def positive_zeros(tree: list | int | float | bytes, run: Run) -> list | int | f
 
 shapes = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 70)), min_size=1, max_size=4)
 runs = st.builds(
-    Run, shapes, st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS),
-    lr=st.sampled_from([0.0, 1e-3, 0.5]), betas=st.sampled_from([(0.9, 0.999), (0.0, 0.0), (0.3, 0.95)]),
-    eps=st.sampled_from([0.0, 1e-8, 1e-3]), weight_decay=st.sampled_from([0.0, 0.01, 1.5]),
-    steps=st.integers(1, 4), missing=st.integers(0, 3), scale=st.sampled_from([0.0, 1e-30, 1.0, 1e4, INF]),
+    Run,
+    shapes,
+    st.sampled_from(DTYPES),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(LAYOUTS),
+    lr=st.sampled_from([0.0, 1e-3, 0.5]),
+    betas=st.sampled_from([(0.9, 0.999), (0.0, 0.0), (0.3, 0.95)]),
+    eps=st.sampled_from([0.0, 1e-8, 1e-3]),
+    weight_decay=st.sampled_from([0.0, 0.01, 1.5]),
+    steps=st.integers(1, 4),
+    missing=st.integers(0, 3),
+    scale=st.sampled_from([0.0, 1e-30, 1.0, 1e4, INF]),
 )
 
 
@@ -142,10 +184,16 @@ runs = st.builds(
 @example(Run(dtype=torch.bfloat16, layout="transposed", grad_layout="every other"), 1, 1)
 @example(Run(shapes=[(7, 33)], dtype=torch.float16), 31, 1)
 @example(Run(betas=(0.0, 0.0), scale=INF, layout="inner", grad_layout="transposed"), 3, 2)
-@example(Run(shapes=[(2, 4)], dtype=torch.float64, betas=(0.0, 0.0), steps=1, missing=0, scale=0.0), 1, 1)  # zeros' signs
-def test_any_page_size_and_budget_gives_the_bits_of_one_page_and_of_torch(run: Run, elements: int, budget: int) -> None:
+@example(
+    Run(shapes=[(2, 4)], dtype=torch.float64, betas=(0.0, 0.0), steps=1, missing=0, scale=0.0), 1, 1
+)  # zeros' signs
+def test_any_page_size_and_budget_gives_the_bits_of_one_page_and_of_torch(
+    run: Run, elements: int, budget: int
+) -> None:
     page_bytes = elements * 2 * run.dtype.itemsize
-    paged, optimizer = run.outcome(PagedAdamW, page_bytes=page_bytes, resident_bytes=budget * page_bytes)
+    paged, optimizer = run.outcome(
+        PagedAdamW, page_bytes=page_bytes, resident_bytes=budget * page_bytes
+    )
     assert paged == run.outcome(PagedAdamW)[0]
     assert positive_zeros(paged, run) == positive_zeros(run.outcome(plain)[0], run)
     assert optimizer.pager.peak <= budget * page_bytes
@@ -155,11 +203,19 @@ def test_any_page_size_and_budget_gives_the_bits_of_one_page_and_of_torch(run: R
 
 betas = st.one_of(st.sampled_from([0.0, 0.5, 0.9, 0.999]), st.floats(1e-6, 0.9999))
 long_runs = st.builds(
-    Run, st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=2), st.sampled_from(DTYPES),
-    lr=st.one_of(st.sampled_from([0.0, 1e-3]), st.floats(1e-6, 1.0)), betas=st.tuples(betas, betas),
-    eps=st.one_of(st.sampled_from([0.0, 1e-8]), st.floats(1e-12, 1.0)), steps=st.just(200), missing=st.integers(0, 3),
-    weight_decay=st.one_of(st.sampled_from([0.0, 0.01]), st.floats(1e-6, 1.0)), scale=st.sampled_from([0.0, 1e-30, 1.0, 1e4]),
-    lr_decay=st.sampled_from([1.0, 0.98, 1.003, 0.0]),  # lr * weight_decay stays below 2, beyond which parameters explode
+    Run,
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=2),
+    st.sampled_from(DTYPES),
+    lr=st.one_of(st.sampled_from([0.0, 1e-3]), st.floats(1e-6, 1.0)),
+    betas=st.tuples(betas, betas),
+    eps=st.one_of(st.sampled_from([0.0, 1e-8]), st.floats(1e-12, 1.0)),
+    steps=st.just(200),
+    missing=st.integers(0, 3),
+    weight_decay=st.one_of(st.sampled_from([0.0, 0.01]), st.floats(1e-6, 1.0)),
+    scale=st.sampled_from([0.0, 1e-30, 1.0, 1e4]),
+    lr_decay=st.sampled_from(
+        [1.0, 0.98, 1.003, 0.0]
+    ),  # lr * weight_decay stays below 2, beyond which parameters explode
 )
 quarter = settings(max_examples=max(settings().max_examples // 4, 1))  # such a run takes a while
 
@@ -179,28 +235,47 @@ def one_kernel(groups: list[dict], **hyper: object) -> torch.optim.AdamW:
 @example(Run(steps=200, lr=0.0, betas=(0.0, 0.0), eps=0.0, scale=0.0))  # 0 / 0 in every element
 @example(Run(steps=200, dtype=torch.bfloat16, betas=(0.5, 0.999), lr_decay=1.01))
 def test_two_hundred_steps_give_the_bits_of_torch_one_by_one_and_many_at_once(run: Run) -> None:
-    paged = positive_zeros(run.outcome(PagedAdamW, page_bytes=2 * 8 * 2, resident_bytes=2 * 8 * 4)[0], run)
+    paged = positive_zeros(
+        run.outcome(PagedAdamW, page_bytes=2 * 8 * 2, resident_bytes=2 * 8 * 4)[0], run
+    )
     assert paged == positive_zeros(run.outcome(plain)[0], run)
-    if run.dtype in (torch.float32, torch.float64):  # in 16 bits torch's foreach=True rounds otherwise than its foreach=False
+    if run.dtype in (
+        torch.float32,
+        torch.float64,
+    ):  # in 16 bits torch's foreach=True rounds otherwise than its foreach=False
         assert paged == positive_zeros(run.outcome(many_at_once)[0], run)
 
 
 def bounds_of(run: Run) -> list[list[Bounded]]:
     """Each parameter after the run and, if it ever got a gradient, its moments; and how far off all may be in run.dtype."""
     params = run.params()
-    states = [[Bounded.exact(each) for each in (param, torch.zeros_like(param), torch.zeros_like(param))] for param in params]
-    rates, steps = [run.lr / 3 if index else run.lr for index in range(len(params))], [0] * len(params)
+    states = [
+        [Bounded.exact(each) for each in (param, torch.zeros_like(param), torch.zeros_like(param))]
+        for param in params
+    ]
+    rates, steps = (
+        [run.lr / 3 if index else run.lr for index in range(len(params))],
+        [0] * len(params),
+    )
     for step in range(run.steps):
         for index, grad in enumerate(run.grads(params, step)):
             if grad is not None:
                 steps[index] += 1
-                hyper = run.hyper() | {"lr": rates[index]} | ({"weight_decay": 0.0} if index else {})  # as in run.groups
-                states[index] = list(adamw(*states[index], grad, steps[index], **hyper, dtype=run.dtype))
+                hyper = (
+                    run.hyper() | {"lr": rates[index]} | ({"weight_decay": 0.0} if index else {})
+                )  # as in run.groups
+                states[index] = list(
+                    adamw(*states[index], grad, steps[index], **hyper, dtype=run.dtype)
+                )
         rates = [lr * run.lr_decay for lr in rates]
     return [state if count else state[:1] for state, count in zip(states, steps)]
 
 
-def within_rounding(run: Run, make: Callable[..., torch.optim.Optimizer], other: Callable[..., torch.optim.Optimizer]) -> bool:
+def within_rounding(
+    run: Run,
+    make: Callable[..., torch.optim.Optimizer],
+    other: Callable[..., torch.optim.Optimizer],
+) -> bool:
     """Whether two optimizers end as near to each other as two programs must that both compute AdamW in run.dtype."""
     ends = []
     for each in (make, other):
@@ -208,19 +283,29 @@ def within_rounding(run: Run, make: Callable[..., torch.optim.Optimizer], other:
         optimizer = each(run.groups(params), **run.hyper())
         run.train(optimizer, params)
         state = optimizer.state_dict()["state"]
-        moments = [[state[i]["exp_avg"], state[i]["exp_avg_sq"]] if i in state else [] for i in range(len(params))]
+        moments = [
+            [state[i]["exp_avg"], state[i]["exp_avg_sq"]] if i in state else []
+            for i in range(len(params))
+        ]
         ends.append([tensor for param, pair in zip(params, moments) for tensor in (param, *pair)])
     allowed = [apart(bound, bound) for state in bounds_of(run) for bound in state]
     assert all(bound.error.isfinite().all() for bound in allowed)
-    return all(bound.allows(mine, theirs.double()) for mine, theirs, bound in zip(*ends, allowed, strict=True))
+    return all(
+        bound.allows(mine, theirs.double())
+        for mine, theirs, bound in zip(*ends, allowed, strict=True)
+    )
 
 
 @given(long_runs, st.sampled_from([torch.float32, torch.float64]))
 @quarter
 @example(Run(steps=200, missing=0), torch.float32)
 @example(Run(steps=200, lr=1.0, eps=0.0, weight_decay=2.0, lr_decay=0.98), torch.float32)
-def test_two_hundred_steps_end_within_rounding_of_torchs_one_kernel(run: Run, dtype: torch.dtype) -> None:
-    run = replace(run, dtype=dtype, scale=run.scale if run.eps else 1.0)  # with eps = 0 a square that underflows is 0 / 0
+def test_two_hundred_steps_end_within_rounding_of_torchs_one_kernel(
+    run: Run, dtype: torch.dtype
+) -> None:
+    run = replace(
+        run, dtype=dtype, scale=run.scale if run.eps else 1.0
+    )  # with eps = 0 a square that underflows is 0 / 0
     assert within_rounding(run, PagedAdamW, one_kernel)
 
 
@@ -230,17 +315,30 @@ def test_the_one_kernel_of_torch_rounds_otherwise_so_that_a_bound_is_needed() ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "elements"), [(1, 1), (17, 1), (257, 2), (70001, 641), (70001, 65537), (100003, 32771)])
-def test_pages_of_odd_sizes_and_tensors_split_between_threads_keep_the_bits(dtype: torch.dtype, n: int, elements: int) -> None:
+@pytest.mark.parametrize(
+    ("n", "elements"), [(1, 1), (17, 1), (257, 2), (70001, 641), (70001, 65537), (100003, 32771)]
+)
+def test_pages_of_odd_sizes_and_tensors_split_between_threads_keep_the_bits(
+    dtype: torch.dtype, n: int, elements: int
+) -> None:
     """torch splits what has more than 32768 elements: the whole but not its pages, or both and in different places."""
     run = Run(shapes=[(1, n)], dtype=dtype, steps=3, missing=0)
     width = 2 * dtype.itemsize
-    assert run.outcome(PagedAdamW, page_bytes=width * elements, resident_bytes=width * elements)[0] == run.outcome(plain)[0]
+    assert (
+        run.outcome(PagedAdamW, page_bytes=width * elements, resident_bytes=width * elements)[0]
+        == run.outcome(plain)[0]
+    )
 
 
 def test_a_million_odd_elements_keep_the_bits() -> None:
-    mine, theirs = Run(shapes=[(1, 1000003)], steps=2).params()[0], Run(shapes=[(1, 1000003)], steps=2).params()[0]
-    paged, whole = PagedAdamW([mine], page_bytes=2**17 - 8, resident_bytes=2**18), plain([{"params": [theirs]}])
+    mine, theirs = (
+        Run(shapes=[(1, 1000003)], steps=2).params()[0],
+        Run(shapes=[(1, 1000003)], steps=2).params()[0],
+    )
+    paged, whole = (
+        PagedAdamW([mine], page_bytes=2**17 - 8, resident_bytes=2**18),
+        plain([{"params": [theirs]}]),
+    )
     for param, optimizer in [(mine, paged), (theirs, whole)]:
         for seed in range(2):
             param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed))
@@ -258,7 +356,9 @@ def test_a_half_precision_add_with_alpha_is_not_invariant_which_is_why_it_is_avo
     assert not torch.equal(apart, x.add(y, alpha=-0.37))
 
 
-def test_torch_lerp_of_weight_one_is_not_invariant_in_the_sign_of_zero_which_is_why_beta1_zero_adds_zero() -> None:
+def test_torch_lerp_of_weight_one_is_not_invariant_in_the_sign_of_zero_which_is_why_beta1_zero_adds_zero() -> (
+    None
+):
     """torch.optim.AdamW inherits this at beta1 = 0: its moment of a gradient of -0 depends on the element's place."""
     starts, ends = torch.zeros(65), torch.zeros(65).neg()
     whole = starts.lerp(ends, 1.0)
@@ -289,13 +389,18 @@ def test_a_beta1_that_rounds_to_zero_is_invariant_in_the_sign_of_zero_too(
 def test_an_infinite_gradient_does_what_it_does_in_torch(beta1: float, dtype: torch.dtype) -> None:
     """At beta1 = 0 too, where torch's moment is NaN: lerp_ there is g - (g - m) * 0, and stays NaN ever after."""
     outcomes = []
-    for make in (plain, lambda groups, **hyper: PagedAdamW(groups, page_bytes=64, resident_bytes=64, **hyper)):
+    for make in (
+        plain,
+        lambda groups, **hyper: PagedAdamW(groups, page_bytes=64, resident_bytes=64, **hyper),
+    ):
         param = nn.Parameter(torch.ones(41, dtype=dtype))
         optimizer = make([param], betas=(beta1, 0.9))
         for step in range(3):
             param.grad = torch.linspace(1, 2, 41, dtype=dtype)
             if step == 1:
-                param.grad[[0, 7, 40]] = torch.tensor([INF, -INF, torch.finfo(dtype).max], dtype=dtype)
+                param.grad[[0, 7, 40]] = torch.tensor(
+                    [INF, -INF, torch.finfo(dtype).max], dtype=dtype
+                )
             optimizer.step()
         outcomes.append(snapshot([param], optimizer))
     assert outcomes[0] == outcomes[1]
@@ -329,12 +434,22 @@ def largest_output_of_a_step(layout: str, **options: int) -> int:
     return largest.nbytes
 
 
-def test_a_step_makes_nothing_larger_than_a_page_unless_the_parameter_is_strided(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_makes_nothing_larger_than_a_page_unless_the_parameter_is_strided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "reference")
-    assert largest_output_of_a_step("contiguous", page_bytes=800, resident_bytes=1600) == 800  # a page that faults in
-    assert largest_output_of_a_step("contiguous", page_bytes=800) == 800  # all resident: the roots, in float64
-    assert largest_output_of_a_step("transposed", page_bytes=800) == 16000  # the copy, as documented
-    assert largest_output_of_a_step("contiguous") == 32000  # the measure sees temporaries as large as the parameter
+    assert (
+        largest_output_of_a_step("contiguous", page_bytes=800, resident_bytes=1600) == 800
+    )  # a page that faults in
+    assert (
+        largest_output_of_a_step("contiguous", page_bytes=800) == 800
+    )  # all resident: the roots, in float64
+    assert (
+        largest_output_of_a_step("transposed", page_bytes=800) == 16000
+    )  # the copy, as documented
+    assert (
+        largest_output_of_a_step("contiguous") == 32000
+    )  # the measure sees temporaries as large as the parameter
 
 
 def test_a_torch_that_does_not_fuse_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,9 +461,18 @@ def test_a_torch_that_does_not_fuse_gets_the_reference(monkeypatch: pytest.Monke
 
 def test_kernels_leave_the_number_of_torchs_threads_alone() -> None:
     """In a process of its own: it is when they start that Numba's threads would change it."""
-    said = subprocess.run([sys.executable, "-c", "import torch; from kernels import dispatch; torch.set_num_threads(1); "
-                           "dispatch.quantize(torch.ones(64)); print(torch.get_num_threads())"],
-                          capture_output=True, text=True, check=True, cwd=Path(paged_optim.__file__).parent)
+    said = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import torch; from kernels import dispatch; torch.set_num_threads(1); "
+            "dispatch.quantize(torch.ones(64)); print(torch.get_num_threads())",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(paged_optim.__file__).parent,
+    )
     assert said.stdout == "1\n"
 
 
@@ -356,7 +480,9 @@ def test_kernels_leave_the_number_of_torchs_threads_alone() -> None:
 
 PYTHON = in_python(kernels)
 PYTHON.PIECE = 3  # so that a few elements are many pieces
-warnings_of_python = pytest.mark.filterwarnings(r"ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning")
+warnings_of_python = pytest.mark.filterwarnings(
+    r"ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning"
+)
 
 
 def test_the_roots_of_torch_are_a_unit_from_the_nearest_at_most() -> None:
@@ -385,15 +511,26 @@ class Update:
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
         """Parameter, gradient and moments. Before the first step these are whatever the memory held."""
         make = torch.Generator().manual_seed(self.seed)
-        patterns = torch.randint(-(2**31), 2**31, (4, self.n), generator=make).to(torch.int32).view(torch.float32)
+        patterns = (
+            torch.randint(-(2**31), 2**31, (4, self.n), generator=make)
+            .to(torch.int32)
+            .view(torch.float32)
+        )
         spread = (2 * torch.rand(4, self.n, generator=make, dtype=torch.float64) - 1) * self.spread
-        scaled = torch.randn(4, self.n, generator=make, dtype=torch.float64) * 2 ** (self.exponent + spread)
+        scaled = torch.randn(4, self.n, generator=make, dtype=torch.float64) * 2 ** (
+            self.exponent + spread
+        )
         numbers = patterns if self.patterns else scaled.float()
         moments = patterns[2:] if self.step == 1 else torch.stack([numbers[2], numbers[3].abs()])
         return numbers[0].clone(), numbers[1].clone(), moments.clone()
 
     def group(self) -> dict:
-        return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+        return {
+            "lr": self.lr,
+            "betas": self.betas,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
 
     def by(self, update: Callable[..., object]) -> list[bytes]:
         """The bits of all operands after an update by paged_optim.adamw_ or what is like it."""
@@ -403,11 +540,17 @@ class Update:
 
 
 updates = st.builds(
-    Update, st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 4095, 4097, 12345])), st.integers(-149, 127),
-    st.sampled_from([0, 4, 40, 150]), st.booleans(), st.one_of(st.integers(1, 3), st.integers(1, 10**6)),
-    lr=st.one_of(st.sampled_from([0.0, 1e-3]), st.floats(1e-12, 1e30)), betas=st.tuples(betas, betas),
+    Update,
+    st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 4095, 4097, 12345])),
+    st.integers(-149, 127),
+    st.sampled_from([0, 4, 40, 150]),
+    st.booleans(),
+    st.one_of(st.integers(1, 3), st.integers(1, 10**6)),
+    lr=st.one_of(st.sampled_from([0.0, 1e-3]), st.floats(1e-12, 1e30)),
+    betas=st.tuples(betas, betas),
     eps=st.one_of(st.sampled_from([0.0, 1e-8]), st.floats(1e-45, 1e30)),
-    weight_decay=st.one_of(st.sampled_from([0.0, 0.01]), st.floats(1e-6, 1e6)), seed=seeds,
+    weight_decay=st.one_of(st.sampled_from([0.0, 0.01]), st.floats(1e-6, 1e6)),
+    seed=seeds,
 )
 
 
@@ -453,7 +596,9 @@ def test_the_kernel_updates_float32_unless_the_environment_asks_for_the_referenc
     updated = []
     monkeypatch.setattr(kernels, "update", lambda param, *_: updated.append(param.size))
     monkeypatch.setenv("QLORA_KERNELS", asked)
-    Run(dtype=dtype, missing=0, steps=1, layout="transposed").outcome(PagedAdamW, page_bytes=10 * 2 * dtype.itemsize)
+    Run(dtype=dtype, missing=0, steps=1, layout="transposed").outcome(
+        PagedAdamW, page_bytes=10 * 2 * dtype.itemsize
+    )
     assert updated == ([10, 5, 7, 4] if dtype == torch.float32 and not asked else [])
 
 
@@ -472,6 +617,7 @@ def test_a_step_size_that_float32_cannot_hold_is_refused_by_kernel_reference_and
 
 # The pager at work
 
+
 def test_the_budget_holds_after_every_access(monkeypatch: pytest.MonkeyPatch) -> None:
     fetch, seen = Pager.fetch, []
 
@@ -486,7 +632,12 @@ def test_the_budget_holds_after_every_access(monkeypatch: pytest.MonkeyPatch) ->
     assert max(seen) == optimizer.pager.peak <= 60
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 9), st.integers(1, 9), st.integers(2, 4))
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=6),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(2, 4),
+)
 def test_above_the_budget_each_step_moves_all_of_the_state_in_and_out(
     sizes: list[int], elements: int, pages: int, steps: int
 ) -> None:
@@ -497,16 +648,29 @@ def test_above_the_budget_each_step_moves_all_of_the_state_in_and_out(
     run.train(optimizer, params)
     count, rest = sum(-(-n // elements) for n in sizes), optimizer.pager.resident
     if state <= pages * page_bytes:
-        wanted = {"hits": (steps - 1) * count, "faults": count, "evictions": 0, "bytes_in": 0, "bytes_out": 0}
+        wanted = {
+            "hits": (steps - 1) * count,
+            "faults": count,
+            "evictions": 0,
+            "bytes_in": 0,
+            "bytes_out": 0,
+        }
         assert not any(page.store for cut in optimizer.pages.values() for page in cut)
     else:
-        wanted = {"hits": 0, "faults": steps * count, "evictions": steps * count - len(optimizer.pager.cache),
-                  "bytes_in": (steps - 1) * state, "bytes_out": steps * state - rest}
+        wanted = {
+            "hits": 0,
+            "faults": steps * count,
+            "evictions": steps * count - len(optimizer.pager.cache),
+            "bytes_in": (steps - 1) * state,
+            "bytes_out": steps * state - rest,
+        }
     assert {name: optimizer.counters[name] for name in wanted} == wanted
 
 
 @no_madvise
-def test_prefetch_announces_exactly_the_stored_pages_of_the_next_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetch_announces_exactly_the_stored_pages_of_the_next_parameter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     announced = []
 
     class Recording(mmap.mmap):
@@ -526,7 +690,9 @@ def test_prefetch_announces_exactly_the_stored_pages_of_the_next_parameter(monke
     starts = [page.offset for param in params[1:] for page in optimizer.pages[param]]
     # When the second is next, its pages are stored; so are the third's, though they were resident as the step began.
     leads = [start % mmap.PAGESIZE for start in starts]
-    assert announced == [(mmap.MADV_WILLNEED, start - lead, lead + page_bytes) for start, lead in zip(starts, leads)]
+    assert announced == [
+        (mmap.MADV_WILLNEED, start - lead, lead + page_bytes) for start, lead in zip(starts, leads)
+    ]
     assert optimizer.counters["prefetches"] == len(announced) == 4
 
 
@@ -535,7 +701,9 @@ def test_a_full_disk_is_one_clear_error_at_construction(monkeypatch: pytest.Monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(OSError, match=r"must hold 48 bytes, got 'No space left.*set TMPDIR.*resident_bytes") as caught:
+    with pytest.raises(
+        OSError, match=r"must hold 48 bytes, got 'No space left.*set TMPDIR.*resident_bytes"
+    ) as caught:
         PagedAdamW([nn.Parameter(torch.zeros(6))], page_bytes=16, resident_bytes=32)
     assert caught.value.errno == errno.ENOSPC
 
@@ -608,7 +776,11 @@ def test_a_loaded_state_is_a_copy_and_a_saved_one_a_snapshot() -> None:
     run.train(optimizer, params)
     saved = optimizer.state_dict()
     before = copy.deepcopy(saved)
-    storages = [tensor.untyped_storage().data_ptr() for slot in saved["state"].values() for tensor in slot.values()]
+    storages = [
+        tensor.untyped_storage().data_ptr()
+        for slot in saved["state"].values()
+        for tensor in slot.values()
+    ]
     assert len(set(storages)) == len(storages)  # safetensors refuses tensors that share one
     optimizer.load_state_dict(saved)
     run.train(optimizer, params)
@@ -626,8 +798,12 @@ def test_the_layout_of_the_state_is_that_of_torch() -> None:
     assert list(mine) == list(theirs) and list(mine["state"]) == list(theirs["state"])
     for index, slot in theirs["state"].items():
         looks = {name: (value.shape, value.dtype) for name, value in slot.items()}
-        assert {name: (value.shape, value.dtype) for name, value in mine["state"][index].items()} == looks
-    assert [group["params"] for group in mine["param_groups"]] == [group["params"] for group in theirs["param_groups"]]
+        assert {
+            name: (value.shape, value.dtype) for name, value in mine["state"][index].items()
+        } == looks
+    assert [group["params"] for group in mine["param_groups"]] == [
+        group["params"] for group in theirs["param_groups"]
+    ]
 
 
 def test_a_parameter_that_the_loaded_state_does_not_know_starts_afresh() -> None:
@@ -664,28 +840,48 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
         assert snapshot(params, optimizer) == before
 
 
-@pytest.mark.parametrize(("foreign", "missing"), [
-    (lambda params: torch.optim.SGD(params), r"no hyperparameter may be missing, got \['betas', 'eps'\]; "),
-    (lambda params: torch.optim.SGD(params, momentum=0.9), r"no hyperparameter may be missing, got \['betas', 'eps'\]; "),
-    (torch.optim.Adamax, r"exp_avg_sq must have shape \(3, 5\), got 'nothing'; load AdamW's state"),
-    (lambda params: torch.optim.Adam(params, amsgrad=True), "amsgrad and maximize must be off"),
-])
-def test_a_foreign_state_is_refused_by_what_it_lacks_and_changes_nothing(foreign: Callable, missing: str) -> None:
+@pytest.mark.parametrize(
+    ("foreign", "missing"),
+    [
+        (
+            lambda params: torch.optim.SGD(params),
+            r"no hyperparameter may be missing, got \['betas', 'eps'\]; ",
+        ),
+        (
+            lambda params: torch.optim.SGD(params, momentum=0.9),
+            r"no hyperparameter may be missing, got \['betas', 'eps'\]; ",
+        ),
+        (
+            torch.optim.Adamax,
+            r"exp_avg_sq must have shape \(3, 5\), got 'nothing'; load AdamW's state",
+        ),
+        (lambda params: torch.optim.Adam(params, amsgrad=True), "amsgrad and maximize must be off"),
+    ],
+)
+def test_a_foreign_state_is_refused_by_what_it_lacks_and_changes_nothing(
+    foreign: Callable, missing: str
+) -> None:
     run, params = Run(missing=0), Run().params()
     optimizer = PagedAdamW(params, page_bytes=16, resident_bytes=16)
     run.train(optimizer, params)
     theirs = Run().params()
     other = foreign(theirs)
     run.train(other, theirs)
-    before, groups = snapshot(params, optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"])
+    before, groups = (
+        snapshot(params, optimizer),
+        copy.deepcopy(optimizer.state_dict()["param_groups"]),
+    )
     counts = dict(optimizer.counters)
     with pytest.raises(ValueError, match=missing):
         optimizer.load_state_dict(other.state_dict())
     assert optimizer.counters == counts
-    assert snapshot(params, optimizer) == before and optimizer.state_dict()["param_groups"] == groups
+    assert (
+        snapshot(params, optimizer) == before and optimizer.state_dict()["param_groups"] == groups
+    )
 
 
 # The optimizer as torch knows it
+
 
 def test_schedulers_closures_and_zero_grad_work_as_in_torch() -> None:
     ends = []
@@ -694,7 +890,9 @@ def test_schedulers_closures_and_zero_grad_work_as_in_torch() -> None:
         optimizer = make([{"params": [weight]}])
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
 
-        def closure(optimizer: torch.optim.Optimizer = optimizer, weight: Tensor = weight) -> Tensor:
+        def closure(
+            optimizer: torch.optim.Optimizer = optimizer, weight: Tensor = weight
+        ) -> Tensor:
             optimizer.zero_grad()
             loss = (weight**2).sum()
             loss.backward()
@@ -718,19 +916,27 @@ def test_a_sparse_gradient_is_refused_before_anything_changes() -> None:
     assert dense.tolist() == [1, 1, 1, 1] and not optimizer.state
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"lr": -1e-3}, "lr must be at least 0, got -0.001; "),
-    ({"lr": float("nan")}, "lr must be at least 0, got nan; "),
-    ({"eps": -1e-8}, "eps must be at least 0, got -1e-08; "),
-    ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1; "),
-    ({"betas": (1.0, 0.9)}, r"betas must lie in \[0, 1\), got \(1.0, 0.9\); "),
-    ({"betas": (0.9, -0.1)}, r"betas must lie in \[0, 1\), got \(0.9, -0.1\); "),
-    ({"page_bytes": 7}, "page_bytes must hold an element's moments, got 7; give 8 or more"),
-    ({"page_bytes": 64.0}, "page_bytes must be an int, got 64.0; "),
-    ({"page_bytes": True}, "page_bytes must be an int, got True; "),
-    ({"page_bytes": 64, "resident_bytes": 63}, "resident_bytes must hold a page, got 63; give 64 or more, or None"),
-])
-def test_a_number_out_of_range_is_refused_with_rule_value_and_remedy(options: dict, message: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1e-3}, "lr must be at least 0, got -0.001; "),
+        ({"lr": float("nan")}, "lr must be at least 0, got nan; "),
+        ({"eps": -1e-8}, "eps must be at least 0, got -1e-08; "),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1; "),
+        ({"betas": (1.0, 0.9)}, r"betas must lie in \[0, 1\), got \(1.0, 0.9\); "),
+        ({"betas": (0.9, -0.1)}, r"betas must lie in \[0, 1\), got \(0.9, -0.1\); "),
+        ({"page_bytes": 7}, "page_bytes must hold an element's moments, got 7; give 8 or more"),
+        ({"page_bytes": 64.0}, "page_bytes must be an int, got 64.0; "),
+        ({"page_bytes": True}, "page_bytes must be an int, got True; "),
+        (
+            {"page_bytes": 64, "resident_bytes": 63},
+            "resident_bytes must hold a page, got 63; give 64 or more, or None",
+        ),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_rule_value_and_remedy(
+    options: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         PagedAdamW([nn.Parameter(torch.zeros(3))], **options)
 
@@ -746,21 +952,31 @@ def test_parameters_that_are_not_real_floating_point_are_refused(dtype: torch.dt
 adamw_ = paged_optim.adamw_
 
 
-def bias_correction_off_by_one(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
+def bias_correction_off_by_one(
+    param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict
+) -> None:
     adamw_(param, grad, moments.zero_() if step == 1 else moments, step + 1, group)
 
 
-def decay_after_update(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
+def decay_after_update(
+    param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict
+) -> None:
     adamw_(param, grad, moments, step, {**group, "weight_decay": 0.0})
     param.mul_(1 - group["lr"] * group["weight_decay"])
 
 
-def moments_that_are_never_started(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
+def moments_that_are_never_started(
+    param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict
+) -> None:
     adamw_(param, grad, moments.fill_(1) if step == 1 else moments, step + (step == 1), group)
 
 
-@pytest.mark.parametrize("mutant", [bias_correction_off_by_one, decay_after_update, moments_that_are_never_started])
-def test_a_mutant_of_the_arithmetic_is_noticed(mutant: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "mutant", [bias_correction_off_by_one, decay_after_update, moments_that_are_never_started]
+)
+def test_a_mutant_of_the_arithmetic_is_noticed(
+    mutant: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = Run().outcome(plain)[0]
     assert Run().outcome(PagedAdamW, page_bytes=24, resident_bytes=48)[0] == wanted
     assert within_rounding(Run(missing=0), PagedAdamW, one_kernel)
@@ -770,11 +986,15 @@ def test_a_mutant_of_the_arithmetic_is_noticed(mutant: Callable[..., None], monk
     assert not within_rounding(Run(missing=0), PagedAdamW, one_kernel)
 
 
-def test_a_pager_that_forgets_a_page_was_written_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pager_that_forgets_a_page_was_written_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fetch, wanted = Pager.fetch, Run().outcome(plain)[0]
 
     def forgetful(self: Pager, page: Page, write: bool = False) -> Tensor:
-        return fetch(self, page, write and not page.stored)  # the first value is kept, later ones are lost
+        return fetch(
+            self, page, write and not page.stored
+        )  # the first value is kept, later ones are lost
 
     monkeypatch.setattr(Pager, "fetch", forgetful)
     assert Run().outcome(PagedAdamW, page_bytes=24, resident_bytes=24)[0] != wanted

@@ -35,10 +35,18 @@ def three_pages(budget: int = 32) -> tuple[Pager, list[Page]]:
 
 # What a page says, and what is counted
 
-def recount(pages: list[Page], fetches: list[tuple[int, bool]], budget: int) -> tuple[list[int], dict[str, int]]:
+
+def recount(
+    pages: list[Page], fetches: list[tuple[int, bool]], budget: int
+) -> tuple[list[int], dict[str, int]]:
     """The resident pages and the counters after these fetches, by the rule in its plainest form: a list and a set."""
-    resident, stored = [], set()  # least recently used first; pages whose latest value is in the store
-    counters = dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out", "prefetches"), 0)
+    resident, stored = (
+        [],
+        set(),
+    )  # least recently used first; pages whose latest value is in the store
+    counters = dict.fromkeys(
+        ("hits", "faults", "evictions", "bytes_in", "bytes_out", "prefetches"), 0
+    )
     for index, write in fetches:
         if index in resident:
             counters["hits"] += 1
@@ -57,12 +65,20 @@ def recount(pages: list[Page], fetches: list[tuple[int, bool]], budget: int) -> 
     return resident, counters
 
 
-shapes = st.lists(st.tuples(st.tuples(st.integers(1, 3), st.integers(1, 9)), st.sampled_from(DTYPES)), min_size=1, max_size=6)
+shapes = st.lists(
+    st.tuples(st.tuples(st.integers(1, 3), st.integers(1, 9)), st.sampled_from(DTYPES)),
+    min_size=1,
+    max_size=6,
+)
 accesses = st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=40)
 
 
 @given(shapes, accesses, st.integers(0, 300))
-@example([((2, 1), torch.float16), ((2, 1), torch.float64)], [(0, True), (1, True), (0, False), (1, False)], 0)  # alignment
+@example(
+    [((2, 1), torch.float16), ((2, 1), torch.float64)],
+    [(0, True), (1, True), (0, False), (1, False)],
+    0,
+)  # alignment
 def test_every_page_says_what_was_last_written_and_every_counter_is_a_plain_recount(
     looks: list[tuple[tuple[int, int], torch.dtype]], accesses: list[tuple[int, bool]], spare: int
 ) -> None:
@@ -101,7 +117,14 @@ def test_a_clean_page_is_not_written_back_and_a_dirty_one_once() -> None:
     assert pager.counters["bytes_out"] == 16
     assert pager.fetch(a).tolist() == [[1, 1], [1, 1]]
     pager.fetch(b)  # evicts a, which is clean by now
-    assert pager.counters == {"hits": 0, "faults": 4, "evictions": 3, "bytes_in": 32, "bytes_out": 32, "prefetches": 0}
+    assert pager.counters == {
+        "hits": 0,
+        "faults": 4,
+        "evictions": 3,
+        "bytes_in": 32,
+        "bytes_out": 32,
+        "prefetches": 0,
+    }
     assert pager.fetch(a).tolist() == [[1, 1], [1, 1]]
 
 
@@ -118,10 +141,14 @@ def test_only_a_page_that_is_stored_and_not_resident_is_announced() -> None:
 
 # The store
 
+
 def test_pages_that_fit_need_no_store_and_the_others_share_no_byte_of_it() -> None:
     pager, fitting = three_pages(budget=48)
     assert all(page.store is None for page in fitting)
-    mixed = [Page((1, 1), dtype, CPU) for dtype in (torch.float16, torch.float64, torch.bfloat16, torch.float32)]
+    mixed = [
+        Page((1, 1), dtype, CPU)
+        for dtype in (torch.float16, torch.float64, torch.bfloat16, torch.float32)
+    ]
     pager.reserve_store([*fitting, *mixed])
     pages = sorted([*fitting, *mixed], key=lambda page: page.offset)
     assert len({page.store for page in pages}) == 1
@@ -142,7 +169,9 @@ def test_a_page_larger_than_the_budget_is_refused() -> None:
         three_pages(budget=15)
 
 
-def test_no_file_can_be_seen_while_it_is_in_use_or_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_can_be_seen_while_it_is_in_use_or_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     pager, pages = three_pages(budget=16)
     for page in pages:
@@ -175,11 +204,19 @@ for end in ("exit", "raise", "kill"):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform does not fork")
 def test_no_file_and_no_complaint_is_left_however_the_process_ends(tmp_path: Path) -> None:
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a forked process has no other
+    one_thread = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }  # a forked process has no other
     command = [sys.executable, "-W", "error", "-c", CHILDREN, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["exit 0 []", "raise 1 []", f"kill {-signal.SIGKILL} []"]
-    assert done.returncode == 0 and done.stderr.count("Traceback") == 1 and done.stderr.endswith("KeyError: 'on purpose'\n")
+    assert (
+        done.returncode == 0
+        and done.stderr.count("Traceback") == 1
+        and done.stderr.endswith("KeyError: 'on purpose'\n")
+    )
 
 
 @pytest.fixture(params=["posix_fallocate", "zeros"])
@@ -202,7 +239,9 @@ def files_of_at_most(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_store_that_the_system_refuses_is_one_clear_error_and_no_page_gets_a_place(reservation: str) -> None:
+def test_a_store_that_the_system_refuses_is_one_clear_error_and_no_page_gets_a_place(
+    reservation: str,
+) -> None:
     pager, pages = Pager(2**20), [Page((2, 2**17), torch.float32, CPU) for _ in range(3)]
     message = r"must hold 3145728 bytes, got 'File too large'; set TMPDIR or raise resident_bytes"
     with files_of_at_most(2**21), pytest.raises(OSError, match=message) as caught:
@@ -217,17 +256,23 @@ def test_a_full_disk_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(OSError, match=r"must hold 48 bytes, got 'No space left.*set TMPDIR.*resident_bytes") as caught:
+    with pytest.raises(
+        OSError, match=r"must hold 48 bytes, got 'No space left.*set TMPDIR.*resident_bytes"
+    ) as caught:
         three_pages(budget=16)
     assert caught.value.errno == errno.ENOSPC
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads st_blocks")
 @pytest.mark.parametrize("nbytes", [1, 2**20 - 1, 2**20, 3 * 2**20 + 5])
-def test_the_space_of_the_store_is_really_reserved(reservation: str, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_space_of_the_store_is_really_reserved(
+    reservation: str, nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Measured(mmap.mmap):
         def __new__(cls, fd: int, size: int) -> mmap.mmap:
-            seen.append((os.fstat(fd).st_size, os.fstat(fd).st_blocks * 512 >= size, os.fstat(fd).st_nlink))
+            seen.append(
+                (os.fstat(fd).st_size, os.fstat(fd).st_blocks * 512 >= size, os.fstat(fd).st_nlink)
+            )
             return super().__new__(cls, fd, size)
 
     seen: list[tuple[int, bool, int]] = []
@@ -237,6 +282,7 @@ def test_the_space_of_the_store_is_really_reserved(reservation: str, nbytes: int
 
 
 # Mutants: what the recount must notice
+
 
 def first_in_first_out(self: Pager, page: Page, write: bool = False) -> torch.Tensor:
     order = list(self.cache)
@@ -260,7 +306,9 @@ def writes_clean_pages_too(self: Pager, page: Page, write: bool = False) -> torc
 fetch = Pager.fetch
 
 
-@pytest.mark.parametrize("mutant", [first_in_first_out, forgets_a_second_write, writes_clean_pages_too])
+@pytest.mark.parametrize(
+    "mutant", [first_in_first_out, forgets_a_second_write, writes_clean_pages_too]
+)
 def test_a_mutant_of_the_pager_is_noticed(mutant: object, monkeypatch: pytest.MonkeyPatch) -> None:
     law = test_every_page_says_what_was_last_written_and_every_counter_is_a_plain_recount.hypothesis.inner_test
     looks = [((2, 2), torch.float32)] * 3
@@ -272,6 +320,7 @@ def test_a_mutant_of_the_pager_is_noticed(mutant: object, monkeypatch: pytest.Mo
 
 
 # Laws that a mutant asked for
+
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the platform takes no hints")
 def test_a_clean_page_that_is_resident_is_not_announced() -> None:
@@ -285,8 +334,13 @@ def test_a_clean_page_that_is_resident_is_not_announced() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_page_starts_at_a_multiple_of_its_elements_size_whatever_was_reserved_before_it(dtype: torch.dtype) -> None:
-    narrow, wide = Page((3, 1), torch.float16, torch.device("cpu")), Page((3, 1), dtype, torch.device("cpu"))
+def test_a_page_starts_at_a_multiple_of_its_elements_size_whatever_was_reserved_before_it(
+    dtype: torch.dtype,
+) -> None:
+    narrow, wide = (
+        Page((3, 1), torch.float16, torch.device("cpu")),
+        Page((3, 1), dtype, torch.device("cpu")),
+    )
     for pages in ([narrow, wide], [wide, narrow]):
         narrow.store = wide.store = None
         Pager(wide.nbytes).reserve_store(pages)

@@ -47,7 +47,9 @@ CODE8 = bnb.create_dynamic_map()
 TABLE = 2**16  # points of the table in which bitsandbytes looks 8-bit codes up on a CPU
 PEER_BLOCKS = [size for size in BLOCK_SIZES if size >= 32]
 CODEBOOKS = {"nf4": nf4.NF4, "fp4": nf4.FP4}
-REPACKS = bool(bnb.has_avx512bf16())  # whether bitsandbytes repacks weights when it evaluates, which it decides by the CPU
+REPACKS = bool(
+    bnb.has_avx512bf16()
+)  # whether bitsandbytes repacks weights when it evaluates, which it decides by the CPU
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -76,7 +78,9 @@ def by_hand(weight: Tensor, block_size: int = 64, double: bool = False) -> Tenso
 
 
 def by_bitsandbytes(weight: Tensor, double: bool = False) -> Tensor:
-    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double))
+    return bnb.dequantize_4bit(
+        *bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
+    )
 
 
 def by_torchao(weight: Tensor) -> Tensor:
@@ -85,8 +89,16 @@ def by_torchao(weight: Tensor) -> Tensor:
 
 def linear4bit(weight: Tensor, bias: Tensor | None = None, double: bool = True) -> Linear4bit:
     """The layer of bitsandbytes with this weight, quantized, in training mode."""
-    layer = Linear4bit(weight.shape[1], weight.shape[0], bias=bias is not None, quant_type="nf4", compress_statistics=double)
-    layer.weight = Params4bit(weight.clone(), False, quant_type="nf4", compress_statistics=double, module=layer)
+    layer = Linear4bit(
+        weight.shape[1],
+        weight.shape[0],
+        bias=bias is not None,
+        quant_type="nf4",
+        compress_statistics=double,
+    )
+    layer.weight = Params4bit(
+        weight.clone(), False, quant_type="nf4", compress_statistics=double, module=layer
+    )
     if bias is not None:
         layer.bias = nn.Parameter(bias.clone(), False)
     return layer.to("cpu")
@@ -96,7 +108,9 @@ def dense(layer: Linear4bit) -> Tensor:
     return bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
-def qlora(weight: Tensor, bias: Tensor | None = None, double: bool = True, r: int = 1) -> lora.QLoRALinear:
+def qlora(
+    weight: Tensor, bias: Tensor | None = None, double: bool = True, r: int = 1
+) -> lora.QLoRALinear:
     """Our layer with this weight and an adapter that does nothing yet."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight = nn.Parameter(weight.clone(), False)
@@ -105,9 +119,13 @@ def qlora(weight: Tensor, bias: Tensor | None = None, double: bool = True, r: in
     return lora.QLoRALinear.from_linear(linear, r=r, double_quant=double)
 
 
-def product(layer: lora.QLoRALinear, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Bounded:
+def product(
+    layer: lora.QLoRALinear, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Bounded:
     """x W^T + b in float32, and how far it may be off."""
-    return lora_forward(x, weight, layer.lora_A, layer.lora_B, bias, layer.scaling, None, torch.float32)
+    return lora_forward(
+        x, weight, layer.lora_A, layer.lora_B, bias, layer.scaling, None, torch.float32
+    )
 
 
 # equality with bitsandbytes
@@ -117,12 +135,16 @@ def codes_of(packed: Tensor) -> Tensor:
     return torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten()
 
 
-def assert_first_level_is_equal(weight: Tensor, block_size: int, kind: str) -> tuple[nf4.Quantized, Tensor]:
+def assert_first_level_is_equal(
+    weight: Tensor, block_size: int, kind: str
+) -> tuple[nf4.Quantized, Tensor]:
     """Every byte but that of minus zero, every constant, every decoded number. -> ours, their packed codes"""
     q = nf4.quantize(weight, block_size, CODEBOOKS[kind])
     packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type=kind)
     ours, theirs = codes_of(q.packed), codes_of(packed)
-    assert q.packed.shape == packed.shape and torch.equal(ours, theirs.where((theirs != 8) | (kind == "nf4"), 0))
+    assert q.packed.shape == packed.shape and torch.equal(
+        ours, theirs.where((theirs != 8) | (kind == "nf4"), 0)
+    )
     assert kind == "nf4" or (ours != 8).all()
     assert same_bits(q.absmax, state.absmax) and same_bits(q.codebook, state.code)
     assert same_bits(nf4.dequantize(q), bnb.dequantize_4bit(packed, state))
@@ -132,19 +154,26 @@ def assert_first_level_is_equal(weight: Tensor, block_size: int, kind: str) -> t
 @pytest.mark.parametrize("block_size", PEER_BLOCKS)
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("kind", CODEBOOKS)
-def test_both_levels_equal_those_of_bitsandbytes_but_for_its_table(kind: str, dtype: torch.dtype, block_size: int) -> None:
+def test_both_levels_equal_those_of_bitsandbytes_but_for_its_table(
+    kind: str, dtype: torch.dtype, block_size: int
+) -> None:
     """20 to 2560 constants: less than a nested block, whole ones, and a ragged last one."""
     weight = Recipe((20, 4096), dtype, block_size=block_size, exponent=-5).tensor()
     q, plain = assert_first_level_is_equal(weight, block_size, kind)
     dq = double_quant.quantize(q.absmax)
-    packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type=kind, compress_statistics=True)
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=block_size, quant_type=kind, compress_statistics=True
+    )
     nested = state.state2
     assert same_bits(packed, plain)
     assert same_bits(dq.offset[0], state.offset) and same_bits(dq.absmax, nested.absmax)
     assert same_bits(dq.codebook, nested.code) and dq.block_size == nested.blocksize
     assert dq.codes.shape == state.absmax.shape and dq.codes.dtype == state.absmax.dtype
     assert_nearest_and_nearly(dq, q.absmax, state.absmax)
-    for codes in (dq.codes, state.absmax):  # decoded by either, ours and theirs are the same numbers
+    for codes in (
+        dq.codes,
+        state.absmax,
+    ):  # decoded by either, ours and theirs are the same numbers
         ours = replace(q, absmax=double_quant.dequantize(replace(dq, codes=codes)))
         state.absmax = codes
         assert same_bits(nf4.dequantize(ours), bnb.dequantize_4bit(packed, state))
@@ -163,7 +192,9 @@ def outside(x: Tensor, codes: Tensor) -> Tensor:
     return torch.maximum(low - x, x - high).clamp(min=0)
 
 
-def assert_nearest_and_nearly(dq: double_quant.DoubleQuantized, constants: Tensor, theirs: Tensor) -> None:
+def assert_nearest_and_nearly(
+    dq: double_quant.DoubleQuantized, constants: Tensor, theirs: Tensor
+) -> None:
     """Our codes are those of the nearest levels; theirs, of what a table of 2^16 points makes of the numbers.
 
     Where these differ, the number is no farther from a midpoint than half a step of the table. So they are neighbours,
@@ -175,21 +206,39 @@ def assert_nearest_and_nearly(dq: double_quant.DoubleQuantized, constants: Tenso
     x, ours, theirs = (centred / scale)[scale > 0], dq.codes[scale > 0], theirs[scale > 0]
     assert (outside(x, ours) <= decision_error()).all()
     assert (outside(x, theirs) <= table_error(TABLE)).all()
-    wide = (cells()[1] - cells()[0])[theirs.long()] > 2 * table_error(TABLE)  # the next cell is over half that then
+    wide = (cells()[1] - cells()[0])[theirs.long()] > 2 * table_error(
+        TABLE
+    )  # the next cell is over half that then
     assert ((ours.int() - theirs.int()).abs() <= 1)[wide].all()
 
 
-@given(st.integers(0, 2**31), st.sampled_from(PEER_BLOCKS), st.sampled_from(HALF_AND_SINGLE), st.integers(-14, 10),
-       st.sampled_from(["normal", "uniform", "outliers", "constant", "one-hot", "zeros", "zero blocks"]))
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(PEER_BLOCKS),
+    st.sampled_from(HALF_AND_SINGLE),
+    st.integers(-14, 10),
+    st.sampled_from(
+        ["normal", "uniform", "outliers", "constant", "one-hot", "zeros", "zero blocks"]
+    ),
+)
 @example(0, 64, torch.float32, 0, "zeros")
-def test_fp4_equals_that_of_bitsandbytes_but_for_its_minus_zero(seed: int, block_size: int, dtype: torch.dtype, exponent: int,
-                                                                pattern: str) -> None:
-    recipe = Recipe((2, 4096), dtype, block_size=block_size, pattern=pattern, exponent=exponent, seed=seed)
+def test_fp4_equals_that_of_bitsandbytes_but_for_its_minus_zero(
+    seed: int, block_size: int, dtype: torch.dtype, exponent: int, pattern: str
+) -> None:
+    recipe = Recipe(
+        (2, 4096), dtype, block_size=block_size, pattern=pattern, exponent=exponent, seed=seed
+    )
     assert_first_level_is_equal(recipe.tensor(), block_size, "fp4")
 
 
-@given(st.integers(0, 2**31), st.integers(1, 1500), st.sampled_from(["weights", "some zeros", "all sizes"]))
-def test_second_level_codes_are_the_nearest_and_those_of_bitsandbytes_nearly(seed: int, n: int, pattern: str) -> None:
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 1500),
+    st.sampled_from(["weights", "some zeros", "all sizes"]),
+)
+def test_second_level_codes_are_the_nearest_and_those_of_bitsandbytes_nearly(
+    seed: int, n: int, pattern: str
+) -> None:
     constants = Constants((n,), pattern, seed=seed).tensor()
     dq = double_quant.quantize(constants)
     theirs, _ = bnb.quantize_blockwise(constants - dq.offset, blocksize=256)
@@ -205,8 +254,12 @@ def test_the_table_of_bitsandbytes_is_off_by_half_its_step_and_ours_by_rounding(
     assert ours[:256].tolist() == [*range(256)]  # each level takes its own code
     assert outside(x.double(), ours).max() <= decision_error()
     worst = outside(x.double(), theirs).max()
-    assert 0.99 / (TABLE - 1) <= worst <= table_error(TABLE)  # the day one of these fails, the exception can go
-    assert set(range(124, 131)).isdisjoint(theirs.tolist())  # seven levels around zero are never used, zero itself among them
+    assert (
+        0.99 / (TABLE - 1) <= worst <= table_error(TABLE)
+    )  # the day one of these fails, the exception can go
+    assert set(range(124, 131)).isdisjoint(
+        theirs.tolist()
+    )  # seven levels around zero are never used, zero itself among them
 
 
 def test_minus_zero_in_fp4_is_written_by_bitsandbytes_and_not_by_us() -> None:
@@ -222,15 +275,21 @@ def test_minus_zero_in_fp4_is_written_by_bitsandbytes_and_not_by_us() -> None:
 def test_zero_is_coded_as_zero_where_bitsandbytes_makes_it_a_small_number() -> None:
     x = torch.tensor([1.0, 0.0, -0.0])
     q = nf4.quantize(x, codebook=double_quant.DYNAMIC)
-    assert q.packed[:, 0].tolist() == [255, 127, 127] and same_bits(nf4.dequantize(q), torch.tensor([1.0, 0.0, 0.0]))
+    assert q.packed[:, 0].tolist() == [255, 127, 127] and same_bits(
+        nf4.dequantize(q), torch.tensor([1.0, 0.0, 0.0])
+    )
     theirs = bnb.dequantize_blockwise(*bnb.quantize_blockwise(x, blocksize=64))
     assert (theirs[1:] > 0).all()  # the day this fails, the exception can go
 
 
 def test_a_parameter_whose_gradient_is_zero_does_not_move_where_8_bit_adam_moves_it() -> None:
-    moving = torch.arange(4096) % 256 == 0  # one in each of its blocks; below 4096 elements it uses 32 bits
+    moving = (
+        torch.arange(4096) % 256 == 0
+    )  # one in each of its blocks; below 4096 elements it uses 32 bits
     parameters = [nn.Parameter(torch.ones(4096)) for _ in range(2)]
-    optimizers = [make([p], lr=0.01, weight_decay=0.0) for make, p in zip((PagedAdamW, AdamW8bit), parameters)]
+    optimizers = [
+        make([p], lr=0.01, weight_decay=0.0) for make, p in zip((PagedAdamW, AdamW8bit), parameters)
+    ]
     expected = [1.0], [0.0], [0.0]
     for step in range(1, 11):
         expected = naive.adamw(expected[0], [0.0], *expected[1:], step, 0.01, 0.9, 0.999, 1e-8, 0.0)
@@ -247,7 +306,11 @@ def test_a_parameter_whose_gradient_is_zero_does_not_move_where_8_bit_adam_moves
 
 def read_back(saved: dict[str, Tensor]) -> Tensor:
     """The weight in a state_dict of Linear4bit, as transformers reads it."""
-    state = {name.removeprefix("weight."): tensor for name, tensor in saved.items() if name.startswith("weight.")}
+    state = {
+        name.removeprefix("weight."): tensor
+        for name, tensor in saved.items()
+        if name.startswith("weight.")
+    }
     weight = Params4bit.from_prequantized(saved["weight"], state, device="cpu")
     return bnb.dequantize_4bit(weight.data, weight.quant_state)
 
@@ -258,7 +321,10 @@ def test_evaluating_changes_no_byte_where_bitsandbytes_spoils_what_it_saves(doub
     """With AVX512-BF16 it repacks: constants become bfloat16 and, if they are not double-quantized, are saved transposed."""
     weight, x = normal(64, 128, seed=1, std=0.05), normal(5, 128)
     ours, theirs = qlora(weight, double=double), linear4bit(weight, double=double)
-    before, expected = {name: tensor.clone() for name, tensor in ours.state_dict().items()}, by_hand(weight, double=double)
+    before, expected = (
+        {name: tensor.clone() for name, tensor in ours.state_dict().items()},
+        by_hand(weight, double=double),
+    )
     for layer in (ours, theirs):
         layer.eval()(x)
     assert all(same_bits(tensor, before[name]) for name, tensor in ours.state_dict().items())
@@ -268,8 +334,12 @@ def test_evaluating_changes_no_byte_where_bitsandbytes_spoils_what_it_saves(doub
         assert not torch.equal(restored, expected)
         if not double:
             assert theirs.state_dict()["weight.absmax"].shape == (2, 64)
-            allowed = roundtrip(weight.abs().reshape(-1, 64).amax(1), nf4.NF4, weight.dtype, weight.dtype)
-            assert ((restored - weight).abs().reshape(-1, 64) > allowed[:, None]).any()  # no rounding explains it
+            allowed = roundtrip(
+                weight.abs().reshape(-1, 64).amax(1), nf4.NF4, weight.dtype, weight.dtype
+            )
+            assert (
+                (restored - weight).abs().reshape(-1, 64) > allowed[:, None]
+            ).any()  # no rounding explains it
 
 
 @torch.no_grad()
@@ -285,26 +355,36 @@ def test_float32_is_computed_in_float32_where_bitsandbytes_evaluates_in_bfloat16
 
 @pytest.mark.parametrize("shape", [(100, 128), (64, 96)])
 @torch.no_grad()
-def test_a_layer_of_any_shape_evaluates_where_that_of_bitsandbytes_raises(shape: tuple[int, int]) -> None:
+def test_a_layer_of_any_shape_evaluates_where_that_of_bitsandbytes_raises(
+    shape: tuple[int, int],
+) -> None:
     """Repacking asks for out_features of 32s and in_features of whole blocks, and does not ask before it has begun."""
     weight, x = normal(*shape, seed=1, std=0.05), normal(5, shape[1])
     ours, theirs = qlora(weight).eval(), linear4bit(weight).eval()
     assert product(ours, x, by_hand(weight, double=True)).allows(ours(x))
     if REPACKS:  # the day one of these fails, the exception can go
-        with pytest.raises((AssertionError, RuntimeError), match="divisible by block_n|is invalid for input"):
+        with pytest.raises(
+            (AssertionError, RuntimeError), match="divisible by block_n|is invalid for input"
+        ):
             theirs(x)
-        assert ("weight.nested_absmax" in theirs.state_dict()) == (shape == (100, 128))  # the other lost half its state
+        assert ("weight.nested_absmax" in theirs.state_dict()) == (
+            shape == (100, 128)
+        )  # the other lost half its state
 
 
 @torch.no_grad()
-def test_a_forward_in_bfloat16_rounds_no_parameter_and_no_later_result_where_that_of_bitsandbytes_does() -> None:
+def test_a_forward_in_bfloat16_rounds_no_parameter_and_no_later_result_where_that_of_bitsandbytes_does() -> (
+    None
+):
     weight, bias, x = normal(64, 128, seed=1, std=0.05), normal(64, seed=2), normal(5, 128)
     ours, theirs = qlora(weight, bias, False), linear4bit(weight, bias, False)
     for layer in (ours, theirs):
         layer(x.bfloat16())
     allowed = product(ours, x, by_hand(weight), bias)
     assert same_bits(ours.bias, bias) and allowed.allows(ours(x))
-    assert same_bits(theirs.bias, bias.bfloat16())  # the day one of these fails, the exception can go
+    assert same_bits(
+        theirs.bias, bias.bfloat16()
+    )  # the day one of these fails, the exception can go
     assert not allowed.allows(theirs(x))
 
 
@@ -312,12 +392,18 @@ def test_a_forward_in_bfloat16_rounds_no_parameter_and_no_later_result_where_tha
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_one_bad_number_is_refused_by_count_and_index_where_it_silently_makes_all_of_them_nan(bad: float) -> None:
+def test_one_bad_number_is_refused_by_count_and_index_where_it_silently_makes_all_of_them_nan(
+    bad: float,
+) -> None:
     weight = normal(128, 128)
     weight[3, 5] = bad
-    with pytest.raises(ValueError, match=r"^1 of 16384 weights are NaN, infinite .* first at index \(3, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"^1 of 16384 weights are NaN, infinite .* first at index \(3, 5\)"
+    ):
         FrozenWeight(weight)
-    assert by_bitsandbytes(weight, double=True).isnan().all()  # the day one of these fails, the exception can go
+    assert (
+        by_bitsandbytes(weight, double=True).isnan().all()
+    )  # the day one of these fails, the exception can go
     assert by_torchao(weight).isnan().all()
 
 
@@ -330,7 +416,9 @@ def test_a_block_of_the_smallest_numbers_survives_where_bitsandbytes_loses_it() 
 def test_a_weight_of_the_largest_numbers_survives_where_bitsandbytes_makes_it_nan() -> None:
     weight = normal(64, 64).clamp(-1, 1) * 3e38  # the float32 sum of the constants overflows
     assert same_bits(FrozenWeight(weight)(), by_hand(weight, double=True))
-    assert by_bitsandbytes(weight, double=True).isnan().all()  # the day this fails, the exception can go
+    assert (
+        by_bitsandbytes(weight, double=True).isnan().all()
+    )  # the day this fails, the exception can go
 
 
 def test_a_finite_float16_weight_stays_finite_where_bitsandbytes_makes_it_infinite() -> None:
@@ -341,7 +429,9 @@ def test_a_finite_float16_weight_stays_finite_where_bitsandbytes_makes_it_infini
     nested = (absmax - absmax.mean()).abs().max().expand(64)
     allowed = both_quantized(absmax, nested, nf4.NF4, CODE8, torch.float16, torch.float16)
     assert ((ours.double() - weight.double()).abs() <= allowed[:, None]).all()
-    assert by_bitsandbytes(weight, double=True).isinf().any()  # the day this fails, the exception can go
+    assert (
+        by_bitsandbytes(weight, double=True).isinf().any()
+    )  # the day this fails, the exception can go
 
 
 def blocks_of_all_sizes() -> Tensor:
@@ -349,19 +439,27 @@ def blocks_of_all_sizes() -> Tensor:
     return normal(256, 64, seed=2) * normal(256, 1, seed=4).mul(2).exp()
 
 
-def test_no_number_changes_its_sign_where_a_constant_that_decodes_below_zero_turns_a_whole_block() -> None:
+def test_no_number_changes_its_sign_where_a_constant_that_decodes_below_zero_turns_a_whole_block() -> (
+    None
+):
     weight = blocks_of_all_sizes().reshape(128, 128)
     ours = FrozenWeight(weight)()
     assert same_bits(ours, by_hand(weight, double=True)) and (ours * weight >= 0).all()
-    assert (by_bitsandbytes(weight, double=True) * weight < 0).any()  # the day one of these fails, the exception can go
+    assert (
+        by_bitsandbytes(weight, double=True) * weight < 0
+    ).any()  # the day one of these fails, the exception can go
     assert (by_torchao(weight) * weight < 0).any()
 
 
-def test_a_block_of_zeros_stays_zero_under_double_quantization_where_torchao_makes_it_another_number() -> None:
+def test_a_block_of_zeros_stays_zero_under_double_quantization_where_torchao_makes_it_another_number() -> (
+    None
+):
     weight, zeros = blocks_of_all_sizes(), torch.zeros(64)
     weight[5] = 0
     assert same_bits(FrozenWeight(weight)()[5], zeros)
-    assert torch.equal(by_bitsandbytes(weight, double=True)[5], zeros)  # its CUDA code is said not to
+    assert torch.equal(
+        by_bitsandbytes(weight, double=True)[5], zeros
+    )  # its CUDA code is said not to
     assert (by_torchao(weight)[5] != 0).all()  # the day this fails, the exception can go
 
 
@@ -407,12 +505,20 @@ def with_adapter(weight: Tensor, double: bool, size: float) -> tuple[nn.Module, 
     A and B have few bits, so that their product has no rounding in it.
     """
     layer = OneLayer(linear4bit(weight.float(), double=double))
-    theirs = get_peft_model(layer, LoraConfig(r=4, lora_alpha=4, target_modules=["proj"])).base_model.model.proj
+    theirs = get_peft_model(
+        layer, LoraConfig(r=4, lora_alpha=4, target_modules=["proj"])
+    ).base_model.model.proj
     ours = qlora(weight, double=double, r=4)
     ours.lora_alpha = 4
-    A, B = normal(4, weight.shape[1], seed=5).mul(8).round() / 16, normal(weight.shape[0], 4, seed=6).mul(8).round() / 8 * size
+    A, B = (
+        normal(4, weight.shape[1], seed=5).mul(8).round() / 16,
+        normal(weight.shape[0], 4, seed=6).mul(8).round() / 8 * size,
+    )
     with torch.no_grad():
-        for lora_A, lora_B in ((theirs.lora_A["default"].weight, theirs.lora_B["default"].weight), (ours.lora_A, ours.lora_B)):
+        for lora_A, lora_B in (
+            (theirs.lora_A["default"].weight, theirs.lora_B["default"].weight),
+            (ours.lora_A, ours.lora_B),
+        ):
             lora_A.copy_(A)
             lora_B.copy_(B)
     return theirs, ours
@@ -426,7 +532,9 @@ def merged_by_peft(layer: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("size", [2.0**-13, 2.0**-10, 2.0**-7])
 @pytest.mark.parametrize("double", [False, True])
-def test_an_update_arrives_whole_where_peft_rounds_it_to_4_bits_as_the_audit_foretells(double: bool, size: float) -> None:
+def test_an_update_arrives_whole_where_peft_rounds_it_to_4_bits_as_the_audit_foretells(
+    double: bool, size: float
+) -> None:
     """The same base, the same update: what the audit says of a 4-bit merge is what PEFT's merge then does.
 
     Ours is in float64, where the sum of base and update is exact; quantizing rounds it to float32, in which PEFT's is made.
@@ -441,17 +549,23 @@ def test_an_update_arrives_whole_where_peft_rounds_it_to_4_bits_as_the_audit_for
     assert torch.equal(dense(theirs.get_base_layer()).double(), base)
     merged = merged_by_peft(theirs).double()
     lost = (merged - (base + update)).abs()
-    assert (lost > cast(merged.abs(), torch.float32)).any()  # the day this fails, the exception can go
+    assert (
+        lost > cast(merged.abs(), torch.float32)
+    ).any()  # the day this fails, the exception can go
     realised, length = merged - base, update.norm()
     dot, moved = (realised * update).sum(), realised.norm()
-    in_float64 = 2 * cosine(weight.numel()) * UNIT_ROUNDOFF[torch.float64] / UNIT_ROUNDOFF[torch.float32]  # in audit, and here
+    in_float64 = (
+        2 * cosine(weight.numel()) * UNIT_ROUNDOFF[torch.float64] / UNIT_ROUNDOFF[torch.float32]
+    )  # in audit, and here
     assert abs(audit["proj"].cosine - dot / (length * moved)) <= in_float64
     assert abs(audit["proj"].kept - dot / length**2) <= in_float64 * moved / length
     assert abs(audit["proj"].update_norm - length) <= in_float64 * length
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_unmerging_restores_every_bit_where_peft_keeps_the_traces_of_two_roundings(double: bool) -> None:
+def test_unmerging_restores_every_bit_where_peft_keeps_the_traces_of_two_roundings(
+    double: bool,
+) -> None:
     weight = normal(64, 128, std=0.02)
     theirs, ours = with_adapter(weight, double, 2.0**-10)
     before = by_hand(weight, double=double)
@@ -461,7 +575,9 @@ def test_unmerging_restores_every_bit_where_peft_keeps_the_traces_of_two_roundin
     merged_by_peft(theirs)
     with pytest.warns(UserWarning, match="rounding errors"):
         theirs.unmerge()
-    assert not torch.equal(dense(theirs.get_base_layer()), before)  # the day this fails, the exception can go
+    assert not torch.equal(
+        dense(theirs.get_base_layer()), before
+    )  # the day this fails, the exception can go
 
 
 # PEFT: memory, and files
@@ -469,14 +585,24 @@ def test_unmerging_restores_every_bit_where_peft_keeps_the_traces_of_two_roundin
 
 def test_what_is_not_quantized_keeps_its_bytes_where_peft_doubles_them() -> None:
     def others(model: nn.Module) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in model.named_parameters() if "embed" in name or "norm" in name}
+        return {
+            name: p.detach().clone()
+            for name, p in model.named_parameters()
+            if "embed" in name or "norm" in name
+        }
 
     plain, ours, theirs = (models.tiny_llama(torch.bfloat16, vocab_size=256) for _ in range(3))
     before = others(plain)
     ours = others(lora.attach(ours))
-    assert before and ours.keys() == before.keys() and all(same_bits(ours[name], before[name]) for name in before)
+    assert (
+        before
+        and ours.keys() == before.keys()
+        and all(same_bits(ours[name], before[name]) for name in before)
+    )
     theirs = others(prepare_model_for_kbit_training(theirs, use_gradient_checkpointing=False))
-    assert all(theirs[name].nbytes == 2 * before[name].nbytes for name in before)  # the day this fails, the exception can go
+    assert all(
+        theirs[name].nbytes == 2 * before[name].nbytes for name in before
+    )  # the day this fails, the exception can go
 
 
 IDS = torch.arange(5, 25)[None]
@@ -484,7 +610,9 @@ IDS = torch.arange(5, 25)[None]
 
 def adapted() -> nn.Module:
     """A small model with an adapter that does something."""
-    model = lora.attach(models.tiny_llama(vocab_size=256), ["q_proj", "down_proj"], r=4, codebook=None)
+    model = lora.attach(
+        models.tiny_llama(vocab_size=256), ["q_proj", "down_proj"], r=4, codebook=None
+    )
     for layer in model.modules():
         if isinstance(layer, lora.QLoRALinear):
             nn.init.normal_(layer.lora_B)
@@ -498,20 +626,40 @@ def spoilt(folder: Path, change: str) -> Path:
     tensors = load_file(path)
     deepest = {name: tensor for name, tensor in tensors.items() if ".layers.1." in name}
     if change == "no prefix":
-        tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+        tensors = {
+            name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()
+        }
     elif change == "a layer missing":
         tensors = {name: tensor for name, tensor in tensors.items() if name not in deepest}
     elif change == "a layer too many":
-        tensors |= {name.replace(".layers.1.", ".layers.2."): tensor.clone() for name, tensor in deepest.items()}
+        tensors |= {
+            name.replace(".layers.1.", ".layers.2."): tensor.clone()
+            for name, tensor in deepest.items()
+        }
     save_file(tensors, path)
     return folder
 
 
-@pytest.mark.parametrize("change, name, complaint", [
-    ("no prefix", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "is missing"),
-    ("a layer missing", "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight", "is missing"),
-    ("a layer too many", "base_model.model.model.layers.2.mlp.down_proj.lora_A.weight", "belongs to no"),
-])
+@pytest.mark.parametrize(
+    "change, name, complaint",
+    [
+        (
+            "no prefix",
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+            "is missing",
+        ),
+        (
+            "a layer missing",
+            "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight",
+            "is missing",
+        ),
+        (
+            "a layer too many",
+            "base_model.model.model.layers.2.mlp.down_proj.lora_A.weight",
+            "belongs to no",
+        ),
+    ],
+)
 def test_an_adapter_that_does_not_fit_is_refused_by_name_where_peft_goes_on_without_it(
     tmp_path: Path, change: str, name: str, complaint: str
 ) -> None:
@@ -520,31 +668,46 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name_where_peft_goes_on_with
         checkpoint.load_adapter(adapted(), folder)
     plain = models.tiny_llama(vocab_size=256)
     without = plain(IDS).logits
-    if change == "a layer too many":  # not even a warning, which pytest would make an error. The day it is one, this can go
+    if (
+        change == "a layer too many"
+    ):  # not even a warning, which pytest would make an error. The day it is one, this can go
         PeftModel.from_pretrained(plain, folder)
     else:
-        with pytest.warns(UserWarning, match="missing adapter keys"):  # the day it is an error, the exception can go
+        with pytest.warns(
+            UserWarning, match="missing adapter keys"
+        ):  # the day it is an error, the exception can go
             loaded = PeftModel.from_pretrained(plain, folder)
-        assert torch.equal(loaded(IDS).logits, without) == (change == "no prefix")  # nothing arrived; or only half
+        assert torch.equal(loaded(IDS).logits, without) == (
+            change == "no prefix"
+        )  # nothing arrived; or only half
 
 
 # torchao
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 96), (3, 5, 7), (1,)])
-def test_any_number_of_elements_can_be_quantized_where_torchao_asks_for_multiples_of_16384(shape: tuple[int, ...]) -> None:
+def test_any_number_of_elements_can_be_quantized_where_torchao_asks_for_multiples_of_16384(
+    shape: tuple[int, ...],
+) -> None:
     weight = normal(*shape)
     assert same_bits(FrozenWeight(weight)(), by_hand(weight, double=True))
     with pytest.raises(AssertionError):  # the day this fails, the exception can go
         by_torchao(weight)
 
 
-def test_a_weight_made_of_levels_comes_back_to_the_last_bit_where_torchao_has_four_decimals() -> None:
+def test_a_weight_made_of_levels_comes_back_to_the_last_bit_where_torchao_has_four_decimals() -> (
+    None
+):
     levels = torch.tensor(naive.NF4)
-    weight = levels.repeat(1024).reshape(128, 128)  # every constant is 1, and none is changed by double quantization
+    weight = levels.repeat(1024).reshape(
+        128, 128
+    )  # every constant is 1, and none is changed by double quantization
     assert same_bits(FrozenWeight(weight)(), weight)
     theirs = by_torchao(weight)
-    assert torch.equal(theirs, torch.tensor([round(level, 4) for level in naive.NF4]).repeat(1024).reshape(128, 128))
+    assert torch.equal(
+        theirs,
+        torch.tensor([round(level, 4) for level in naive.NF4]).repeat(1024).reshape(128, 128),
+    )
     assert not torch.equal(theirs, weight)  # the day this fails, the exception can go
 
 

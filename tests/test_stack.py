@@ -22,7 +22,12 @@ LAYERS, WIDTH, RANK, BLOCK = 12, 256, 8, 64
 
 def stack(dtype: torch.dtype, dropout: float = 0.0, **settings: object) -> nn.Sequential:
     linears = [nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype) for _ in range(LAYERS)]
-    return nn.Sequential(*(QLoRALinear.from_linear(linear, RANK, lora_dropout=dropout, **settings) for linear in linears))
+    return nn.Sequential(
+        *(
+            QLoRALinear.from_linear(linear, RANK, lora_dropout=dropout, **settings)
+            for linear in linears
+        )
+    )
 
 
 def held_by(model: nn.Module) -> int:
@@ -30,7 +35,9 @@ def held_by(model: nn.Module) -> int:
     return Live(*model.parameters(), *model.buffers()).now()
 
 
-def forward_and_backward(model: nn.Sequential, tokens: int, dtype: torch.dtype, segment: int = LAYERS) -> tuple[int, int, int]:
+def forward_and_backward(
+    model: nn.Sequential, tokens: int, dtype: torch.dtype, segment: int = LAYERS
+) -> tuple[int, int, int]:
     """Live bytes, above those of the model, of x and of the gradient: after the forward pass, at the peak, at the end."""
     x, g = (torch.ones(tokens, WIDTH, dtype=dtype, requires_grad=needs) for needs in (True, False))
     with Live(*model.parameters(), *model.buffers(), x, g) as live:
@@ -63,13 +70,23 @@ def peak(tokens: int, dtype: torch.dtype, segment: int, dropout: float) -> int:
     for done in range(LAYERS):  # layers that backward has behind it
         segments, i = divmod(LAYERS - 1 - done, segment)
         activations = of_activations(tokens, dtype, i + 1, dropout) - x
-        alive.append(x + segments * x + activations + (done + 1) * gradients + h + (x if done else 0) + x)
-    return max(alive) + (RANK * WIDTH * dtype.itemsize if dtype != torch.float32 else 0) + (x if dropout else 0)
+        alive.append(
+            x + segments * x + activations + (done + 1) * gradients + h + (x if done else 0) + x
+        )
+    return (
+        max(alive)
+        + (RANK * WIDTH * dtype.itemsize if dtype != torch.float32 else 0)
+        + (x if dropout else 0)
+    )
 
 
-CASES = [pytest.param(dtype, tokens, segment, dropout, id=f"{dtype}-{tokens}-{segment}-{dropout}")
-         for dtype in (torch.float32, torch.bfloat16, torch.float16) for tokens in (8, 200)
-         for segment in (LAYERS, 3) for dropout in (0.0, 0.1)]
+CASES = [
+    pytest.param(dtype, tokens, segment, dropout, id=f"{dtype}-{tokens}-{segment}-{dropout}")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for tokens in (8, 200)
+    for segment in (LAYERS, 3)
+    for dropout in (0.0, 0.1)
+]
 
 
 @pytest.mark.parametrize(("dtype", "tokens", "segment", "dropout"), CASES)
@@ -97,13 +114,17 @@ def test_a_stack_weighs_its_bits_and_its_adapters_and_two_codebooks_for_all() ->
 @pytest.mark.parametrize("segment", [LAYERS, 3])
 def test_a_dense_stack_would_exceed_the_bound(dtype: torch.dtype, segment: int) -> None:
     dense, packed = stack(dtype, codebook=None), stack(dtype)
-    assert held_by(dense) + forward_and_backward(dense, 8, dtype, segment)[1] > held_by(packed) + peak(8, dtype, segment, 0.0)
+    assert held_by(dense) + forward_and_backward(dense, 8, dtype, segment)[1] > held_by(
+        packed
+    ) + peak(8, dtype, segment, 0.0)
 
 
 def saved_by(model: nn.Module, x: Tensor) -> list[Tensor]:
     """What autograd keeps of a forward pass, without the parameters."""
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
         model(x)
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
     return [tensor for tensor in kept if tensor.data_ptr() not in parameters]
@@ -111,18 +132,24 @@ def saved_by(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_stack_saves_x_and_h_and_the_mask_of_each_layer_and_nothing_dense(dtype: torch.dtype, dropout: float) -> None:
+def test_a_stack_saves_x_and_h_and_the_mask_of_each_layer_and_nothing_dense(
+    dtype: torch.dtype, dropout: float
+) -> None:
     saved = saved_by(stack(dtype, dropout), torch.ones(8, WIDTH, dtype=dtype))
     assert sum(tensor.nbytes for tensor in saved) == of_activations(8, dtype, LAYERS, dropout)
     assert {tuple(tensor.shape) for tensor in saved} == {(8, WIDTH), (8, RANK)}
-    assert Live(*saved).now() == sum(tensor.nbytes for tensor in saved)  # none is a view of something larger
+    assert Live(*saved).now() == sum(
+        tensor.nbytes for tensor in saved
+    )  # none is a view of something larger
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_what_is_saved_under_autocast_is_saved_in_its_dtype(dropout: float) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         saved = saved_by(stack(torch.float32, dropout), torch.ones(8, WIDTH))
-    assert sum(tensor.nbytes for tensor in saved) == of_activations(8, torch.bfloat16, LAYERS, dropout)
+    assert sum(tensor.nbytes for tensor in saved) == of_activations(
+        8, torch.bfloat16, LAYERS, dropout
+    )
 
 
 # mutants: what the formula must notice
@@ -137,15 +164,21 @@ class KeepsTheDenseWeight(LoRAMatmul):
         return LoRAMatmul.forward(ctx, x, *others)
 
 
-def remembers(self: FrozenWeight, x: Tensor, transposed: bool = True, bias: Tensor | None = None) -> Tensor:
+def remembers(
+    self: FrozenWeight, x: Tensor, transposed: bool = True, bias: Tensor | None = None
+) -> Tensor:
     if not hasattr(self, "dense"):
         self.dense = self(x.dtype)
     return x @ (self.dense.T if transposed else self.dense)
 
 
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "the autograd function keeps the dense weight": lambda patch: patch.setattr(lora, "LoRAMatmul", KeepsTheDenseWeight),
-    "the module remembers the dense weight": lambda patch: patch.setattr(FrozenWeight, "matmul", remembers),
+    "the autograd function keeps the dense weight": lambda patch: patch.setattr(
+        lora, "LoRAMatmul", KeepsTheDenseWeight
+    ),
+    "the module remembers the dense weight": lambda patch: patch.setattr(
+        FrozenWeight, "matmul", remembers
+    ),
 }
 
 

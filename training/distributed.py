@@ -122,7 +122,9 @@ def together(work: Callable[[], Result], turn: int = 0) -> Result:
         if not first():
             raise SystemExit(1)
         number = next(number for number, error in enumerate(errors) if error)
-        raise ValueError(errors[number] + (f" (in process {number} of {world()})" if number else ""))
+        raise ValueError(
+            errors[number] + (f" (in process {number} of {world()})" if number else "")
+        )
     return result
 
 
@@ -134,19 +136,26 @@ def in_first(work: Callable[[], object]) -> None:
 def lost_another(error: BaseException) -> str:
     """Where an error says that a connection to another process has broken: this, in words; else nothing."""
     reason = str(error).partition("\n")[0]
-    if not dist.is_initialized() or not re.search("gloo|nccl|connection|peer", reason, re.IGNORECASE):
+    if not dist.is_initialized() or not re.search(
+        "gloo|nccl|connection|peer", reason, re.IGNORECASE
+    ):
         return ""
-    plain = re.sub(r"^\[[^]]*\] *", "", reason).partition(". ")[0]  # without the place in gloo's source, and its advice
+    plain = re.sub(r"^\[[^]]*\] *", "", reason).partition(". ")[
+        0
+    ]  # without the place in gloo's source, and its advice
     return f"train.py: process {rank()} of {world()} has lost another one ({plain})"
 
 
 def refuse_differences(facts: Mapping[str, object]) -> None:
     """Raises: ValueError in the first process, naming the fact, if processes differ in one; the others end quietly."""
+
     def check() -> None:
         for number, theirs in enumerate(everyones):
             for name, value in theirs.items():
                 if value != facts[name]:
-                    raise ValueError(f"process {number} of {world()} has another {name}: {value}, not {facts[name]}")
+                    raise ValueError(
+                        f"process {number} of {world()} has another {name}: {value}, not {facts[name]}"
+                    )
 
     everyones = gather(dict(facts))
     in_first(check)
@@ -155,4 +164,6 @@ def refuse_differences(facts: Mapping[str, object]) -> None:
 def part(items: list[Item]) -> tuple[list[Item], int]:
     """This process's share of what is worked on together, and how many of it count: all have as many, some of them again."""
     n, size = len(items), -(-len(items) // world())
-    return [items[place % n] for place in range(rank(), size * world(), world())], len(range(rank(), n, world()))
+    return [items[place % n] for place in range(rank(), size * world(), world())], len(
+        range(rank(), n, world())
+    )

@@ -37,7 +37,11 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
         return getattr(torch, name)
     cpu = torch.cpu.get_capabilities()
     on_cpu = any(cpu.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if (torch.cuda.is_bf16_supported() if device.startswith("cuda") else on_cpu) else torch.float32
+    return (
+        torch.bfloat16
+        if (torch.cuda.is_bf16_supported() if device.startswith("cuda") else on_cpu)
+        else torch.float32
+    )
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -83,7 +87,10 @@ class Watch(TorchDispatchMode):
         """The widest dtype inside, and the one that comes out if it is another."""
         if kind not in self.output:
             return "-"
-        inside, output = (max(dtypes, key=lambda dtype: dtype.itemsize) for dtypes in (self.inside[kind], self.output[kind]))
+        inside, output = (
+            max(dtypes, key=lambda dtype: dtype.itemsize)
+            for dtypes in (self.inside[kind], self.output[kind])
+        )
         return name(inside) + (f", then {name(output)}" if output != inside else "")
 
 
@@ -98,7 +105,9 @@ def kinds(model: nn.Module) -> dict[str, list[nn.Module]]:
             found["linear layers"].append(module)
         elif isinstance(module, nn.Embedding):
             found["embedding"].append(module)
-        elif module is not head and any(parameter.dim() == 1 for parameter in module.parameters(recurse=False)):
+        elif module is not head and any(
+            parameter.dim() == 1 for parameter in module.parameters(recurse=False)
+        ):
             found["norms"].append(module)
     return found
 
@@ -123,8 +132,13 @@ def watch(model: nn.Module, dtype: torch.dtype) -> Watch:
 def rows(model: nn.Module, dtype: torch.dtype) -> list[Row]:
     """The table of an adapted model whose products are to be in `dtype`."""
     seen, modules, head = watch(model, dtype), kinds(model), model.get_output_embeddings()
-    frozen, products = [layer.base for layer in modules["linear layers"]], seen.computed("linear layers")
-    trained = names({parameter.dtype for parameter in model.parameters() if parameter.requires_grad})
+    frozen, products = (
+        [layer.base for layer in modules["linear layers"]],
+        seen.computed("linear layers"),
+    )
+    trained = names(
+        {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    )
     [logits] = seen.output["head"]
     exact = torch.promote_types(logits, torch.float32)  # as evaluate.CrossEntropy does
     tied = any(head.weight is embedding.weight for embedding in modules["embedding"])
@@ -132,12 +146,37 @@ def rows(model: nn.Module, dtype: torch.dtype) -> list[Row]:
     dense = all(base.codebook is None for base in frozen)
     few = f"at labels alone, {predict.ROWS} rows at a time"
     return [
-        Row("linear layers", stored(frozen), products, "as loaded" if dense else "decoded as they are multiplied, and dropped"),
+        Row(
+            "linear layers",
+            stored(frozen),
+            products,
+            "as loaded" if dense else "decoded as they are multiplied, and dropped",
+        ),
         Row("adapters", trained, products, "small updates would round to nothing in 16 bits"),
-        Row("embedding", kept(modules["embedding"]), seen.computed("embedding"), "as loaded; rows are looked up"),
-        Row("head", kept([head]), seen.computed("head"), "the embedding, once more" if tied else "as loaded"),
-        Row("norms", kept(modules["norms"]), seen.computed("norms"), f"not cast by us: {norms} and autocast decide"),
-        Row("loss", name(logits), name(exact), few if exact == logits else f"{few}: the logits never are {name(exact)}"),
+        Row(
+            "embedding",
+            kept(modules["embedding"]),
+            seen.computed("embedding"),
+            "as loaded; rows are looked up",
+        ),
+        Row(
+            "head",
+            kept([head]),
+            seen.computed("head"),
+            "the embedding, once more" if tied else "as loaded",
+        ),
+        Row(
+            "norms",
+            kept(modules["norms"]),
+            seen.computed("norms"),
+            f"not cast by us: {norms} and autocast decide",
+        ),
+        Row(
+            "loss",
+            name(logits),
+            name(exact),
+            few if exact == logits else f"{few}: the logits never are {name(exact)}",
+        ),
         Row("gradients", trained, products, "products as in forward, cast before they add up"),
         Row("optimizer state", trained, trained, "as the adapters"),
     ]
@@ -147,21 +186,28 @@ def table(model: nn.Module, dtype: torch.dtype) -> str:
     """The rows as text."""
     lines = [Row("precision", "kept in", "computed in", "because"), *rows(model, dtype)]
     widths = [max(map(len, column)) + 2 for column in zip(*lines)]
-    return "\n".join("".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(
+        "".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
+    )
 
 
 def stored(frozen: list[FrozenWeight]) -> str:
     """How frozen weights are kept, and what an element costs, read off their tensors."""
     bits = 8 * sum(base.nbytes for base in frozen) / sum(base.shape.numel() for base in frozen)
     dense = {name(base.weight.dtype) for base in frozen if base.codebook is None}
-    coded = {f"{base.codebook.numel()} levels, {8 * base.absmax.element_size()}-bit constants"
-             for base in frozen if base.codebook is not None}
+    coded = {
+        f"{base.codebook.numel()} levels, {8 * base.absmax.element_size()}-bit constants"
+        for base in frozen
+        if base.codebook is not None
+    }
     return f"{' and '.join(sorted(dense | coded))}" + f" ({bits:.3f} bits)" * bool(coded)
 
 
 def kept(modules: list[nn.Module]) -> str:
     """The dtypes of the modules' own parameters."""
-    return names({parameter.dtype for module in modules for parameter in module.parameters(recurse=False)})
+    return names(
+        {parameter.dtype for module in modules for parameter in module.parameters(recurse=False)}
+    )
 
 
 def names(dtypes: set[torch.dtype]) -> str:

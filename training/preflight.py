@@ -42,15 +42,25 @@ def make(args: Options, folder: Path) -> Plan:
     config, tokenizer = pretrained.outline(args.model or pretrained.DEFAULT)
     context = getattr(config, "max_position_embeddings", None)
     if context and args.max_seq_len > context:
-        raise ValueError(f"--max-seq-len {args.max_seq_len} is longer than the model's context of {context} tokens")
-    task = data.load(args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing)
+        raise ValueError(
+            f"--max-seq-len {args.max_seq_len} is longer than the model's context of {context} tokens"
+        )
+    task = data.load(
+        args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing
+    )
     batches = args.grad_accum * processes.world()
     if args.num_train_epochs:
-        args.max_steps = max(1, round(args.num_train_epochs * len(task.train) / (args.batch_size * batches)))
-    settings = args.settings() | {"batches a step (processes times --grad-accum)": str(batches),
-                                  "data (a hash of its token ids)": template.fingerprint(task.train)}
+        args.max_steps = max(
+            1, round(args.num_train_epochs * len(task.train) / (args.batch_size * batches))
+        )
+    settings = args.settings() | {
+        "batches a step (processes times --grad-accum)": str(batches),
+        "data (a hash of its token ids)": template.fingerprint(task.train),
+    }
     state = None
-    if args.resume and (folder == args.output_dir or resume.states(folder)):  # --compare may not have begun
+    if args.resume and (
+        folder == args.output_dir or resume.states(folder)
+    ):  # --compare may not have begun
         state = resume.newest(folder)
         resume.refuse_changes(state, settings, args.resume_anyway)
     return Plan(config, tokenizer, task, settings, state)
@@ -62,17 +72,21 @@ def describe(plan: Plan, args: Options, folder: Path) -> str:
     per_step = args.batch_size * args.grad_accum * world
     longest = max(len(example.ids) for example in task.train)
     seen = args.max_steps * per_step / len(task.train)
-    start = f"step {plan.state.step}, by {plan.state.path}" if plan.state else "the pretrained model"
-    return "\n".join([
-        f"model     {name}: {(plan.config.architectures or ['?'])[0]}, to be kept in "
-        f"{'16 bits' if args.quant == 'none' else args.quant}",
-        f"data      {args.data}: {len(task.train)} sequences to train on, the longest of {longest} tokens; "
-        f"{len(task.test) + len(task.unseen)} held out",
-        f"training  {args.max_steps} steps of {per_step} sequences, {seen:.2f} epochs, from {start}"
-        + f"; {world} processes" * (world > 1),
-        f"output    {folder}/ can be written; {shutil.disk_usage(folder).free / 1e9:.1f} GB are free",
-        f"memory    {memory_of(plan.config, args, longest)}",
-    ])
+    start = (
+        f"step {plan.state.step}, by {plan.state.path}" if plan.state else "the pretrained model"
+    )
+    return "\n".join(
+        [
+            f"model     {name}: {(plan.config.architectures or ['?'])[0]}, to be kept in "
+            f"{'16 bits' if args.quant == 'none' else args.quant}",
+            f"data      {args.data}: {len(task.train)} sequences to train on, the longest of {longest} tokens; "
+            f"{len(task.test) + len(task.unseen)} held out",
+            f"training  {args.max_steps} steps of {per_step} sequences, {seen:.2f} epochs, from {start}"
+            + f"; {world} processes" * (world > 1),
+            f"output    {folder}/ can be written; {shutil.disk_usage(folder).free / 1e9:.1f} GB are free",
+            f"memory    {memory_of(plan.config, args, longest)}",
+        ]
+    )
 
 
 def memory_of(config: PretrainedConfig, args: Options, length: int) -> str:
@@ -82,9 +96,15 @@ def memory_of(config: PretrainedConfig, args: Options, length: int) -> str:
     predicted = weigh.ledger(config, args, args.batch_size, length, args.grad_accum > 1)
     if predicted is None:
         known = f"{' and '.join(weigh.LLAMAS)}, from dense weights, without biases or DoRA"
-        return f"not predicted: the ledger knows {known}, and this is another {config.model_type}{has}"
+        return (
+            f"not predicted: the ledger knows {known}, and this is another {config.model_type}{has}"
+        )
     peak = predicted.peak()
-    advice = ", which is too little: see --batch-size, --max-seq-len, --grad-checkpoint" if peak > total else ""
+    advice = (
+        ", which is too little: see --batch-size, --max-seq-len, --grad-checkpoint"
+        if peak > total
+        else ""
+    )
     return f"{peak / 1e9:.2f} GB at a step's peak, predicted{has}{advice}"
 
 

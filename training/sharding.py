@@ -65,12 +65,18 @@ def bytes_here(model: nn.Module) -> int:
 def weights_of(module: nn.Module) -> list[Tensor]:
     """All parameters, and the frozen base, which lies in buffers or, once sharded, in parameters."""
     bases = [frozen for frozen in module.modules() if isinstance(frozen, FrozenWeight)]
-    buffers = [buffer for base in bases for name, buffer in base.named_buffers() if not name.endswith("codebook")]
+    buffers = [
+        buffer
+        for base in bases
+        for name, buffer in base.named_buffers()
+        if not name.endswith("codebook")
+    ]
     return [*module.parameters(), *buffers]
 
 
 def sizes(model: nn.Module) -> tuple[int, int, int]:
     """Bytes of a model that is not sharded yet: of its blocks, of what is in no block, and of its gradients."""
+
     def nbytes(tensors: list[Tensor]) -> int:
         return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
@@ -80,7 +86,9 @@ def sizes(model: nn.Module) -> tuple[int, int, int]:
     return blocks, nbytes(weights_of(model)) - blocks, gradients
 
 
-def sent_in_a_step(blocks: int, rest: int, gradients: int, world: int, batches: int) -> dict[str, float]:
+def sent_in_a_step(
+    blocks: int, rest: int, gradients: int, world: int, batches: int
+) -> dict[str, float]:
     """Bytes that each of `world` processes sends in a step of so many batches of its own, by DDP and by FSDP2.
 
     Of n bytes that all want to have, or to add up, each sends (N - 1) / N n. DDP adds up gradients and hands the sums round,
@@ -88,20 +96,29 @@ def sent_in_a_step(blocks: int, rest: int, gradients: int, world: int, batches: 
     alone, and adds up gradients, of which each process keeps its rows.
     """
     share = (world - 1) / world
-    return {"DDP": 2 * share * gradients, "FSDP2": batches * share * (2 * blocks + rest + gradients)}
+    return {
+        "DDP": 2 * share * gradients,
+        "FSDP2": batches * share * (2 * blocks + rest + gradients),
+    }
 
 
 def parallel(losses: nn.Module) -> nn.Module:
     """A module whose backward pass leaves the average gradient of all processes, where that takes more than it does already."""
     if not dist.is_initialized() or is_sharded(losses):
         return losses
-    return DistributedDataParallel(losses, init_sync=False, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        losses, init_sync=False, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 @contextmanager
 def sending(losses: nn.Module, now: bool) -> Iterator[None]:
     """A backward pass of what `parallel` gave; DDP keeps its gradients, to send them with later ones, unless it is `now`."""
-    with nullcontext() if now or not isinstance(losses, DistributedDataParallel) else losses.no_sync():
+    with (
+        nullcontext()
+        if now or not isinstance(losses, DistributedDataParallel)
+        else losses.no_sync()
+    ):
         yield
 
 
@@ -112,8 +129,14 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
     it hardly ever shows in a bit of the result which process had which of them.
     """
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
-    (squares,) = total(norms.square().sum().item()) if isinstance(parameters[0], DTensor) else [norms.square().sum().item()]
+    norms = torch.stack(
+        [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    )
+    (squares,) = (
+        total(norms.square().sum().item())
+        if isinstance(parameters[0], DTensor)
+        else [norms.square().sum().item()]
+    )
     norm = torch.tensor(squares).sqrt().item()  # in float32
     if norm > limit:
         torch._foreach_mul_(gradients, limit / norm)
@@ -129,8 +152,13 @@ def joined(rows: Tensor, parameter: Tensor) -> Tensor:
     """The way back: a tensor of which each process has as much as it has of a parameter."""
     if not isinstance(parameter, DTensor):
         return rows
-    return DTensor.from_local(rows, parameter.device_mesh, parameter.placements,
-                              shape=parameter.shape, stride=parameter.stride())
+    return DTensor.from_local(
+        rows,
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -154,4 +182,6 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return tensor
     mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)  # nothing is sent
+    return distribute_tensor(
+        tensor.to(mesh.device_type), mesh, placements, src_data_rank=None
+    )  # nothing is sent

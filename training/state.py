@@ -43,12 +43,26 @@ class State(NamedTuple):
 
 def states(folder: Path) -> list[Path]:
     """The files that are named like states, the last step first."""
-    named = [(re.fullmatch(r"state-(\d+)\.safetensors", path.name), path) for path in folder.glob("state-*")]
-    return [path for _, path in sorted(((int(match[1]), path) for match, path in named if match), reverse=True)]
+    named = [
+        (re.fullmatch(r"state-(\d+)\.safetensors", path.name), path)
+        for path in folder.glob("state-*")
+    ]
+    return [
+        path
+        for _, path in sorted(
+            ((int(match[1]), path) for match, path in named if match), reverse=True
+        )
+    ]
 
 
-def save(tensors: dict[str, Tensor], settings: dict[str, str], step: int, before: list[float | None], folder: Path,
-         limit: int) -> None:
+def save(
+    tensors: dict[str, Tensor],
+    settings: dict[str, str],
+    step: int,
+    before: list[float | None],
+    folder: Path,
+    limit: int,
+) -> None:
     """Write the state after `step`, and then remove all up to it but the last `limit`."""
     path = folder / f"state-{step:06d}.safetensors"
     save_state(tensors, settings, step, before, path)
@@ -90,10 +104,18 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return parallel.whole(tensors)
 
 
-def save_state(tensors: dict[str, Tensor], settings: dict[str, str], step: int, before: list[float | None], path: Path) -> None:
+def save_state(
+    tensors: dict[str, Tensor],
+    settings: dict[str, str],
+    step: int,
+    before: list[float | None],
+    path: Path,
+) -> None:
     """Write all that a run needs to go on after `step` into a file. Raises: OSError; what was there is untouched then."""
     progress = json.dumps({"step": step, "settings": settings, "before": before})
-    files.write_tensors(tensors, path, {"progress": progress, "sha256": checksum(tensors, progress)})
+    files.write_tensors(
+        tensors, path, {"progress": progress, "sha256": checksum(tensors, progress)}
+    )
 
 
 def reseed(seed: int, batch: int) -> None:
@@ -128,7 +150,12 @@ def read_state(path: Path) -> State:
         state = State(path, tensors, progress["step"], progress["settings"], progress["before"])
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is not the state of a run") from None
-    if type(state.step) is not int or state.step < 0 or not isinstance(state.settings, dict) or not _is_pair(state.before):
+    if (
+        type(state.step) is not int
+        or state.step < 0
+        or not isinstance(state.settings, dict)
+        or not _is_pair(state.before)
+    ):
         raise ValueError(f"{path} is not the state of a run")
     return state
 
@@ -142,7 +169,9 @@ def refuse_changes(state: State, settings: dict[str, str], anyway: bool) -> None
     pairs = {key: (state.settings.get(key), now) for key, now in settings.items()}
     differs = [f"{key} was {was}, is {now}" for key, (was, now) in pairs.items() if was != now]
     if differs and not anyway:
-        raise ValueError(f"cannot go on from {state.path}: {'; '.join(differs)}. Give what was, or --resume-anyway")
+        raise ValueError(
+            f"cannot go on from {state.path}: {'; '.join(differs)}. Give what was, or --resume-anyway"
+        )
     if differs:
         print(f"going on from {state.path} although {'; '.join(differs)}", file=sys.stderr)
 
@@ -155,8 +184,15 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State)
     like: dict[int, dict[str, Tensor]] = {}
     if state.step:  # else no parameter has moments yet
         count = torch.tensor(float(state.step))
-        like = {index: {"step": count, "exp_avg": p, "exp_avg_sq": p} for index, p in enumerate(parameters)}
-    moments = {f"optimizer.{index}.{key}": tensor for index, its in like.items() for key, tensor in its.items()}
+        like = {
+            index: {"step": count, "exp_avg": p, "exp_avg_sq": p}
+            for index, p in enumerate(parameters)
+        }
+    moments = {
+        f"optimizer.{index}.{key}": tensor
+        for index, its in like.items()
+        for key, tensor in its.items()
+    }
     wanted = targets | moments
     check_like(tensors, wanted, state.path)
     files.refuse_nan(tensors, state.path)
@@ -165,8 +201,12 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State)
         if (key == "step" and tensor != state.step) or (key == "exp_avg_sq" and (tensor < 0).any()):
             raise ValueError(f"{state.path}: {name} is not of step {state.step}, or negative")
     here = {name: parallel.like(tensor, wanted[name]) for name, tensor in tensors.items()}
-    loaded = {index: {key: here[f"optimizer.{index}.{key}"] for key in its} for index, its in like.items()}
-    optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
+    loaded = {
+        index: {key: here[f"optimizer.{index}.{key}"] for key in its} for index, its in like.items()
+    }
+    optimizer.load_state_dict(
+        {"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
     copy_tensors(here, targets)
 
 
@@ -175,7 +215,9 @@ class StopAfterStep:
 
     def __enter__(self) -> "StopAfterStep":
         self.asked = False
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {
+            number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def ask(self, number: int, frame: FrameType | None) -> None:

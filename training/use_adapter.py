@@ -34,13 +34,18 @@ from training.options import Options
 from variants import init as variants
 
 
-def load(adapter: Path, base: str | None, dtype: torch.dtype | None,
-         device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    adapter: Path, base: str | None, dtype: torch.dtype | None, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with a trained adapter, and its tokenizer. base, dtype: where they are None, what the adapter was trained on."""
     quantization, was = peft_format.base_of(adapter)
-    folder = pretrained.find(base or peft_format.read_config(adapter)["base_model_name_or_path"] or pretrained.DEFAULT)
+    folder = pretrained.find(
+        base or peft_format.read_config(adapter)["base_model_name_or_path"] or pretrained.DEFAULT
+    )
     tokenizer = pretrained.tokenizer_in(folder)
-    model = streaming.load(folder, dtype or was or torch.bfloat16, device, variants.maker("default", {}, quantization))
+    model = streaming.load(
+        folder, dtype or was or torch.bfloat16, device, variants.maker("default", {}, quantization)
+    )
     return checkpoint.load_adapter(model, adapter), tokenizer
 
 
@@ -49,7 +54,14 @@ def use(args: Options) -> int:
     if args.prompt is not None:
         model, tokenizer = load(args.adapter, args.model, args.dtype, args.device)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        answers(model, tokenizer, [data.chat(tokenizer, args.prompt)], args.max_seq_len, args.dtype, streamer=streamer)
+        answers(
+            model,
+            tokenizer,
+            [data.chat(tokenizer, args.prompt)],
+            args.max_seq_len,
+            args.dtype,
+            streamer=streamer,
+        )
     for folder, merged in ((args.merge, merge_16bit), (args.merge_4bit, merge_4bit)):
         if folder is not None:
             claim(folder)
@@ -61,7 +73,9 @@ def use(args: Options) -> int:
 def claim(folder: Path) -> None:
     """Refuse a folder that has something in it."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and is not empty: choose another folder, or delete it")
+        raise ValueError(
+            f"{folder} is there already and is not empty: choose another folder, or delete it"
+        )
 
 
 def whole(folder: Path, write: Callable[[Path], object]) -> None:
@@ -81,10 +95,14 @@ def merge_16bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     """Write base + adapter as a dense model in float16 if the base is, else bfloat16. -> the audit in words"""
     model, audit = lora.merge(model)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float16 if parameter.dtype == torch.float16 else torch.bfloat16)
+        parameter.data = parameter.data.to(
+            torch.float16 if parameter.dtype == torch.float16 else torch.bfloat16
+        )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    whole(folder, lambda unfinished: [each.save_pretrained(unfinished) for each in (model, tokenizer)])
+    whole(
+        folder, lambda unfinished: [each.save_pretrained(unfinished) for each in (model, tokenizer)]
+    )
     return f"all of the update, rounded to 16 bits. {in_words(audit)}"
 
 
@@ -95,7 +113,9 @@ def merge_4bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     for layer, names in lora.names_of(model, QLoRALinear).items():
         base, update = layer.base, layer.update()
         audit |= dict.fromkeys(names, base.audit(update))
-        layer.base = FrozenWeight(base(update.dtype) + update, base.block_size, base.double_quant, base.codebook)
+        layer.base = FrozenWeight(
+            base(update.dtype) + update, base.block_size, base.double_quant, base.codebook
+        )
         layer.base.dtype = base.dtype  # that of what it decodes to
     whole(folder, lambda unfinished: save_4bit(model, tokenizer, unfinished))
     return in_words(audit)
@@ -122,7 +142,13 @@ def in_words(audit: dict[str, MergeAudit]) -> str:
     if not audit:
         return "The base is dense: there are no 4 bits to merge into."
     total = math.fsum(each.update_norm**2 for each in audit.values())
-    kept = math.fsum(each.kept * each.update_norm**2 for each in audit.values()) / total if total else 1.0
+    kept = (
+        math.fsum(each.kept * each.update_norm**2 for each in audit.values()) / total
+        if total
+        else 1.0
+    )
     worst = min(audit, key=lambda name: audit[name].cosine)
-    return (f"A merge into 4 bits keeps {kept:.0%} of the update over {len(audit)} layers; worst is {worst}, where the change "
-            f"has a cosine of {audit[worst].cosine:.2f} with the one that was wanted.")
+    return (
+        f"A merge into 4 bits keeps {kept:.0%} of the update over {len(audit)} layers; worst is {worst}, where the change "
+        f"has a cosine of {audit[worst].cosine:.2f} with the one that was wanted."
+    )

@@ -88,4 +88,8 @@ class Scaled(torch.autograd.Function):
             there.copy_(piece * c)
             dc += (piece.to(c.dtype) * here).sum(0)
             total += piece.sum(0, dtype=c.dtype)
-        return dy, dc if bias is None else dc - total * bias, None if bias is None else (1 - c) * total
+        return (
+            dy,
+            dc if bias is None else dc - total * bias,
+            None if bias is None else (1 - c) * total,
+        )

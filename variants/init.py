@@ -36,12 +36,15 @@ LOFTQ_STEPS = 5  # as in the paper; each costs a singular value decomposition of
 STARTS = ("default", "pissa", "loftq")
 
 
-def maker(start: str, adapter: dict, quantization: dict) -> Callable[[Tensor, Tensor | None], QLoRALinear]:
+def maker(
+    start: str, adapter: dict, quantization: dict
+) -> Callable[[Tensor, Tensor | None], QLoRALinear]:
     """What makes a layer of a weight (out, in) and a bias: without an adapter for "default", else with one that starts there.
 
     adapter: r, lora_alpha, lora_dropout, use_rslora, use_dora, as QLoRALinear.from_linear takes them; quantization: block_size,
     double_quant, codebook, as FrozenWeight does.
     """
+
     def make(weight: Tensor, bias: Tensor | None) -> QLoRALinear:
         if quantization.get("codebook", weight) is None:
             weight = weight.clone()  # or it would stay in the mapped file
@@ -50,8 +53,12 @@ def maker(start: str, adapter: dict, quantization: dict) -> Callable[[Tensor, Te
             layer = QLoRALinear.from_linear(layer, **adapter)
             for _ in range(LOFTQ_STEPS if start == "loftq" else 1):
                 step(layer, weight.to(layer.lora_A.dtype), start, quantization)
-            if layer.use_dora:  # on another base, and with another B A, than the layer was made with
-                layer.lora_magnitude_vector = Magnitude(layer.base, layer.lora_A, layer.lora_B, layer.scaling)
+            if (
+                layer.use_dora
+            ):  # on another base, and with another B A, than the layer was made with
+                layer.lora_magnitude_vector = Magnitude(
+                    layer.base, layer.lora_A, layer.lora_B, layer.scaling
+                )
         return layer
 
     return make
@@ -63,6 +70,7 @@ def step(layer: QLoRALinear, weight: Tensor, start: str, quantization: dict) -> 
 
     weight (out, in): in the dtype of the adapter.
     """
+
     def requantize() -> None:
         remainder = weight - layer.scaling * layer.lora_B @ layer.lora_A
         layer.base = FrozenWeight(remainder.to(layer.base.dtype), **quantization)
@@ -84,8 +92,15 @@ def fit(layer: QLoRALinear, target: Tensor) -> None:
     layer.lora_B.zero_()[:, :k] = u[:, :k] * roots
 
 
-def adapted(folder: Path, dtype: torch.dtype, device: str, start: str, seed: int, adapter: dict,
-            quantization: dict) -> PreTrainedModel:
+def adapted(
+    folder: Path,
+    dtype: torch.dtype,
+    device: str,
+    start: str,
+    seed: int,
+    adapter: dict,
+    quantization: dict,
+) -> PreTrainedModel:
     """The model in a folder, loaded layer by layer, frozen and quantized, with adapters that start as `start` says.
 
     Raises: ValueError as streaming.load and lora.attach do, and for a start that needs the dense weights of a 4-bit folder.
@@ -97,5 +112,7 @@ def adapted(folder: Path, dtype: torch.dtype, device: str, start: str, seed: int
     if start == "default":
         attach(model, **adapter)
     elif unadapted(model):
-        raise ValueError(f"{start} starts from dense weights, and {folder} is in 4 bits already: take the default start")
+        raise ValueError(
+            f"{start} starts from dense weights, and {folder} is in 4 bits already: take the default start"
+        )
     return model

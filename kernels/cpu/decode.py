@@ -24,8 +24,12 @@ from numba import njit, prange, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic, overload
 
-FEATURES = {} if config.CPU_NAME or config.CPU_FEATURES else llvmlite.binding.get_host_cpu_features()
-FLOAT16 = bool(FEATURES.get("f16c", "avx" not in FEATURES))  # can it be rounded to; an x86 of before 2012 cannot
+FEATURES = (
+    {} if config.CPU_NAME or config.CPU_FEATURES else llvmlite.binding.get_host_cpu_features()
+)
+FLOAT16 = bool(
+    FEATURES.get("f16c", "avx" not in FEATURES)
+)  # can it be rounded to; an x86 of before 2012 cannot
 AVX512 = all(FEATURES.get(name, False) for name in ("avx512f", "avx512bw"))
 GROUP = 32  # elements that are looked up together, 16 packed bytes
 TEAM = 16  # rows of W that a thread takes at once
@@ -38,7 +42,15 @@ def decode(weight, start, stride, rows, cols, out):
     for team in prange((rows + TEAM - 1) // TEAM):
         table = np.empty(16, out.dtype)
         for row in range(team * TEAM, min(team * TEAM + TEAM, rows)):
-            _run(weight, start + row * stride, cols, out, row * cols, table, AHEAD * stride if stride > cols else 0)
+            _run(
+                weight,
+                start + row * stride,
+                cols,
+                out,
+                row * cols,
+                table,
+                AHEAD * stride if stride > cols else 0,
+            )
 
 
 @njit(cache=True, forceinline=True)
@@ -109,7 +121,9 @@ def _compiled_cast(number, out):
 @intrinsic
 def _cast(_, number, out):
     def codegen(context, builder, signature, args):
-        one = builder.insert_element(ir.Constant(ir.VectorType(FLOAT, 1), ir.Undefined), args[0], INT(0))
+        one = builder.insert_element(
+            ir.Constant(ir.VectorType(FLOAT, 1), ir.Undefined), args[0], INT(0)
+        )
         return builder.extract_element(_rounded(builder, one, out.dtype), INT(0))
 
     return out.dtype(types.float32, out), codegen
@@ -129,7 +143,10 @@ def _prefetch(_, array, index):
     def codegen(context, builder, signature, args):
         place = builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
         kind = ir.FunctionType(ir.VoidType(), [place.type, INT, INT, INT])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [place, INT(0), INT(3), INT(1)])
+        builder.call(
+            cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"),
+            [place, INT(0), INT(3), INT(1)],
+        )
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen
@@ -145,8 +162,14 @@ def _rounded(builder, floats, kind):
         return builder.bitcast(builder.fptrunc(floats, ir.VectorType(ir.HalfType(), count)), short)
     bits = builder.bitcast(floats, ir.VectorType(INT, count))
     odd = builder.and_(builder.lshr(bits, _splat(bits.type, 16)), _splat(bits.type, 1))
-    nearest = builder.lshr(builder.add(builder.add(bits, _splat(bits.type, 0x7FFF)), odd), _splat(bits.type, 16))
-    return builder.select(builder.fcmp_unordered("uno", floats, floats), _splat(short, 0x7FC0), builder.trunc(nearest, short))
+    nearest = builder.lshr(
+        builder.add(builder.add(bits, _splat(bits.type, 0x7FFF)), odd), _splat(bits.type, 16)
+    )
+    return builder.select(
+        builder.fcmp_unordered("uno", floats, floats),
+        _splat(short, 0x7FC0),
+        builder.trunc(nearest, short),
+    )
 
 
 def _splat(vector, value):
@@ -163,25 +186,42 @@ def look_up_avx512(_, packed, byte, levels, scale, out, at, groups):
         width = out.dtype.bitwidth  # bits of a result
         lanes = 512 // width  # results in a register
         results = ir.VectorType(ir.IntType(width), lanes)
-        pairs, half = ir.VectorType(ir.IntType(2 * width), lanes // 2), ir.VectorType(BYTE, lanes // 2)
-        packed_, levels_, out_ = (context.make_array(signature.args[k])(context, builder, args[k]).data for k in (0, 2, 4))
+        pairs, half = (
+            ir.VectorType(ir.IntType(2 * width), lanes // 2),
+            ir.VectorType(BYTE, lanes // 2),
+        )
+        packed_, levels_, out_ = (
+            context.make_array(signature.args[k])(context, builder, args[k]).data for k in (0, 2, 4)
+        )
         source, target = builder.gep(packed_, [args[1]]), builder.gep(out_, [args[5]])
-        sixteen = builder.load(builder.bitcast(levels_, ir.VectorType(FLOAT, 16).as_pointer()), align=4)
+        sixteen = builder.load(
+            builder.bitcast(levels_, ir.VectorType(FLOAT, 16).as_pointer()), align=4
+        )
         scales = builder.insert_element(ir.Constant(sixteen.type, ir.Undefined), args[3], INT(0))
         scales = builder.shuffle_vector(scales, scales, _splat(ir.VectorType(INT, 16), 0))
         table = _rounded(builder, builder.fmul(sixteen, scales), out.dtype)
-        table = builder.shuffle_vector(table, table, ir.Constant(ir.VectorType(INT, lanes), [k % 16 for k in range(lanes)]))
+        table = builder.shuffle_vector(
+            table, table, ir.Constant(ir.VectorType(INT, lanes), [k % 16 for k in range(lanes)])
+        )
         name = "llvm.x86.avx512.permvar." + ("si.512" if width == 32 else "hi.512")
-        permute = cgutils.get_or_insert_function(builder.module, ir.FunctionType(results, [results, results]), name)
+        permute = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(results, [results, results]), name
+        )
         with cgutils.for_range(builder, builder.mul(args[6], args[6].type(GROUP // lanes))) as loop:
             # A byte hl becomes two lanes, 0h and hl, and the permutation reads the low 4 bits of each (the low 5 where a
             # register holds 32 results; the table is in there twice).
             place = builder.gep(source, [builder.mul(loop.index, loop.index.type(lanes // 2))])
-            wide = builder.zext(builder.load(builder.bitcast(place, half.as_pointer()), align=1), pairs)
-            nibbles = builder.or_(builder.lshr(wide, _splat(pairs, 4)), builder.shl(wide, _splat(pairs, width)))
+            wide = builder.zext(
+                builder.load(builder.bitcast(place, half.as_pointer()), align=1), pairs
+            )
+            nibbles = builder.or_(
+                builder.lshr(wide, _splat(pairs, 4)), builder.shl(wide, _splat(pairs, width))
+            )
             place = builder.gep(target, [builder.mul(loop.index, loop.index.type(lanes))])
             chosen = builder.call(permute, [table, builder.bitcast(nibbles, results)])
             builder.store(chosen, builder.bitcast(place, results.as_pointer()), align=1)
         return context.get_dummy_value()
 
-    return types.void(packed, types.intp, levels, types.float32, out, types.intp, types.intp), codegen
+    return types.void(
+        packed, types.intp, levels, types.float32, out, types.intp, types.intp
+    ), codegen

@@ -25,7 +25,9 @@ from numba import njit, prange, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-FEATURES = {} if config.CPU_NAME or config.CPU_FEATURES else llvmlite.binding.get_host_cpu_features()
+FEATURES = (
+    {} if config.CPU_NAME or config.CPU_FEATURES else llvmlite.binding.get_host_cpu_features()
+)
 AVX512 = bool(FEATURES.get("avx512f", False))
 TEAM = 32  # rows of W that a thread takes at once
 LANES, STRIP = 16, 64  # elements in a register, and columns that are dealt with at once
@@ -48,9 +50,29 @@ def multiply(weight, width, x, tokens, y):
             blocks = _decode_scales(weight, row * width, 2 * width, scales) // 2
             for first in range(0, count, tokens):
                 if tokens == 1:
-                    dots_1(weight[0], row * width >> 1, width >> 1, weight[1], scales, blocks, x, first * width, sums)
+                    dots_1(
+                        weight[0],
+                        row * width >> 1,
+                        width >> 1,
+                        weight[1],
+                        scales,
+                        blocks,
+                        x,
+                        first * width,
+                        sums,
+                    )
                 else:
-                    dots_4(weight[0], row * width >> 1, width >> 1, weight[1], scales, blocks, x, first * width, sums)
+                    dots_4(
+                        weight[0],
+                        row * width >> 1,
+                        width >> 1,
+                        weight[1],
+                        scales,
+                        blocks,
+                        x,
+                        first * width,
+                        sums,
+                    )
                 for t in range(min(tokens, count - first)):
                     y[first + t, row], y[first + t, row + 1] = sums[t], sums[tokens + t]
 
@@ -64,21 +86,50 @@ def multiply_back(weight, width, x, tokens, y, parts):
     height, strips, shift = x.size // (y.size // width), width // STRIP, weight[-3]
     each = (strips + parts - 1) // parts
     for part in prange(parts):
-        first, last = min(np.int64(part) * each, strips) * STRIP, min((np.int64(part) + 1) * each, strips) * STRIP
+        first, last = (
+            min(np.int64(part) * each, strips) * STRIP,
+            min((np.int64(part) + 1) * each, strips) * STRIP,
+        )
         scales = np.empty(TEAM * ((last - first >> shift) + 2), np.float32)
         for top in range(0, height, TEAM):
             rows, blocks = min(TEAM, height - top), 0
             for row in range(rows if first < last else 0):
                 start = ((top + row) * width + first >> shift) << shift  # where a block begins
-                blocks = _decode_scales(weight, start, (top + row) * width + last - start, scales[row * blocks :])
+                blocks = _decode_scales(
+                    weight, start, (top + row) * width + last - start, scales[row * blocks :]
+                )
             for token in range(0, y.size // width, tokens):
                 for column in range(first, last, STRIP):
                     start, block = top * width + column >> 1, (column >> shift) - (first >> shift)
                     to, at = token * width + column * tokens, token * height + top * tokens
                     if tokens == 1:
-                        add_1(weight[0], start, width >> 1, weight[1], scales[block:], blocks, x, at, rows, y, to)
+                        add_1(
+                            weight[0],
+                            start,
+                            width >> 1,
+                            weight[1],
+                            scales[block:],
+                            blocks,
+                            x,
+                            at,
+                            rows,
+                            y,
+                            to,
+                        )
                     else:
-                        add_4(weight[0], start, width >> 1, weight[1], scales[block:], blocks, x, at, rows, y, to)
+                        add_4(
+                            weight[0],
+                            start,
+                            width >> 1,
+                            weight[1],
+                            scales[block:],
+                            blocks,
+                            x,
+                            at,
+                            rows,
+                            y,
+                            to,
+                        )
 
 
 @njit(cache=True, forceinline=True)
@@ -99,7 +150,11 @@ def _decode_scales(weight, start, count, scales):
 # What follows writes LLVM's instructions one by one: Numba has no vectors.
 
 FLOAT, LONG, INT, BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
-FLOATS, INTS, BYTES = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES), ir.VectorType(BYTE, LANES)
+FLOATS, INTS, BYTES = (
+    ir.VectorType(FLOAT, LANES),
+    ir.VectorType(INT, LANES),
+    ir.VectorType(BYTE, LANES),
+)
 ZEROS = ir.Constant(FLOATS, [0.0] * LANES)
 
 
@@ -108,18 +163,32 @@ class _Writer:
 
     def __init__(self, context, builder, signature, args):
         self.builder, declare, module = builder, cgutils.get_or_insert_function, builder.module
-        self.args = [context.make_array(kind)(context, builder, arg).data if isinstance(kind, types.Array) else arg
-                     for kind, arg in zip(signature.args, args)]
-        self.look_up = declare(module, ir.FunctionType(FLOATS, [FLOATS, INTS]), "llvm.x86.avx512.permvar.sf.512")
+        self.args = [
+            context.make_array(kind)(context, builder, arg).data
+            if isinstance(kind, types.Array)
+            else arg
+            for kind, arg in zip(signature.args, args)
+        ]
+        self.look_up = declare(
+            module, ir.FunctionType(FLOATS, [FLOATS, INTS]), "llvm.x86.avx512.permvar.sf.512"
+        )
         self.fma = declare(module, ir.FunctionType(FLOATS, [FLOATS] * 3), "llvm.fma.v16f32")
-        self.sum = declare(module, ir.FunctionType(FLOAT, [FLOAT, FLOATS]), "llvm.vector.reduce.fadd.v16f32")
-        self.prefetch = declare(module, ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT, INT, INT]), "llvm.prefetch.p0")
+        self.sum = declare(
+            module, ir.FunctionType(FLOAT, [FLOAT, FLOATS]), "llvm.vector.reduce.fadd.v16f32"
+        )
+        self.prefetch = declare(
+            module,
+            ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT, INT, INT]),
+            "llvm.prefetch.p0",
+        )
 
     def index(self, *terms):
         """The sum of products of integers, known now or later."""
         total = LONG(0)
         for factors in terms:
-            values = [factor if isinstance(factor, ir.Value) else LONG(factor) for factor in factors]
+            values = [
+                factor if isinstance(factor, ir.Value) else LONG(factor) for factor in factors
+            ]
             total = self.builder.add(total, functools.reduce(self.builder.mul, values))
         return total
 
@@ -131,7 +200,9 @@ class _Writer:
 
     def everywhere(self, array, index):
         """16 times one number of an array."""
-        one = self.builder.insert_element(ir.Constant(FLOATS, ir.Undefined), self.load(array, index, FLOAT), INT(0))
+        one = self.builder.insert_element(
+            ir.Constant(FLOATS, ir.Undefined), self.load(array, index, FLOAT), INT(0)
+        )
         return self.builder.shuffle_vector(one, one, ir.Constant(INTS, [0] * LANES))
 
     def decode(self, packed, index, table):
@@ -158,32 +229,60 @@ def _dots_of(tokens):
             write = _Writer(context, builder, signature, args)
             packed, start, stride, levels, scales, blocks, x, at, sums = write.args
             sixteen = write.load(levels, write.index())
-            strips = builder.udiv(stride, builder.mul(blocks, blocks.type(STRIP // 2)))  # in a block
-            totals = {(t, row, odd): cgutils.alloca_once(builder, FLOATS)
-                      for t in range(tokens) for row in (0, 1) for odd in (0, 1)}
+            strips = builder.udiv(
+                stride, builder.mul(blocks, blocks.type(STRIP // 2))
+            )  # in a block
+            totals = {
+                (t, row, odd): cgutils.alloca_once(builder, FLOATS)
+                for t in range(tokens)
+                for row in (0, 1)
+                for odd in (0, 1)
+            }
             for total in totals.values():
                 builder.store(ZEROS, total)
             with cgutils.for_range(builder, blocks) as block:
-                tables = [builder.fmul(sixteen, write.everywhere(scales, write.index([block.index], [row, blocks])))
-                          for row in (0, 1)]
+                tables = [
+                    builder.fmul(
+                        sixteen, write.everywhere(scales, write.index([block.index], [row, blocks]))
+                    )
+                    for row in (0, 1)
+                ]
                 with cgutils.for_range(builder, strips) as strip:
-                    group = write.index([block.index, strips, 2], [strip.index, 2])  # of 32 elements
+                    group = write.index(
+                        [block.index, strips, 2], [strip.index, 2]
+                    )  # of 32 elements
                     for half in (0, 1):
-                        bytes_ = [write.index([start], [row, stride], [group, LANES], [half * LANES]) for row in (0, 1)]
+                        bytes_ = [
+                            write.index([start], [row, stride], [group, LANES], [half * LANES])
+                            for row in (0, 1)
+                        ]
                         decoded = [write.decode(packed, *each) for each in zip(bytes_, tables)]
                         for t in range(tokens):
-                            place = write.index([at], [group, 2 * LANES * tokens], [(half * tokens + t) * 2 * LANES])
+                            place = write.index(
+                                [at], [group, 2 * LANES * tokens], [(half * tokens + t) * 2 * LANES]
+                            )
                             for odd in (0, 1):
                                 numbers = write.load(x, write.index([place], [odd * LANES]))
                                 for row in (0, 1):
-                                    write.add_product(totals[t, row, odd], decoded[row][odd], numbers)
-                    for row in (AHEAD, AHEAD + 1):  # what will be needed then; else memory would be waited for
-                        place = builder.gep(packed, [write.index([start], [row, stride], [group, LANES])])
+                                    write.add_product(
+                                        totals[t, row, odd], decoded[row][odd], numbers
+                                    )
+                    for row in (
+                        AHEAD,
+                        AHEAD + 1,
+                    ):  # what will be needed then; else memory would be waited for
+                        place = builder.gep(
+                            packed, [write.index([start], [row, stride], [group, LANES])]
+                        )
                         builder.call(write.prefetch, [place, INT(0), INT(3), INT(1)])
             for t in range(tokens):
                 for row in (0, 1):
-                    both = builder.fadd(builder.load(totals[t, row, 0]), builder.load(totals[t, row, 1]))
-                    total = builder.call(write.sum, [ir.Constant(FLOAT, -0.0), both], fastmath=("reassoc",))
+                    both = builder.fadd(
+                        builder.load(totals[t, row, 0]), builder.load(totals[t, row, 1])
+                    )
+                    total = builder.call(
+                        write.sum, [ir.Constant(FLOAT, -0.0), both], fastmath=("reassoc",)
+                    )
                     builder.store(total, builder.gep(sums, [write.index([row * tokens + t])]))
             return context.get_dummy_value()
 
@@ -204,16 +303,27 @@ def _add_of(tokens):
             write = _Writer(context, builder, signature, args)
             packed, start, stride, levels, scales, apart, x, at, rows, y, to = write.args
             sixteen = write.load(levels, write.index())
-            totals = {(half, t, odd): cgutils.alloca_once(builder, FLOATS)
-                      for half in (0, 1) for t in range(tokens) for odd in (0, 1)}
+            totals = {
+                (half, t, odd): cgutils.alloca_once(builder, FLOATS)
+                for half in (0, 1)
+                for t in range(tokens)
+                for odd in (0, 1)
+            }
             places = [write.place(y, write.index([to], [k * LANES])) for k in range(len(totals))]
             for total, place in zip(totals.values(), places):
                 builder.store(builder.load(place, align=4), total)
             with cgutils.for_range(builder, rows) as row:
-                table = builder.fmul(sixteen, write.everywhere(scales, write.index([row.index, apart])))
-                numbers = [write.everywhere(x, write.index([at], [row.index, tokens], [t])) for t in range(tokens)]
+                table = builder.fmul(
+                    sixteen, write.everywhere(scales, write.index([row.index, apart]))
+                )
+                numbers = [
+                    write.everywhere(x, write.index([at], [row.index, tokens], [t]))
+                    for t in range(tokens)
+                ]
                 for half in (0, 1):
-                    decoded = write.decode(packed, write.index([start], [row.index, stride], [half * LANES]), table)
+                    decoded = write.decode(
+                        packed, write.index([start], [row.index, stride], [half * LANES]), table
+                    )
                     for t in range(tokens):
                         for odd in (0, 1):
                             write.add_product(totals[half, t, odd], decoded[odd], numbers[t])
@@ -222,7 +332,9 @@ def _add_of(tokens):
             return context.get_dummy_value()
 
         number = types.intp
-        return types.void(packed, number, number, levels, scales, number, x, number, number, y, number), codegen
+        return types.void(
+            packed, number, number, levels, scales, number, x, number, number, y, number
+        ), codegen
 
     return add
 

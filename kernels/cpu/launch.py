@@ -30,13 +30,24 @@ from kernels.cpu import quantize as blockwise
 from kernels.packed_weight import Stored, largest
 
 WINDOW = 2**20  # elements: 2 MB in 16 bits, what the L2 caches of two cores hold
-TOKENS = 512  # rows of x that are multiplied by a window at once: more would push it out of the cache
+TOKENS = (
+    512  # rows of x that are multiplied by a window at once: more would push it out of the cache
+)
 FEW = 16  # rows of x up to which the fused kernel is faster, if torch multiplies 16-bit numbers; in float32 it always is
 AT_ONCE = 32  # rows of x that the fused kernels take: more would not stay in the cache
 PIECE = 2**20  # elements of a weight that is not float32 are converted to it so many at a time
-KINDS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # as the kernels see them
-FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # torch multiplies and adds there as adamw.py does
-DECODED = [dtype for dtype in KINDS if dtype != torch.float16 or decode.FLOAT16]  # what the kernels can decode to
+KINDS = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
+}  # as the kernels see them
+FUSES = torch.backends.cpu.get_cpu_capability() in (
+    "AVX2",
+    "AVX512",
+)  # torch multiplies and adds there as adamw.py does
+DECODED = [
+    dtype for dtype in KINDS if dtype != torch.float16 or decode.FLOAT16
+]  # what the kernels can decode to
 
 
 def follow_torch() -> None:
@@ -53,15 +64,24 @@ def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, T
     A constant that is not finite says that its block is not.
     """
     n, wide, shift = flat.numel(), codebook.numel() > 16, block_size.bit_length() - 1
-    midpoints = F.pad((codebook[1:] + codebook[:-1]) / 2, (0, (257 if wide else 17) - codebook.numel()), value=math.inf).numpy()
-    packed, absmax = torch.empty(n if wide else (n + 1) // 2, 1, dtype=torch.uint8), torch.empty(-(-n // block_size))
+    midpoints = F.pad(
+        (codebook[1:] + codebook[:-1]) / 2,
+        (0, (257 if wide else 17) - codebook.numel()),
+        value=math.inf,
+    ).numpy()
+    packed, absmax = (
+        torch.empty(n if wide else (n + 1) // 2, 1, dtype=torch.uint8),
+        torch.empty(-(-n // block_size)),
+    )
     step = n if flat.dtype == torch.float32 else max(PIECE, block_size)
     for start in range(0, n, step):
         numbers = flat[start : start + step].to(torch.float32).numpy()
         scales = absmax[start >> shift : -(-(start + step) >> shift)].numpy()
         pieces, bits = (numbers, numbers.view(np.uint32), midpoints, shift), scales.view(np.uint32)
         if wide:
-            blockwise.quantize_wide(*pieces, packed[start : start + step].numpy().reshape(-1), scales, bits)
+            blockwise.quantize_wide(
+                *pieces, packed[start : start + step].numpy().reshape(-1), scales, bits
+            )
         else:
             pairs = packed[start // 2 : (start + step + 1) // 2].numpy().reshape(-1)
             blockwise.quantize(*pieces, pairs, scales, bits, blockwise.AVX512)
@@ -72,7 +92,11 @@ def dequantize(s: Stored, out: Tensor) -> bool:
     """Decode a weight whose pieces fit into contiguous `out`, of its shape; False if there is no kernel for it."""
     if out.dtype not in DECODED:
         return False
-    weight, numbers, run = weight_of(s), numbers_of(out), 4096  # elements that count as a row of the window
+    weight, numbers, run = (
+        weight_of(s),
+        numbers_of(out),
+        4096,
+    )  # elements that count as a row of the window
     rows, rest = divmod(numbers.size, run)
     decode.decode(weight, 0, run, rows, run, numbers)
     decode.decode(weight, rows * run, 0, 1, rest, numbers[rows * run :])
@@ -94,12 +118,27 @@ def adamw(param: Tensor, grad: Tensor, scalars: tuple) -> Callable[[int, Tensor]
 
 def weight_of(s: Stored) -> tuple:
     """A weight as decode.py takes it."""
-    levels, double = F.pad(s.codebook, (0, 16 - s.codebook.numel())).numpy(), s.nested_absmax is not None
-    second = (s.nested_absmax, s.absmax, s.nested_codebook, s.nested_offset) if double else (s.absmax,)
+    levels, double = (
+        F.pad(s.codebook, (0, 16 - s.codebook.numel())).numpy(),
+        s.nested_absmax is not None,
+    )
+    second = (
+        (s.nested_absmax, s.absmax, s.nested_codebook, s.nested_offset) if double else (s.absmax,)
+    )
     absmax, *rest = map(memory_of, second)
     codes, levels8, offset = rest or (absmax[:0].view(np.uint8), levels, np.zeros(1, np.float32))
-    return (memory_of(s.packed), levels, absmax, codes, levels8, offset[0], np.float32(largest(s.dtype)),
-            s.block_size.bit_length() - 1, s.nested_block_size.bit_length() - 1, decode.AVX512)
+    return (
+        memory_of(s.packed),
+        levels,
+        absmax,
+        codes,
+        levels8,
+        offset[0],
+        np.float32(largest(s.dtype)),
+        s.block_size.bit_length() - 1,
+        s.nested_block_size.bit_length() - 1,
+        decode.AVX512,
+    )
 
 
 def memory_of(tensor: Tensor) -> np.ndarray:
@@ -131,7 +170,9 @@ def matmul(x: Tensor, s: Stored, transposed: bool, bias: Tensor | None) -> Tenso
         size = min(step, total - start)
         rows, cols = (size, width) if transposed else (height, size)
         window = scratch[: rows * cols]
-        decode.decode(weight, start * width if transposed else start, width, rows, cols, numbers_of(window))
+        decode.decode(
+            weight, start * width if transposed else start, width, rows, cols, numbers_of(window)
+        )
         window = window.view(rows, cols).T if transposed else window.view(rows, cols)
         for token in range(0, tokens, TOKENS):
             few, part = x[token : token + TOKENS], y[token : token + TOKENS, start : start + size]
@@ -142,11 +183,18 @@ def matmul(x: Tensor, s: Stored, transposed: bool, bias: Tensor | None) -> Tenso
     return y
 
 
-def few_by_few(x: Tensor, weight: tuple, shape: list[int], transposed: bool, bias: Tensor | None) -> Tensor:
+def few_by_few(
+    x: Tensor, weight: tuple, shape: list[int], transposed: bool, bias: Tensor | None
+) -> Tensor:
     """The same by fused.py: summed in float32, from elements of W that are not even rounded to 16 bits."""
     (height, width), at_once = shape, 1 if len(x) == 1 else 4
-    y, groups = torch.empty(len(x), height if transposed else width), -(-min(len(x), AT_ONCE) // at_once)
-    ordered = torch.empty(groups, width // 32, at_once, 2, 16)  # some rows of x or, not transposed, of y
+    y, groups = (
+        torch.empty(len(x), height if transposed else width),
+        -(-min(len(x), AT_ONCE) // at_once),
+    )
+    ordered = torch.empty(
+        groups, width // 32, at_once, 2, 16
+    )  # some rows of x or, not transposed, of y
     in_order = ordered.permute(0, 2, 1, 4, 3)  # (groups, at_once, width / 32, 16, 2): rows again
     columns = None if transposed else torch.empty(groups, height, at_once)  # of the same rows of x
     for token in range(0, len(x), AT_ONCE):

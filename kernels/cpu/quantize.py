@@ -13,7 +13,9 @@ from numba import njit, prange, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-FEATURES = {} if config.CPU_NAME or config.CPU_FEATURES else llvmlite.binding.get_host_cpu_features()
+FEATURES = (
+    {} if config.CPU_NAME or config.CPU_FEATURES else llvmlite.binding.get_host_cpu_features()
+)
 AVX512 = bool(FEATURES.get("avx512f", False))
 GROUP = 16  # numbers that are coded together, to 8 bytes
 
@@ -38,7 +40,10 @@ def quantize(flat, bits, midpoints, shift, packed, absmax, absmax_bits, avx512):
             low = _code(numbers[2 * i + 1] * power * reciprocal, midpoints)
             pairs[i] = np.uint8(high << 4 | low)
         if numbers.size & 1:  # the odd one's partner is one of the zeros that fill the last block
-            pairs[-1] = np.uint8(_code(numbers[-1] * power * reciprocal, midpoints) << 4 | _code(np.float32(0), midpoints))
+            pairs[-1] = np.uint8(
+                _code(numbers[-1] * power * reciprocal, midpoints) << 4
+                | _code(np.float32(0), midpoints)
+            )
 
 
 @njit(parallel=True, cache=True)
@@ -82,7 +87,11 @@ def _code(number, midpoints):
     return below
 
 
-FLOATS, INTS, LONGS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(32), 16), ir.VectorType(ir.IntType(64), 8)
+FLOATS, INTS, LONGS = (
+    ir.VectorType(ir.FloatType(), 16),
+    ir.VectorType(ir.IntType(32), 16),
+    ir.VectorType(ir.IntType(64), 8),
+)
 
 
 def _splat(vector, value):
@@ -101,27 +110,51 @@ def code_avx512(_, flat, start, power, reciprocal, midpoints, packed, byte, grou
     def codegen(context, builder, signature, args):
         if not AVX512:  # never called there, yet compiled
             return context.get_dummy_value()
-        flat_, midpoints_, packed_ = (context.make_array(signature.args[k])(context, builder, args[k]).data for k in (0, 4, 5))
+        flat_, midpoints_, packed_ = (
+            context.make_array(signature.args[k])(context, builder, args[k]).data for k in (0, 4, 5)
+        )
         name, kind = "llvm.x86.avx512.permvar.sf.512", ir.FunctionType(FLOATS, [FLOATS, INTS])
         permute = cgutils.get_or_insert_function(builder.module, kind, name)
         power, reciprocal = _everywhere(builder, args[2]), _everywhere(builder, args[3])
         table = builder.load(builder.bitcast(midpoints_, FLOATS.as_pointer()), align=4)
         # midpoint[code + half - 1] for halves of 8, 4, 2, 1, read with the code found so far
-        tables = [(half, builder.shuffle_vector(table, table, ir.Constant(INTS, [(k + half - 1) % 16 for k in range(16)])))
-                  for half in (8, 4, 2, 1)]
+        tables = [
+            (
+                half,
+                builder.shuffle_vector(
+                    table, table, ir.Constant(INTS, [(k + half - 1) % 16 for k in range(16)])
+                ),
+            )
+            for half in (8, 4, 2, 1)
+        ]
         with cgutils.for_range(builder, args[7]) as loop:
-            place = builder.gep(flat_, [builder.add(args[1], builder.shl(loop.index, loop.index.type(4)))])
+            place = builder.gep(
+                flat_, [builder.add(args[1], builder.shl(loop.index, loop.index.type(4)))]
+            )
             numbers = builder.load(builder.bitcast(place, FLOATS.as_pointer()), align=4)
             numbers, codes = builder.fmul(builder.fmul(numbers, power), reciprocal), _splat(INTS, 0)
             for half, table in tables:
                 above = builder.fcmp_ordered(">", numbers, builder.call(permute, [table, codes]))
                 codes = builder.select(above, builder.add(codes, _splat(INTS, half)), codes)
             pairs = builder.bitcast(codes, LONGS)  # the first of a pair in the low half
-            pairs = builder.or_(builder.shl(pairs, _splat(LONGS, 4)), builder.lshr(pairs, _splat(LONGS, 32)))
-            place = builder.gep(packed_, [builder.add(args[6], builder.shl(loop.index, loop.index.type(3)))])
+            pairs = builder.or_(
+                builder.shl(pairs, _splat(LONGS, 4)), builder.lshr(pairs, _splat(LONGS, 32))
+            )
+            place = builder.gep(
+                packed_, [builder.add(args[6], builder.shl(loop.index, loop.index.type(3)))]
+            )
             pairs = builder.trunc(pairs, ir.VectorType(ir.IntType(8), 8))
             builder.store(pairs, builder.bitcast(place, pairs.type.as_pointer()), align=1)
         return context.get_dummy_value()
 
-    signature = flat, types.intp, types.float32, types.float32, midpoints, packed, types.intp, types.intp
+    signature = (
+        flat,
+        types.intp,
+        types.float32,
+        types.float32,
+        midpoints,
+        packed,
+        types.intp,
+        types.intp,
+    )
     return types.void(*signature), codegen

@@ -31,7 +31,10 @@ def test_contenders_take_turns_and_the_first_call_does_not_count() -> None:
 
 
 def test_a_ratio_is_the_median_of_the_ratios_of_one_turn() -> None:
-    seconds = {"ours": [1.0, 20.0, 3.0], "other": [2.0, 10.0, 12.0]}  # a machine ten times slower in the second turn
+    seconds = {
+        "ours": [1.0, 20.0, 3.0],
+        "other": [2.0, 10.0, 12.0],
+    }  # a machine ten times slower in the second turn
     result = bench.summary(seconds)
     assert result["other"]["ours_to_this"] == 0.5 and result["ours"]["ours_to_this"] == 1
     assert result["ours"]["seconds"] == 3.0
@@ -52,9 +55,15 @@ def test_all_contenders_multiply_by_the_same_weight(dtype: torch.dtype, backward
     base = FrozenWeight(weight().to(dtype))
     for name, work in contenders.multiplying(weight(), x, g if backward else None).items():
         result, exact = work(), weight().to(dtype) if name == "dense" else base(torch.float32)
-        assert result.shape == (5, SHAPE[1] if backward else SHAPE[0]) and result.dtype == dtype, name
+        assert result.shape == (5, SHAPE[1] if backward else SHAPE[0]) and result.dtype == dtype, (
+            name
+        )
         matrix = Bounded.exact(exact).to(dtype)  # few rows are multiplied unrounded, many rounded
-        product = Bounded.exact(g).matmul(matrix, dtype) if backward else Bounded.exact(x).matmul(matrix.T, dtype)
+        product = (
+            Bounded.exact(g).matmul(matrix, dtype)
+            if backward
+            else Bounded.exact(x).matmul(matrix.T, dtype)
+        )
         assert name == "torchao" or product.allows(result), name
 
 
@@ -64,9 +73,16 @@ def test_all_contenders_quantize_and_dequantize_the_same_numbers() -> None:
     packed = {name: work() for name, work in ours.items()}
     assert torch.equal(packed["ours"].packed, packed["reference"].packed)
     assert torch.equal(packed["ours"].packed, packed["bitsandbytes"][0])
-    dense = {name: work() for name, work in contenders.dequantizing(weight(), torch.bfloat16).items()}
-    assert torch.equal(dense["ours"], dense["reference"]) and torch.equal(dense["ours"], dense["ours, allocating"])
-    assert torch.equal(dense["ours"], nf4.dequantize(FrozenWeight(weight().bfloat16()).quantized()[0], torch.bfloat16))
+    dense = {
+        name: work() for name, work in contenders.dequantizing(weight(), torch.bfloat16).items()
+    }
+    assert torch.equal(dense["ours"], dense["reference"]) and torch.equal(
+        dense["ours"], dense["ours, allocating"]
+    )
+    assert torch.equal(
+        dense["ours"],
+        nf4.dequantize(FrozenWeight(weight().bfloat16()).quantized()[0], torch.bfloat16),
+    )
     assert {tuple(tensor.shape) for tensor in dense.values()} == {SHAPE}
 
 
@@ -83,11 +99,15 @@ def test_the_memory_of_a_call_is_what_it_takes_beyond_what_it_returns() -> None:
 
 def test_the_table_between_the_markers_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
-    page.write_text("before\n<!-- bench: ops -->\nold\n<!-- /bench -->\nafter\n<!-- bench: step -->\nkept\n<!-- /bench -->\n")
+    page.write_text(
+        "before\n<!-- bench: ops -->\nold\n<!-- /bench -->\nafter\n<!-- bench: step -->\nkept\n<!-- /bench -->\n"
+    )
     for text in ("new \\1\n", "newer\n"):
         figures.fill(page, "ops", text)
-        assert page.read_text() == (f"before\n<!-- bench: ops -->\n{text}<!-- /bench -->\nafter\n"
-                                    "<!-- bench: step -->\nkept\n<!-- /bench -->\n")
+        assert page.read_text() == (
+            f"before\n<!-- bench: ops -->\n{text}<!-- /bench -->\nafter\n"
+            "<!-- bench: step -->\nkept\n<!-- /bench -->\n"
+        )
     with pytest.raises(ValueError, match="must have the markers"):
         figures.fill(page, "optim", "text")
 
@@ -104,4 +124,7 @@ def test_the_tables_and_plots_of_the_readme_are_those_of_the_results(
     figures.write(found)
     assert set(found) == set(bench.PARTS)
     assert (tmp_path / "README.md").read_text() == readme
-    assert sorted(path.name for path in (tmp_path / "bench/results").iterdir()) == ["growth.png", "rows.png"]
+    assert sorted(path.name for path in (tmp_path / "bench/results").iterdir()) == [
+        "growth.png",
+        "rows.png",
+    ]

@@ -17,7 +17,9 @@ from bench.cuda import Clock, race
 from bench.peers_cuda import Layer
 from helpers.bounds import Bounded
 
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal for machines without a GPU")
+NO_GPU = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a rehearsal for machines without a GPU"
+)
 
 
 class Scripted(Clock):
@@ -38,14 +40,21 @@ class Scripted(Clock):
 
 def test_contenders_take_turns_each_turn_uses_every_set_and_the_first_does_not_count() -> None:
     calls: list[str] = []
-    sets = [{name: lambda call=f"{name}{index}": calls.append(call) for name in ("ours", "other")} for index in (0, 1)]
+    sets = [
+        {name: lambda call=f"{name}{index}": calls.append(call) for name in ("ours", "other")}
+        for index in (0, 1)
+    ]
     clock = Scripted([100, 100, 8, 2, 2, 4])  # ours, other; other, ours; ours, other
     result = race(sets, clock, 2)
     ours, other = ["ours0", "ours1"], ["other0", "other1"]
     assert calls == [*ours, *other, *ours, *other, *other, *ours, *ours, *other]
     assert clock.graphs == 0
     assert result["ours"] == {"seconds": 1.0, "range": [1.0, 1.0], "ours_to_this": 1.0}
-    assert result["other"] == {"seconds": 3.0, "range": [2.0, 4.0], "ours_to_this": (0.25 + 0.5) / 2}
+    assert result["other"] == {
+        "seconds": 3.0,
+        "range": [2.0, 4.0],
+        "ours_to_this": (0.25 + 0.5) / 2,
+    }
 
 
 def test_a_graph_is_made_of_each_contender_after_it_has_run_once() -> None:
@@ -61,7 +70,9 @@ def test_buffers_are_more_than_any_cache_holds() -> None:
     assert [clock.sets(nbytes) for nbytes in (1, 50, 150, 1000)] == [200, 4, 2, 2]
 
 
-def test_the_clock_of_a_gpu_is_its_events_and_its_graphs_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_of_a_gpu_is_its_events_and_its_graphs_are_replayed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     log: list[str] = []
 
     class Event:
@@ -87,7 +98,9 @@ def test_the_clock_of_a_gpu_is_its_events_and_its_graphs_are_replayed(monkeypatc
         def replay(self) -> None:
             log.append("replay")
 
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), {"L2_cache_size": 7}))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: type("", (), {"L2_cache_size": 7})
+    )
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
@@ -102,7 +115,10 @@ def test_all_contenders_multiply_by_the_same_weight(rows: int) -> None:
     torch.manual_seed(0)
     layer = Layer((64, 128), CPU)
     x = torch.randn(rows, 128).bfloat16()
-    weights = {"dense": layer.weight.float(), **dict.fromkeys(("ours", "bitsandbytes"), layer.base(torch.float32))}
+    weights = {
+        "dense": layer.weight.float(),
+        **dict.fromkeys(("ours", "bitsandbytes"), layer.base(torch.float32)),
+    }
     for name, product in layer.products().items():
         matrix = Bounded.exact(weights[name]).to(torch.bfloat16)
         assert Bounded.exact(x).matmul(matrix.T, torch.bfloat16).allows(product(x)), name
@@ -117,23 +133,35 @@ def test_all_contenders_quantize_and_dequantize_the_same_numbers() -> None:
     expected = nf4.dequantize(layer.base.quantized()[0], torch.bfloat16)
     assert torch.equal(dense["ours"], expected) and torch.equal(dense["bitsandbytes"], expected)
     gradients = {name: work() for name, work in layer.both_ways(3).items()}
-    assert {(tensor.shape, tensor.dtype) for tensor in gradients.values()} == {(torch.Size((3, 128)), torch.bfloat16)}
+    assert {(tensor.shape, tensor.dtype) for tensor in gradients.values()} == {
+        (torch.Size((3, 128)), torch.bfloat16)
+    }
 
 
 def test_an_optimizers_contenders_differ_in_their_pages() -> None:
     works = contenders_cuda.updating(2**19, CPU)  # moments of 4 MiB
-    pages = {name: len(next(iter(work.__self__.pages.values()))) for name, work in works.items() if name.startswith("ours")}
+    pages = {
+        name: len(next(iter(work.__self__.pages.values())))
+        for name, work in works.items()
+        if name.startswith("ours")
+    }
     assert pages == {"ours": 1, "ours, pages of 2 MiB": 2, "ours, no unified memory": 1}
 
 
-def test_the_peers_model_has_the_same_layers_in_4_bits_and_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peers_model_has_the_same_layers_in_4_bits_and_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shape = bench_cuda.memory_65b.TINY
     model = contenders_cuda.peft_model(shape, 4, CPU)
-    linears = [module for module in model.modules() if isinstance(module, contenders_cuda.Linear4bit)]
+    linears = [
+        module for module in model.modules() if isinstance(module, contenders_cuda.Linear4bit)
+    ]
     assert len(linears) == 7 * shape.layers
     assert {(linear.out_features, linear.in_features) for linear in linears} == set(shape.maps())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert sum(each.numel() for each in trained) == shape.layers * sum(4 * (out + width) for out, width in shape.maps())
+    assert sum(each.numel() for each in trained) == shape.layers * sum(
+        4 * (out + width) for out, width in shape.maps()
+    )
     before = [parameter.clone() for parameter in trained]
     optimizer = torch.optim.AdamW(trained)
     for _ in range(2):  # B is zero at first, and A has no gradient
@@ -146,14 +174,23 @@ def test_without_a_gpu_it_says_so_in_one_line_and_fails(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as ended:
         bench.main(["--device", "cuda"])
     assert ended.value.code != 0
-    assert capsys.readouterr().err.splitlines()[-1].endswith("--device cuda needs an NVIDIA GPU that torch can see")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("--device cuda needs an NVIDIA GPU that torch can see")
+    )
 
 
 @NO_GPU
-def test_a_rehearsal_of_all_parts_ends_in_the_tables_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rehearsal_of_all_parts_ends_in_the_tables_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench: cuda -->\nold\n<!-- /bench -->\nafter\n")
-    rehearsed = {name: lambda clock, quick, part=part: part(clock, True) for name, part in bench_cuda.PARTS.items()}
+    rehearsed = {
+        name: lambda clock, quick, part=part: part(clock, True)
+        for name, part in bench_cuda.PARTS.items()
+    }
     monkeypatch.setattr(bench_cuda, "PARTS", rehearsed)
     monkeypatch.setattr(bench_cuda, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -165,11 +202,16 @@ def test_a_rehearsal_of_all_parts_ends_in_the_tables_of_the_readme(tmp_path: Pat
     assert set(found) == {"ops", "optim", "step", "sizes"}
     assert {part["machine"]["card"] for part in found.values()} == {"Rehearsed Card 1"}
     text = readme.read_text()
-    assert text.startswith("before\n<!-- bench: cuda -->\n|") and text.endswith("<!-- /bench -->\nafter\n")
+    assert text.startswith("before\n<!-- bench: cuda -->\n|") and text.endswith(
+        "<!-- /bench -->\nafter\n"
+    )
     for name, entry in found["ops"]["rows"].items():
         assert f"| {name} | {1e6 * entry['ours']['seconds']:.1f} |" in text
     for who, entry in found["step"]["rows"].items():
-        assert f"| {who} | {entry['tokens_per_second']:.0f} | {entry['peak_bytes'] / 1e9:.2f} |" in text
+        assert (
+            f"| {who} | {entry['tokens_per_second']:.0f} | {entry['peak_bytes'] / 1e9:.2f} |"
+            in text
+        )
     for who, entry in found["optim"]["rows"].items():
         assert f"| {who} | {1e3 * entry['seconds']:.2f} |" in text
     assert text.count("| tiny, ") == len(found["sizes"]["rows"]) == 2

@@ -26,12 +26,30 @@ from helpers import peak
 from helpers.strategies import same_bits
 from lora import QLoRALinear, attach
 
-SMALL = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64,
-         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 ARCHITECTURES = [
-    LlamaConfig(**SMALL, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
-                                          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}),  # buffers
+    LlamaConfig(
+        **SMALL,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),  # buffers
     LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     MistralConfig(**SMALL, sliding_window=8),
     Qwen3Config(**SMALL, head_dim=16, max_window_layers=2),
@@ -45,7 +63,9 @@ def quantized(weight: torch.Tensor, bias: torch.Tensor | None) -> QLoRALinear:
     return QLoRALinear(FrozenWeight(weight), bias)
 
 
-def saved(config: PretrainedConfig, folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: object) -> Path:
+def saved(
+    config: PretrainedConfig, folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: object
+) -> Path:
     """A random model in a folder; norms and biases are random too, so that a mix-up shows."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -57,25 +77,45 @@ def saved(config: PretrainedConfig, folder: Path, dtype: torch.dtype = torch.bfl
 
 def assert_same_model(ours: nn.Module, theirs: nn.Module) -> None:
     for kind in ("named_parameters", "named_buffers"):
-        one, other = (dict(getattr(model, kind)(remove_duplicate=False)) for model in (ours, theirs))
+        one, other = (
+            dict(getattr(model, kind)(remove_duplicate=False)) for model in (ours, theirs)
+        )
         assert one.keys() == other.keys()
-        assert all(same_bits(one[name], other[name]) and one[name].requires_grad == other[name].requires_grad for name in one)
-    assert [name for name, _ in ours.named_modules()] == [name for name, _ in theirs.named_modules()]
+        assert all(
+            same_bits(one[name], other[name])
+            and one[name].requires_grad == other[name].requires_grad
+            for name in one
+        )
+    assert [name for name, _ in ours.named_modules()] == [
+        name for name, _ in theirs.named_modules()
+    ]
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         assert same_bits(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("stored, dtype", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16),
-                                           (torch.float16, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "stored, dtype",
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("config", ARCHITECTURES, ids=lambda config: config.model_type)
 def test_a_streamed_model_has_the_bits_of_from_pretrained_and_attach(
-    tmp_path: Path, config: PretrainedConfig, stored: torch.dtype, dtype: torch.dtype) -> None:
+    tmp_path: Path, config: PretrainedConfig, stored: torch.dtype, dtype: torch.dtype
+) -> None:
     saved(config, tmp_path, stored, max_shard_size="60KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     ours = streaming.load(tmp_path, dtype, "cpu", quantized)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    assert ours.config.dtype == theirs.config.dtype and ours.name_or_path == theirs.name_or_path and not ours.training
+    assert (
+        ours.config.dtype == theirs.config.dtype
+        and ours.name_or_path == theirs.name_or_path
+        and not ours.training
+    )
     assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
     torch.manual_seed(1)
     attach(theirs)
@@ -85,37 +125,62 @@ def test_a_streamed_model_has_the_bits_of_from_pretrained_and_attach(
 
 def test_a_dense_base_is_streamed_too(tmp_path: Path) -> None:
     saved(ARCHITECTURES[1], tmp_path)
-    ours = streaming.load(tmp_path, torch.bfloat16, "cpu", lambda w, b: QLoRALinear(FrozenWeight(w.clone(), codebook=None), b))
-    theirs = attach(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), codebook=None)
+    ours = streaming.load(
+        tmp_path,
+        torch.bfloat16,
+        "cpu",
+        lambda w, b: QLoRALinear(FrozenWeight(w.clone(), codebook=None), b),
+    )
+    theirs = attach(
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), codebook=None
+    )
     torch.manual_seed(1)
     theirs_now = [p for p in theirs.parameters() if not p.requires_grad]
-    assert all(same_bits(a, b) for a, b in zip((p for p in ours.parameters() if p.numel()), theirs_now))
+    assert all(
+        same_bits(a, b) for a, b in zip((p for p in ours.parameters() if p.numel()), theirs_now)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_folder_in_4_bits_starts_where_the_dense_one_does(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_folder_in_4_bits_starts_where_the_dense_one_does(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     first = streaming.load(saved(ARCHITECTURES[1], tmp_path / "dense"), dtype, "cpu", quantized)
     checkpoint.save_4bit(first, tmp_path / "4-bit")
-    again = streaming.load(tmp_path / "4-bit", dtype, "cpu", lambda *args: pytest.fail("quantized again"))
+    again = streaming.load(
+        tmp_path / "4-bit", dtype, "cpu", lambda *args: pytest.fail("quantized again")
+    )
     torch.manual_seed(1)
     attach(first)
     torch.manual_seed(1)
     assert_same_model(attach(again), first)
 
 
-def test_a_folder_in_4_bits_is_cast_to_the_dtype_that_was_asked_for_and_its_codes_are_not(tmp_path: Path) -> None:
-    first = streaming.load(saved(ARCHITECTURES[0], tmp_path / "dense"), torch.float16, "cpu", quantized)
+def test_a_folder_in_4_bits_is_cast_to_the_dtype_that_was_asked_for_and_its_codes_are_not(
+    tmp_path: Path,
+) -> None:
+    first = streaming.load(
+        saved(ARCHITECTURES[0], tmp_path / "dense"), torch.float16, "cpu", quantized
+    )
     checkpoint.save_4bit(first, tmp_path / "4-bit")
     again = streaming.load(tmp_path / "4-bit", torch.bfloat16, "cpu", quantized)
     assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
-    assert all(layer.compute_dtype is None for layer in again.modules() if isinstance(layer, QLoRALinear))
+    assert all(
+        layer.compute_dtype is None for layer in again.modules() if isinstance(layer, QLoRALinear)
+    )
     buffers = [dict(model.named_buffers(remove_duplicate=False)) for model in (first, again)]
-    assert all(same_bits(buffers[0][name], buffers[1][name]) for name in buffers[0])  # constants, and rotary frequencies
+    assert all(
+        same_bits(buffers[0][name], buffers[1][name]) for name in buffers[0]
+    )  # constants, and rotary frequencies
 
 
 def test_what_older_versions_saved_besides_is_passed_over(tmp_path: Path) -> None:
     path = saved(ARCHITECTURES[0], tmp_path) / "model.safetensors"
-    save_file(load_file(path) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}, path, {"format": "pt"})
+    save_file(
+        load_file(path) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)},
+        path,
+        {"format": "pt"},
+    )
     streaming.load(tmp_path, torch.bfloat16, "cpu", quantized)
 
 
@@ -123,12 +188,23 @@ GPT2 = GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=1
 EXPERTS = MixtralConfig(**SMALL, num_local_experts=2)
 
 
-@pytest.mark.parametrize("config, complaint", [
-    (GPT2, r"h.0.attn.c_attn.weight \(64, 192\) is the matrix of a Conv1D, .*: GPT2LMHeadModel is not covered"),
-    (EXPERTS, r"mlp.* \(2, .*\) is the matrix of a Mixtral.*: MixtralForCausalLM is not covered"),
-], ids=lambda value: getattr(value, "model_type", ""))
+@pytest.mark.parametrize(
+    "config, complaint",
+    [
+        (
+            GPT2,
+            r"h.0.attn.c_attn.weight \(64, 192\) is the matrix of a Conv1D, .*: GPT2LMHeadModel is not covered",
+        ),
+        (
+            EXPERTS,
+            r"mlp.* \(2, .*\) is the matrix of a Mixtral.*: MixtralForCausalLM is not covered",
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
 def test_an_architecture_that_would_mostly_stay_dense_is_refused_in_one_line(
-    tmp_path: Path, config: PretrainedConfig, complaint: str) -> None:
+    tmp_path: Path, config: PretrainedConfig, complaint: str
+) -> None:
     saved(config, tmp_path)
     with pytest.raises(ValueError, match=complaint) as error:
         streaming.load(tmp_path, torch.bfloat16, "cpu", quantized)
@@ -159,35 +235,53 @@ def change(folder: Path, what: str) -> None:
         path.rename(folder / "pytorch_model.bin")
     elif what == "code":
         config = json.loads((folder / "config.json").read_text())
-        auto = {"auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}, "model_type": "strange"}
+        auto = {
+            "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"},
+            "model_type": "strange",
+        }
         (folder / "config.json").write_text(json.dumps(config | auto))
         (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
 
 
-@pytest.mark.parametrize("what, complaint", [
-    ("missing", "1 tensors in all: model.layers.1.mlp.up_proj.weight is missing"),
-    ("unknown", "model.layers.2.mlp.up_proj.weight belongs to nothing in the model"),
-    ("shape", r"up_proj.weight is \(64, 160\), floating point, and must be \(160, 64\)"),
-    ("integers", r"up_proj.weight is \(160, 64\), torch.int32, and must be"),
-    ("NaN", r"layer model.layers.1.mlp.up_proj: 1 of 10240 .*index \(3, 5\)"),
-    ("NaN in a norm", "model.norm.weight holds NaN or infinity"),
-    ("truncated", "model.safetensors is damaged"),
-    ("pickle", "pytorch_model.bin is a pickle, which could run code"),
-    ("code", "config.json describes no causal language model that transformers can build"),
-])
-def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path: Path, what: str, complaint: str) -> None:
+@pytest.mark.parametrize(
+    "what, complaint",
+    [
+        ("missing", "1 tensors in all: model.layers.1.mlp.up_proj.weight is missing"),
+        ("unknown", "model.layers.2.mlp.up_proj.weight belongs to nothing in the model"),
+        ("shape", r"up_proj.weight is \(64, 160\), floating point, and must be \(160, 64\)"),
+        ("integers", r"up_proj.weight is \(160, 64\), torch.int32, and must be"),
+        ("NaN", r"layer model.layers.1.mlp.up_proj: 1 of 10240 .*index \(3, 5\)"),
+        ("NaN in a norm", "model.norm.weight holds NaN or infinity"),
+        ("truncated", "model.safetensors is damaged"),
+        ("pickle", "pytorch_model.bin is a pickle, which could run code"),
+        ("code", "config.json describes no causal language model that transformers can build"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused_by_name(
+    tmp_path: Path, what: str, complaint: str
+) -> None:
     change(saved(ARCHITECTURES[0], tmp_path), what)
     made = []
     with pytest.raises(ValueError, match=complaint):
-        streaming.load(tmp_path, torch.bfloat16, "cpu", lambda w, b: made.append(1) or quantized(w, b))
+        streaming.load(
+            tmp_path, torch.bfloat16, "cpu", lambda w, b: made.append(1) or quantized(w, b)
+        )
     assert "NaN" in what or not made, "refused before any layer was quantized"
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from Linux")
-def test_loading_takes_no_more_than_the_4_bit_model_its_largest_tensor_and_300_mb(tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak of memory from Linux"
+)
+def test_loading_takes_no_more_than_the_4_bit_model_its_largest_tensor_and_300_mb(
+    tmp_path: Path,
+) -> None:
     """In float32 on disk, where the whole of it would not fit into the bound."""
     largest = peak.write_checkpoint(peak.shape(1024, 16, 2000), torch.float32, tmp_path)
     got = peak.measure(tmp_path)
     bound = got["kept"] + largest + peak.ALLOWED
-    assert got["peak"] - got["before"] <= bound < sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert (
+        got["peak"] - got["before"]
+        <= bound
+        < sum(path.stat().st_size for path in tmp_path.iterdir())
+    )

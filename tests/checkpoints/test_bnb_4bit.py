@@ -61,7 +61,9 @@ def quantized_by_peer(dense: PreTrainedModel, folder: Path, **settings: object) 
     """A folder that transformers saves after quantizing with bitsandbytes."""
     dense.save_pretrained(folder / "dense")
     config = BitsAndBytesConfig(load_in_4bit=True, **settings)
-    AutoModelForCausalLM.from_pretrained(folder / "dense", quantization_config=config).save_pretrained(folder / "theirs")
+    AutoModelForCausalLM.from_pretrained(
+        folder / "dense", quantization_config=config
+    ).save_pretrained(folder / "theirs")
     return folder / "theirs"
 
 
@@ -76,7 +78,11 @@ def bytes_of(base: FrozenWeight) -> dict[str, torch.Tensor]:
 def test_a_folder_of_transformers_and_bitsandbytes_is_loaded_and_saved_again_bit_for_bit(
     tmp_path: Path, dtype: torch.dtype, double_quant: bool, kind: str
 ) -> None:
-    settings = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": dtype}
+    settings = {
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+    }
     folder = quantized_by_peer(models.tiny_llama(dtype, vocab_size=256), tmp_path, **settings)
     ours, theirs = checkpoint.load_4bit(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert not ours.training and not any(parameter.requires_grad for parameter in ours.parameters())
@@ -88,7 +94,9 @@ def test_a_folder_of_transformers_and_bitsandbytes_is_loaded_and_saved_again_bit
         assert tensors.keys() == {key for key in saved if key.startswith(f"{name}.weight")}
         assert all(same_bits(tensors[key], saved[key]) for key in tensors)
         weight = theirs.get_submodule(name).weight
-        assert torch.equal(layer.base(), bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state))
+        assert torch.equal(
+            layer.base(), bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)
+        )
     assert same_bits(logits(ours), logits(theirs))
     checkpoint.save_4bit(ours, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folder)
@@ -102,12 +110,25 @@ def test_a_folder_of_ours_is_loaded_by_transformers_as_linear4bit_with_the_same_
 ) -> None:
     """Rows of 1024 are whole blocks, or of blocks that bitsandbytes decodes in another way: its AVX-512 code is wrong else."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=1024, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=4,
-                         num_key_value_heads=1, tie_word_embeddings=False)
-    ours = lora.attach(AutoModelForCausalLM.from_config(config, dtype=dtype), block_size=block_size, double_quant=double_quant)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=1024,
+        intermediate_size=1024,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
+    ours = lora.attach(
+        AutoModelForCausalLM.from_config(config, dtype=dtype),
+        block_size=block_size,
+        double_quant=double_quant,
+    )
     checkpoint.save_4bit(ours, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
-    linears = [module for module in theirs.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    linears = [
+        module for module in theirs.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)
+    ]
     assert len(linears) == 7 and linears[0].weight.quant_state.blocksize == block_size
     assert same_bits(logits(theirs), logits(ours))
     again = checkpoint.load_4bit(tmp_path)
@@ -116,24 +137,48 @@ def test_a_folder_of_ours_is_loaded_by_transformers_as_linear4bit_with_the_same_
     assert contents(tmp_path / "again") == {name: (tmp_path / name).read_bytes() for name in NAMES}
 
 
-SMALL = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-LLAMA_3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 16}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 ARCHITECTURES = [
     LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
-    MistralConfig(**SMALL, sliding_window=8), LlamaConfig(**SMALL, rope_parameters=LLAMA_3), PhiConfig(**SMALL),
-    Qwen3Config(**SMALL, head_dim=16), GemmaConfig(**SMALL, head_dim=16),
+    MistralConfig(**SMALL, sliding_window=8),
+    LlamaConfig(**SMALL, rope_parameters=LLAMA_3),
+    PhiConfig(**SMALL),
+    Qwen3Config(**SMALL, head_dim=16),
+    GemmaConfig(**SMALL, head_dim=16),
 ]
 
 
 @pytest.mark.parametrize("config", ARCHITECTURES, ids=lambda config: config.model_type)
-def test_several_architectures_come_back_with_the_same_logits(tmp_path: Path, config: PretrainedConfig) -> None:
+def test_several_architectures_come_back_with_the_same_logits(
+    tmp_path: Path, config: PretrainedConfig
+) -> None:
     torch.manual_seed(0)
     dense = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for parameter in dense.parameters():  # biases and norms start as zeros and ones, which hides a mix-up
+    for (
+        parameter
+    ) in dense.parameters():  # biases and norms start as zeros and ones, which hides a mix-up
         nn.init.normal_(parameter, std=0.1)
-    folder = quantized_by_peer(dense, tmp_path, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    folder = quantized_by_peer(
+        dense, tmp_path, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
     ours, theirs = checkpoint.load_4bit(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert same_bits(logits(ours), logits(theirs))
     for name, buffer in theirs.named_buffers():
@@ -144,7 +189,9 @@ def test_several_architectures_come_back_with_the_same_logits(tmp_path: Path, co
 
 def test_the_compute_dtype_of_the_folder_is_that_of_the_layers(tmp_path: Path) -> None:
     """transformers computes in float32 where nobody says otherwise, also with a base of 16 bits."""
-    folder = quantized_by_peer(models.tiny_llama(torch.bfloat16, vocab_size=256), tmp_path, bnb_4bit_quant_type="nf4")
+    folder = quantized_by_peer(
+        models.tiny_llama(torch.bfloat16, vocab_size=256), tmp_path, bnb_4bit_quant_type="nf4"
+    )
     ours = checkpoint.load_4bit(folder)
     assert ours.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
     assert same_bits(logits(ours), logits(AutoModelForCausalLM.from_pretrained(folder)))
@@ -156,21 +203,30 @@ def test_layers_that_were_left_dense_stay_dense_on_both_sides(tmp_path: Path) ->
     dense = models.tiny_llama(torch.bfloat16, vocab_size=256)
     ours = lora.attach(dense, ["q_proj", "up_proj"], r=2)
     checkpoint.save_4bit(ours, tmp_path / "ours")
-    theirs, again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), checkpoint.load_4bit(tmp_path / "ours")
+    theirs, again = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "ours"),
+        checkpoint.load_4bit(tmp_path / "ours"),
+    )
     for model, kind in ((theirs, bitsandbytes.nn.Linear4bit), (again, QLoRALinear)):
         assert sum(isinstance(module, kind) for module in model.modules()) == 4
         assert same_bits(logits(model), logits(ours))
     checkpoint.save_4bit(again, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "ours")
     skip = ["down_proj", "lm_head"]
-    folder = quantized_by_peer(models.tiny_llama(torch.bfloat16, vocab_size=256), tmp_path, llm_int8_skip_modules=skip)
+    folder = quantized_by_peer(
+        models.tiny_llama(torch.bfloat16, vocab_size=256), tmp_path, llm_int8_skip_modules=skip
+    )
     checkpoint.save_4bit(checkpoint.load_4bit(folder), tmp_path / "skipped")
     expected = AutoModelForCausalLM.from_pretrained(folder)
-    assert same_bits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "skipped")), logits(expected))
+    assert same_bits(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "skipped")), logits(expected)
+    )
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float32"])
-def test_packed_bytes_that_pose_as_another_dtype_are_read_and_written_so(tmp_path: Path, storage: str) -> None:
+def test_packed_bytes_that_pose_as_another_dtype_are_read_and_written_so(
+    tmp_path: Path, storage: str
+) -> None:
     dense = models.tiny_llama(torch.bfloat16, vocab_size=256)
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
     folder = quantized_by_peer(dense, tmp_path, bnb_4bit_quant_storage=storage, **settings)
@@ -187,10 +243,19 @@ def split(folder: Path, into: Path) -> Path:
     tensors = load_file(into / "model.safetensors")
     (into / "model.safetensors").unlink()
     names = sorted(tensors)
-    places = {name: f"model-0000{1 + (index > len(names) // 2)}-of-00002.safetensors" for index, name in enumerate(names)}
+    places = {
+        name: f"model-0000{1 + (index > len(names) // 2)}-of-00002.safetensors"
+        for index, name in enumerate(names)
+    }
     for place in set(places.values()):
-        save_file({name: tensors[name] for name in names if places[name] == place}, into / place, {"format": "pt"})
-    (into / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        save_file(
+            {name: tensors[name] for name in names if places[name] == place},
+            into / place,
+            {"format": "pt"},
+        )
+    (into / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
     return into
 
 
@@ -204,13 +269,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_model_in_several_files_is_the_same_model(saved: Path, tmp_path: Path) -> None:
     shards = split(saved, tmp_path / "shards")
-    assert same_bits(logits(checkpoint.load_4bit(shards)), logits(AutoModelForCausalLM.from_pretrained(shards)))
+    assert same_bits(
+        logits(checkpoint.load_4bit(shards)), logits(AutoModelForCausalLM.from_pretrained(shards))
+    )
     checkpoint.save_4bit(checkpoint.load_4bit(shards), tmp_path / "one")
     assert contents(tmp_path / "one") == contents(saved)
 
 
-def test_an_adapter_on_a_loaded_model_computes_what_it_did_on_the_base_it_was_trained_on(tmp_path: Path) -> None:
-    first = lora.attach(models.tiny_llama(torch.bfloat16, vocab_size=256), ["q_proj", "down_proj"], r=3)
+def test_an_adapter_on_a_loaded_model_computes_what_it_did_on_the_base_it_was_trained_on(
+    tmp_path: Path,
+) -> None:
+    first = lora.attach(
+        models.tiny_llama(torch.bfloat16, vocab_size=256), ["q_proj", "down_proj"], r=3
+    )
     for name, parameter in first.named_parameters():
         if name.endswith("lora_B"):
             nn.init.normal_(parameter, std=0.1)
@@ -226,13 +297,23 @@ def test_an_adapter_on_a_loaded_model_computes_what_it_did_on_the_base_it_was_tr
 
 def test_attach_keeps_the_bytes_of_a_layer_that_is_in_4_bits_already(saved: Path) -> None:
     model = checkpoint.load_4bit(saved)
-    before = {name: bytes_of(layer.base) for name, layer in model.named_modules() if isinstance(layer, QLoRALinear)}
+    before = {
+        name: bytes_of(layer.base)
+        for name, layer in model.named_modules()
+        if isinstance(layer, QLoRALinear)
+    }
     plain = logits(model)
     lora.attach(model, r=2, block_size=128, codebook=nf4.FP4)  # which concern dense layers
     assert same_bits(logits(model), plain) and len(checkpoint.adapted_layers(model)) == len(before)
     for name, layer in checkpoint.adapted_layers(model).items():
-        assert all(same_bits(tensor, before[name][key]) for key, tensor in bytes_of(layer.base).items())
-    trainable = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert all(
+            same_bits(tensor, before[name][key]) for key, tensor in bytes_of(layer.base).items()
+        )
+    trainable = {
+        name.rpartition(".")[2]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     assert trainable == {"lora_A", "lora_B"}
 
 
@@ -242,7 +323,9 @@ def test_a_layer_without_an_adapter_passes_the_gradient_on_and_saves_nothing(
     monkeypatch.setenv("QLORA_KERNELS", "reference")  # it multiplies as torch does
     layer = checkpoint.load_4bit(saved).model.layers[0].mlp.up_proj
     x, kept = torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
         y = layer(x)
     assert sum(tensor.numel() for tensor in kept) == 0
     y.sum().backward()
@@ -284,17 +367,25 @@ def set_state(tensors: dict[str, torch.Tensor], **entries: object) -> None:
 
 SPOILED = {
     "must have 2048 bytes": lambda t: t.update({FIRST: t[FIRST][:-1]}),
-    "absmax must be torch.uint8": lambda t: t.update({f"{FIRST}.absmax": t[f"{FIRST}.absmax"].float()}),
+    "absmax must be torch.uint8": lambda t: t.update(
+        {f"{FIRST}.absmax": t[f"{FIRST}.absmax"].float()}
+    ),
     "nested_absmax must be .* is missing": lambda t: t.pop(f"{FIRST}.nested_absmax"),
     "nested_absmax holds NaN": lambda t: t[f"{FIRST}.nested_absmax"].fill_(torch.nan),
     "nested_absmax holds magnitudes, and -1.0": lambda t: t[f"{FIRST}.nested_absmax"].fill_(-1),
     "quant_map is not nf4": lambda t: t[f"{FIRST}.quant_map"].mul_(0.5),
-    "q_proj.weight.stray belongs to nothing": lambda t: t.update({f"{FIRST}.stray": torch.zeros(2)}),
+    "q_proj.weight.stray belongs to nothing": lambda t: t.update(
+        {f"{FIRST}.stray": torch.zeros(2)}
+    ),
     "norm.weight is missing": lambda t: t.pop("model.norm.weight"),
     "norm.weight holds NaN": lambda t: t["model.norm.weight"].fill_(torch.inf),
     r"norm.weight is \(65,\)": lambda t: t.update({"model.norm.weight": torch.ones(65)}),
-    r"norm.weight is \(64,\), torch.int32": lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}),
-    "lm_head.weight and model.embed_tokens.weight differ": lambda t: t.update({"lm_head.weight": torch.zeros(256, 64)}),
+    r"norm.weight is \(64,\), torch.int32": lambda t: t.update(
+        {"model.norm.weight": torch.ones(64, dtype=torch.int32)}
+    ),
+    "lm_head.weight and model.embed_tokens.weight differ": lambda t: t.update(
+        {"lm_head.weight": torch.zeros(256, 64)}
+    ),
     r"shape must be \[64, 64\]": lambda t: set_state(t, shape=[32, 128]),
     "block sizes must be powers of two": lambda t: set_state(t, blocksize=48),
     "block sizes .*'nested_blocksize': 0": lambda t: set_state(t, nested_blocksize=0),
@@ -302,15 +393,25 @@ SPOILED = {
     "nested_offset must be a number": lambda t: set_state(t, nested_offset=None),
     "nested_dtype must be float32": lambda t: set_state(t, nested_dtype="float16"),
     "quant_type must be nf4": lambda t: set_state(t, quant_type="fp4"),
-    "it has quant_type, blocksize, dtype, shape, nested_block": lambda t: set_state(t, nested_offset="gone"),
-    "is not a quantization state in JSON": lambda t: t.update({STATE: torch.tensor([123], dtype=torch.uint8)}),
-    "elsewhere is no linear layer": lambda t: t.update({STATE.replace(FIRST, "elsewhere.weight"): t[STATE].clone()}),
-    "norm is no linear layer": lambda t: t.update({STATE.replace(FIRST, "model.norm.weight"): t[STATE].clone()}),
+    "it has quant_type, blocksize, dtype, shape, nested_block": lambda t: set_state(
+        t, nested_offset="gone"
+    ),
+    "is not a quantization state in JSON": lambda t: t.update(
+        {STATE: torch.tensor([123], dtype=torch.uint8)}
+    ),
+    "elsewhere is no linear layer": lambda t: t.update(
+        {STATE.replace(FIRST, "elsewhere.weight"): t[STATE].clone()}
+    ),
+    "norm is no linear layer": lambda t: t.update(
+        {STATE.replace(FIRST, "model.norm.weight"): t[STATE].clone()}
+    ),
 }
 
 
 @pytest.mark.parametrize("complaint", SPOILED)
-def test_a_tensor_that_is_not_what_it_must_be_is_named(saved: Path, tmp_path: Path, complaint: str) -> None:
+def test_a_tensor_that_is_not_what_it_must_be_is_named(
+    saved: Path, tmp_path: Path, complaint: str
+) -> None:
     shutil.copytree(saved, tmp_path / "spoiled")
     tensors = load_file(saved / "model.safetensors")
     SPOILED[complaint](tensors)
@@ -323,19 +424,30 @@ def test_a_tensor_that_is_not_what_it_must_be_is_named(saved: Path, tmp_path: Pa
 CONFIGS = {
     "not that of 4 bits by bitsandbytes, but None": {"quantization_config": None},
     "not that of 4 bits .*gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-    "not that of 4 bits .*load_in_8bit": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
-    "compute_dtype must be one of": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True,
-                                                             "bnb_4bit_compute_dtype": "int8"}},
+    "not that of 4 bits .*load_in_8bit": {
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    },
+    "compute_dtype must be one of": {
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_compute_dtype": "int8",
+        }
+    },
     "num_hidden_layers is 1000000000, and there are": {"num_hidden_layers": 10**9},
     "no causal language model .*no such model": {"model_type": "no such model"},
     "_proj.* shape must be": {"hidden_size": 128},
-    "names code to be fetched, kernels-community/flash": {"attn_implementation": "kernels-community/flash-attn"},
+    "names code to be fetched, kernels-community/flash": {
+        "attn_implementation": "kernels-community/flash-attn"
+    },
     "would take .* bytes": {"head_dim": 2**40},
 }
 
 
 @pytest.mark.parametrize("complaint", CONFIGS)
-def test_a_config_that_does_not_fit_is_refused_by_its_key(saved: Path, tmp_path: Path, complaint: str) -> None:
+def test_a_config_that_does_not_fit_is_refused_by_its_key(
+    saved: Path, tmp_path: Path, complaint: str
+) -> None:
     shutil.copytree(saved, tmp_path / "spoiled")
     config = json.loads((saved / "config.json").read_text()) | CONFIGS[complaint]
     (tmp_path / "spoiled" / "config.json").write_text(json.dumps(config))

@@ -17,7 +17,8 @@ from lora import QLoRALinear
 
 @pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
 def test_a_save_that_fails_at_any_moment_leaves_the_old_file_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
     model = models.adapted()
     checkpoint.save_adapter(model, tmp_path)
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -28,7 +29,11 @@ def test_a_save_that_fails_at_any_moment_leaves_the_old_file_and_no_other(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = {"write": (files, "save_file"), "fsync": (files.os, "fsync"), "replace": (files.os, "replace")}
+    target = {
+        "write": (files, "save_file"),
+        "fsync": (files.os, "fsync"),
+        "replace": (files.os, "replace"),
+    }
     monkeypatch.setattr(*target[moment], full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save_adapter(model, tmp_path)
@@ -46,14 +51,19 @@ def test_a_folder_that_cannot_be_written_or_is_too_small_is_found_out_first(tmp_
 
 
 JSON = {
-    "is not a JSON object .*Expecting": b"{", "but a list": b"[1]", "is not a JSON object .*start byte": b'{"a": "\xff"}',
-    "is not a JSON object .*recursion": b"[" * 100_000, "is not a JSON object .*digits": b'{"a": ' + b"9" * 5000 + b"}",
+    "is not a JSON object .*Expecting": b"{",
+    "but a list": b"[1]",
+    "is not a JSON object .*start byte": b'{"a": "\xff"}',
+    "is not a JSON object .*recursion": b"[" * 100_000,
+    "is not a JSON object .*digits": b'{"a": ' + b"9" * 5000 + b"}",
     "is not a JSON object .*nested more than 50 deep": b'{"a": ' * 60 + b"1" + b"}" * 60,
 }
 
 
 @pytest.mark.parametrize("complaint", JSON)
-def test_what_is_no_json_object_is_refused_by_the_name_of_the_file(tmp_path: Path, complaint: str) -> None:
+def test_what_is_no_json_object_is_refused_by_the_name_of_the_file(
+    tmp_path: Path, complaint: str
+) -> None:
     (tmp_path / "some.json").write_bytes(JSON[complaint])
     with pytest.raises(ValueError, match=f"some.json .*{complaint}"):
         files.read_json(tmp_path / "some.json")
@@ -70,15 +80,21 @@ def test_a_json_file_that_is_missing_or_huge_is_not_read(tmp_path: Path) -> None
 
 INDEX = {
     "weight_map does not give the file of each tensor": [None, [], {"a": 1}],
-    "a is said to be in .*no file of this folder": [{"a": name} for name in ("../x", "/etc/passwd", "", "..", "x/y", "x\0y")],
+    "a is said to be in .*no file of this folder": [
+        {"a": name} for name in ("../x", "/etc/passwd", "", "..", "x/y", "x\0y")
+    ],
     "there is no .*absent": [{"a": "absent"}],
     "one: a is not where .*index.json says": [{"b": "one"}],
     "index.json: b is not in one": [{"a": "one", "b": "one"}],
 }
 
 
-@pytest.mark.parametrize("complaint, places", [(complaint, places) for complaint in INDEX for places in INDEX[complaint]])
-def test_an_index_that_leads_astray_is_refused(tmp_path: Path, complaint: str, places: object) -> None:
+@pytest.mark.parametrize(
+    "complaint, places", [(complaint, places) for complaint in INDEX for places in INDEX[complaint]]
+)
+def test_an_index_that_leads_astray_is_refused(
+    tmp_path: Path, complaint: str, places: object
+) -> None:
     files.write_tensors({"a": torch.ones(2)}, tmp_path / "one", {})
     files.write_text(json.dumps({"weight_map": places}), tmp_path / "model.safetensors.index.json")
     with pytest.raises(ValueError, match=complaint):
@@ -93,11 +109,16 @@ def test_what_was_read_stays_when_the_file_changes(tmp_path: Path) -> None:
     assert torch.equal(tensor, torch.ones(1000))
 
 
-def test_what_the_library_cannot_write_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_library_cannot_write_is_an_error_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: object) -> None:
         raise SafetensorError("disk quota exceeded")
 
     monkeypatch.setattr(files, "save_file", fail)
-    with pytest.raises(OSError, match="one could not be written .disk quota exceeded.; what was there before is untouched"):
+    with pytest.raises(
+        OSError,
+        match="one could not be written .disk quota exceeded.; what was there before is untouched",
+    ):
         files.write_tensors({"a": torch.ones(2)}, tmp_path / "one", {})
     assert list(tmp_path.iterdir()) == []

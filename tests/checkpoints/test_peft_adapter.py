@@ -55,10 +55,19 @@ def assert_peft_computes_the_same(ours: nn.Module, folder: Path) -> None:
         assert layer.scaling == theirs.base_model.model.get_submodule(name).scaling["default"], name
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"lora_alpha": 3.5}, {"use_rslora": True}, {"r": 1}, {"targets": "v_proj"}, {"targets": ["layers.0.self_attn.q_proj"]},
-    {"r": 70},  # more than the 64 of the smaller side, which PEFT does not mind
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lora_alpha": 3.5},
+        {"use_rslora": True},
+        {"r": 1},
+        {"targets": "v_proj"},
+        {"targets": ["layers.0.self_attn.q_proj"]},
+        {"r": 70},  # more than the 64 of the smaller side, which PEFT does not mind
+    ],
+    ids=str,
+)
 def test_peft_loads_our_adapter_and_computes_the_same(tmp_path: Path, settings: dict) -> None:
     ours = adapted(**settings)
     checkpoint.save_adapter(ours, tmp_path)
@@ -66,14 +75,22 @@ def test_peft_loads_our_adapter_and_computes_the_same(tmp_path: Path, settings: 
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_peft_loads_layers_of_different_ranks_and_scalings(tmp_path: Path, use_rslora: bool) -> None:
+def test_peft_loads_layers_of_different_ranks_and_scalings(
+    tmp_path: Path, use_rslora: bool
+) -> None:
     ours = base()
-    for targets, r, alpha in ((["q_proj", "layers.0.mlp.up_proj"], 4, 8), (["v_proj"], 2, 8), (["layers.1.mlp.up_proj"], 4, 3)):
+    for targets, r, alpha in (
+        (["q_proj", "layers.0.mlp.up_proj"], 4, 8),
+        (["v_proj"], 2, 8),
+        (["layers.1.mlp.up_proj"], 4, 3),
+    ):
         attach(ours, targets, r=r, lora_alpha=alpha, use_rslora=use_rslora)
     trained(ours)
     checkpoint.save_adapter(ours, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert sorted(config["rank_pattern"].values()) == [2, 2] and list(config["alpha_pattern"].values()) == [3]
+    assert sorted(config["rank_pattern"].values()) == [2, 2] and list(
+        config["alpha_pattern"].values()
+    ) == [3]
     assert_peft_computes_the_same(ours, tmp_path)
     again = checkpoint.load_adapter(base(), tmp_path)
     assert torch.equal(logits(again), logits(ours))
@@ -84,10 +101,21 @@ PEFT_CONFIGS = [
     {"target_modules": "all-linear", "use_rslora": True, "lora_dropout": 0.25},
     {"target_modules": r".*\.(q|v)_proj"},
     {"target_modules": ["up_proj", "v_proj"], "layers_to_transform": [1]},
-    {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.mlp.up_proj"], "init_lora_weights": "gaussian"},
-    {"target_modules": ["q_proj", "v_proj", "up_proj"], "rank_pattern": {"v_proj": 2, r"layers\.1\..*up_proj": 6},
-     "alpha_pattern": {"model.layers.0.self_attn.q_proj": 5, "up_proj|v_proj": 1.5}},
-    {"target_modules": ["q_proj"], "rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 3}, "use_rslora": True},
+    {
+        "target_modules": ["q_proj", "up_proj"],
+        "exclude_modules": ["layers.0.mlp.up_proj"],
+        "init_lora_weights": "gaussian",
+    },
+    {
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+        "rank_pattern": {"v_proj": 2, r"layers\.1\..*up_proj": 6},
+        "alpha_pattern": {"model.layers.0.self_attn.q_proj": 5, "up_proj|v_proj": 1.5},
+    },
+    {
+        "target_modules": ["q_proj"],
+        "rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 3},
+        "use_rslora": True,
+    },
 ]
 
 
@@ -99,10 +127,16 @@ def test_we_load_the_adapter_of_peft_and_compute_the_same(tmp_path: Path, config
     assert_peft_computes_the_same(ours, tmp_path)
     for name, layer in checkpoint.adapted_layers(ours).items():
         assert layer.lora_dropout == config.get("lora_dropout", 0.0)
-        assert layer.lora_A.shape[0] == layer.r == theirs.base_model.model.get_submodule(name).r["default"]
+        assert (
+            layer.lora_A.shape[0]
+            == layer.r
+            == theirs.base_model.model.get_submodule(name).r["default"]
+        )
 
 
-def test_an_adapter_goes_onto_adapters_that_are_there_and_takes_its_scaling_with_it(tmp_path: Path) -> None:
+def test_an_adapter_goes_onto_adapters_that_are_there_and_takes_its_scaling_with_it(
+    tmp_path: Path,
+) -> None:
     first = adapted(targets=["q_proj", "up_proj"], lora_alpha=12, use_rslora=True)
     checkpoint.save_adapter(first, tmp_path)
     second = adapted(targets=["q_proj", "up_proj"], lora_alpha=8)
@@ -117,11 +151,17 @@ def test_a_model_without_adapters_gets_those_of_the_folder(tmp_path: Path) -> No
     again = checkpoint.load_adapter(base(), tmp_path)
     assert torch.equal(logits(again), logits(model))
     assert sum(isinstance(layer, QLoRALinear) for layer in again.modules()) == 4
-    trainable = {name.rpartition(".")[2] for name, parameter in again.named_parameters() if parameter.requires_grad}
+    trainable = {
+        name.rpartition(".")[2]
+        for name, parameter in again.named_parameters()
+        if parameter.requires_grad
+    }
     assert trainable == {"lora_A", "lora_B"}
 
 
-def test_layers_whose_short_names_others_share_are_saved_by_their_whole_names(tmp_path: Path) -> None:
+def test_layers_whose_short_names_others_share_are_saved_by_their_whole_names(
+    tmp_path: Path,
+) -> None:
     model = attach(base(), ["layers.0.self_attn.q_proj"], r=3)
     checkpoint.save_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -140,7 +180,9 @@ def test_a_weight_that_cannot_be_quantized_leaves_the_whole_model_dense(tmp_path
     model = base()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 5] = math.nan
-    with pytest.raises(ValueError, match=r"layer model.layers.1.mlp.down_proj: 1 of 8192 .*index \(3, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"layer model.layers.1.mlp.down_proj: 1 of 8192 .*index \(3, 5\)"
+    ):
         checkpoint.load_adapter(model, tmp_path)
     assert not any(isinstance(module, QLoRALinear) for module in model.modules())
 
@@ -150,9 +192,14 @@ def rewrite(folder: Path, change: str | dict) -> None:
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     tensors, settings = load_file(weights), json.loads(config.read_text())
     if change == "no prefix":
-        tensors = {name.removeprefix(peft_format.PREFIX): tensor for name, tensor in tensors.items()}
+        tensors = {
+            name.removeprefix(peft_format.PREFIX): tensor for name, tensor in tensors.items()
+        }
     elif change == "other rank":
-        tensors = {name: tensor[:2].contiguous() if "lora_A" in name else tensor for name, tensor in tensors.items()}
+        tensors = {
+            name: tensor[:2].contiguous() if "lora_A" in name else tensor
+            for name, tensor in tensors.items()
+        }
     elif change == "one missing":
         del tensors[next(iter(tensors))]
     elif change == "one too many":
@@ -181,24 +228,45 @@ def rewrite(folder: Path, change: str | dict) -> None:
         config.unlink()
 
 
-@pytest.mark.parametrize("change, complaint", [
-    ("no prefix", r"adapter_model.safetensors does not fit .*layers.0.\w+.\w+_proj.lora_A.weight (is missing|belongs to)"),
-    ("other rank", r"is \(2, 64\), floating point, and must be \(4, 64\)"), ("one missing", "is missing"),
-    ("one too many", "elsewhere.lora_A.weight belongs to nothing in the model"), ("NaN", "lora_A.weight holds NaN"),
-    ("integers", r"is \(4, 64\), torch.int32, and must be"), ("truncated", "is damaged"), ("garbage", "is damaged"),
-    ("config garbage", "is not a JSON object"), ("config list", "is not a JSON object"),
-    ("gone", "there is no .*adapter_model.safetensors"), ("config gone", "there is no .*adapter_config.json"),
-    ("pickle", "adapter_model.bin is a pickle, which could run code"),
-    ({"peft_type": "IA3"}, "asks for peft_type IA3"), ({"use_bdlora": {"x": 1}}, "asks for use_bdlora"),
-    ({"bias": "all"}, "asks for bias all"), ({"init_lora_weights": "pissa"}, "asks for init_lora_weights pissa"),
-    ({"modules_to_save": ["lm_head"]}, r"asks for modules_to_save \['lm_head'\]"),
-    ({"r": 3}, "q_proj rank 3, and the model's adapter has 4"), ({"r": "4"}, "adapter_config.json: r cannot be 4"),
-    ({"r": 10**12}, "r cannot be 1000000000000"), ({"rank_pattern": {"q_proj": 2}}, "rank 2, and the model's adapter has 4"),
-    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern cannot be"), ({"rank_pattern": {"(a+)+$": 2}}, "rank_pattern cannot be"),
-    ({"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern cannot be"), ({"alpha_pattern": {"[": 2}}, "alpha_pattern cannot"),
-    ({"lora_alpha": math.inf}, "lora_alpha cannot be inf"), ({"lora_dropout": 1.0}, "lora_dropout cannot be 1.0"),
-    ({"use_rslora": "yes"}, "use_rslora cannot be yes"), ({"base_model_name_or_path": 7}, "name_or_path cannot be 7"),
-], ids=str)
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (
+            "no prefix",
+            r"adapter_model.safetensors does not fit .*layers.0.\w+.\w+_proj.lora_A.weight (is missing|belongs to)",
+        ),
+        ("other rank", r"is \(2, 64\), floating point, and must be \(4, 64\)"),
+        ("one missing", "is missing"),
+        ("one too many", "elsewhere.lora_A.weight belongs to nothing in the model"),
+        ("NaN", "lora_A.weight holds NaN"),
+        ("integers", r"is \(4, 64\), torch.int32, and must be"),
+        ("truncated", "is damaged"),
+        ("garbage", "is damaged"),
+        ("config garbage", "is not a JSON object"),
+        ("config list", "is not a JSON object"),
+        ("gone", "there is no .*adapter_model.safetensors"),
+        ("config gone", "there is no .*adapter_config.json"),
+        ("pickle", "adapter_model.bin is a pickle, which could run code"),
+        ({"peft_type": "IA3"}, "asks for peft_type IA3"),
+        ({"use_bdlora": {"x": 1}}, "asks for use_bdlora"),
+        ({"bias": "all"}, "asks for bias all"),
+        ({"init_lora_weights": "pissa"}, "asks for init_lora_weights pissa"),
+        ({"modules_to_save": ["lm_head"]}, r"asks for modules_to_save \['lm_head'\]"),
+        ({"r": 3}, "q_proj rank 3, and the model's adapter has 4"),
+        ({"r": "4"}, "adapter_config.json: r cannot be 4"),
+        ({"r": 10**12}, "r cannot be 1000000000000"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank 2, and the model's adapter has 4"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern cannot be"),
+        ({"rank_pattern": {"(a+)+$": 2}}, "rank_pattern cannot be"),
+        ({"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern cannot be"),
+        ({"alpha_pattern": {"[": 2}}, "alpha_pattern cannot"),
+        ({"lora_alpha": math.inf}, "lora_alpha cannot be inf"),
+        ({"lora_dropout": 1.0}, "lora_dropout cannot be 1.0"),
+        ({"use_rslora": "yes"}, "use_rslora cannot be yes"),
+        ({"base_model_name_or_path": 7}, "name_or_path cannot be 7"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("has_adapters", [True, False])
 def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(
     tmp_path: Path, change: str | dict, complaint: str, has_adapters: bool

@@ -21,22 +21,31 @@ def test_the_default_is_made_once_and_found_again(monkeypatch: pytest.MonkeyPatc
     assert (folder / "model.safetensors").stat().st_mtime_ns == made
 
 
-def test_a_damaged_gguf_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_gguf_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gguf = tmp_path / "package" / pretrained.GGUF
     gguf.parent.mkdir()
     gguf.write_bytes(b"GGUF" + bytes(1000))
     monkeypatch.setattr(pretrained, "_find_gguf", lambda folder: gguf)
-    with pytest.raises(ValueError, match="is damaged .its sha256 is not b179c9523d0e.*pip install --force-reinstall"):
+    with pytest.raises(
+        ValueError,
+        match="is damaged .its sha256 is not b179c9523d0e.*pip install --force-reinstall",
+    ):
         pretrained.default_folder(tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
 
-def test_a_conversion_that_dies_leaves_no_folder_that_looks_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_that_dies_leaves_no_folder_that_looks_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pretrained.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: 1 / 0)
     monkeypatch.setattr(pretrained, "GGUF_SHA256", pretrained._sha256(Path(__file__)))
     monkeypatch.setattr(pretrained, "_find_gguf", lambda folder: Path(__file__))
     tiny = models.tiny_llama(vocab_size=8)
-    monkeypatch.setattr(pretrained.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny)
+    monkeypatch.setattr(
+        pretrained.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny
+    )
     with pytest.raises(ZeroDivisionError):
         pretrained.default_folder(tmp_path)
     assert not (tmp_path / pretrained.DEFAULT).exists()
@@ -46,7 +55,9 @@ def test_a_flipped_bit_in_the_converted_weights_is_noticed(tmp_path: Path) -> No
     folder = tmp_path / pretrained.DEFAULT
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
-    (folder / "model.safetensors.sha256").write_text(pretrained._sha256(folder / "model.safetensors"))
+    (folder / "model.safetensors.sha256").write_text(
+        pretrained._sha256(folder / "model.safetensors")
+    )
     assert pretrained.default_folder(tmp_path) == folder
     (folder / "model.safetensors").write_bytes(b"weighty")
     with pytest.raises(ValueError, match="is damaged .its checksum has changed.: delete"):
@@ -56,7 +67,9 @@ def test_a_flipped_bit_in_the_converted_weights_is_noticed(tmp_path: Path) -> No
 def test_a_folder_that_is_there_is_taken_with_its_tokenizer(tmp_path: Path) -> None:
     folder = models.save_tiny_llama(tmp_path)
     assert pretrained.find(str(folder)) == folder
-    assert pretrained.tokenizer_in(folder)("order").input_ids == models.tokenizer()("order").input_ids
+    assert (
+        pretrained.tokenizer_in(folder)("order").input_ids == models.tokenizer()("order").input_ids
+    )
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -73,47 +86,81 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
         pretrained.tokenizer_in(tmp_path)
 
 
-def test_a_hub_id_that_is_there_is_taken_from_the_cache_or_else_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_that_is_there_is_taken_from_the_cache_or_else_the_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
-    monkeypatch.setattr(pretrained.HfApi, "model_info", lambda self, hub_id, timeout: asked.append(hub_id))
+    monkeypatch.setattr(
+        pretrained.HfApi, "model_info", lambda self, hub_id, timeout: asked.append(hub_id)
+    )
     assert not pretrained._in_cache("owner/model") and asked == ["owner/model"]
-    monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda hub_id, name: f"/cache/{hub_id}/{name}")
+    monkeypatch.setattr(
+        pretrained, "try_to_load_from_cache", lambda hub_id, name: f"/cache/{hub_id}/{name}"
+    )
     assert pretrained._in_cache("owner/model") and asked == ["owner/model"]
 
 
-def test_an_unknown_model_is_refused_with_the_way_to_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_model_is_refused_with_the_way_to_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unreachable(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no network here")
 
     monkeypatch.setattr(pretrained.HfApi, "model_info", unreachable)
     for name in (str(tmp_path / "nowhere"), "no-such-owner/no-such-model"):
-        with pytest.raises(ValueError, match="neither a folder nor a hub id within reach.*comes from a Python package"):
+        with pytest.raises(
+            ValueError,
+            match="neither a folder nor a hub id within reach.*comes from a Python package",
+        ):
             pretrained.find(name)
 
 
-def test_the_model_is_converted_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_converted_once_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer, tiny = models.tokenizer(), models.tiny_llama(torch.bfloat16)
-    monkeypatch.setattr(pretrained.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
-    monkeypatch.setattr(pretrained.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny)
+    monkeypatch.setattr(
+        pretrained.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer
+    )
+    monkeypatch.setattr(
+        pretrained.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny
+    )
     monkeypatch.setattr(pretrained, "GGUF_SHA256", pretrained._sha256(Path(__file__)))
     monkeypatch.setattr(pretrained, "_find_gguf", lambda folder: Path(__file__))
     folder = pretrained.default_folder(tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(pretrained, "_find_gguf", lambda folder: pytest.fail("looked for the package again"))
+    monkeypatch.setattr(
+        pretrained, "_find_gguf", lambda folder: pytest.fail("looked for the package again")
+    )
     assert pretrained.default_folder(tmp_path) == folder and list(tmp_path.iterdir()) == [folder]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny.parameters()))
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_of_a_hubs_folder_no_pickle_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
+def test_of_a_hubs_folder_no_pickle_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
     asked = []
 
     def download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.append((name, local_files_only))
-        there = ["model-00001-of-2.safetensors", "config.json", "tokenizer.model", "pytorch_model.bin", "code.py", "x.pt",
-                 "consolidated.safetensors", "model.safetensors.index.json", "chat_template.jinja"]
-        wanted = [each for each in there if any(fnmatch.fnmatch(each, pattern) for pattern in allow_patterns)]
+        there = [
+            "model-00001-of-2.safetensors",
+            "config.json",
+            "tokenizer.model",
+            "pytorch_model.bin",
+            "code.py",
+            "x.pt",
+            "consolidated.safetensors",
+            "model.safetensors.index.json",
+            "chat_template.jinja",
+        ]
+        wanted = [
+            each
+            for each in there
+            if any(fnmatch.fnmatch(each, pattern) for pattern in allow_patterns)
+        ]
         assert wanted == [there[i] for i in (0, 1, 2, 7, 8)]
         return str(tmp_path)
 
@@ -128,18 +175,29 @@ def test_a_download_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(pretrained, "_in_cache", lambda name: False)
     monkeypatch.setattr(pretrained, "snapshot_download", broken)
-    with pytest.raises(ValueError, match="owner/model could not be downloaded whole .the line is dead.; without --model"):
+    with pytest.raises(
+        ValueError,
+        match="owner/model could not be downloaded whole .the line is dead.; without --model",
+    ):
         pretrained.find("owner/model")
 
 
-def test_the_package_is_looked_up_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_package_is_looked_up_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / pretrained.MODULE).mkdir()
-    (tmp_path / pretrained.MODULE / "__init__.py").write_text("raise ImportError('looked up, not imported')")
+    (tmp_path / pretrained.MODULE / "__init__.py").write_text(
+        "raise ImportError('looked up, not imported')"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    assert pretrained._find_gguf(tmp_path / "models") == tmp_path / pretrained.MODULE / pretrained.GGUF
+    assert (
+        pretrained._find_gguf(tmp_path / "models") == tmp_path / pretrained.MODULE / pretrained.GGUF
+    )
 
 
-def test_the_package_is_installed_once_beside_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_package_is_installed_once_beside_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gguf, commands = tmp_path / "package" / pretrained.MODULE / pretrained.GGUF, []
 
     def pip(command: list[str], check: bool) -> subprocess.CompletedProcess:
@@ -155,4 +213,9 @@ def test_the_package_is_installed_once_beside_the_models(tmp_path: Path, monkeyp
         pretrained._find_gguf(tmp_path)
     assert pretrained._find_gguf(tmp_path) == pretrained._find_gguf(tmp_path) == gguf
     assert len(commands) == 2, "found the third time"
-    assert commands[0][-4:] == ["--no-deps", "--target", str(tmp_path / "package"), pretrained.PACKAGE]
+    assert commands[0][-4:] == [
+        "--no-deps",
+        "--target",
+        str(tmp_path / "package"),
+        pretrained.PACKAGE,
+    ]

@@ -22,7 +22,14 @@ import nf4
 from cuda_kernels import dequantize
 from helpers import warpsim
 from helpers.bounds import few_rows
-from helpers.strategies import HALF_AND_SINGLE, LAYOUTS, Recipe, bits, codes_of_2_to_16_levels, same_bits
+from helpers.strategies import (
+    HALF_AND_SINGLE,
+    LAYOUTS,
+    Recipe,
+    bits,
+    codes_of_2_to_16_levels,
+    same_bits,
+)
 from kernels import dispatch
 from kernels import launch_cuda as launch
 from kernels.cpu import adamw as on_the_cpu
@@ -35,11 +42,15 @@ FEW = settings(max_examples=25)
 
 
 @contextmanager
-def simulated(order: int = 0, capability: tuple[int, int] = (9, 0), processors: int = 2) -> Iterator[list[str]]:
+def simulated(
+    order: int = 0, capability: tuple[int, int] = (9, 0), processors: int = 2
+) -> Iterator[list[str]]:
     """dispatch.py takes tensors of the CPU for tensors of a GPU. -> the names of the kernels that ran"""
     names: list[str] = []
 
-    def run(kernel: launch.Kernel, blocks: int, device: torch.device, *arguments: Tensor | float) -> None:
+    def run(
+        kernel: launch.Kernel, blocks: int, device: torch.device, *arguments: Tensor | float
+    ) -> None:
         names.extend([kernel.function.__name__] * bool(blocks))
         warpsim.run(kernel, blocks, arguments, order)
 
@@ -48,7 +59,9 @@ def simulated(order: int = 0, capability: tuple[int, int] = (9, 0), processors: 
         patch.setattr(launch, "capability", lambda device: capability)
         patch.setattr(launch, "processors", lambda device: processors)
         patch.setattr(dispatch, "_kernels", lambda tensor: launch)
-        torch.use_deterministic_algorithms(True)  # and with that, torch.empty is NaN, or the largest integer
+        torch.use_deterministic_algorithms(
+            True
+        )  # and with that, torch.empty is NaN, or the largest integer
         try:
             yield names
         finally:
@@ -65,9 +78,17 @@ def test_uninitialized_memory_is_garbage_there() -> None:
 
 sizes = st.one_of(st.tuples(st.integers(1, 700)), st.tuples(st.integers(1, 30), st.integers(1, 30)))
 blocks_of_numbers = st.builds(
-    Recipe, sizes, st.sampled_from([*HALF_AND_SINGLE, torch.float64]), st.sampled_from(LAYOUTS), st.sampled_from(BLOCKS),
-    st.sampled_from(["normal", "outliers", "zero blocks", "ties", "largest", "blocks of all sizes"]), st.integers(-150, 100),
-    st.integers(0, 99))
+    Recipe,
+    sizes,
+    st.sampled_from([*HALF_AND_SINGLE, torch.float64]),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(BLOCKS),
+    st.sampled_from(
+        ["normal", "outliers", "zero blocks", "ties", "largest", "blocks of all sizes"]
+    ),
+    st.integers(-150, 100),
+    st.integers(0, 99),
+)
 
 
 @FEW
@@ -75,18 +96,26 @@ blocks_of_numbers = st.builds(
 @example(Recipe((2049,), torch.bfloat16), nf4.NF4, 0)  # a second block of threads, for one number
 @example(Recipe((2056,), block_size=256), nf4.NF4, 1)
 @example(Recipe((127,), torch.float16, block_size=8), nf4.normal_float(2), 2)
-def test_codes_and_constants_are_those_of_the_reference_bit_for_bit(recipe: Recipe, codebook: Tensor, order: int) -> None:
+def test_codes_and_constants_are_those_of_the_reference_bit_for_bit(
+    recipe: Recipe, codebook: Tensor, order: int
+) -> None:
     weight = recipe.tensor()
     expected = nf4.quantize(weight, recipe.block_size, codebook)
     with simulated(order) as ran:
         q = dispatch.quantize(weight, recipe.block_size, codebook)
-    assert ran == ["quantize"] and same_bits(q.packed, expected.packed) and same_bits(q.absmax, expected.absmax)
+    assert (
+        ran == ["quantize"]
+        and same_bits(q.packed, expected.packed)
+        and same_bits(q.absmax, expected.absmax)
+    )
     assert (q.shape, q.dtype, q.block_size) == (expected.shape, expected.dtype, expected.block_size)
 
 
 @pytest.mark.parametrize("dtype", [*HALF_AND_SINGLE, torch.float64])
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_refused_as_the_reference_does(dtype: torch.dtype, bad: float) -> None:
+def test_what_is_not_finite_is_refused_as_the_reference_does(
+    dtype: torch.dtype, bad: float
+) -> None:
     for place in (0, 63, 127, 199):
         weight = random(200, dtype=dtype)
         weight[place] = bad
@@ -95,7 +124,9 @@ def test_what_is_not_finite_is_refused_as_the_reference_does(dtype: torch.dtype,
         assert told == said(lambda weight=weight: nf4.quantize(weight))
 
 
-@pytest.mark.parametrize(("block_size", "dtype"), [(4, torch.float32), (512, torch.float32), (64, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("block_size", "dtype"), [(4, torch.float32), (512, torch.float32), (64, torch.bfloat16)]
+)
 def test_blocks_without_a_kernel_go_to_the_reference(block_size: int, dtype: torch.dtype) -> None:
     weight = random(600, dtype=dtype)
     with simulated(capability=(7, 5)) as ran:  # which has no bfloat16
@@ -120,24 +151,40 @@ def test_eight_bit_codes_go_to_the_reference() -> None:
 # dequantize
 
 tensors = st.builds(
-    Recipe, st.tuples(st.one_of(st.integers(1, 400), st.integers(1000, 3000))), st.sampled_from(HALF_AND_SINGLE),
-    st.just("contiguous"), st.sampled_from([2, 8, 64, 4096]),
-    st.sampled_from(["normal", "zero blocks", "blocks of all sizes", "largest"]), st.integers(-100, 60), st.integers(0, 99),
+    Recipe,
+    st.tuples(st.one_of(st.integers(1, 400), st.integers(1000, 3000))),
+    st.sampled_from(HALF_AND_SINGLE),
+    st.just("contiguous"),
+    st.sampled_from([2, 8, 64, 4096]),
+    st.sampled_from(["normal", "zero blocks", "blocks of all sizes", "largest"]),
+    st.integers(-100, 60),
+    st.integers(0, 99),
 )
 
 
 @FEW
 @given(tensors, st.booleans(), st.sampled_from(HALF_AND_SINGLE), orders)
 @example(Recipe((1024,)), True, torch.bfloat16, 0)  # nothing left for v1
-@example(Recipe((9217,), torch.bfloat16), True, torch.bfloat16, 1)  # a second block of v4, and one element
-@example(Recipe((2049,), torch.float16, block_size=8, pattern="blocks of all sizes"), True, torch.float32, 2)
-def test_decoded_numbers_have_the_bits_of_the_reference(recipe: Recipe, double: bool, dtype: torch.dtype, order: int) -> None:
+@example(
+    Recipe((9217,), torch.bfloat16), True, torch.bfloat16, 1
+)  # a second block of v4, and one element
+@example(
+    Recipe((2049,), torch.float16, block_size=8, pattern="blocks of all sizes"),
+    True,
+    torch.float32,
+    2,
+)
+def test_decoded_numbers_have_the_bits_of_the_reference(
+    recipe: Recipe, double: bool, dtype: torch.dtype, order: int
+) -> None:
     q, constants = weight_of(recipe, double)
     with simulated(order) as ran:
         out = dispatch.dequantize(q, dtype, constants)
     assert same_bits(out, dense(q, constants, dtype))
     n = math.prod(recipe.shape)
-    assert ran == ["swapped"] * (n >= 1024 and recipe.block_size >= 8) + ["naive"] * (n % 1024 > 0 or recipe.block_size < 8)
+    assert ran == ["swapped"] * (n >= 1024 and recipe.block_size >= 8) + ["naive"] * (
+        n % 1024 > 0 or recipe.block_size < 8
+    )
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -145,26 +192,42 @@ def test_constants_that_are_not_finite_decode_as_the_reference_decodes_them(bad:
     q, constants = weight_of(Recipe((1100,)), True)
     nested = constants.absmax.clone()
     nested[0] = bad
-    for broken in (dataclasses.replace(constants, absmax=nested), dataclasses.replace(constants, offset=torch.tensor([bad]))):
+    for broken in (
+        dataclasses.replace(constants, absmax=nested),
+        dataclasses.replace(constants, offset=torch.tensor([bad])),
+    ):
         expected = dense(q, broken)
         with simulated():
             decoded = dispatch.dequantize(q, None, broken)
-        assert torch.equal(decoded.isnan(), expected.isnan()) and same_bits(decoded.nan_to_num(7), expected.nan_to_num(7))
+        assert torch.equal(decoded.isnan(), expected.isnan()) and same_bits(
+            decoded.nan_to_num(7), expected.nan_to_num(7)
+        )
 
 
-RUNGS: dict[str, Callable[[str], launch.Kernel]] = {name: getattr(dequantize, name) for name in ("v1", "v2", "v3", "v4")}
+RUNGS: dict[str, Callable[[str], launch.Kernel]] = {
+    name: getattr(dequantize, name) for name in ("v1", "v2", "v3", "v4")
+}
 
 
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_each_rung_of_the_ladder_has_the_same_bits(rung: str, dtype: torch.dtype, order: int) -> None:
+def test_each_rung_of_the_ladder_has_the_same_bits(
+    rung: str, dtype: torch.dtype, order: int
+) -> None:
     n = 9 * 1024  # more than a block of each
     q, constants = weight_of(Recipe((n,), dtype), True)
     kernel, out = RUNGS[rung](launch.NAMES[dtype]), torch.full((n,), torch.nan, dtype=dtype)
-    rest = {"v1": (q.packed, out, 0, n), "v2": (q.packed, out, n), "v3": (out, n), "v4": (out, n // 1024)}[rung]
+    rest = {
+        "v1": (q.packed, out, 0, n),
+        "v2": (q.packed, out, n),
+        "v3": (out, n),
+        "v4": (out, n // 1024),
+    }[rung]
     threads = n // {"v1": 1, "v2": 2, "v3": 8, "v4": 32}[rung]
-    warpsim.run(kernel, -(-threads // kernel.threads), (*launch.weight(stored(q, constants)), *rest), order)
+    warpsim.run(
+        kernel, -(-threads // kernel.threads), (*launch.weight(stored(q, constants)), *rest), order
+    )
     assert same_bits(out, dense(q, constants))
 
 
@@ -193,20 +256,35 @@ class Product:
 
     def is_within_its_bound(self, order: int) -> bool:
         recipe = Recipe(self.shape, block_size=self.block_size, seed=self.tokens, exponent=-3)
-        (q, constants), x = weight_of(recipe, self.double), random(self.tokens, self.shape[1], dtype=self.dtype)
+        (q, constants), x = (
+            weight_of(recipe, self.double),
+            random(self.tokens, self.shape[1], dtype=self.dtype),
+        )
         b = random(self.shape[0], seed=1) if self.bias else None
         with simulated(order, self.capability):
             y = launch.few_rows(x, stored(q, constants), b)
-        return y.dtype == self.dtype and few_rows(x, dense(q, constants, torch.float32), b).allows(y)
+        return y.dtype == self.dtype and few_rows(x, dense(q, constants, torch.float32), b).allows(
+            y
+        )
 
 
 ON_TENSOR_CORES = [
-    Product(1, (40, 128)), Product(8, (32, 64)), Product(3, (33, 192), torch.float16, bias=True), Product(9, (65, 1088)),
-    Product(17, (70, 320), torch.float16, False), Product(33, (150, 128), bias=True), Product(64, (129, 64), torch.float16),
-    Product(5, (9, 2112), block_size=4096), Product(2, (40, 192), block_size=128)]
-PORTABLE = [Product(1, (9, 96), torch.float32, block_size=32), Product(4, (17, 1056), torch.float32, bias=True, block_size=32),
-            Product(3, (8, 64), torch.float16, False, capability=(7, 5)),
-            Product(1, (20, 1088), torch.float16, bias=True, capability=(7, 5))]
+    Product(1, (40, 128)),
+    Product(8, (32, 64)),
+    Product(3, (33, 192), torch.float16, bias=True),
+    Product(9, (65, 1088)),
+    Product(17, (70, 320), torch.float16, False),
+    Product(33, (150, 128), bias=True),
+    Product(64, (129, 64), torch.float16),
+    Product(5, (9, 2112), block_size=4096),
+    Product(2, (40, 192), block_size=128),
+]
+PORTABLE = [
+    Product(1, (9, 96), torch.float32, block_size=32),
+    Product(4, (17, 1056), torch.float32, bias=True, block_size=32),
+    Product(3, (8, 64), torch.float16, False, capability=(7, 5)),
+    Product(1, (20, 1088), torch.float16, bias=True, capability=(7, 5)),
+]
 
 
 @pytest.mark.parametrize("product", [*ON_TENSOR_CORES, *PORTABLE], ids=str)
@@ -216,7 +294,9 @@ def test_a_product_is_within_its_bound(product: Product) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_a_product_is_the_same_however_many_tiles_share_their_columns(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_is_the_same_however_many_tiles_share_their_columns(
+    groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "widest", lambda height, tiles, device: groups)
     assert Product(17, (200, 640), bias=True).is_within_its_bound(0)
 
@@ -241,9 +321,15 @@ def test_the_same_product_has_the_same_bits_in_every_order() -> None:
     assert all(same_bits(result, results[0]) for result in results)
 
 
-WITHOUT_A_KERNEL = [Product(65), Product(3, (40, 100)), Product(3, block_size=32), Product(5, (40, 96), torch.float32),
-                    Product(3, (40, 96), torch.float16), Product(3, capability=(7, 5)),
-                    Product(3, (40, 96), torch.float16, block_size=16, capability=(7, 5))]
+WITHOUT_A_KERNEL = [
+    Product(65),
+    Product(3, (40, 100)),
+    Product(3, block_size=32),
+    Product(5, (40, 96), torch.float32),
+    Product(3, (40, 96), torch.float16),
+    Product(3, capability=(7, 5)),
+    Product(3, (40, 96), torch.float16, block_size=16, capability=(7, 5)),
+]
 
 
 @pytest.mark.parametrize("product", WITHOUT_A_KERNEL, ids=str)
@@ -260,7 +346,9 @@ def test_gradients_are_multiplied_dense_and_by_a_kernel_where_there_is_one() -> 
     (q, constants), g = weight_of(Recipe((128, 64)), True), random(3, 128, dtype=torch.bfloat16)
     with simulated() as ran:
         dx = dispatch.matmul(g, q, constants, transposed=False)
-        assert ran == ["swapped"] and same_bits(dx, torch.mm(g, dense(q, constants, torch.bfloat16)))
+        assert ran == ["swapped"] and same_bits(
+            dx, torch.mm(g, dense(q, constants, torch.bfloat16))
+        )
         dispatch.matmul(random(3, 64, dtype=torch.bfloat16), q, constants)
         assert ran == ["swapped", "matmul"]
 
@@ -268,36 +356,67 @@ def test_gradients_are_multiplied_dense_and_by_a_kernel_where_there_is_one() -> 
 def test_wide_tiles_leave_no_processor_idle() -> None:
     with simulated(processors=100):
         device = torch.device("cpu")
-        assert [launch.widest(height, 8, device) for height in (12800, 12799, 6400, 6399, 10)] == [4, 2, 2, 1, 1]
+        assert [launch.widest(height, 8, device) for height in (12800, 12799, 6400, 6399, 10)] == [
+            4,
+            2,
+            2,
+            1,
+            1,
+        ]
         assert [launch.widest(10**6, tiles, device) for tiles in (1, 2, 4, 8)] == [1, 2, 4, 4]
 
 
 # AdamW
 
-hyperparameters = st.fixed_dictionaries({
-    "step": st.integers(1, 3), "betas": st.sampled_from([(0.9, 0.999), (0.3, 0.5), (0.0, 0.0), (1e-9, 0.9)]),
-    "lr": st.sampled_from([1e-3, 0.0, 10.0]), "eps": st.sampled_from([1e-8, 0.0]), "weight_decay": st.sampled_from([0.01, 0.0]),
-})
+hyperparameters = st.fixed_dictionaries(
+    {
+        "step": st.integers(1, 3),
+        "betas": st.sampled_from([(0.9, 0.999), (0.3, 0.5), (0.0, 0.0), (1e-9, 0.9)]),
+        "lr": st.sampled_from([1e-3, 0.0, 10.0]),
+        "eps": st.sampled_from([1e-8, 0.0]),
+        "weight_decay": st.sampled_from([0.01, 0.0]),
+    }
+)
 
 
-def scalars(step: int, betas: tuple[float, float], lr: float, eps: float, weight_decay: float) -> tuple:
+def scalars(
+    step: int, betas: tuple[float, float], lr: float, eps: float, weight_decay: float
+) -> tuple:
     beta1, beta2 = betas
-    return (step == 1, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5, eps,
-            -lr / (1 - beta1**step))
+    return (
+        step == 1,
+        1 - lr * weight_decay,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        (1 - beta2**step) ** 0.5,
+        eps,
+        -lr / (1 - beta1**step),
+    )
 
 
 def special(n: int, seed: int) -> Tensor:
     """Numbers of all sizes, zeros of both signs among them."""
-    numbers = random(n, seed=seed) * 2.0 ** torch.randint(-60, 60, (n,), generator=torch.Generator().manual_seed(seed))
+    numbers = random(n, seed=seed) * 2.0 ** torch.randint(
+        -60, 60, (n,), generator=torch.Generator().manual_seed(seed)
+    )
     return numbers.where(torch.arange(n) % 7 > 1, 0.0 * numbers)
 
 
 @FEW
 @given(st.integers(1, 90), st.integers(0, 5), st.integers(0, 99), hyperparameters, orders)
-@example(1100, 0, 0, {"step": 2, "betas": (0.9, 0.999), "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01}, 0)
-def test_an_update_has_the_bits_of_the_cpus_wherever_it_starts(n: int, start: int, seed: int, group: dict, order: int) -> None:
+@example(
+    1100, 0, 0, {"step": 2, "betas": (0.9, 0.999), "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01}, 0
+)
+def test_an_update_has_the_bits_of_the_cpus_wherever_it_starts(
+    n: int, start: int, seed: int, group: dict, order: int
+) -> None:
     """And that of the CPU has those of paged_optim.adamw_, as test_paged_optim.py shows."""
-    param, grad, moments = special(n + start, seed)[start:], special(n, seed + 1), special(2 * n, seed + 2).view(2, n)
+    param, grad, moments = (
+        special(n + start, seed)[start:],
+        special(n, seed + 1),
+        special(2 * n, seed + 2).view(2, n),
+    )
     moments[1] = moments[1].abs().nan_to_num()
     expected = param.clone(), grad.clone(), moments.clone()
     on_the_cpu.update(*[tensor.numpy() for tensor in expected], *scalars(**group))
@@ -312,13 +431,20 @@ def test_an_update_has_the_bits_of_the_cpus_wherever_it_starts(n: int, start: in
 def test_a_parameter_of_16_bits_has_no_kernel() -> None:
     group = {"betas": (0.9, 0.999), "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01}
     with simulated():
-        assert dispatch.adamw(random(4, dtype=torch.bfloat16), random(4, dtype=torch.bfloat16), 1, group) is None
+        assert (
+            dispatch.adamw(
+                random(4, dtype=torch.bfloat16), random(4, dtype=torch.bfloat16), 1, group
+            )
+            is None
+        )
 
 
 # what goes where
 
 
-def test_a_tensor_of_the_cpu_or_without_a_compiler_gets_no_kernel_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_of_the_cpu_or_without_a_compiler_gets_no_kernel_of_the_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     there = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
     assert dispatch._kernels(random(3)) is dispatch.host and dispatch._kernels(there) is launch
     monkeypatch.setenv("QLORA_KERNELS", "reference")
@@ -332,7 +458,10 @@ def test_a_tensor_of_the_cpu_or_without_a_compiler_gets_no_kernel_of_the_gpu(mon
 
 def test_a_weight_too_large_for_32_bits_has_no_kernel() -> None:
     q, _ = weight_of(Recipe((64,)), False)
-    assert launch.weight(stored(dataclasses.replace(q, shape=torch.Size((2**16, 2**16))), None)) is None
+    assert (
+        launch.weight(stored(dataclasses.replace(q, shape=torch.Size((2**16, 2**16))), None))
+        is None
+    )
 
 
 class FakeDriver:
@@ -357,12 +486,18 @@ def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     driver = FakeDriver()
     monkeypatch.setattr(launch, "driver", driver)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=7))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=7)
+    )
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77)
+    )
     return driver
 
 
-def test_a_launch_gives_the_driver_addresses_and_numbers_on_torchs_stream(fake_driver: FakeDriver) -> None:
+def test_a_launch_gives_the_driver_addresses_and_numbers_on_torchs_stream(
+    fake_driver: FakeDriver,
+) -> None:
     kernel, device = dequantize.v1("float32"), torch.device("cuda", 1)
     out = torch.empty(300)
     arguments = (*[out] * 6, 2.5, 6, 8, 1, out, out, 0, 300)
@@ -372,11 +507,18 @@ def test_a_launch_gives_the_driver_addresses_and_numbers_on_torchs_stream(fake_d
     assert names.count("cuModuleLoadData") == 1 and names.count("cuLaunchKernel") == 2
     assert names.count("cuCtxPushCurrent") == names.count("cuCtxPopCurrent") == 3
     ptx = next(arguments[0] for name, *arguments in fake_driver.calls if name == "cuModuleLoadData")
-    name = next(arguments[1] for name, *arguments in fake_driver.calls if name == "cuModuleGetFunction")
+    name = next(
+        arguments[1] for name, *arguments in fake_driver.calls if name == "cuModuleGetFunction"
+    )
     assert b".entry " + name in ptx and ptx.endswith(b"\0")
     launched = next(arguments for name, *arguments in fake_driver.calls if name == "cuLaunchKernel")
     function, *grid, shared, stream, (values, kinds), _ = launched
-    assert (function, grid, shared, stream) == ("what cuModuleGetFunction gave", [2, 1, 1, 256, 1, 1], 0, 77)
+    assert (function, grid, shared, stream) == (
+        "what cuModuleGetFunction gave",
+        [2, 1, 1, 256, 1, 1],
+        0,
+        77,
+    )
     assert values == (*[out.data_ptr()] * 6, 2.5, 6, 8, 1, out.data_ptr(), out.data_ptr(), 0, 300)
     wanted = ["c_void_p"] * 6 + ["c_float"] + ["c_uint"] * 3 + ["c_void_p"] * 2 + ["c_uint"] * 2
     assert [kind.__name__ for kind in kinds] == wanted
@@ -388,7 +530,9 @@ def test_a_launch_gives_the_driver_addresses_and_numbers_on_torchs_stream(fake_d
 def test_a_driver_that_refuses_is_an_error(fake_driver: FakeDriver) -> None:
     kernel, device = dequantize.v1("float32"), torch.device("cuda", 0)
     fake_driver.status = FakeDriver.CUresult.CUDA_ERROR_UNSUPPORTED_PTX_VERSION
-    with pytest.raises(RuntimeError, match="CUDA_ERROR_UNSUPPORTED_PTX_VERSION; QLORA_KERNELS=reference"):
+    with pytest.raises(
+        RuntimeError, match="CUDA_ERROR_UNSUPPORTED_PTX_VERSION; QLORA_KERNELS=reference"
+    ):
         launch.launch(kernel, 1, device)
 
 

@@ -50,7 +50,9 @@ def mutants_of(file: str) -> list[Mutant]:
     lines = [0, *(at + 1 for at, character in enumerate(source) if character == "\n")]
 
     def place(node: ast.AST) -> tuple[int, int]:
-        return lines[node.lineno - 1] + node.col_offset, lines[node.end_lineno - 1] + node.end_col_offset
+        return lines[node.lineno - 1] + node.col_offset, lines[
+            node.end_lineno - 1
+        ] + node.end_col_offset
 
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -67,10 +69,8 @@ def mutants_of(file: str) -> list[Mutant]:
 
 # Mutants that do no harm, as they print, and why
 HARMLESS = {
-    "quantize: power = F32(2.0**64) if scale [< -> <=] F32(2.0**-64) else F32(2.0**-64) if scale > F32(2.0**64) else F32(1)":
-        "a power of two more or less changes no code, at the end of the range",
-    "quantize: power = F32(2.0**64) if scale < F32(2.0**-64) else F32(2.0**-64) if scale [> -> >=] F32(2.0**64) else F32(1)":
-        "the same at the other end",
+    "quantize: power = F32(2.0**64) if scale [< -> <=] F32(2.0**-64) else F32(2.0**-64) if scale > F32(2.0**64) else F32(1)": "a power of two more or less changes no code, at the end of the range",
+    "quantize: power = F32(2.0**64) if scale < F32(2.0**-64) else F32(2.0**-64) if scale [> -> >=] F32(2.0**64) else F32(1)": "the same at the other end",
     "quantize: if start [< -> <=] n and n - start >= U32(8):": "at n itself the other half is false",
     "quantize: if start < n and n - start [>= -> >] U32(8):": "the last 8 are read one by one",
     "quantize: if start < n and n - start >= U32([8 -> 9]):": "the same",
@@ -98,9 +98,11 @@ def quantizes(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> boo
     exact = torch.arange(-8, 8) / 8  # levels with exact midpoints, each of which is a tie
     ties = torch.cat([torch.ones(1), (exact[1:] + exact[:-1]) / 2])
     for weight, block_size, codebook in [
-        (Recipe((334,), torch.bfloat16).tensor(), 16, nf4.NF4), (ties, 16, exact),
+        (Recipe((334,), torch.bfloat16).tensor(), 16, nf4.NF4),
+        (ties, 16, exact),
         (Recipe((2055,), pattern="blocks of all sizes").tensor(), 256, nf4.NF4),
-        (Recipe((133,), block_size=32, pattern="zero blocks").tensor(), 32, nf4.NF4)]:
+        (Recipe((133,), block_size=32, pattern="zero blocks").tensor(), 32, nf4.NF4),
+    ]:
         expected = nf4.quantize(weight, block_size, codebook)
         with simulated(order):
             q = dispatch.quantize(weight, block_size, codebook)
@@ -117,10 +119,18 @@ def dequantizes(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> b
         out = torch.full((2048,), torch.nan, dtype=torch.bfloat16)
         rest = (q.packed, out, 2048) if unit == 2 else (out, 2048)
         kernel = rung("bfloat16")
-        warpsim.run(kernel, 2048 // unit // kernel.threads + 1, (*launch.weight(stored(q, constants)), *rest), order)
+        warpsim.run(
+            kernel,
+            2048 // unit // kernel.threads + 1,
+            (*launch.weight(stored(q, constants)), *rest),
+            order,
+        )
         if not same_bits(out, dense(q, constants)):
             return False
-    for recipe, dtype in [(Recipe((2341,), torch.bfloat16), torch.bfloat16), (Recipe((2049,), block_size=8), torch.float32)]:
+    for recipe, dtype in [
+        (Recipe((2341,), torch.bfloat16), torch.bfloat16),
+        (Recipe((2049,), block_size=8), torch.float32),
+    ]:
         q, constants = weight_of(recipe, True)
         with simulated(order):
             if not same_bits(dispatch.dequantize(q, dtype, constants), dense(q, constants, dtype)):
@@ -133,10 +143,16 @@ def multiplies(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> bo
     patch.setattr(launch, "portable", kernels.portable)
     patch.setattr(launch, "widest", lambda height, tiles, device: min(tiles, 2))
     for tokens, shape, dtype, block_size, capability in [
-        (3, (9, 64), torch.float32, 32, (9, 0)), (4, (2, 1056), torch.float32, 32, (9, 0)),
+        (3, (9, 64), torch.float32, 32, (9, 0)),
+        (4, (2, 1056), torch.float32, 32, (9, 0)),
         (3, (2, 64), torch.float16, 64, (7, 5)),
-        (10, (40, 320), torch.bfloat16, 64, (9, 0)), (8, (32, 1088), torch.float16, 128, (8, 0))]:
-        (q, constants), x = weight_of(Recipe(shape, block_size=block_size), True), random(tokens, shape[1], dtype=dtype)
+        (10, (40, 320), torch.bfloat16, 64, (9, 0)),
+        (8, (32, 1088), torch.float16, 128, (8, 0)),
+    ]:
+        (q, constants), x = (
+            weight_of(Recipe(shape, block_size=block_size), True),
+            random(tokens, shape[1], dtype=dtype),
+        )
         bias = random(shape[0], seed=1)
         with simulated(order, capability):
             y = launch.few_rows(x, stored(q, constants), bias)
@@ -151,7 +167,9 @@ def updates(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> bool:
     for n in (1032, 261):
         param, grad, moments = special(n, 1), special(n, 2), special(2 * n, 3).view(2, n).abs()
         expected = param.clone(), moments.clone()
-        on_the_cpu.update(expected[0].numpy(), grad.numpy(), expected[1].numpy(), *scalars(step=2, **group))
+        on_the_cpu.update(
+            expected[0].numpy(), grad.numpy(), expected[1].numpy(), *scalars(step=2, **group)
+        )
         with simulated(order):
             dispatch.adamw(param, grad, 2, group)(0, moments)
         if not (same_bits(param, expected[0]) and same_bits(moments, expected[1])):
@@ -160,7 +178,11 @@ def updates(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> bool:
 
 
 CHECKS: dict[str, Callable[[ModuleType, int, pytest.MonkeyPatch], bool]] = {
-    "quantize": quantizes, "dequantize": dequantizes, "matmul": multiplies, "adamw": updates}
+    "quantize": quantizes,
+    "dequantize": dequantizes,
+    "matmul": multiplies,
+    "adamw": updates,
+}
 MUTANTS = [mutant for file in CHECKS for mutant in mutants_of(file)]
 
 

@@ -33,21 +33,36 @@ def garbage_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def weight_of(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> tuple[Quantized, double_quant.DoubleQuantized]:
+def weight_of(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
+) -> tuple[Quantized, double_quant.DoubleQuantized]:
     """A random weight on the GPU in 4 bits, everything that belongs to it there too."""
     q = nf4.quantize((torch.randn(shape) / 30).to(dtype))
     constants = double_quant.quantize(q.absmax)
     there = [tensor.to(DEVICE) for tensor in (q.packed, q.absmax, q.codebook)]
-    of_constants = [tensor.to(DEVICE) for tensor in (constants.codes, constants.absmax, constants.offset)]
-    return (Quantized(*there, q.shape, q.dtype, q.block_size),
-            double_quant.DoubleQuantized(*of_constants, constants.block_size, constants.codebook.to(DEVICE)))
+    of_constants = [
+        tensor.to(DEVICE) for tensor in (constants.codes, constants.absmax, constants.offset)
+    ]
+    return (
+        Quantized(*there, q.shape, q.dtype, q.block_size),
+        double_quant.DoubleQuantized(
+            *of_constants, constants.block_size, constants.codebook.to(DEVICE)
+        ),
+    )
 
 
 def dense(q: Quantized, constants: double_quant.DoubleQuantized, dtype: torch.dtype) -> Tensor:
     """By the reference, on the CPU."""
     pieces = [tensor.cpu() for tensor in (constants.codes, constants.absmax, constants.offset)]
     moved = double_quant.DoubleQuantized(*pieces, constants.block_size)
-    here = Quantized(q.packed.cpu(), double_quant.dequantize(moved), q.codebook.cpu(), q.shape, q.dtype, q.block_size)
+    here = Quantized(
+        q.packed.cpu(),
+        double_quant.dequantize(moved),
+        q.codebook.cpu(),
+        q.shape,
+        q.dtype,
+        q.block_size,
+    )
     return nf4.dequantize(here, dtype)
 
 
@@ -59,7 +74,9 @@ def test_the_gpu_has_kernels() -> None:
 @pytest.mark.parametrize("shape", [*SHAPES, (1,), (65537,), (1025,)])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("block_size", [8, 64, 256])
-def test_quantizing_gives_the_bits_of_the_reference(shape: tuple[int, ...], dtype: torch.dtype, block_size: int) -> None:
+def test_quantizing_gives_the_bits_of_the_reference(
+    shape: tuple[int, ...], dtype: torch.dtype, block_size: int
+) -> None:
     weight = torch.randn(shape).to(dtype)
     q, expected = dispatch.quantize(weight.to(DEVICE), block_size), nf4.quantize(weight, block_size)
     assert same_bits(q.packed.cpu(), expected.packed) and same_bits(q.absmax.cpu(), expected.absmax)
@@ -75,7 +92,9 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1,), (65537,), (1025,)])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-def test_decoding_gives_the_bits_of_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_decoding_gives_the_bits_of_the_reference(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     q, constants = weight_of(shape)
     assert same_bits(dispatch.dequantize(q, dtype, constants).cpu(), dense(q, constants, dtype))
 
@@ -83,18 +102,25 @@ def test_decoding_gives_the_bits_of_the_reference(shape: tuple[int, ...], dtype:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 17, 33, 64])
-def test_a_product_with_few_rows_is_within_its_bound(shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> None:
+def test_a_product_with_few_rows_is_within_its_bound(
+    shape: tuple[int, int], dtype: torch.dtype, tokens: int
+) -> None:
     q, constants = weight_of(shape)
     x = torch.randn(tokens, shape[1], dtype=dtype)
     y = dispatch.matmul(x.to(DEVICE), q, constants)
-    assert y.dtype == dtype and few_rows(x, dense(q, constants, torch.float32), None).allows(y.cpu())
+    assert y.dtype == dtype and few_rows(x, dense(q, constants, torch.float32), None).allows(
+        y.cpu()
+    )
 
 
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 def test_a_product_with_many_rows_is_within_its_bound(transposed: bool, dtype: torch.dtype) -> None:
     q, constants = weight_of((1000, 192))
-    x, weight = torch.randn(200, 192 if transposed else 1000, dtype=dtype), dense(q, constants, dtype)
+    x, weight = (
+        torch.randn(200, 192 if transposed else 1000, dtype=dtype),
+        dense(q, constants, dtype),
+    )
     y = dispatch.matmul(x.to(DEVICE), q, constants, transposed)
     bound = operand(x, dtype).matmul(operand(weight.T if transposed else weight, dtype), dtype)
     assert in_float64(bound, 2 * x.shape[1]).allows(y.cpu())
@@ -108,8 +134,16 @@ def test_an_update_has_the_bits_of_the_cpus(n: int) -> None:
         grad = torch.randn(n)
         dispatch.adamw(there[0], grad.to(DEVICE), step, GROUP)(0, there[1])
         beta1, beta2 = GROUP["betas"]
-        scalars = (step == 1, 1 - GROUP["lr"] * GROUP["weight_decay"], 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5,
-                   GROUP["eps"], -GROUP["lr"] / (1 - beta1**step))
+        scalars = (
+            step == 1,
+            1 - GROUP["lr"] * GROUP["weight_decay"],
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            (1 - beta2**step) ** 0.5,
+            GROUP["eps"],
+            -GROUP["lr"] / (1 - beta1**step),
+        )
         on_the_cpu.update(param.numpy(), grad.numpy(), moments.numpy(), *scalars)
     assert same_bits(there[0].cpu(), param) and same_bits(there[1].cpu(), moments)
 
@@ -133,14 +167,20 @@ WORK: dict[str, Callable[..., Tensor]] = {
     "dequantize": lambda x, q, constants: dispatch.dequantize(q, torch.bfloat16, constants),
     "few rows": lambda x, q, constants: dispatch.matmul(x[:3], q, constants),
     "many rows": lambda x, q, constants: dispatch.matmul(x, q, constants),
-    "gradient": lambda x, q, constants: dispatch.matmul(x @ x.T @ x[:, :1].expand(-1, q.shape[0]), q, constants, False),
+    "gradient": lambda x, q, constants: dispatch.matmul(
+        x @ x.T @ x[:, :1].expand(-1, q.shape[0]), q, constants, False
+    ),
 }
 
 
 @pytest.mark.parametrize("what", WORK)
 def test_another_stream_sees_what_was_put_on_it_before(what: str) -> None:
     """A kernel on the default stream would overtake the copy that is still to come."""
-    (q, constants), x, stream = weight_of((512, 256)), torch.randn(100, 256, device=DEVICE).bfloat16(), torch.cuda.Stream()
+    (q, constants), x, stream = (
+        weight_of((512, 256)),
+        torch.randn(100, 256, device=DEVICE).bfloat16(),
+        torch.cuda.Stream(),
+    )
     expected, late = WORK[what](x, q, constants), torch.zeros_like(x)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
@@ -168,7 +208,9 @@ def test_a_graph_replays_it_with_new_numbers(what: str) -> None:
 @pytest.mark.parametrize("what", WORK)
 def test_torch_compile_takes_it_as_it_is(what: str) -> None:
     (q, constants), x = weight_of((512, 256)), torch.randn(100, 256, device=DEVICE).bfloat16()
-    compiled = torch.compile(lambda x: WORK[what](x, q, constants), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: WORK[what](x, q, constants), fullgraph=True, backend="aot_eager"
+    )
     assert same_bits(compiled(x), WORK[what](x, q, constants))
 
 

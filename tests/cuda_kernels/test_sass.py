@@ -25,17 +25,36 @@ KINDS = ["bfloat16", "float16", "float32"]
 KERNELS: dict[str, Callable[[], Kernel]] = {
     **{f"quantize {kind}": lambda kind=kind: quantize.blockwise(kind) for kind in KINDS},
     **{f"dequantize v1 {kind}": lambda kind=kind: dequantize.v1(kind) for kind in KINDS},
-    **{f"dequantize {rung.__name__} bfloat16": lambda rung=rung: rung("bfloat16") for rung in (dequantize.v2, dequantize.v3)},
+    **{
+        f"dequantize {rung.__name__} bfloat16": lambda rung=rung: rung("bfloat16")
+        for rung in (dequantize.v2, dequantize.v3)
+    },
     **{f"dequantize v4 {kind}": lambda kind=kind: dequantize.v4(kind) for kind in KINDS},
-    **{f"matmul {kind} {tiles}x{groups}": lambda kind=kind, tiles=tiles, groups=groups: matmul.tensor_core(kind, tiles, groups)
-       for kind, tiles, groups in [("bfloat16", 1, 1), ("float16", 1, 1), ("bfloat16", 2, 2), ("bfloat16", 4, 4),
-                                   ("bfloat16", 8, 4), ("bfloat16", 8, 1)]},
-    **{f"matmul portable {kind} {rows}": lambda kind=kind, rows=rows: matmul.portable(kind, rows)
-       for kind, rows in [("float32", 1), ("float32", 4), ("float16", 4)]},
+    **{
+        f"matmul {kind} {tiles}x{groups}": lambda kind=kind, tiles=tiles, groups=groups: (
+            matmul.tensor_core(kind, tiles, groups)
+        )
+        for kind, tiles, groups in [
+            ("bfloat16", 1, 1),
+            ("float16", 1, 1),
+            ("bfloat16", 2, 2),
+            ("bfloat16", 4, 4),
+            ("bfloat16", 8, 4),
+            ("bfloat16", 8, 1),
+        ]
+    },
+    **{
+        f"matmul portable {kind} {rows}": lambda kind=kind, rows=rows: matmul.portable(kind, rows)
+        for kind, rows in [("float32", 1), ("float32", 4), ("float16", 4)]
+    },
     "adamw": lambda: adamw.ADAMW,
 }
 CASES = [(name, gpu) for name in KERNELS for gpu in GENERATIONS]
-CASES += [("matmul portable float16 4", "sm_75"), ("dequantize v4 float16", "sm_75"), ("quantize float32", "sm_75")]
+CASES += [
+    ("matmul portable float16 4", "sm_75"),
+    ("dequantize v4 float16", "sm_75"),
+    ("quantize float32", "sm_75"),
+]
 
 
 class Code(NamedTuple):
@@ -55,8 +74,14 @@ class Code(NamedTuple):
         """The innermost loop with such an instruction in it: from a label to a branch back to it."""
         ends = [(at, re.search(r"BRA.*`\((\.L\w+)\)", line)) for at, line in enumerate(self.lines)]
         starts = {line[:-1]: at for at, line in enumerate(self.lines) if line.startswith(".L")}
-        bodies = [self.lines[starts[end[1]] + 1 : at + 1] for at, end in ends if end and starts[end[1]] < at]
-        return min((body for body in bodies if any(line.startswith(name) for line in body)), key=len)
+        bodies = [
+            self.lines[starts[end[1]] + 1 : at + 1]
+            for at, end in ends
+            if end and starts[end[1]] < at
+        ]
+        return min(
+            (body for body in bodies if any(line.startswith(name) for line in body)), key=len
+        )
 
 
 @cache
@@ -68,7 +93,11 @@ def compiled(name: str, gpu: str) -> Code:
         source.write_text(ptx)
         made = run("ptxas", "-v", f"-arch={gpu}", source, "-o", binary)
         listing = run("nvdisasm", "-c", binary)
-    found = re.findall(r"^(\.L\w+:)|/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*?)\s*;", listing.stdout, re.MULTILINE)
+    found = re.findall(
+        r"^(\.L\w+:)|/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*?)\s*;",
+        listing.stdout,
+        re.MULTILINE,
+    )
     return Code(made.stderr, [label or instruction for label, instruction in found])
 
 
@@ -103,13 +132,19 @@ def test_loads_and_stores_are_as_wide_as_the_docstrings_say(name: str, gpu: str)
     elif "portable" in name:
         assert wide >= 2
     elif "matmul" in name:
-        assert wide >= 4 + 2 * 2 * int(name.split()[2].partition("x")[0])  # 4 of W, and 4 of x for each 8 rows of it
+        assert wide >= 4 + 2 * 2 * int(
+            name.split()[2].partition("x")[0]
+        )  # 4 of W, and 4 of x for each 8 rows of it
 
 
-@pytest.mark.parametrize(("name", "gpu"), [case for case in CASES if "matmul" in case[0] and "portable" not in case[0]])
+@pytest.mark.parametrize(
+    ("name", "gpu"), [case for case in CASES if "matmul" in case[0] and "portable" not in case[0]]
+)
 def test_tensor_cores_multiply(name: str, gpu: str) -> None:
     """Sixteen times for each 8 rows of x: 32 rows of W, two blocks of 64 columns."""
-    assert compiled(name, gpu).count("HMMA.16816.F32") >= 16 * int(name.split()[2].partition("x")[0])
+    assert compiled(name, gpu).count("HMMA.16816.F32") >= 16 * int(
+        name.split()[2].partition("x")[0]
+    )
 
 
 # The only pointers that a kernel may read through the path for constant memory: what it never writes
@@ -119,7 +154,11 @@ READ_ONLY = {"quantize": 2, "dequantize": 1, "matmul": None, "adamw": 1}
 @pytest.mark.parametrize(("name", "gpu"), CASES)
 def test_nothing_that_a_kernel_writes_is_read_as_if_it_were_constant(name: str, gpu: str) -> None:
     """Of the gradient alone, in AdamW, may an old copy be used; the other kernels do not read what they write."""
-    loads = [instruction for instruction in compiled(name, gpu).instructions if instruction.startswith("LD")]
+    loads = [
+        instruction
+        for instruction in compiled(name, gpu).instructions
+        if instruction.startswith("LD")
+    ]
     constant = sum("CONSTANT" in load for load in loads)
     most = READ_ONLY[name.split()[0]]
     assert most is None or constant <= most
@@ -127,8 +166,10 @@ def test_nothing_that_a_kernel_writes_is_read_as_if_it_were_constant(name: str, 
 
 def test_each_rung_of_the_ladder_needs_fewer_instructions_an_element() -> None:
     """v4 has its loop twice, with and without double quantization, and runs it once."""
-    per_element = [len(compiled(f"dequantize {rung} bfloat16", "sm_90").instructions) / elements
-                   for rung, elements in (("v1", 1), ("v2", 2), ("v3", 8), ("v4", 2 * 32))]
+    per_element = [
+        len(compiled(f"dequantize {rung} bfloat16", "sm_90").instructions) / elements
+        for rung, elements in (("v1", 1), ("v2", 2), ("v3", 8), ("v4", 2 * 32))
+    ]
     assert per_element == sorted(per_element, reverse=True)
 
 

@@ -32,7 +32,9 @@ class Recorder:
         self.concurrent, self.code = concurrent, code
         self.blocks: dict[int, ctypes.Array] = {}
         self.log: list[str] = []
-        self.moves: list[tuple[tuple[int, int], int, int, int]] = []  # block and offset, size, place, stream
+        self.moves: list[
+            tuple[tuple[int, int], int, int, int]
+        ] = []  # block and offset, size, place, stream
         self.advice: list[tuple[tuple[int, int], int, int]] = []
 
     def cuDeviceGetAttribute(self, answer: object, attribute: int, device: ctypes.c_int) -> int:
@@ -40,7 +42,9 @@ class Recorder:
         answer._obj.value = self.concurrent
         return self.code
 
-    def cuMemAllocManaged(self, address: object, size: ctypes.c_size_t, flags: ctypes.c_uint) -> int:
+    def cuMemAllocManaged(
+        self, address: object, size: ctypes.c_size_t, flags: ctypes.c_uint
+    ) -> int:
         assert flags.value == 1
         block = ctypes.create_string_buffer(size.value)
         address._obj.value = ctypes.addressof(block)
@@ -54,17 +58,28 @@ class Recorder:
 
     def place_of(self, start: ctypes.c_uint64, size: ctypes.c_size_t) -> tuple[int, int]:
         """Which block, in the order of their making, and where in it; all of the range must lie there."""
-        ((number, base),) = ((number, base) for number, (base, block) in enumerate(self.blocks.items())
-                             if base <= start.value and start.value + size.value <= base + len(block))
+        ((number, base),) = (
+            (number, base)
+            for number, (base, block) in enumerate(self.blocks.items())
+            if base <= start.value and start.value + size.value <= base + len(block)
+        )
         return number, start.value - base
 
-    def cuMemAdvise_v2(self, start: ctypes.c_uint64, size: ctypes.c_size_t, advice: int, place: managed.Location) -> int:
+    def cuMemAdvise_v2(
+        self, start: ctypes.c_uint64, size: ctypes.c_size_t, advice: int, place: managed.Location
+    ) -> int:
         assert (advice, place.id) == (3, 0)
         self.advice.append((self.place_of(start, size), size.value, place.kind))
         return self.code
 
-    def cuMemPrefetchAsync_v2(self, start: ctypes.c_uint64, size: ctypes.c_size_t, place: managed.Location,
-                              flags: ctypes.c_uint, stream: ctypes.c_void_p) -> int:
+    def cuMemPrefetchAsync_v2(
+        self,
+        start: ctypes.c_uint64,
+        size: ctypes.c_size_t,
+        place: managed.Location,
+        flags: ctypes.c_uint,
+        stream: ctypes.c_void_p,
+    ) -> int:
         assert (flags.value, place.id) == (0, 0)
         self.moves.append((self.place_of(start, size), size.value, place.kind, stream.value))
         return self.code
@@ -91,7 +106,9 @@ def recording(free: int = 2**40, **settings: object) -> Iterator[Recorder]:
         patch.setattr(torch.cuda, "synchronize", lambda device: recorder.log.append("synchronize"))
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**41))
         patch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=ASIDE))
-        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=CURRENT))
+        patch.setattr(
+            torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=CURRENT)
+        )
         yield recorder
         gc.collect()  # an optimizer refers to itself
     gc.unfreeze()
@@ -116,8 +133,14 @@ budgets = st.one_of(st.none(), st.integers(1, 9))
 def test_on_unified_memory_bits_and_counters_are_those_of_the_file_and_nothing_is_left(
     sizes: list[int], elements: int, pages: int | None, dtype: torch.dtype
 ) -> None:
-    run, page_bytes = Run(shapes=[(1, n) for n in sizes], dtype=dtype), 2 * dtype.itemsize * elements
-    settings = {"page_bytes": page_bytes, "resident_bytes": None if pages is None else pages * page_bytes}
+    run, page_bytes = (
+        Run(shapes=[(1, n) for n in sizes], dtype=dtype),
+        2 * dtype.itemsize * elements,
+    )
+    settings = {
+        "page_bytes": page_bytes,
+        "resident_bytes": None if pages is None else pages * page_bytes,
+    }
     bits, counters, recorder = outcome(run, **settings)
     expected, copied = run.outcome(PagedAdamW, **settings)
     assert bits == expected == run.outcome(plain)[0]
@@ -140,6 +163,7 @@ def test_on_pinned_memory_too(sizes: list[int], elements: int, pages: int) -> No
 
 # What the driver is asked
 
+
 def three_pages(budget: float) -> tuple[Pager, list[Page]]:
     """Pages of 16 bytes; to be made while recording."""
     pager, pages = Pager(budget), [Page((2, 2), torch.float32, CPU) for _ in range(3)]
@@ -147,16 +171,26 @@ def three_pages(budget: float) -> tuple[Pager, list[Page]]:
     return pager, pages
 
 
-def test_a_fault_sends_a_page_to_the_device_and_an_eviction_to_the_host_in_the_order_of_the_kernels() -> None:
+def test_a_fault_sends_a_page_to_the_device_and_an_eviction_to_the_host_in_the_order_of_the_kernels() -> (
+    None
+):
     with recording() as recorder:
         pager, (a, b, c) = three_pages(budget=32)
         for page in (a, b, a, c, b):
             pager.fetch(page, write=True)
         device, host = (managed.ON_DEVICE, CURRENT), (managed.ON_HOST, CURRENT)
         one, two, three = (0, 0), (0, 16), (0, 32)
-        assert recorder.moves == [(one, 16, *device), (two, 16, *device), (two, 16, *host), (three, 16, *device),
-                                  (one, 16, *host), (two, 16, *device)]
-        assert recorder.advice == [move[:3] for move in recorder.moves]  # each place is made the preferred one
+        assert recorder.moves == [
+            (one, 16, *device),
+            (two, 16, *device),
+            (two, 16, *host),
+            (three, 16, *device),
+            (one, 16, *host),
+            (two, 16, *device),
+        ]
+        assert recorder.advice == [
+            move[:3] for move in recorder.moves
+        ]  # each place is made the preferred one
         del pager, page, a, b, c
     assert not recorder.blocks
 
@@ -166,23 +200,34 @@ def test_what_was_sent_to_the_device_and_not_back_never_exceeds_the_budget(
     sizes: list[int], elements: int, pages: int
 ) -> None:
     run = Run(shapes=[(1, n) for n in sizes], missing=0)
-    _, counters, recorder = outcome(run, page_bytes=8 * elements, resident_bytes=8 * elements * pages)
+    _, counters, recorder = outcome(
+        run, page_bytes=8 * elements, resident_bytes=8 * elements * pages
+    )
     there: dict[tuple[int, int], int] = {}
     for where, size, place, stream in recorder.moves:
         if stream == ASIDE:  # only what is there already
-            assert size == sum(there[each] for each in there if each[0] == where[0] and 0 <= each[1] - where[1] < size)
+            assert size == sum(
+                there[each]
+                for each in there
+                if each[0] == where[0] and 0 <= each[1] - where[1] < size
+            )
         elif place == managed.ON_HOST:
             assert there.pop(where) == size
         else:
             there[where] = size
         assert sum(there.values()) <= 8 * elements * pages
     moves = [place for _, _, place, stream in recorder.moves if stream == CURRENT]
-    assert (moves.count(managed.ON_DEVICE), moves.count(managed.ON_HOST)) == (counters["faults"], counters["evictions"])
+    assert (moves.count(managed.ON_DEVICE), moves.count(managed.ON_HOST)) == (
+        counters["faults"],
+        counters["evictions"],
+    )
 
 
 def test_the_next_parameter_is_asked_back_in_one_call_aside_if_all_of_it_is_resident() -> None:
     with recording() as recorder:
-        params = [nn.Parameter(torch.zeros(10)) for _ in range(3)]  # pages of 4, 4 and 2 elements, 80 bytes
+        params = [
+            nn.Parameter(torch.zeros(10)) for _ in range(3)
+        ]  # pages of 4, 4 and 2 elements, 80 bytes
         optimizer = PagedAdamW(params, page_bytes=32)
         for param in params:
             param.grad = torch.ones(10)
@@ -190,7 +235,9 @@ def test_the_next_parameter_is_asked_back_in_one_call_aside_if_all_of_it_is_resi
         assert all(stream == CURRENT for *_, stream in recorder.moves)  # none had been there
         recorder.moves.clear()
         optimizer.step()
-        assert recorder.moves == [((0, offset), 80, managed.ON_DEVICE, ASIDE) for offset in (80, 160)]
+        assert recorder.moves == [
+            ((0, offset), 80, managed.ON_DEVICE, ASIDE) for offset in (80, 160)
+        ]
         assert optimizer.counters["prefetches"] == 6
         del optimizer
 
@@ -201,13 +248,17 @@ def test_more_than_the_card_has_free_is_refused_unless_the_user_bounds_what_stay
         del recorder
         assert PagedAdamW([weight], page_bytes=32).pager.budget == float("inf")
     with recording(free=63) as recorder:
-        with pytest.raises(ValueError, match="must fit what cpu has free, 63 bytes, got 64; give resident_bytes"):
+        with pytest.raises(
+            ValueError, match="must fit what cpu has free, 63 bytes, got 64; give resident_bytes"
+        ):
             PagedAdamW([weight], page_bytes=32)
         assert not recorder.blocks
         assert PagedAdamW([weight], page_bytes=32, resident_bytes=32).pager.budget == 32
 
 
-def test_memory_lives_as_long_as_a_tensor_in_it_and_no_longer_and_is_freed_when_kernels_are_done() -> None:
+def test_memory_lives_as_long_as_a_tensor_in_it_and_no_longer_and_is_freed_when_kernels_are_done() -> (
+    None
+):
     with recording() as recorder:
         pager, (page, *rest) = three_pages(budget=48)
         tensor = pager.fetch(page, write=True).fill_(3)
@@ -229,29 +280,47 @@ def test_torch_is_told_address_and_size_and_copies_nothing() -> None:
         memory_tensor(memory)
         assert asked == [(memory, CUDA)]
         (address,) = recorder.blocks
-        assert memory.__cuda_array_interface__ == {"shape": (24,), "typestr": "|u1", "data": (address, False), "strides": None,
-                                                   "version": 3}
+        assert memory.__cuda_array_interface__ == {
+            "shape": (24,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
         asked.clear()
         del memory
 
 
 def test_a_call_that_fails_is_named() -> None:
-    with recording(code=2) as recorder, pytest.raises(RuntimeError, match="cuMemAllocManaged failed with CUDA error 2"):
+    with (
+        recording(code=2) as recorder,
+        pytest.raises(RuntimeError, match="cuMemAllocManaged failed with CUDA error 2"),
+    ):
         managed.Memory(managed.Driver(recorder, CUDA), 8)
 
 
 # Which store
 
-@pytest.mark.parametrize(("library", "shares"), [
-    (lambda name: Recorder(), True), (lambda name: Recorder(concurrent=False), False), (lambda name: SimpleNamespace(), False),
-])
-def test_a_gpu_shares_pages_if_its_driver_says_so(library: Callable, shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.mark.parametrize(
+    ("library", "shares"),
+    [
+        (lambda name: Recorder(), True),
+        (lambda name: Recorder(concurrent=False), False),
+        (lambda name: SimpleNamespace(), False),
+    ],
+)
+def test_a_gpu_shares_pages_if_its_driver_says_so(
+    library: Callable, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ctypes, "CDLL", library)
     assert (managed.driver_of(CUDA) is not None) == shares
     assert managed.driver_of(CPU) is None
 
 
-def test_without_a_driver_a_gpu_shares_nothing_and_its_pages_wait_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_driver_a_gpu_shares_nothing_and_its_pages_wait_in_pinned_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def missing(name: str) -> None:
         raise OSError(f"{name}: no such file")
 
@@ -275,6 +344,7 @@ def test_each_device_has_a_store_of_its_own() -> None:
 
 # Bugs that these tests must notice
 
+
 def stays(self: Managed, page: Page, tensor: Tensor) -> None:
     """The page is called evicted, and nothing tells the driver."""
 
@@ -285,8 +355,12 @@ def asks_for_all(self: Managed, pages: list[Page], resident: object) -> int:
 
 
 @pytest.mark.parametrize(("method", "mutant"), [("take_out", stays), ("announce", asks_for_all)])
-def test_a_store_that_overruns_its_budget_is_noticed(method: str, mutant: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    law = test_what_was_sent_to_the_device_and_not_back_never_exceeds_the_budget.hypothesis.inner_test
+def test_a_store_that_overruns_its_budget_is_noticed(
+    method: str, mutant: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    law = (
+        test_what_was_sent_to_the_device_and_not_back_never_exceeds_the_budget.hypothesis.inner_test
+    )
     law([8, 8], 4, 2)
     monkeypatch.setattr(Managed, method, mutant)
     with pytest.raises(AssertionError):
@@ -302,7 +376,9 @@ def stores_of(optimizer: PagedAdamW) -> set[type]:
     return {type(page.store) for cut in optimizer.pages.values() for page in cut}
 
 
-def trained(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int = 4) -> list[Tensor]:
+def trained(
+    params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int = 4
+) -> list[Tensor]:
     """Random gradients, the same for all. -> parameters and moments"""
     make = torch.Generator("cuda").manual_seed(1)
     for _ in range(steps):
@@ -316,7 +392,10 @@ def trained(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps:
 
 def on_the_gpu(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     make = torch.Generator("cuda").manual_seed(0)
-    return [nn.Parameter(torch.randn(n, generator=make, device="cuda", dtype=dtype)) for n in (1, 1000, 2**20 + 3)]
+    return [
+        nn.Parameter(torch.randn(n, generator=make, device="cuda", dtype=dtype))
+        for n in (1, 1000, 2**20 + 3)
+    ]
 
 
 @gpu
@@ -367,13 +446,17 @@ def test_on_a_gpu_state_makes_room_for_activations_that_nobody_foresaw() -> None
     """The paper's claim: when ordinary tensors fill the card, managed pages leave, and come back with their bits."""
     if managed.driver_of(torch.device("cuda")) is None:
         pytest.skip("this GPU shares no pages with the host")
-    size = torch.cuda.mem_get_info()[0] // 4 // 8  # elements whose moments take a quarter of what is free
+    size = (
+        torch.cuda.mem_get_info()[0] // 4 // 8
+    )  # elements whose moments take a quarter of what is free
     param = nn.Parameter(torch.zeros(size, device="cuda"))
     param.grad = torch.full_like(param, 0.5)
     optimizer = PagedAdamW([param], page_bytes=2**27)
     optimizer.step()
     before = param.detach()[:: size // 1000].clone()
-    room = torch.cuda.mem_get_info()[0] + optimizer.pager.resident // 2  # half of it must be taken from the pages
+    room = (
+        torch.cuda.mem_get_info()[0] + optimizer.pager.resident // 2
+    )  # half of it must be taken from the pages
     activations = torch.ones(room, dtype=torch.uint8, device="cuda")
     assert activations[-1] == 1
     del activations
@@ -382,4 +465,6 @@ def test_on_a_gpu_state_makes_room_for_activations_that_nobody_foresaw() -> None
     moments = next(iter(optimizer.pager.cache.values()))
     first, second = (1 - 0.9) * 0.5, (1 - 0.999) * 0.25
     assert (param.detach()[:: size // 1000] < before).all()
-    assert (moments[0] > first).all() and (moments[1] > second).all()  # two steps' worth: the first was not lost
+    assert (moments[0] > first).all() and (
+        moments[1] > second
+    ).all()  # two steps' worth: the first was not lost

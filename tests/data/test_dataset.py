@@ -25,7 +25,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.mark.parametrize("name", ["orders", "roman"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_generated_tasks_are_seeded_and_hold_out_what_they_train_on_nowhere(name: str, seed: int) -> None:
+def test_generated_tasks_are_seeded_and_hold_out_what_they_train_on_nowhere(
+    name: str, seed: int
+) -> None:
     parts = getattr(tasks, name)(random.Random(seed))
     assert parts == getattr(tasks, name)(random.Random(seed))
     assert parts != getattr(tasks, name)(random.Random(seed + 1))
@@ -40,8 +42,13 @@ def test_unseen_phrasings_are_no_part_of_training() -> None:
 
     def phrasing_of(prompt: str) -> list[str]:
         sentence = prompt.removeprefix("Extract the order as JSON: ")
-        patterns = {p: re.sub(r"\\\{\w+\\\}", "(.+)", re.escape(p)) for p in tasks.PHRASINGS + tasks.UNSEEN_PHRASINGS}
-        return [phrasing for phrasing, pattern in patterns.items() if re.fullmatch(pattern, sentence)]
+        patterns = {
+            p: re.sub(r"\\\{\w+\\\}", "(.+)", re.escape(p))
+            for p in tasks.PHRASINGS + tasks.UNSEEN_PHRASINGS
+        }
+        return [
+            phrasing for phrasing, pattern in patterns.items() if re.fullmatch(pattern, sentence)
+        ]
 
     assert all(set(phrasing_of(prompt)) & set(tasks.PHRASINGS) for prompt, _ in train[:200] + test)
     assert not any(set(phrasing_of(prompt)) & set(tasks.PHRASINGS) for prompt, _ in unseen)
@@ -61,10 +68,14 @@ def test_roman_numerals_round_trip() -> None:
         assert n == sum(-a if a < b else a for a, b in zip(digits, [*digits[1:], 0]))
 
 
-def test_the_answer_and_its_end_are_learnt_and_nothing_else(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_answer_and_its_end_are_learnt_and_nothing_else(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     examples = data.load("orders", tokenizer, 256, 0).train[:5]
     batch = data.collate(examples, tokenizer.eos_token_id)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id, "the case that masking by id gets wrong"
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id, (
+        "the case that masking by id gets wrong"
+    )
     for row, example in enumerate(examples):
         learnt = batch.labels[row] != data.IGNORE
         assert tokenizer.decode(batch.labels[row][learnt]) == example.answer + tokenizer.eos_token
@@ -74,11 +85,17 @@ def test_the_answer_and_its_end_are_learnt_and_nothing_else(tokenizer: PreTraine
     assert batch.n_labels == sum(len(example.ids) - example.n_prompt for example in examples)
 
 
-def test_each_example_comes_once_an_epoch_and_steps_need_no_history(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_each_example_comes_once_an_epoch_and_steps_need_no_history(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     examples = [data.Example([i, i, i], [i, i, i]) for i in range(12)]
 
     def seen(step: int, seed: int = 0) -> list[int]:
-        return [int(i) for batch in data.batches_of_step(examples, step, 2, 2, seed, 0) for i in batch.input_ids[:, 0]]
+        return [
+            int(i)
+            for batch in data.batches_of_step(examples, step, 2, 2, seed, 0)
+            for i in batch.input_ids[:, 0]
+        ]
 
     epoch = [i for step in range(3) for i in seen(step)]
     assert sorted(epoch) == list(range(12))
@@ -87,15 +104,21 @@ def test_each_example_comes_once_an_epoch_and_steps_need_no_history(tokenizer: P
     assert seen(0, seed=1) != seen(0)
 
 
-def test_text_is_cut_into_sequences_that_are_learnt_whole(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_text_is_cut_into_sequences_that_are_learnt_whole(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = tmp_path / "book.txt"
     path.write_text("It was a dark and stormy night. " * 200)
     task = data.load(str(path), tokenizer, 64, 0)
     assert task.metric == "perplexity" and len(task.test) == len(task.train + task.test) // 10
     ids = [i for example in task.train + task.test for i in example.ids]
-    assert tokenizer.decode(ids).strip() == path.read_text().strip(), "a single token left over would teach nothing"
+    assert tokenizer.decode(ids).strip() == path.read_text().strip(), (
+        "a single token left over would teach nothing"
+    )
     batch = data.collate(task.train[:2], 0)
-    assert torch.equal(batch.labels, batch.input_ids) and batch.n_labels == 2 * 63, "the first token of each is not predicted"
+    assert torch.equal(batch.labels, batch.input_ids) and batch.n_labels == 2 * 63, (
+        "the first token of each is not predicted"
+    )
 
 
 def test_the_pages_of_help_are_a_data_set(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -104,33 +127,48 @@ def test_the_pages_of_help_are_a_data_set(tokenizer: PreTrainedTokenizerBase) ->
     assert not {tuple(e.ids) for e in task.train} & {tuple(e.ids) for e in task.test}
 
 
-def test_jsonl_rows_are_questions_and_answers(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_jsonl_rows_are_questions_and_answers(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = tmp_path / "qa.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": f"{i}!"}) + "\n\n" for i in range(20)))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{i}?", "completion": f"{i}!"}) + "\n\n" for i in range(20))
+    )
     task = data.load(str(path), tokenizer, 256, 0)
     assert sorted(e.answer for e in task.train + task.test) == sorted(f"{i}!" for i in range(20))
     assert len(task.test) == 2
 
 
-@pytest.mark.parametrize("text, complaint", [
-    ("", "0 sequences"),
-    ('{"prompt": "a", "completion": "b"}\n', "1 sequences"),
-    ('{"prompt": "a", "completion": "b"}\nnot json\n', ":2: not JSON (Expecting value at column 1)"),
-    ('{"prompt": "a"}\n', ":1: its keys are 'prompt'"),
-    ('[1]\n', ":1: it is no object, but a int"),
-    ('{"prompt": "a", "completion": ""}\n', "completion is empty"),
-    ('{"prompt": 1, "completion": "b"}\n', "prompt is a string, not 1"),
-])
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("", "0 sequences"),
+        ('{"prompt": "a", "completion": "b"}\n', "1 sequences"),
+        (
+            '{"prompt": "a", "completion": "b"}\nnot json\n',
+            ":2: not JSON (Expecting value at column 1)",
+        ),
+        ('{"prompt": "a"}\n', ":1: its keys are 'prompt'"),
+        ("[1]\n", ":1: it is no object, but a int"),
+        ('{"prompt": "a", "completion": ""}\n', "completion is empty"),
+        ('{"prompt": 1, "completion": "b"}\n', "prompt is a string, not 1"),
+    ],
+)
 def test_a_bad_file_is_refused_with_its_line(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, text: str, complaint: str) -> None:
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, text: str, complaint: str
+) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(complaint)):
         data.load(str(path), tokenizer, 256, 0)
 
 
-def test_unknown_data_empty_text_and_long_examples_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no-such-data is not a file, nor one of orders, roman, text"):
+def test_unknown_data_empty_text_and_long_examples_are_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match="no-such-data is not a file, nor one of orders, roman, text"
+    ):
         data.load("no-such-data", tokenizer, 256, 0)
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.txt is not UTF-8 text .* at byte 2"):
@@ -153,80 +191,133 @@ def learnt(tokenizer: PreTrainedTokenizerBase, example: data.Example) -> str:
 
 
 def test_rows_of_all_formats_stand_side_by_side_and_a_tenth_is_held_out(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
-            {"role": "assistant", "content": "d"}]
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
     contents = [{"messages": chat}, {"text": "e"}, {"question": "f", "answer": "g"}] * 10
     task = data.load(rows(tmp_path, contents), tokenizer, 256, 0)
     found = [learnt(tokenizer, example) for example in task.train + task.test]
     assert (len(task.train), len(task.test), task.metric) == (27, 3, "perplexity")
     assert sorted(found) == sorted(["b<|im_end|>d<|im_end|>", "e<|im_end|>", "g<|im_end|>"] * 10)
     again = data.load(str(tmp_path / "rows.jsonl"), tokenizer, 256, 0)
-    assert task == again != data.load(str(tmp_path / "rows.jsonl"), tokenizer, 256, 1), "the seed alone decides the order"
+    assert task == again != data.load(str(tmp_path / "rows.jsonl"), tokenizer, 256, 1), (
+        "the seed alone decides the order"
+    )
 
 
 def test_learning_the_questions_too_changes_what_is_trained_on_and_not_what_is_measured(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = rows(tmp_path, [{"prompt": str(i), "completion": "b"} for i in range(20)])
-    plain, whole = (data.load(path, tokenizer, 256, 0, train_on_prompt) for train_on_prompt in (False, True))
+    plain, whole = (
+        data.load(path, tokenizer, 256, 0, train_on_prompt) for train_on_prompt in (False, True)
+    )
     assert whole.test == plain.test and [e.ids for e in whole.train] == [e.ids for e in plain.train]
     assert all(example.labels == example.ids for example in whole.train)
     assert not any(example.labels == example.ids for example in plain.train)
 
 
 def test_packing_fills_the_sequences_to_train_on_and_leaves_those_to_measure(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = rows(tmp_path, [{"prompt": str(i), "completion": "b" * i} for i in range(1, 21)])
     plain, packed = (data.load(path, tokenizer, 128, 0, False, packed) for packed in (False, True))
     assert packed.test == plain.test and len(packed.train) < len(plain.train)
     assert sum(len(e.ids) for e in packed.train) == sum(len(e.ids) for e in plain.train)
     batch = data.collate(packed.train[:2], 0).to("cpu")
-    assert batch.inputs.keys() == {"input_ids", "position_ids"}, "an attention_mask would let documents see each other"
+    assert batch.inputs.keys() == {"input_ids", "position_ids"}, (
+        "an attention_mask would let documents see each other"
+    )
     assert data.collate(plain.train[:2], 0).inputs.keys() == {"input_ids", "attention_mask"}
 
 
 def test_long_rows_are_counted_with_their_lines_and_cut_or_dropped(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    short = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"},
-                          {"role": "assistant", "content": "one two three"}]}
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    short = {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "one two three"},
+        ]
+    }
     turns = short["messages"]
     cut = {"messages": [*turns[:2], {"role": "assistant", "content": " ".join(["word"] * 50)}]}
-    dropped = {"messages": [turns[0], {"role": "user", "content": " ".join(["word"] * 50)}, turns[2]]}
+    dropped = {
+        "messages": [turns[0], {"role": "user", "content": " ".join(["word"] * 50)}, turns[2]]
+    }
     document = {"text": " ".join(["tale"] * 50)}
     path = rows(tmp_path, [short, cut, dropped, document, short])
     task = data.load(path, tokenizer, 24, 0)
-    whole = {line: len(data.Template(tokenizer).conversation(row["messages"])[0].ids) for line, row in ((2, cut), (3, dropped))}
+    whole = {
+        line: len(data.Template(tokenizer).conversation(row["messages"])[0].ids)
+        for line, row in ((2, cut), (3, dropped))
+    }
     said = capsys.readouterr().out
-    assert "3 of 5 rows of" in said and "exceed --max-seq-len 24" in said and "and 1 of their sequences dropped" in said
-    assert said.endswith(f"no answer left: {path}:2 has {whole[2]}, {path}:3 has {whole[3]}, {path}:4 has 51\n")
+    assert (
+        "3 of 5 rows of" in said
+        and "exceed --max-seq-len 24" in said
+        and "and 1 of their sequences dropped" in said
+    )
+    assert said.endswith(
+        f"no answer left: {path}:2 has {whole[2]}, {path}:3 has {whole[3]}, {path}:4 has 51\n"
+    )
     found = sorted(learnt(tokenizer, example) for example in task.train + task.test)
     assert max(len(example.ids) for example in task.train + task.test) <= 24
     tales = [text for text in found if "tale" in text]
-    assert "".join(sorted(tales, key=lambda text: "<" in text)).count("tale") == 50, "nothing of a document is lost"
-    assert [text for text in found if "word" in text] == [" ".join(["word"] * found[-1].count("word"))]
+    assert "".join(sorted(tales, key=lambda text: "<" in text)).count("tale") == 50, (
+        "nothing of a document is lost"
+    )
+    assert [text for text in found if "word" in text] == [
+        " ".join(["word"] * found[-1].count("word"))
+    ]
     assert found.count("one two three<|im_end|>") == 2 and len(found) == len(tales) + 3
 
 
-def test_all_bad_rows_of_a_file_are_reported_at_once_in_their_order(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_all_bad_rows_of_a_file_are_reported_at_once_in_their_order(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     strict = copy.deepcopy(tokenizer)
-    strict.chat_template = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('I will not') }}{% endif %}" \
-                           "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
-    refused = {"messages": [{"role": "user", "content": "no"}, {"role": "assistant", "content": "b"}]}
+    strict.chat_template = (
+        "{% if messages[0]['content'] == 'no' %}{{ raise_exception('I will not') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    refused = {
+        "messages": [{"role": "user", "content": "no"}, {"role": "assistant", "content": "b"}]
+    }
     path = rows(tmp_path, [{"prompt": "a"}, refused, {"text": "fine"}, {"text": 3}])
     with pytest.raises(ValueError) as error:
         data.load(path, strict, 256, 0)
     first, *lines = str(error.value).split("\n  ")
     assert first == f"3 of 4 rows of {path} cannot be used: mend or remove them"
-    assert [line.partition(": ")[0] for line in lines] == [f"{path}:{number}" for number in (1, 2, 4)]
+    assert [line.partition(": ")[0] for line in lines] == [
+        f"{path}:{number}" for number in (1, 2, 4)
+    ]
     assert "refuses it (I will not)" in lines[1]
 
 
-@pytest.mark.parametrize("name, complaint", [
-    ("table.csv", "ends neither in .txt nor in .jsonl or .json: rename it"), ("some/missing.jsonl", "is not a file"),
-    ("a/b/c", "is not a file"), ("some/set", "as a hub data set needs a library"), (".", "is not a file"),
-])
-def test_what_is_neither_rows_nor_text_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, complaint: str,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name, complaint",
+    [
+        ("table.csv", "ends neither in .txt nor in .jsonl or .json: rename it"),
+        ("some/missing.jsonl", "is not a file"),
+        ("a/b/c", "is not a file"),
+        ("some/set", "as a hub data set needs a library"),
+        (".", "is not a file"),
+    ],
+)
+def test_what_is_neither_rows_nor_text_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    name: str,
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "table.csv").write_text("a,b")
     monkeypatch.chdir(tmp_path)
@@ -235,7 +326,8 @@ def test_what_is_neither_rows_nor_text_is_refused(tokenizer: PreTrainedTokenizer
 
 
 def test_a_preview_shows_the_first_sequences_and_where_documents_meet(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = rows(tmp_path, [{"text": f"{i}!"} for i in range(6)])
     task = data.load(path, tokenizer, 6, 0, packed=True)
     first, second, third, *_ = data.preview(task, tokenizer, colour=False, count=1).split("\n")
@@ -245,29 +337,51 @@ def test_a_preview_shows_the_first_sequences_and_where_documents_meet(
     assert data.preview(task, tokenizer, colour=False, count=1).split("\n")[3] == "- - -"
 
 
-def test_a_model_without_a_chat_template_gets_the_bare_question(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_model_without_a_chat_template_gets_the_bare_question(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
     assert tokenizer.decode(data.chat(plain, "Who?")) == "Who?\n"
-    assert tokenizer.decode(data.chat(tokenizer, "Who?")).count("<|im_start|>") == 3, "system, user, and the answer to come"
+    assert tokenizer.decode(data.chat(tokenizer, "Who?")).count("<|im_start|>") == 3, (
+        "system, user, and the answer to come"
+    )
 
 
 def rows_of(lengths: list[int]) -> list[data.Example]:
-    return [data.Example([number, *[3] * (length - 1)], [number, *[3] * (length - 1)]) for number, length in enumerate(lengths)]
+    return [
+        data.Example([number, *[3] * (length - 1)], [number, *[3] * (length - 1)])
+        for number, length in enumerate(lengths)
+    ]
 
 
-@given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=300), batch_size=st.integers(1, 5), count=st.integers(1, 3),
-       seed=st.integers(0, 3), epoch=st.integers(0, 2))
+@given(
+    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=300),
+    batch_size=st.integers(1, 5),
+    count=st.integers(1, 3),
+    seed=st.integers(0, 3),
+    epoch=st.integers(0, 2),
+)
 def test_by_length_an_epoch_has_each_example_once_and_a_step_is_the_same_whenever_it_is_asked_for(
-    lengths: list[int], batch_size: int, count: int, seed: int, epoch: int) -> None:
+    lengths: list[int], batch_size: int, count: int, seed: int, epoch: int
+) -> None:
     rows, step_size = rows_of(lengths), batch_size * count
     steps = range(epoch * len(rows) // step_size, -(-(epoch + 1) * len(rows) // step_size))
 
     def seen(by_length: bool) -> list[data.Batch]:
-        return [batch for step in steps for batch in data.batches_of_step(rows, step, batch_size, count, seed, 2, by_length)]
+        return [
+            batch
+            for step in steps
+            for batch in data.batches_of_step(rows, step, batch_size, count, seed, 2, by_length)
+        ]
 
-    again = data.batches_of_step(rows, steps[-1], batch_size, count, seed, 2, True)  # as a resumed run would
-    assert all(torch.equal(one.input_ids, other.input_ids) for one, other in zip(again, seen(True)[-count:]))
+    again = data.batches_of_step(
+        rows, steps[-1], batch_size, count, seed, 2, True
+    )  # as a resumed run would
+    assert all(
+        torch.equal(one.input_ids, other.input_ids)
+        for one, other in zip(again, seen(True)[-count:])
+    )
     first = [int(ids[0]) for batch in seen(True) for ids in batch.input_ids]
     skipped = epoch * len(rows) - steps[0] * step_size
     assert sorted(first[skipped : skipped + len(rows)]) == list(range(len(rows)))
@@ -278,9 +392,16 @@ def test_by_length_batches_have_less_padding_and_come_in_another_order() -> None
     rows = rows_of([2 + int(draw.expovariate(1 / 40)) for _ in range(1000)])
 
     def epoch(by_length: bool) -> list[data.Batch]:
-        return [batch for step in range(125) for batch in data.batches_of_step(rows, step, 4, 2, 0, 2, by_length)]
+        return [
+            batch
+            for step in range(125)
+            for batch in data.batches_of_step(rows, step, 4, 2, 0, 2, by_length)
+        ]
 
-    padding = {kind: sum(int((1 - batch.attention_mask).sum()) for batch in epoch(kind)) for kind in (True, False)}
+    padding = {
+        kind: sum(int((1 - batch.attention_mask).sum()) for batch in epoch(kind))
+        for kind in (True, False)
+    }
     assert 5 * padding[True] < padding[False]
     widths = [batch.input_ids.shape[1] for batch in epoch(True)]
     ascents = sum(a < b for a, b in zip(widths, widths[1:]))

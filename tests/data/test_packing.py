@@ -18,15 +18,27 @@ from helpers.mutants import mutated
 from training import loss_and_eval as evaluate
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=30)
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 64,
+}
 
 
 def examples_of(lengths: list[int]) -> list[data.Example]:
     """Of these lengths, no token twice, all learnt but the first half."""
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     found = [list(range(start, start + n)) for start, n in zip(starts, lengths)]
-    return [data.Example(ids, [data.IGNORE] * (len(ids) // 2) + ids[len(ids) // 2 :]) for ids in found]
+    return [
+        data.Example(ids, [data.IGNORE] * (len(ids) // 2) + ids[len(ids) // 2 :]) for ids in found
+    ]
 
 
 def documents(batch: data.Batch) -> list[tuple[list[int], list[int]]]:
@@ -35,7 +47,9 @@ def documents(batch: data.Batch) -> list[tuple[list[int], list[int]]]:
     for row in range(len(batch.input_ids)):
         n = int(batch.attention_mask[row].sum())
         places = [0] * n if batch.position_ids is None else batch.position_ids[row].tolist()[:n]
-        for place, token, label in zip(places, batch.input_ids[row].tolist(), batch.labels[row].tolist()):
+        for place, token, label in zip(
+            places, batch.input_ids[row].tolist(), batch.labels[row].tolist()
+        ):
             if place == 0 and (batch.position_ids is not None or not found or found[-1][2] != row):
                 found.append(([], [], row))
             found[-1][0].append(token)
@@ -57,13 +71,17 @@ def check_pack(lengths: list[int], module: ModuleType = packing) -> None:
 
 
 @given(LENGTHS)
-def test_each_example_is_in_one_sequence_whole_and_no_two_sequences_would_go_into_one(lengths: list[int]) -> None:
+def test_each_example_is_in_one_sequence_whole_and_no_two_sequences_would_go_into_one(
+    lengths: list[int],
+) -> None:
     check_pack(lengths)
 
 
 def test_the_longest_examples_are_packed_first_and_each_where_it_fits_best() -> None:
     packs = packing.pack(examples_of([4, 6, 8, 3, 3]), 12)
-    assert [[b - a for a, b in zip(pack.starts, [*pack.starts[1:], len(pack.ids)])] for pack in packs] == [[8, 4], [6, 3, 3]]
+    assert [
+        [b - a for a, b in zip(pack.starts, [*pack.starts[1:], len(pack.ids)])] for pack in packs
+    ] == [[8, 4], [6, 3, 3]]
     with pytest.raises(ValueError, match="an example of 13 tokens goes into no sequence of 12"):
         packing.pack(examples_of([13]), 12)
 
@@ -74,7 +92,9 @@ def small(kind: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **more)).eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"]
+)
 def test_no_bit_of_a_document_depends_on_its_neighbours(kind: str) -> None:
     packing.check(small(kind))
 
@@ -82,7 +102,9 @@ def test_no_bit_of_a_document_depends_on_its_neighbours(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["bloom", "opt"])
 def test_a_model_that_would_mix_documents_is_refused_by_name(kind: str) -> None:
     model = small(kind)
-    with pytest.raises(ValueError, match=f"^--packing does not suit {type(model).__name__}: a document would see"):
+    with pytest.raises(
+        ValueError, match=f"^--packing does not suit {type(model).__name__}: a document would see"
+    ):
         packing.check(model)
 
 
@@ -102,7 +124,10 @@ def llama(model: LlamaForCausalLM, ids: list[int]) -> Bounded:
     """The logits of one document, (T, vocabulary), by the formulas, and how far a computation of them may be off."""
     config, weights, dtype = model.config, model.state_dict(), torch.float64
     rotations = model.model.rotary_emb(None, torch.arange(len(ids)))
-    heads, per_group = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+    heads, per_group = (
+        config.num_attention_heads,
+        config.num_attention_heads // config.num_key_value_heads,
+    )
     width, eps = config.head_dim, config.rms_norm_eps
     unseen = torch.full((len(ids), len(ids)), -torch.inf, dtype=torch.float64).triu(1)
 
@@ -123,8 +148,13 @@ def llama(model: LlamaForCausalLM, ids: list[int]) -> Bounded:
         name = f"model.layers.{layer}."
         normed = bounds.rms_norm(x, weights[name + "input_layernorm.weight"], eps, dtype)
         q, k, v = (linear(normed, f"{name}self_attn.{letter}_proj.weight") for letter in "qkv")
-        mixed = [attention(head(q, i), head(k, i // per_group), head(v, i // per_group)) for i in range(heads)]
-        mixed = Bounded(torch.cat([m.value for m in mixed], 1), torch.cat([m.error for m in mixed], 1))
+        mixed = [
+            attention(head(q, i), head(k, i // per_group), head(v, i // per_group))
+            for i in range(heads)
+        ]
+        mixed = Bounded(
+            torch.cat([m.value for m in mixed], 1), torch.cat([m.error for m in mixed], 1)
+        )
         x = x.plus(linear(mixed, name + "self_attn.o_proj.weight"), dtype)
         normed = bounds.rms_norm(x, weights[name + "post_attention_layernorm.weight"], eps, dtype)
         gate = bounds.silu(linear(normed, name + "mlp.gate_proj.weight"), dtype)
@@ -137,7 +167,10 @@ def llama(model: LlamaForCausalLM, ids: list[int]) -> Bounded:
 def within(model: LlamaForCausalLM, logits: Tensor, documents: list[list[int]]) -> bool:
     """Whether the logits of one row, (T, vocabulary), are those of the documents in it, each by itself."""
     starts = [sum(map(len, documents[:i])) for i in range(len(documents))]
-    return all(llama(model, ids).allows(logits[start : start + len(ids)]) for start, ids in zip(starts, documents))
+    return all(
+        llama(model, ids).allows(logits[start : start + len(ids)])
+        for start, ids in zip(starts, documents)
+    )
 
 
 def exact_llama() -> LlamaForCausalLM:
@@ -146,7 +179,9 @@ def exact_llama() -> LlamaForCausalLM:
     model.model.rotary_emb = Rotations(model.model.rotary_emb.inv_freq)
     for name in [name for name, _ in model.named_modules()]:
         if name.endswith("norm"):
-            model.set_submodule(name, torch.nn.RMSNorm(64, model.config.rms_norm_eps, dtype=torch.float64))
+            model.set_submodule(
+                name, torch.nn.RMSNorm(64, model.config.rms_norm_eps, dtype=torch.float64)
+            )
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data *= 6
@@ -162,9 +197,13 @@ def test_the_logits_of_a_packed_document_are_those_of_the_document_alone() -> No
     logits = model(**batch.inputs, use_cache=False).logits
     assert within(model, logits[0], in_order)
     assert within(model, logits[1, :2], [[1, 2]])
-    assert all(llama(model, ids).allows(model(torch.tensor([ids])).logits[0]) for ids in documents), "and so are the latter"
+    assert all(
+        llama(model, ids).allows(model(torch.tensor([ids])).logits[0]) for ids in documents
+    ), "and so are the latter"
     leaking = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    assert not within(model, leaking[0], in_order), "the bound is too wide to see a document that looks at its neighbours"
+    assert not within(model, leaking[0], in_order), (
+        "the bound is too wide to see a document that looks at its neighbours"
+    )
     assert within(model, leaking[0, :7], in_order[:1]), "the first of a row has none to look at"
 
 
@@ -172,7 +211,10 @@ def test_the_logits_of_a_packed_document_are_those_of_the_document_alone() -> No
 def test_the_loss_of_a_pack_is_the_sum_of_the_losses_of_its_documents() -> None:
     model, documents = exact_llama(), [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
     examples = [data.Example(ids, [data.IGNORE, *ids[1:]]) for ids in documents]
-    alone = [evaluate.label_loss(model, data.collate([example], 2), torch.float32).item() for example in examples]
+    alone = [
+        evaluate.label_loss(model, data.collate([example], 2), torch.float32).item()
+        for example in examples
+    ]
     batch = data.collate(packing.pack(examples, 12), 2)
     assert len(batch.input_ids) == 1 and batch.n_labels == 4 - 1 + 3 - 1 + 5 - 1
     together = evaluate.label_loss(model, batch, torch.float32).item()
@@ -184,32 +226,47 @@ def test_the_loss_of_a_pack_is_the_sum_of_the_losses_of_its_documents() -> None:
 
 def test_the_bounds_of_the_parts_of_a_transformer_are_reached() -> None:
     """By errors of the inputs that all go the worst way, and beside which rounding is nothing."""
+
     def off(x: Tensor, error: float) -> Bounded:
         return Bounded(x, torch.full_like(x, error))
 
     one, many, dtype = torch.tensor(1.0, dtype=torch.float64), 10**4, torch.float64
     worst = torch.where(torch.arange(many) == 0, one, -one)  # the first up, all others down
     e = 2.0**-20
-    assert bounds.is_tight(((e * worst).softmax(-1)[0] - 1 / many), bounds.softmax(off(0 * worst, e), dtype).error[0])
+    assert bounds.is_tight(
+        ((e * worst).softmax(-1)[0] - 1 / many), bounds.softmax(off(0 * worst, e), dtype).error[0]
+    )
     steepest = 2.4 * one
     rise = (steepest + e) * torch.sigmoid(steepest + e) - steepest * torch.sigmoid(steepest)
     assert bounds.is_tight(rise, bounds.silu(off(steepest, e), dtype).error)
     ones = torch.ones(1, many, dtype=dtype)
     moved = (ones + e * worst) / (ones + e * worst).square().mean().sqrt() - ones
-    assert bounds.is_tight(moved[0, 0], bounds.rms_norm(off(ones, e), ones[0], 0.0, dtype).error[0, 0])
+    assert bounds.is_tight(
+        moved[0, 0], bounds.rms_norm(off(ones, e), ones[0], 0.0, dtype).error[0, 0]
+    )
     eighth = torch.full((1, 2), 0.5**0.5, dtype=dtype)  # cosine and sine of 45 degrees
-    assert bounds.is_tight(2 * e * 0.5**0.5, bounds.rotated(off(ones[:, :2], e), eighth, eighth, dtype).error)
+    assert bounds.is_tight(
+        2 * e * 0.5**0.5, bounds.rotated(off(ones[:, :2], e), eighth, eighth, dtype).error
+    )
 
 
-@pytest.mark.parametrize("old, new", [
-    ("labels += [IGNORE, *example.labels[1:]]", "labels += example.labels"),  # the end of one example predicts the next
-    ("starts.append(len(ids))", "starts.append(0)"),
-    ("(room - n, number)", "(room, number)"),
-    ("packs[number].append(example)", "packs[-1].append(example)"),
-    ("bisect_left(rooms, (n, 0))", "len(rooms)"),
-    ("torch.arange(end - start)", "torch.arange(start, end)"),
-])
-def test_a_mutant_of_packing_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (
+            "labels += [IGNORE, *example.labels[1:]]",
+            "labels += example.labels",
+        ),  # the end of one example predicts the next
+        ("starts.append(len(ids))", "starts.append(0)"),
+        ("(room - n, number)", "(room, number)"),
+        ("packs[number].append(example)", "packs[-1].append(example)"),
+        ("bisect_left(rooms, (n, 0))", "len(rooms)"),
+        ("torch.arange(end - start)", "torch.arange(start, end)"),
+    ],
+)
+def test_a_mutant_of_packing_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
     cases = [[3, 4, 5], [8, 6, 4, 3, 3], [12, 1, 1, 11]]
     for lengths in cases:
         check_pack(lengths)

@@ -16,13 +16,25 @@ import torch
 from scipy import integrate, special
 from torch import Tensor
 
-UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-TINY = {torch.float64: 2.0**-1074, torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+TINY = {
+    torch.float64: 2.0**-1074,
+    torch.float32: 2.0**-150,
+    torch.float16: 2.0**-25,
+    torch.bfloat16: 2.0**-134,
+}
 U = UNIT_ROUNDOFF[torch.float32]
 
 # Not of rounding, but what the ledger promises of a peak: everywhere, and where the run of 65B is held to a card's memory
 OF_A_PEAK, OF_A_PEAK_ON_A_CARD = 0.05, 0.03
-OF_A_LOSS_IN_SEVERAL_PROCESSES = 1e-5  # and of losses whose sums were rounded in another order, over some steps
+OF_A_LOSS_IN_SEVERAL_PROCESSES = (
+    1e-5  # and of losses whose sums were rounded in another order, over some steps
+)
 OF_TRAFFIC = 0.05  # what headers, and the few numbers that all add up in a step, may come to
 OF_A_SHARE = 0.1  # what a process may have above its share of all bytes: 55 % of two
 HALF_A_PERCENT = 0.005  # what a share may be off that is printed in whole percents
@@ -42,7 +54,9 @@ def cast(magnitude: Tensor | float, dtype: torch.dtype) -> Tensor | float:
 def half_gap(codebook: Tensor) -> float:
     """The farthest that a number in [-1, 1] can lie from its nearest level: half the widest gap, or what the ends leave out."""
     levels = codebook.double()
-    return max((levels[1:] - levels[:-1]).max().item() / 2, 1 + levels[0].item(), 1 - levels[-1].item())
+    return max(
+        (levels[1:] - levels[:-1]).max().item() / 2, 1 + levels[0].item(), 1 - levels[-1].item()
+    )
 
 
 def decision_error() -> float:
@@ -89,8 +103,13 @@ def requantizing_is_safe(absmax: Tensor, codebook: Tensor, dtype: torch.dtype) -
     inf = torch.full((1,), math.inf, dtype=torch.float64)
     room = torch.minimum(torch.cat([inf, gaps]), torch.cat([gaps, inf])) / 2  # (levels,)
     half = dtype in (torch.float16, torch.bfloat16)
-    factor, step = U + (UNIT_ROUNDOFF[dtype] if half else 0.0), TINY[torch.float32] + (TINY[dtype] if half else 0.0)
-    moved = levels.abs() * factor * (1 + U) + step / a.clamp(min=TINY[torch.float32]) + decision_error()
+    factor, step = (
+        U + (UNIT_ROUNDOFF[dtype] if half else 0.0),
+        TINY[torch.float32] + (TINY[dtype] if half else 0.0),
+    )
+    moved = (
+        levels.abs() * factor * (1 + U) + step / a.clamp(min=TINY[torch.float32]) + decision_error()
+    )
     return (moved < room).all(1) | (a[:, 0] == 0)
 
 
@@ -107,8 +126,14 @@ def double_quantized(constants: Tensor, nested_absmax: Tensor, codebook: Tensor)
     return error + U * (c + error)
 
 
-def both_quantized(absmax: Tensor, nested_absmax: Tensor, codebook: Tensor, code8: Tensor, source: torch.dtype,
-                   target: torch.dtype) -> Tensor:
+def both_quantized(
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    codebook: Tensor,
+    code8: Tensor,
+    source: torch.dtype,
+    target: torch.dtype,
+) -> Tensor:
     """|w - w'|, a block, where its absmax was itself quantized: no level is above 1, so an error of absmax counts once."""
     constants = double_quantized(absmax, nested_absmax, code8)
     return constants + roundtrip(absmax.double() + constants, codebook, source, target)
@@ -147,7 +172,9 @@ class Bounded:
         """Times numbers that are exact in float64: rounded to float32 (or better) once, and the product once more."""
         factor = torch.as_tensor(factor, dtype=torch.float64)
         scaled = Bounded(self.value * factor, self.error * factor.abs())
-        return Bounded(scaled.value, scaled.error + U * scaled.most * (dtype != torch.float64)).to(dtype)
+        return Bounded(scaled.value, scaled.error + U * scaled.most * (dtype != torch.float64)).to(
+            dtype
+        )
 
     def plus(self, other: "Bounded", dtype: torch.dtype) -> "Bounded":
         return Bounded(self.value + other.value, self.error + other.error).to(dtype)
@@ -155,9 +182,15 @@ class Bounded:
     def matmul(self, other: "Bounded", dtype: torch.dtype) -> "Bounded":
         """X Y for X, Y in error by E, F: |X| F + E |Y| + E F, gamma_K |X| |Y| for K products and sums, and one rounding."""
         inner = max(self.value.shape[-1], 1)
-        spread = self.value.abs() @ other.error + self.error @ other.value.abs() + self.error @ other.error
+        spread = (
+            self.value.abs() @ other.error
+            + self.error @ other.value.abs()
+            + self.error @ other.error
+        )
         accumulator = dtype if dtype == torch.float64 else torch.float32
-        rounding = gamma(inner, accumulator) * (self.most @ other.most) + 2 * inner * TINY[accumulator]
+        rounding = (
+            gamma(inner, accumulator) * (self.most @ other.most) + 2 * inner * TINY[accumulator]
+        )
         product = Bounded(self.value @ other.value, spread + rounding)
         return product if dtype in (torch.float32, torch.float64) else product.to(dtype)
 
@@ -178,15 +211,25 @@ def operand(tensor: Tensor, dtype: torch.dtype) -> Bounded:
     return Bounded.exact(tensor) if tensor.dtype == dtype else Bounded.exact(tensor).to(dtype)
 
 
-def lora_forward(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
-                 keep: Tensor | None, dtype: torch.dtype) -> Bounded:
+def lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dtype: torch.dtype,
+) -> Bounded:
     """y = x W^T + b + s ((keep x) A^T) B^T in `dtype`, from operands that are rounded to `dtype` first."""
     x_, W, A, B = (operand(t, dtype) for t in (x, weight, lora_A, lora_B))
     h = (x_ if keep is None else x_.times(keep.double(), torch.float64)).matmul(A.T, dtype)
     y = x_.matmul(W.T, dtype)
     if bias is not None:
         y = y.plus(operand(bias, dtype), dtype)
-    return in_float64(y.plus(h.matmul(B.T, dtype).times(scaling, dtype), dtype), 4 * max(x.shape[-1], 1))
+    return in_float64(
+        y.plus(h.matmul(B.T, dtype).times(scaling, dtype), dtype), 4 * max(x.shape[-1], 1)
+    )
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Bounded:
@@ -207,14 +250,28 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Bounded:
     return y.to(x.dtype)
 
 
-def merged_forward(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
-                   kept_in: torch.dtype, dtype: torch.dtype) -> Bounded:
+def merged_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    kept_in: torch.dtype,
+    dtype: torch.dtype,
+) -> Bounded:
     """y = x (W + s B A)^T + b in `dtype`, where the sum is made in float32 and kept in the dtype `kept_in`."""
-    update = Bounded.exact(lora_B).matmul(Bounded.exact(lora_A), torch.float32).times(scaling, torch.float32)
+    update = (
+        Bounded.exact(lora_B)
+        .matmul(Bounded.exact(lora_A), torch.float32)
+        .times(scaling, torch.float32)
+    )
     W = update.plus(Bounded.exact(weight), torch.float32)
     W = W if kept_in == torch.float32 else W.to(kept_in)
     y = operand(x, dtype).matmul((W if dtype in (kept_in, torch.float32) else W.to(dtype)).T, dtype)
-    return in_float64(y if bias is None else y.plus(operand(bias, dtype), dtype), 4 * max(x.shape[-1], 1))
+    return in_float64(
+        y if bias is None else y.plus(operand(bias, dtype), dtype), 4 * max(x.shape[-1], 1)
+    )
 
 
 def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Bounded:
@@ -226,9 +283,13 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     dtype, in_64 = lora_A.dtype, torch.float64
     W, A, B = (Bounded.exact(each) for each in (weight, lora_A, lora_B))
     ones, B = Bounded.exact(torch.ones(lora_A.shape[0], 1)), B.times(scaling, in_64)
-    of_base = root(product(W, W, in_64).matmul(Bounded.exact(torch.ones(weight.shape[1], 1)), in_64), in_64).to(dtype)
+    of_base = root(
+        product(W, W, in_64).matmul(Bounded.exact(torch.ones(weight.shape[1], 1)), in_64), in_64
+    ).to(dtype)
     crossed, gram = W.matmul(A.T, dtype).times(2, in_64), B.matmul(A.matmul(A.T, in_64), in_64)
-    square = product(of_base, of_base, in_64).plus(product(B, crossed.plus(gram, in_64), in_64).matmul(ones, in_64), in_64)
+    square = product(of_base, of_base, in_64).plus(
+        product(B, crossed.plus(gram, in_64), in_64).matmul(ones, in_64), in_64
+    )
     norm = root(Bounded(square.value.clamp(min=0), square.error), in_64).to(dtype)
     return Bounded(norm.value[:, 0], norm.error[:, 0])
 
@@ -248,8 +309,9 @@ def dora_forward(y: Bounded, c: Bounded, bias: Tensor | None, dtype: torch.dtype
     return scaled if dtype == wide else scaled.to(dtype)
 
 
-def dora_backward(g: Tensor, y: Bounded, c: Bounded, norm: Bounded, bias: Tensor | None,
-                  dtype: torch.dtype) -> tuple[Bounded, Bounded]:
+def dora_backward(
+    g: Tensor, y: Bounded, c: Bounded, norm: Bounded, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Bounded, Bounded]:
     """The gradients of y in `dtype`, which is c g, and of m: what tokens add up to of g (y - b), over n."""
     wide, ones, g_ = torch.float32, Bounded.exact(torch.ones(1, len(g))), operand(g, dtype)
     of_c = ones.matmul(product(g_, y, wide), wide)
@@ -257,11 +319,21 @@ def dora_backward(g: Tensor, y: Bounded, c: Bounded, norm: Bounded, bias: Tensor
         total = product(ones.matmul(g_, wide), operand(bias, dtype), wide)
         of_c = of_c.plus(Bounded(-total.value, total.error), wide)
     of_y = product(g_, c, wide)
-    return (of_y if dtype == wide else of_y.to(dtype)), quotient(Bounded(of_c.value[0], of_c.error[0]), norm, wide)
+    return (of_y if dtype == wide else of_y.to(dtype)), quotient(
+        Bounded(of_c.value[0], of_c.error[0]), norm, wide
+    )
 
 
-def lora_backward(g: Tensor | Bounded, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float,
-                  keep: Tensor | None, dtype: torch.dtype) -> tuple[Bounded, Bounded, Bounded]:
+def lora_backward(
+    g: Tensor | Bounded,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Bounded, Bounded, Bounded]:
     """dL/dx, dL/dA and dL/dB of the same, for an incoming gradient g.
 
     dh = s g B, dB = s g^T h, dA = dh^T (keep x), dx = g W + keep (dh A).
@@ -274,7 +346,9 @@ def lora_backward(g: Tensor | Bounded, x: Tensor, weight: Tensor, lora_A: Tensor
     dB = g_.T.matmul(h, dtype).times(scaling, dtype)
     dA = dh.T.matmul(dropped, dtype)
     through = dh.matmul(A, dtype)
-    dx = (through if keep is None else through.times(keep.double(), torch.float64)).plus(g_.matmul(W, dtype), dtype)
+    dx = (through if keep is None else through.times(keep.double(), torch.float64)).plus(
+        g_.matmul(W, dtype), dtype
+    )
     terms = 4 * max(*x.shape, *lora_B.shape, 1)
     return in_float64(dx, terms), in_float64(dA, terms), in_float64(dB, terms)
 
@@ -301,7 +375,11 @@ def mean_absolute_error(codebook: Tensor, block_size: int) -> float:
     |x - level| phi(x) is made of phi and Phi at low, level and high.
     """
     levels = codebook.double().tolist()
-    edges = [-1.0, *((low + high) / 2 for low, high in zip(levels[:-1], levels[1:], strict=True)), 1.0]
+    edges = [
+        -1.0,
+        *((low + high) / 2 for low, high in zip(levels[:-1], levels[1:], strict=True)),
+        1.0,
+    ]
 
     def above(low: float, high: float, level: float) -> float:
         """The integral of (x - level) phi(x) from low to high."""
@@ -311,11 +389,17 @@ def mean_absolute_error(codebook: Tensor, block_size: int) -> float:
     def truncated(c: float) -> float:
         """Mean error of a number that is known to lie in [-c, c]."""
         cells = zip(levels, edges[:-1], edges[1:], strict=True)
-        errors = (above(c * at, c * high, c * at) - above(c * low, c * at, c * at) for at, low, high in cells)
+        errors = (
+            above(c * at, c * high, c * at) - above(c * low, c * at, c * at)
+            for at, low, high in cells
+        )
         return sum(errors) / special.erf(c / math.sqrt(2))
 
     def integrand(c: float) -> float:
-        smaller, here = special.erf(c / math.sqrt(2)), math.sqrt(2 / math.pi) * math.exp(-(c**2) / 2)  # F, f
+        smaller, here = (
+            special.erf(c / math.sqrt(2)),
+            math.sqrt(2 / math.pi) * math.exp(-(c**2) / 2),
+        )  # F, f
         return block_size * smaller ** (block_size - 1) * here * truncated(c)
 
     return (block_size - 1) / block_size * integrate.quad(integrand, 1e-6, 10, limit=400)[0]
@@ -340,7 +424,9 @@ def product(a: Bounded, b: Bounded, dtype: torch.dtype) -> Bounded:
 def quotient(a: Bounded, b: Bounded, dtype: torch.dtype) -> Bounded:
     """a / b for b > 0: a'/b' - a/b = ((a' - a) - (b' - b) a/b) / b', and one rounding. Nothing is promised if b' may be 0."""
     least = (b.value - b.error).clamp(min=0)
-    return Bounded(a.value / b.value, (a.error + (a.value / b.value).abs() * b.error) / least).to(dtype)
+    return Bounded(a.value / b.value, (a.error + (a.value / b.value).abs() * b.error) / least).to(
+        dtype
+    )
 
 
 def root(a: Bounded, dtype: torch.dtype) -> Bounded:
@@ -363,23 +449,33 @@ def softmax(scores: Bounded, dtype: torch.dtype) -> Bounded:
     """
     seen = scores.value.isfinite()
     size = torch.where(seen, scores.value.abs() + scores.error, 0.0).amax(-1, keepdim=True)
-    off = torch.where(seen, scores.error, 0.0).amax(-1, keepdim=True) + 2 * UNIT_ROUNDOFF[dtype] * size
+    off = (
+        torch.where(seen, scores.error, 0.0).amax(-1, keepdim=True)
+        + 2 * UNIT_ROUNDOFF[dtype] * size
+    )
     value = scores.value.softmax(-1)
     n = value.shape[-1]
-    return Bounded(value, value * (torch.expm1(2 * off) + 2 * of_exp(dtype) + gamma(n + 4, dtype)) + 2 * TINY[dtype])
+    return Bounded(
+        value,
+        value * (torch.expm1(2 * off) + 2 * of_exp(dtype) + gamma(n + 4, dtype)) + 2 * TINY[dtype],
+    )
 
 
 def silu(x: Bounded, dtype: torch.dtype) -> Bounded:
     """x / (1 + e^-x), whose slope is below 1.1: the error of x by that, an exponential, a sum and a quotient."""
     value = x.value * torch.sigmoid(x.value)
-    return Bounded(value, 1.1 * x.error + (of_exp(dtype) + gamma(3, dtype)) * value.abs() + 2 * TINY[dtype])
+    return Bounded(
+        value, 1.1 * x.error + (of_exp(dtype) + gamma(3, dtype)) * value.abs() + 2 * TINY[dtype]
+    )
 
 
 def rms_norm(x: Bounded, weight: Tensor, eps: float, dtype: torch.dtype) -> Bounded:
     """w x / sqrt(mean(x^2) + eps) over the last dimension of (T, n)."""
     n = x.value.shape[-1]
     ones = Bounded.exact(torch.ones(n, 1))
-    mean = product(x, x, dtype).matmul(ones, dtype).times(1 / n, dtype).plus(factor(eps, dtype), dtype)
+    mean = (
+        product(x, x, dtype).matmul(ones, dtype).times(1 / n, dtype).plus(factor(eps, dtype), dtype)
+    )
     return product(quotient(x, root(mean, dtype), dtype).to(dtype), Bounded.exact(weight), dtype)
 
 
@@ -387,18 +483,33 @@ def rotated(x: Bounded, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Bounded
     """Rotary embedding of (T, d), pairs (i, i + d/2), by angles whose cosines and sines (T, d) are given in `dtype`."""
     half = x.value.shape[-1] // 2
     turned = Bounded(torch.cat([-x.value[:, half:], x.value[:, :half]], -1), x.error.roll(half, -1))
-    return product(x, Bounded.exact(cos), dtype).plus(product(turned, Bounded.exact(sin), dtype), dtype)
+    return product(x, Bounded.exact(cos), dtype).plus(
+        product(turned, Bounded.exact(sin), dtype), dtype
+    )
 
 
 def factor(x: float, dtype: torch.dtype, magnitude: float | None = None) -> Bounded:
     """A number made in float64 by up to three operations, none of a result above `magnitude` (or x), and rounded to dtype."""
     value = torch.tensor(x, dtype=torch.float64)
-    made = Bounded(value, gamma(3, torch.float64) * (value.abs() if magnitude is None else torch.tensor(magnitude)))
+    made = Bounded(
+        value,
+        gamma(3, torch.float64) * (value.abs() if magnitude is None else torch.tensor(magnitude)),
+    )
     return made if dtype == torch.float64 else made.to(dtype)
 
 
-def adamw(param: Bounded, exp_avg: Bounded, exp_avg_sq: Bounded, grad: Tensor, step: int, lr: float,
-          betas: tuple[float, float], eps: float, weight_decay: float, dtype: torch.dtype) -> tuple[Bounded, Bounded, Bounded]:
+def adamw(
+    param: Bounded,
+    exp_avg: Bounded,
+    exp_avg_sq: Bounded,
+    grad: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    dtype: torch.dtype,
+) -> tuple[Bounded, Bounded, Bounded]:
     """Step `step` (from 1) of AdamW in `dtype`, for exact gradients and a state p, m, v that is in error by what came before.
 
         p <- p - lr weight_decay p              or p (1 - lr weight_decay)
@@ -426,7 +537,9 @@ def adamw(param: Bounded, exp_avg: Bounded, exp_avg_sq: Bounded, grad: Tensor, s
 
     denominator = quotient(root(exp_avg_sq, dtype), factor((1 - beta2**step) ** 0.5, dtype), dtype)
     denominator = denominator.plus(factor(eps, dtype), dtype)
-    change = quotient(product(exp_avg, factor(lr / (1 - beta1**step), dtype), dtype), denominator, dtype)
+    change = quotient(
+        product(exp_avg, factor(lr / (1 - beta1**step), dtype), dtype), denominator, dtype
+    )
     return param.plus(Bounded(-change.value, change.error), dtype), exp_avg, exp_avg_sq
 
 
@@ -440,5 +553,7 @@ def table_error(points: int) -> float:
 
 def is_tight(errors: Tensor | float, bounds: Tensor | float, share: float = 0.99) -> bool:
     """Whether the errors keep within their bounds and one of them reaches this share of its own: a bound worth its name."""
-    ratio = torch.as_tensor(errors, dtype=torch.float64) / torch.as_tensor(bounds, dtype=torch.float64)
+    ratio = torch.as_tensor(errors, dtype=torch.float64) / torch.as_tensor(
+        bounds, dtype=torch.float64
+    )
     return bool(share <= ratio.max() <= 1)

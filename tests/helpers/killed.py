@@ -40,15 +40,31 @@ from helpers import models  # noqa: E402
 from training import report  # noqa: E402
 from training import state as resume  # noqa: E402
 
-FLAGS = ["--max-steps", "4", "--save-every", "2", "--batch-size", "2", "--lora-dropout", "0.2", "--dtype", "float32",
-         "--device", "cpu"]
+FLAGS = [
+    "--max-steps",
+    "4",
+    "--save-every",
+    "2",
+    "--batch-size",
+    "2",
+    "--lora-dropout",
+    "0.2",
+    "--dtype",
+    "float32",
+    "--device",
+    "cpu",
+]
 TIMES = ("seconds", "rss_bytes")  # of metrics.jsonl: no two runs share them
 
 
 def warm() -> None:
     """Have in memory what each run would read, and leave out what only takes time."""
     torch.set_num_threads(1)
-    model, tokenizer, draw = models.tiny_llama(vocab_size=256), SimpleNamespace(eos_token_id=2), random.Random(0)
+    model, tokenizer, draw = (
+        models.tiny_llama(vocab_size=256),
+        SimpleNamespace(eos_token_id=2),
+        random.Random(0),
+    )
     texts = [[draw.randrange(3, 256) for _ in range(draw.randrange(4, 20))] for _ in range(9)]
     rows = [data.Example(ids, [data.IGNORE] * 2 + ids[2:]) for ids in texts]
     data.load = lambda *args: data.Task("perplexity", rows[:-1], rows[-1:])
@@ -57,19 +73,31 @@ def warm() -> None:
     streaming.load = lambda *args: copy.deepcopy(model)
     train.measure = lambda *args: [0.5, None]
     report.plot_loss = lambda *args: None
-    os.fsync = lambda descriptor: None  # it takes long, and what it is for, a power cut, is not tried here
+    os.fsync = lambda descriptor: (
+        None
+    )  # it takes long, and what it is for, a power cut, is not tried here
 
 
-def begin(folder: Path, disturb: Callable[[], None] = lambda: None, more: tuple[str, ...] = ()) -> int:
+def begin(
+    folder: Path, disturb: Callable[[], None] = lambda: None, more: tuple[str, ...] = ()
+) -> int:
     """Start train.py in a fork, going on if there is a state; `disturb` prepares what goes wrong. -> process id"""
-    flags = [*FLAGS, *more, "--output-dir", str(folder), *(["--resume"] if resume.states(folder) else [])]
+    flags = [
+        *FLAGS,
+        *more,
+        "--output-dir",
+        str(folder),
+        *(["--resume"] if resume.states(folder) else []),
+    ]
     child = os.fork()
     if child:
         return child
     status = 99  # of whatever is no clean end
     try:
         for stream in (1, 2):
-            os.dup2(os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            os.dup2(
+                os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream
+            )
         disturb()
         status = train.main(flags)
     finally:
@@ -86,12 +114,19 @@ def trace(folder: Path) -> dict[str, object]:
     contents = {path.name: path.read_bytes() for path in folder.iterdir()}
     lines = report.read_metrics(folder / "metrics.jsonl")
     steps = [{key: each for key, each in line.items() if key not in TIMES} for line in lines]
-    states = {path.name: resume.checksum(state.tensors, json.dumps(state[2:]))
-              for path in resume.states(folder) for state in [resume.read_state(path)]}
+    states = {
+        path.name: resume.checksum(state.tensors, json.dumps(state[2:]))
+        for path in resume.states(folder)
+        for state in [resume.read_state(path)]
+    }
     adapter = folder / "adapter_model.safetensors"
     header = json.dumps(files.read_metadata(adapter), sort_keys=True)
     states[adapter.name] = resume.checksum(files.read_tensors(adapter), header)
-    return contents | {"metrics.jsonl": steps, "report.json": json.loads(contents["report.json"])["steps"]} | states
+    return (
+        contents
+        | {"metrics.jsonl": steps, "report.json": json.loads(contents["report.json"])["steps"]}
+        | states
+    )
 
 
 def finish(folder: Path, wanted: dict[str, object]) -> list[str]:
@@ -100,7 +135,11 @@ def finish(folder: Path, wanted: dict[str, object]) -> list[str]:
     if status:
         return [f"{folder.name}: status {status}"]
     got = trace(folder)
-    return [f"{folder.name}: {name}" for name in sorted({*got, *wanted}) if got.get(name) != wanted.get(name)]
+    return [
+        f"{folder.name}: {name}"
+        for name in sorted({*got, *wanted})
+        if got.get(name) != wanted.get(name)
+    ]
 
 
 def moments(root: Path, count: int, seconds: float, wanted: dict[str, object]) -> dict[str, object]:
@@ -116,7 +155,11 @@ def moments(root: Path, count: int, seconds: float, wanted: dict[str, object]) -
         else:
             different += finish(folder, wanted)
             folder = root / str(kills)
-    return {"kills": kills, "in the middle of a write": halves, "different": different + finish(folder, wanted)}
+    return {
+        "kills": kills,
+        "in the middle of a write": halves,
+        "different": different + finish(folder, wanted),
+    }
 
 
 def disturb(number: int, act: Callable[[], None], seen: Path) -> None:
@@ -149,7 +192,9 @@ def disturb(number: int, act: Callable[[], None], seen: Path) -> None:
     wrap(Path, "write_text", path_at=0)
 
 
-def operations(root: Path, wanted: dict[str, object], act: Callable[[], None], status: int) -> dict[str, object]:
+def operations(
+    root: Path, wanted: dict[str, object], act: Callable[[], None], status: int
+) -> dict[str, object]:
     """One run disturbed at its first operation, one at its second, ..., until one gets to its end undisturbed."""
     seen, different, ended = root / "seen", [], status
     for number in itertools.count(1):
@@ -157,8 +202,14 @@ def operations(root: Path, wanted: dict[str, object], act: Callable[[], None], s
         ended = end(begin(folder, lambda number=number: disturb(number, act, seen)))
         if len(seen.read_text().splitlines()) < number:
             break
-        different += finish(folder, wanted) if ended == status else [f"{folder.name}: status {ended}"]
-    return {"operations": seen.read_text().splitlines(), "status at last": ended, "different": different}
+        different += (
+            finish(folder, wanted) if ended == status else [f"{folder.name}: status {ended}"]
+        )
+    return {
+        "operations": seen.read_text().splitlines(),
+        "status at last": ended,
+        "different": different,
+    }
 
 
 def full() -> None:
@@ -174,12 +225,21 @@ def main(root: Path, count: int) -> None:
     seconds = time.perf_counter() - began
     assert status == 0, (root / "whole" / "run.log").read_text()
     wanted = trace(root / "whole" / "run")
-    print(json.dumps({
-        "whole": sorted(wanted),
-        "moments": moments(root / "moments", count, seconds, wanted),
-        "kill": operations(root / "kill", wanted, lambda: os.kill(os.getpid(), signal.SIGKILL), -signal.SIGKILL),
-        "fail": operations(root / "fail", wanted, full, 1),
-    }))
+    print(
+        json.dumps(
+            {
+                "whole": sorted(wanted),
+                "moments": moments(root / "moments", count, seconds, wanted),
+                "kill": operations(
+                    root / "kill",
+                    wanted,
+                    lambda: os.kill(os.getpid(), signal.SIGKILL),
+                    -signal.SIGKILL,
+                ),
+                "fail": operations(root / "fail", wanted, full, 1),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from checkpoints import sources as pretrained
 from lora import attach
@@ -18,10 +24,22 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def tiny_llama(dtype: torch.dtype = torch.float32, vocab_size: int = 49152) -> LlamaForCausalLM:
     """Two random layers with grouped keys and a tied head: 14 linear layers to adapt."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-                         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # .to(dtype) would round the rotary frequencies too
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    return AutoModelForCausalLM.from_config(
+        config, dtype=dtype
+    ).eval()  # .to(dtype) would round the rotary frequencies too
 
 
 def save_tiny_llama(folder: Path) -> Path:
@@ -31,10 +49,14 @@ def save_tiny_llama(folder: Path) -> Path:
     return folder
 
 
-def adapted(codebook: torch.Tensor | None = None, targets: str | list[str] = "all-linear", **settings: float) -> nn.Module:
+def adapted(
+    codebook: torch.Tensor | None = None, targets: str | list[str] = "all-linear", **settings: float
+) -> nn.Module:
     """A tiny model in float64 with adapters that do something; on its own dense base, to compare with PEFT's."""
     settings = {"r": 4, "lora_alpha": 8} | settings
-    return trained(attach(tiny_llama(torch.float64, vocab_size=256), targets, codebook=codebook, **settings))
+    return trained(
+        attach(tiny_llama(torch.float64, vocab_size=256), targets, codebook=codebook, **settings)
+    )
 
 
 def trained(model: nn.Module) -> nn.Module:

@@ -68,13 +68,33 @@ def from_bits(word: int) -> float:
 # levels
 
 
-NF4 = [from_bits(word) for word in (
-    0xBF800000, 0xBF3239B1, 0xBF066B30, 0xBECA32A0, 0xBE91A24D, 0xBE3D353F, 0xBDBA7871, 0x00000000,
-    0x3DA2FAFF, 0x3E24CAE3, 0x3E7C04DD, 0x3EAD033A, 0x3EE1A4B8, 0x3F1007AB, 0x3F3913B3, 0x3F800000,
-)]
+NF4 = [
+    from_bits(word)
+    for word in (
+        0xBF800000,
+        0xBF3239B1,
+        0xBF066B30,
+        0xBECA32A0,
+        0xBE91A24D,
+        0xBE3D353F,
+        0xBDBA7871,
+        0x00000000,
+        0x3DA2FAFF,
+        0x3E24CAE3,
+        0x3E7C04DD,
+        0x3EAD033A,
+        0x3EE1A4B8,
+        0x3F1007AB,
+        0x3F3913B3,
+        0x3F800000,
+    )
+]
 
 # By code, in twelfths. bitsandbytes calls code 8 minus zero, and stores zero.
-FP4 = [float32(twelfths / 12) for twelfths in (0, 1 / 16, 8, 12, 4, 6, 2, 3, 0, -1 / 16, -8, -12, -4, -6, -2, -3)]
+FP4 = [
+    float32(twelfths / 12)
+    for twelfths in (0, 1 / 16, 8, 12, 4, 6, 2, 3, 0, -1 / 16, -8, -12, -4, -6, -2, -3)
+]
 
 
 def linspace(start: float, end: float, count: int, fused: bool) -> Vector:
@@ -184,7 +204,9 @@ def unpack(packed: list[int], n: int, codebook: Vector) -> list[int]:
     return codes[:n]
 
 
-def dequantize(packed: list[int], absmax: Vector, codebook: Vector, n: int, block_size: int, dtype: str) -> Vector:
+def dequantize(
+    packed: list[int], absmax: Vector, codebook: Vector, n: int, block_size: int, dtype: str
+) -> Vector:
     """The n numbers that the codes stand for: level * absmax, rounded to float32 and then to dtype.
 
     >>> dequantize([247, 7], [2.0, 1.0], NF4, 3, 2, "float32")
@@ -204,12 +226,16 @@ def mean(numbers: Vector) -> float:
     return math.fsum(numbers) / len(numbers) if numbers else 0.0
 
 
-def double_quantize(constants: Vector, offset: float, block_size: int, codebook: Vector) -> tuple[list[int], Vector]:
+def double_quantize(
+    constants: Vector, offset: float, block_size: int, codebook: Vector
+) -> tuple[list[int], Vector]:
     """The 8-bit codes of constants less their mean, and the nested absmax of each block."""
     return quantize([float32(constant - offset) for constant in constants], block_size, codebook)
 
 
-def double_dequantize(codes: list[int], nested_absmax: Vector, offset: float, block_size: int, codebook: Vector) -> Vector:
+def double_dequantize(
+    codes: list[int], nested_absmax: Vector, offset: float, block_size: int, codebook: Vector
+) -> Vector:
     """level * nested_absmax + offset, each operation in float32, kept between 0 and the largest float32."""
     largest = from_bits(0x7F7FFFFF)
     constants = []
@@ -238,26 +264,51 @@ def dropout(x: Matrix, keep: Matrix) -> Matrix:
 
 
 def lora_forward(
-    x: Matrix, weight: Matrix, lora_A: Matrix, lora_B: Matrix, bias: Vector, scaling: float, keep: Matrix
+    x: Matrix,
+    weight: Matrix,
+    lora_A: Matrix,
+    lora_B: Matrix,
+    bias: Vector,
+    scaling: float,
+    keep: Matrix,
 ) -> Matrix:
     """y = x W^T + b + s h B^T with h = (keep x) A^T, for x (tokens, in), W (out, in), A (r, in), B (out, r)."""
     dropped = dropout(x, keep)
     y = []
     for t in range(len(x)):
         h = [dot(dropped[t], row) for row in lora_A]
-        y.append([dot(x[t], weight[i]) + bias[i] + scaling * dot(h, lora_B[i]) for i in range(len(weight))])
+        y.append(
+            [
+                dot(x[t], weight[i]) + bias[i] + scaling * dot(h, lora_B[i])
+                for i in range(len(weight))
+            ]
+        )
     return y
 
 
 def lora_backward(
-    g: Matrix, x: Matrix, weight: Matrix, lora_A: Matrix, lora_B: Matrix, scaling: float, keep: Matrix
+    g: Matrix,
+    x: Matrix,
+    weight: Matrix,
+    lora_A: Matrix,
+    lora_B: Matrix,
+    scaling: float,
+    keep: Matrix,
 ) -> tuple[Matrix, Matrix, Matrix, Vector]:
     """dL/dx, dL/dA, dL/dB and dL/db of the same, for g = dL/dy (tokens, out)."""
-    tokens, inputs, outputs, ranks = range(len(x)), range(len(weight[0])), range(len(weight)), range(len(lora_A))
+    tokens, inputs, outputs, ranks = (
+        range(len(x)),
+        range(len(weight[0])),
+        range(len(weight)),
+        range(len(lora_A)),
+    )
     dropped = dropout(x, keep)
     h = [[dot(dropped[t], lora_A[j]) for j in ranks] for t in tokens]
     dh = [[scaling * dot(g[t], column(lora_B, j)) for j in ranks] for t in tokens]
-    dx = [[dot(g[t], column(weight, k)) + keep[t][k] * dot(dh[t], column(lora_A, k)) for k in inputs] for t in tokens]
+    dx = [
+        [dot(g[t], column(weight, k)) + keep[t][k] * dot(dh[t], column(lora_A, k)) for k in inputs]
+        for t in tokens
+    ]
     dA = [[dot(column(dh, j), column(dropped, k)) for k in inputs] for j in ranks]
     dB = [[scaling * dot(column(g, i), column(h, j)) for j in ranks] for i in outputs]
     db = [sum(column(g, i)) for i in outputs]
@@ -268,8 +319,16 @@ def lora_backward(
 
 
 def adamw(
-    param: Vector, grad: Vector, exp_avg: Vector, exp_avg_sq: Vector, step: int, lr: float, beta1: float, beta2: float,
-    eps: float, weight_decay: float,
+    param: Vector,
+    grad: Vector,
+    exp_avg: Vector,
+    exp_avg_sq: Vector,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
 ) -> tuple[Vector, Vector, Vector]:
     """Step number `step` (the first is 1) in float64: the new parameters and their two moments.
 

@@ -41,8 +41,15 @@ print(json.dumps({"before": before, "peak": resident("VmHWM:"), "parameters": su
 
 def shape(hidden: int, layers: int, vocabulary: int) -> LlamaConfig:
     """TinyLlama's proportions."""
-    return LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
-                       num_attention_heads=hidden // 64, num_key_value_heads=4, tie_word_embeddings=False)
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
 
 
 def write_checkpoint(config: LlamaConfig, dtype: torch.dtype, folder: Path) -> int:
@@ -63,7 +70,11 @@ def write_checkpoint(config: LlamaConfig, dtype: torch.dtype, folder: Path) -> i
         for name in names:
             begin, end = end, end + tensors[name].nbytes
             kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
-            header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+            header[name] = {
+                "dtype": kind,
+                "shape": list(tensors[name].shape),
+                "data_offsets": [begin, end],
+            }
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with open(path, "wb") as file:
@@ -88,7 +99,9 @@ def measure(folder: Path) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in (("hidden", 2048), ("layers", 22), ("vocabulary", 32000)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
@@ -100,9 +113,11 @@ def main() -> int:
         got = measure(Path(name))
     bound, taken = got["kept"] + largest + ALLOWED, got["peak"] - got["before"]
     mb = "{:.0f} MB".format
-    print(f"{got['parameters'] / 1e9:.2f}B parameters, {mb(on_disk / 1e6)} on disk, {mb(got['kept'] / 1e6)} with linear layers "
-          f"in 4 bits; the largest tensor {mb(largest / 1e6)}\nat its peak, loading took {mb(taken / 1e6)} more than the "
-          f"{mb(got['before'] / 1e6)} of Python and its libraries; the bound is {mb(bound / 1e6)}")
+    print(
+        f"{got['parameters'] / 1e9:.2f}B parameters, {mb(on_disk / 1e6)} on disk, {mb(got['kept'] / 1e6)} with linear layers "
+        f"in 4 bits; the largest tensor {mb(largest / 1e6)}\nat its peak, loading took {mb(taken / 1e6)} more than the "
+        f"{mb(got['before'] / 1e6)} of Python and its libraries; the bound is {mb(bound / 1e6)}"
+    )
     return int(taken > bound)
 
 

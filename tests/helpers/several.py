@@ -37,7 +37,9 @@ from training import state as resume
 WAYS = {"DDP": (), "FSDP2": ("--shard",)}
 
 
-def launch(folder: Path, world: int, *flags: str, disturb: Callable[[int], None] = lambda rank: None) -> list[int]:
+def launch(
+    folder: Path, world: int, *flags: str, disturb: Callable[[int], None] = lambda rank: None
+) -> list[int]:
     """Start a run in so many processes. -> their ids, the first one's first"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -45,9 +47,17 @@ def launch(folder: Path, world: int, *flags: str, disturb: Callable[[int], None]
 
     def told(rank: int) -> Callable[[], None]:
         def tell() -> None:
-            several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in several.items()} if world > 1 else {})
+            several = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world,
+                "LOCAL_WORLD_SIZE": world,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            os.environ.update(
+                {name: str(value) for name, value in several.items()} if world > 1 else {}
+            )
             disturb(rank)
 
         return tell
@@ -87,14 +97,22 @@ def alike(root: Path) -> dict[str, dict]:
                 if rest:
                     continue
                 statuses = end(launch(folder, world, "--grad-accum", str(each), *flags))
-                one, other = (files.read_tensors(run / "adapter_model.safetensors") for run in (alone, folder))
+                one, other = (
+                    files.read_tensors(run / "adapter_model.safetensors") for run in (alone, folder)
+                )
                 differ = [abs(a - b) / abs(a) for a, b in zip(losses(alone), losses(folder))]
-                differ += [float((one[name] - other[name]).norm() / one[name].norm()) for name in one]
+                differ += [
+                    float((one[name] - other[name]).norm() / one[name].norm()) for name in one
+                ]
                 facts = json.loads((folder / "report.json").read_text())
                 whole = json.loads((alone / "report.json").read_text())["model_bytes_per_process"]
                 same = killed.trace(folder) == killed.trace(alone)
-                seen[folder.name] = {"statuses": statuses, "far": max(differ), "same bits": same,
-                                     "share of the bytes": facts["model_bytes_per_process"] / whole}
+                seen[folder.name] = {
+                    "statuses": statuses,
+                    "far": max(differ),
+                    "same bits": same,
+                    "share of the bytes": facts["model_bytes_per_process"] / whole,
+                }
     return seen
 
 
@@ -122,12 +140,17 @@ def moments(root: Path, count: int) -> dict[str, object]:
         flags = WAYS[draw.choice([*WAYS])] if world == 2 else ("--grad-accum", "2")
         assert end(launch(folder, world, *flags)) == [0] * world, log.read_text()
         got = killed.trace(folder)
-        different += [f"{folder.name}: {name}" for name in sorted({*got, *wanted}) if got.get(name) != wanted.get(name)]
+        different += [
+            f"{folder.name}: {name}"
+            for name in sorted({*got, *wanted})
+            if got.get(name) != wanted.get(name)
+        ]
     return {"kills": kills, "different": different, "stuck": stuck, "said so": words}
 
 
 def apart(root: Path) -> dict[str, tuple[list[int | None], str]]:
     """-> for each mishap, how the processes ended, and all that they wrote to the terminal"""
+
     def other_rows(rank: int) -> None:
         if rank == 1:
             rows = data.load()
@@ -160,8 +183,13 @@ def apart(root: Path) -> dict[str, tuple[list[int | None], str]]:
         folder = root / disturb.__name__
         statuses = end(launch(folder, 2, disturb=disturb))
         result[disturb.__name__] = statuses, folder.with_suffix(".log").read_text()
-    steps = [line["step"] for line in report.read_metrics(root / "one_is_asked_to_stop" / "metrics.jsonl")]
-    three = root / "three"  # what two of them began, with as many batches a step, and with another number
+    steps = [
+        line["step"]
+        for line in report.read_metrics(root / "one_is_asked_to_stop" / "metrics.jsonl")
+    ]
+    three = (
+        root / "three"
+    )  # what two of them began, with as many batches a step, and with another number
     folder = root / "one_is_asked_to_stop"
     end(launch(three, 1, "--grad-accum", "3"))
     result["steps before it stopped"] = steps, ""
@@ -194,8 +222,16 @@ def main(root: Path, count: int) -> None:
     killed.warm()
     for name in ("alike", "moments", "apart", "traffic"):
         (root / name).mkdir()
-    print(json.dumps({"alike": alike(root / "alike"), "moments": moments(root / "moments", count),
-                      "apart": apart(root / "apart"), "traffic": sent(root / "traffic")}))
+    print(
+        json.dumps(
+            {
+                "alike": alike(root / "alike"),
+                "moments": moments(root / "moments", count),
+                "apart": apart(root / "apart"),
+                "traffic": sent(root / "traffic"),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,12 @@ BLOCK_SIZES = [2**k for k in range(1, 13)]
 LAYOUTS = ["contiguous", "transposed", "every other", "inner"]
 PATTERNS = ["normal", "uniform", "outliers", "constant", "one-hot", "zeros", "zero blocks", "ties"]
 PATTERNS += ["largest", "blocks of all sizes"]
-TIES = [-0.75, -0.25, 0.25, 0.75]  # exact midpoints of the uniform code below: no rounding, so a tie is a tie
+TIES = [
+    -0.75,
+    -0.25,
+    0.25,
+    0.75,
+]  # exact midpoints of the uniform code below: no rounding, so a tie is a tie
 
 
 def uniform_code() -> Tensor:
@@ -43,8 +48,12 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         reverse = tuple(reversed(range(values.dim())))
         return values.permute(reverse).contiguous().permute(reverse)
     if layout == "every other":
-        return torch.zeros(*values.shape[:-1], 2 * values.shape[-1], dtype=values.dtype)[..., ::2].copy_(values)
-    return torch.zeros(*values.shape[:-1], values.shape[-1] + 3, dtype=values.dtype)[..., 1:-2].copy_(values)
+        return torch.zeros(*values.shape[:-1], 2 * values.shape[-1], dtype=values.dtype)[
+            ..., ::2
+        ].copy_(values)
+    return torch.zeros(*values.shape[:-1], values.shape[-1] + 3, dtype=values.dtype)[
+        ..., 1:-2
+    ].copy_(values)
 
 
 @dataclass(frozen=True)
@@ -63,38 +72,58 @@ class Recipe:
         """Finite in float32, and in the dtype; magnitudes beyond are cut off."""
         values = self._pattern(math.prod(self.shape)) * 2.0**self.exponent
         largest = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
-        return laid_out(values.clamp(-largest, largest).to(self.dtype).reshape(self.shape), self.layout)
+        return laid_out(
+            values.clamp(-largest, largest).to(self.dtype).reshape(self.shape), self.layout
+        )
 
     def _pattern(self, n: int) -> Tensor:
         """n numbers in float64, of magnitudes around 1."""
         make = torch.Generator().manual_seed(self.seed)
         normal = torch.randn(n, generator=make, dtype=torch.float64)
-        signs, chance, index = normal.sign(), torch.rand(n, generator=make, dtype=torch.float64), torch.arange(n)
+        signs, chance, index = (
+            normal.sign(),
+            torch.rand(n, generator=make, dtype=torch.float64),
+            torch.arange(n),
+        )
         ties = torch.tensor(TIES).double()[(4 * chance).long()]
         return {
             "normal": lambda: normal,
             "uniform": lambda: 2 * chance - 1,
             "outliers": lambda: normal * torch.where(chance < 0.02, 1e4, 1.0),
-            "constant": lambda: torch.full((n,), 0.7, dtype=torch.float64) * (1 if self.seed % 2 else -1),
+            "constant": lambda: (
+                torch.full((n,), 0.7, dtype=torch.float64) * (1 if self.seed % 2 else -1)
+            ),
             "one-hot": lambda: (index == self.seed % max(n, 1)).double(),
             "zeros": lambda: torch.zeros(n, dtype=torch.float64),
             "zero blocks": lambda: normal * (index // self.block_size % 2),
             "ties": lambda: torch.where(index % self.block_size == 0, 1.0, ties),
             "largest": lambda: signs * 2.0**1000,  # cut off to the largest finite number
-            "blocks of all sizes": lambda: normal * 2.0 ** ((index // 64 * 37 + self.seed) % 250 - 125).double(),
+            "blocks of all sizes": lambda: (
+                normal * 2.0 ** ((index // 64 * 37 + self.seed) % 250 - 125).double()
+            ),
         }[self.pattern]()
 
 
 sizes = st.integers(0, 9)
 shapes = st.one_of(
-    st.just(()), st.just((0,)), st.tuples(st.integers(1, 9000)), st.tuples(st.integers(0, 70), st.integers(0, 70)),
-    st.tuples(sizes, sizes, sizes), st.tuples(sizes, sizes, sizes, sizes),
+    st.just(()),
+    st.just((0,)),
+    st.tuples(st.integers(1, 9000)),
+    st.tuples(st.integers(0, 70), st.integers(0, 70)),
+    st.tuples(sizes, sizes, sizes),
+    st.tuples(sizes, sizes, sizes, sizes),
 )
 exponents = st.one_of(st.just(0), st.integers(-152, 128))
 seeds = st.integers(0, 2**31)
 recipes = st.builds(
-    Recipe, shapes, st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.sampled_from(BLOCK_SIZES),
-    st.sampled_from(PATTERNS), exponents, seeds,
+    Recipe,
+    shapes,
+    st.sampled_from(DTYPES),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(BLOCK_SIZES),
+    st.sampled_from(PATTERNS),
+    exponents,
+    seeds,
 )
 
 
@@ -121,7 +150,9 @@ class Cut:
 
     def index(self) -> Tensor:
         """The places of all elements of the window (rows * cols,) in the flattened tensor."""
-        return (self.start + torch.arange(self.rows)[:, None] * self.stride + torch.arange(self.cols)).flatten()
+        return (
+            self.start + torch.arange(self.rows)[:, None] * self.stride + torch.arange(self.cols)
+        ).flatten()
 
 
 @st.composite
@@ -145,8 +176,14 @@ safe_shapes = st.one_of(
     st.tuples(st.integers(1, 3), st.sampled_from([4096, 8192])),
 )
 peer_recipes = st.builds(
-    Recipe, safe_shapes, st.sampled_from(HALF_AND_SINGLE), st.just("contiguous"), st.sampled_from(BLOCK_SIZES[5:]),
-    st.sampled_from(["normal", "uniform", "outliers", "constant", "one-hot"]), st.integers(-14, 10), seeds,
+    Recipe,
+    safe_shapes,
+    st.sampled_from(HALF_AND_SINGLE),
+    st.just("contiguous"),
+    st.sampled_from(BLOCK_SIZES[5:]),
+    st.sampled_from(["normal", "uniform", "outliers", "constant", "one-hot"]),
+    st.integers(-14, 10),
+    seeds,
 )
 
 
@@ -174,8 +211,15 @@ class Constants:
 
 
 constants = st.builds(
-    Constants, st.one_of(st.just(()), st.tuples(st.integers(0, 1500)), st.tuples(st.integers(0, 30), st.integers(0, 30))),
-    st.sampled_from(["weights", "zeros", "some zeros", "equal", "all sizes", "largest"]), exponents, seeds,
+    Constants,
+    st.one_of(
+        st.just(()),
+        st.tuples(st.integers(0, 1500)),
+        st.tuples(st.integers(0, 30), st.integers(0, 30)),
+    ),
+    st.sampled_from(["weights", "zeros", "some zeros", "equal", "all sizes", "largest"]),
+    exponents,
+    seeds,
 )
 
 
@@ -194,7 +238,9 @@ class Adapted:
     seed: int = 0
 
     def random(self, *shape: int, offset: int = 0) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + offset), dtype=torch.float64)
+        return torch.randn(
+            shape, generator=torch.Generator().manual_seed(self.seed + offset), dtype=torch.float64
+        )
 
     def linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias, dtype=dtype)
@@ -223,9 +269,21 @@ class Adapted:
 
 
 adapted = st.builds(
-    Adapted, st.integers(4, 80), st.integers(4, 40), st.integers(1, 4), st.sampled_from([0.5, 7.0, 16.0]),
-    st.one_of(st.just(()), st.just((0,)), st.tuples(st.integers(1, 9)), st.lists(sizes, min_size=2, max_size=3).map(tuple)),
-    st.booleans(), st.sampled_from([0.0, 0.0, 0.3, 0.9]), st.booleans(), st.integers(0, 2**20),
+    Adapted,
+    st.integers(4, 80),
+    st.integers(4, 40),
+    st.integers(1, 4),
+    st.sampled_from([0.5, 7.0, 16.0]),
+    st.one_of(
+        st.just(()),
+        st.just((0,)),
+        st.tuples(st.integers(1, 9)),
+        st.lists(sizes, min_size=2, max_size=3).map(tuple),
+    ),
+    st.booleans(),
+    st.sampled_from([0.0, 0.0, 0.3, 0.9]),
+    st.booleans(),
+    st.integers(0, 2**20),
 )
 
 
@@ -237,7 +295,9 @@ class Tower(nn.Module):
         self.embed = nn.Embedding(vocabulary, width)
         up = [nn.Linear(width, 2 * width) for _ in range(2)]
         down = [nn.Linear(2 * width, width, bias=bias) for bias in (True, True, False)]
-        self.blocks = nn.ModuleList(nn.ModuleDict({"up": up[i % 2], "down": down[i]}) for i in range(3))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": up[i % 2], "down": down[i]}) for i in range(3)
+        )
         self.norm, self.lm_head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.lm_head.weight = self.embed.weight

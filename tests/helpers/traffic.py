@@ -26,23 +26,53 @@ from training import sharding as parallel  # noqa: E402
 from variants import init as variants  # noqa: E402
 
 STEPS = 2, 12
-LINKS = {"NVLink, 450 GB/s": 450e9, "PCIe, 25 GB/s": 25e9, "100 Gbit/s": 12.5e9, "10 Gbit/s": 1.25e9}  # bytes a second
+LINKS = {
+    "NVLink, 450 GB/s": 450e9,
+    "PCIe, 25 GB/s": 25e9,
+    "100 Gbit/s": 12.5e9,
+    "10 Gbit/s": 1.25e9,
+}  # bytes a second
 ADAPTER = {"r": 8, "lora_alpha": 16.0, "lora_dropout": 0.0, "use_rslora": False}
 DTYPE = torch.float32
 
 
 def sent() -> int:
     """Bytes that have gone over the loopback so far."""
-    [line] = [line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:")]
+    [line] = [
+        line
+        for line in Path("/proc/net/dev").read_text().splitlines()
+        if line.strip().startswith("lo:")
+    ]
     return int(line.split()[9])
 
 
 def bytes_of_a_run(folder: Path, steps: int, flags: list[str]) -> int:
     rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": f"{i}!"}) + "\n" for i in range(20)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", *flags,
-               "--data", str(rows), "--batch-size", "1", "--max-steps", str(steps), "--output-dir", str(folder / "out"),
-               "--device", "cpu", "--dtype", str(DTYPE).removeprefix("torch.")]
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"{i}?", "completion": f"{i}!"}) + "\n" for i in range(20))
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "train.py",
+        *flags,
+        "--data",
+        str(rows),
+        "--batch-size",
+        "1",
+        "--max-steps",
+        str(steps),
+        "--output-dir",
+        str(folder / "out"),
+        "--device",
+        "cpu",
+        "--dtype",
+        str(DTYPE).removeprefix("torch."),
+    ]
     before = sent()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return sent() - before
@@ -61,17 +91,25 @@ def of_the_papers_models() -> str:
     for name, shape in predict.SHAPES.items():
         parts = predict.predict(shape, predict.QLORA, 1, 512, 64).components
         blocks = sum(parts[part] for part in ("base", "constants", "norms", "adapters"))
-        for way, sent in parallel.sent_in_a_step(blocks, parts["embedding, head"], parts["adapters"], 8, 1).items():
+        for way, sent in parallel.sent_in_a_step(
+            blocks, parts["embedding, head"], parts["adapters"], 8, 1
+        ).items():
             seconds = "".join(f"{sent / rate:{len(name)}.2f} s" for name, rate in LINKS.items())
             lines.append(f"{name:12}{way:6}{sent / 1e9:8.2f}{seconds}")
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=pretrained.DEFAULT)
     parser.add_argument("--grad-accum", type=int, default=1)
-    parser.add_argument("--computed", action="store_true", help="for the paper's models in 8 processes; nothing is run")
+    parser.add_argument(
+        "--computed",
+        action="store_true",
+        help="for the paper's models in 8 processes; nothing is run",
+    )
     args = parser.parse_args()
     if args.computed:
         print(of_the_papers_models())
@@ -79,9 +117,13 @@ def main() -> int:
     model = variants.adapted(pretrained.find(args.model), DTYPE, "cpu", "default", 0, ADAPTER, {})
     sizes = parallel.sizes(model)
     computed = parallel.sent_in_a_step(*sizes, 2, args.grad_accum)
-    computed["FSDP2"] += args.grad_accum * sizes[-1] / 2  # gloo, unlike NCCL, hands round these sums, too
-    print(f"{args.model}, 2 processes, {args.grad_accum} batches each: MB that a process sends in a step\n"
-          f"{'':8}{'computed':>10}{'measured':>10}")
+    computed["FSDP2"] += (
+        args.grad_accum * sizes[-1] / 2
+    )  # gloo, unlike NCCL, hands round these sums, too
+    print(
+        f"{args.model}, 2 processes, {args.grad_accum} batches each: MB that a process sends in a step\n"
+        f"{'':8}{'computed':>10}{'measured':>10}"
+    )
     flags, off = ["--model", args.model, "--grad-accum", str(args.grad_accum)], []
     for way, more in (("DDP", []), ("FSDP2", ["--shard"])):
         seen = measured([*flags, *more])

@@ -34,7 +34,9 @@ class Thread(greenlet.greenlet):
 
     waits_for, brings, gets, shared = None, None, None, 0
 
-    def __init__(self, function: Callable, block: int, index: int, arrays: list[np.ndarray]) -> None:
+    def __init__(
+        self, function: Callable, block: int, index: int, arrays: list[np.ndarray]
+    ) -> None:
         super().__init__(function)
         self.block, self.index, self.arrays = block, index, arrays
         self.gr_context = copy_context()  # where NumPy keeps what it warns of
@@ -78,16 +80,24 @@ def garbage(shape: int | tuple[int, ...], kind: type[np.generic]) -> np.ndarray:
     return array
 
 
-def run_block(function: Callable, block: int, threads: int, arguments: list, draw: np.random.Generator) -> None:
+def run_block(
+    function: Callable, block: int, threads: int, arguments: list, draw: np.random.Generator
+) -> None:
     """Run one block to its end. Raises: RuntimeError if threads wait for others that are gone or wait elsewhere."""
     arrays: list[np.ndarray] = []
     everyone = [Thread(function, block, index, arrays) for index in range(threads)]
     warps = [everyone[start : start + 32] for start in range(0, threads, 32)]
-    warps = [warps[warp] for warp in draw.permutation(len(warps))]  # the fastest first: it runs as far ahead as it can
+    warps = [
+        warps[warp] for warp in draw.permutation(len(warps))
+    ]  # the fastest first: it runs as far ahead as it can
     for _ in range(PATIENCE):
         if all(thread.dead for thread in everyone):
             return
-        ready = [warp for warp in warps if all(not thread.dead and thread.waits_for in (None, THE_WARP) for thread in warp)]
+        ready = [
+            warp
+            for warp in warps
+            if all(not thread.dead and thread.waits_for in (None, THE_WARP) for thread in warp)
+        ]
         if ready:
             resume(ready[0], draw, arguments)
         elif all(not thread.dead and thread.waits_for == THE_BLOCK for thread in everyone):
@@ -103,17 +113,27 @@ def resume(warp: list[Thread], draw: np.random.Generator, arguments: list) -> No
     brought = [thread.brings for thread in warp]
     for lane in draw.permutation(len(warp)):
         warp[lane].gets = brought
-        warp[lane].switch(*([] if warp[lane] else arguments))  # a thread is true once it has started
+        warp[lane].switch(
+            *([] if warp[lane] else arguments)
+        )  # a thread is true once it has started
 
 
 @contextmanager
 def in_python() -> Iterator[None]:
     """The files of kernels see the simulator as `cuda`, and their inlined functions as plain ones."""
     fake, before = FakeCuda(), []
-    kernels = [name for name in sys.modules if name.startswith("cuda_kernels.") and name != "kernels.launch_cuda"]
+    kernels = [
+        name
+        for name in sys.modules
+        if name.startswith("cuda_kernels.") and name != "kernels.launch_cuda"
+    ]
     for module in [sys.modules[name] for name in kernels]:
         for name, value in list(vars(module).items()):
-            plain = NUMBERS.get(value) if isinstance(value, types.Type) else getattr(value, "py_func", None)
+            plain = (
+                NUMBERS.get(value)
+                if isinstance(value, types.Type)
+                else getattr(value, "py_func", None)
+            )
             plain = fake if name == "cuda" else plain
             if plain is not None:
                 before.append((module, name, value))
@@ -127,7 +147,9 @@ def in_python() -> Iterator[None]:
 
 def pointer(tensor: Tensor, kind: type[np.generic]) -> np.ndarray:
     """The memory of a contiguous tensor as the kernel's pointer sees it."""
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # the stride of a single number may be anything
+    flat = tensor.detach().as_strided(
+        (tensor.numel(),), (1,)
+    )  # the stride of a single number may be anything
     memory, width = flat.view(torch.uint8).numpy(), np.dtype(kind).itemsize
     return memory[: memory.size // width * width].view(kind)
 
@@ -135,8 +157,12 @@ def pointer(tensor: Tensor, kind: type[np.generic]) -> np.ndarray:
 def run(kernel: Kernel, blocks: int, arguments: tuple, seed: int = 0) -> None:
     """Run a kernel as launch.launch would start it, on tensors of the CPU."""
     draw = np.random.default_rng(seed)
-    seen = [pointer(argument, NUMBERS[kind.dtype]) if isinstance(argument, Tensor) else NUMBERS[kind](argument)
-            for argument, kind in zip(arguments, kernel.signature, strict=True)]
+    seen = [
+        pointer(argument, NUMBERS[kind.dtype])
+        if isinstance(argument, Tensor)
+        else NUMBERS[kind](argument)
+        for argument, kind in zip(arguments, kernel.signature, strict=True)
+    ]
     with in_python(), np.errstate(all="ignore"):
         for block in draw.permutation(blocks):
             run_block(kernel.function, int(block), kernel.threads, seen, draw)

@@ -35,11 +35,17 @@ from helpers.strategies import (
 )
 from kernels.cpu import decode, fused, quantize
 
-KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}  # as the kernels see them
+KINDS = {
+    torch.float32: np.float32,
+    torch.bfloat16: np.uint16,
+    torch.float16: np.int16,
+}  # as the kernels see them
 EDGE = 3  # elements before and after each result that no kernel may touch
 LARGEST = torch.finfo(torch.float32).max
 # Their constants decode to more than float16's largest number, and to less than 0:
-ABOVE = Recipe((7, 99), torch.float16, block_size=2, pattern="blocks of all sizes", exponent=60, seed=1)
+ABOVE = Recipe(
+    (7, 99), torch.float16, block_size=2, pattern="blocks of all sizes", exponent=60, seed=1
+)
 BELOW = Recipe((7, 99), torch.float16, block_size=2, pattern="zero blocks", exponent=14)
 
 
@@ -53,37 +59,72 @@ def in_python(module: ModuleType) -> ModuleType:
     return copy
 
 
-def look_up_in_python(packed: np.ndarray, byte: int, levels: np.ndarray, scale: np.float32, out: np.ndarray, at: int,
-                      groups: int) -> None:
+def look_up_in_python(
+    packed: np.ndarray,
+    byte: int,
+    levels: np.ndarray,
+    scale: np.float32,
+    out: np.ndarray,
+    at: int,
+    groups: int,
+) -> None:
     """What look_up_avx512 promises to be."""
-    DECODE["in Python"].look_up(packed, byte, levels, scale, out, at, groups, np.empty(16, out.dtype))
+    DECODE["in Python"].look_up(
+        packed, byte, levels, scale, out, at, groups, np.empty(16, out.dtype)
+    )
 
 
-def code_in_python(flat: np.ndarray, start: int, power: np.float32, reciprocal: np.float32, midpoints: np.ndarray,
-                   packed: np.ndarray, byte: int, groups: int) -> None:
+def code_in_python(
+    flat: np.ndarray,
+    start: int,
+    power: np.float32,
+    reciprocal: np.float32,
+    midpoints: np.ndarray,
+    packed: np.ndarray,
+    byte: int,
+    groups: int,
+) -> None:
     """What code_avx512 promises to be."""
     for i in range(8 * groups):
-        high, low = (QUANTIZE["in Python"]._code(flat[start + k] * power * reciprocal, midpoints) for k in (2 * i, 2 * i + 1))
+        high, low = (
+            QUANTIZE["in Python"]._code(flat[start + k] * power * reciprocal, midpoints)
+            for k in (2 * i, 2 * i + 1)
+        )
         packed[byte + i] = high << 4 | low
 
 
-def elements_in_python(packed: np.ndarray, byte: int, levels: np.ndarray, scale: np.float32) -> list[np.float32]:
+def elements_in_python(
+    packed: np.ndarray, byte: int, levels: np.ndarray, scale: np.float32
+) -> list[np.float32]:
     """The 32 elements in 16 bytes: the even ones, then the odd ones."""
     pairs = [int(pair) for pair in packed[byte : byte + 16]]
     assert len(pairs) == 16
-    return [levels[pair >> 4] * scale for pair in pairs] + [levels[pair & 15] * scale for pair in pairs]
+    return [levels[pair >> 4] * scale for pair in pairs] + [
+        levels[pair & 15] * scale for pair in pairs
+    ]
 
 
 def dots_in_python(tokens: int) -> Callable[..., None]:
     """What dots_1 and dots_4 promise to be."""
 
-    def dots(packed: np.ndarray, start: int, stride: int, levels: np.ndarray, scales: np.ndarray, blocks: int, x: np.ndarray,
-             at: int, sums: np.ndarray) -> None:
+    def dots(
+        packed: np.ndarray,
+        start: int,
+        stride: int,
+        levels: np.ndarray,
+        scales: np.ndarray,
+        blocks: int,
+        x: np.ndarray,
+        at: int,
+        sums: np.ndarray,
+    ) -> None:
         sums[:] = 0
         for row in (0, 1):
             for group in range(stride // 16):
                 scale = scales[row * blocks + group * blocks // (stride // 16)]
-                elements = elements_in_python(packed, start + row * stride + 16 * group, levels, scale)
+                elements = elements_in_python(
+                    packed, start + row * stride + 16 * group, levels, scale
+                )
                 for t in range(tokens):
                     place = at + (group * tokens + t) * 32
                     for i in range(32):
@@ -95,14 +136,29 @@ def dots_in_python(tokens: int) -> Callable[..., None]:
 def add_in_python(tokens: int) -> Callable[..., None]:
     """What add_1 and add_4 promise to be."""
 
-    def add(packed: np.ndarray, start: int, stride: int, levels: np.ndarray, scales: np.ndarray, apart: int, x: np.ndarray,
-            at: int, rows: int, y: np.ndarray, to: int) -> None:
+    def add(
+        packed: np.ndarray,
+        start: int,
+        stride: int,
+        levels: np.ndarray,
+        scales: np.ndarray,
+        apart: int,
+        x: np.ndarray,
+        at: int,
+        rows: int,
+        y: np.ndarray,
+        to: int,
+    ) -> None:
         for row in range(rows):
             for half in (0, 1):
-                elements = elements_in_python(packed, start + row * stride + 16 * half, levels, scales[row * apart])
+                elements = elements_in_python(
+                    packed, start + row * stride + 16 * half, levels, scales[row * apart]
+                )
                 for t in range(tokens):
                     for i in range(32):
-                        y[to + (half * tokens + t) * 32 + i] += elements[i] * x[at + row * tokens + t]
+                        y[to + (half * tokens + t) * 32 + i] += (
+                            elements[i] * x[at + row * tokens + t]
+                        )
 
     return add
 
@@ -116,20 +172,31 @@ QUANTIZE["in Python"].code_avx512 = code_in_python
 for tokens_ in (1, 4):
     setattr(FUSED["in Python"], f"dots_{tokens_}", dots_in_python(tokens_))
     setattr(FUSED["in Python"], f"add_{tokens_}", add_in_python(tokens_))
-WITH_AVX512 = pytest.mark.skipif(not decode.AVX512, reason="no AVX-512 here: only what its code looks like is tested")
-WITH_FLOAT16 = pytest.mark.skipif(not decode.FLOAT16, reason="this processor cannot round to float16")
-HOW = [pytest.param("in Python", False, id="in Python"), pytest.param("in Python", True, id="in Python, AVX-512"),
-       pytest.param("compiled", False, id="compiled"),
-       pytest.param("compiled", True, id="compiled, AVX-512", marks=WITH_AVX512)]
+WITH_AVX512 = pytest.mark.skipif(
+    not decode.AVX512, reason="no AVX-512 here: only what its code looks like is tested"
+)
+WITH_FLOAT16 = pytest.mark.skipif(
+    not decode.FLOAT16, reason="this processor cannot round to float16"
+)
+HOW = [
+    pytest.param("in Python", False, id="in Python"),
+    pytest.param("in Python", True, id="in Python, AVX-512"),
+    pytest.param("compiled", False, id="compiled"),
+    pytest.param("compiled", True, id="compiled, AVX-512", marks=WITH_AVX512),
+]
 TARGETS = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=WITH_FLOAT16)]
-pytestmark = pytest.mark.filterwarnings(r"ignore:(overflow|invalid value) encountered:RuntimeWarning")  # in Python, by NumPy
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)  # in Python, by NumPy
 
 
 class Framed:
     """Room for `count` results, in the middle of numbers that must stay."""
 
     def __init__(self, count: int, kind: type[np.generic]) -> None:
-        self.whole = np.frombuffer(b"\xa5" * (count + 2 * EDGE) * np.dtype(kind).itemsize, kind).copy()
+        self.whole = np.frombuffer(
+            b"\xa5" * (count + 2 * EDGE) * np.dtype(kind).itemsize, kind
+        ).copy()
         self.inside = self.whole[EDGE : EDGE + count]
 
     def is_intact(self) -> bool:
@@ -137,26 +204,54 @@ class Framed:
         return edges.tobytes() == b"\xa5" * edges.nbytes
 
 
-def weight_of(q: nf4.Quantized, constants: double_quant.DoubleQuantized | None, avx512: bool) -> tuple:
+def weight_of(
+    q: nf4.Quantized, constants: double_quant.DoubleQuantized | None, avx512: bool
+) -> tuple:
     """A weight as decode.py documents it."""
     levels = np.zeros(16, np.float32)
     levels[: q.codebook.numel()] = q.codebook.numpy()
     packed, shift = q.packed.numpy().reshape(-1), int(q.block_size).bit_length() - 1
     largest = np.float32(min(torch.finfo(q.dtype).max, LARGEST))
     if constants is None:
-        return packed, levels, q.absmax.numpy(), np.empty(0, np.uint8), levels, np.float32(0), largest, shift, 0, avx512
-    return (packed, levels, constants.absmax.numpy(), constants.codes.numpy(), constants.codebook.numpy(),
-            np.float32(constants.offset.item()), largest, shift, int(constants.block_size).bit_length() - 1, avx512)
+        return (
+            packed,
+            levels,
+            q.absmax.numpy(),
+            np.empty(0, np.uint8),
+            levels,
+            np.float32(0),
+            largest,
+            shift,
+            0,
+            avx512,
+        )
+    return (
+        packed,
+        levels,
+        constants.absmax.numpy(),
+        constants.codes.numpy(),
+        constants.codebook.numpy(),
+        np.float32(constants.offset.item()),
+        largest,
+        shift,
+        int(constants.block_size).bit_length() - 1,
+        avx512,
+    )
 
 
-def frozen(recipe: Recipe, double: bool, codebook: Tensor = nf4.NF4,
-           block_size8: int = 256) -> tuple[nf4.Quantized, double_quant.DoubleQuantized | None, Tensor]:
+def frozen(
+    recipe: Recipe, double: bool, codebook: Tensor = nf4.NF4, block_size8: int = 256
+) -> tuple[nf4.Quantized, double_quant.DoubleQuantized | None, Tensor]:
     """A quantized tensor, its constants if they are quantized too, and what they decode to."""
     q = nf4.quantize(recipe.tensor(), recipe.block_size, codebook)
     if not double:
         return q, None, q.absmax
     constants = double_quant.quantize(q.absmax, block_size8)
-    return q, constants, double_quant.dequantize(constants).clamp(max=min(torch.finfo(q.dtype).max, LARGEST))
+    return (
+        q,
+        constants,
+        double_quant.dequantize(constants).clamp(max=min(torch.finfo(q.dtype).max, LARGEST)),
+    )
 
 
 def dense(q: nf4.Quantized, absmax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -176,7 +271,9 @@ def threads() -> Iterator[None]:
 # quantize
 
 
-def blockwise(how: str, avx512: bool, flat: Tensor, block_size: int, codebook: Tensor = nf4.NF4) -> tuple[Tensor, Tensor]:
+def blockwise(
+    how: str, avx512: bool, flat: Tensor, block_size: int, codebook: Tensor = nf4.NF4
+) -> tuple[Tensor, Tensor]:
     """packed and absmax of float32 (n,), by the kernel for codebooks of this size."""
     wide = codebook.numel() > 16
     midpoints = np.full(256 if wide else 16, np.inf, np.float32)
@@ -194,7 +291,10 @@ def blockwise(how: str, avx512: bool, flat: Tensor, block_size: int, codebook: T
 
 
 @pytest.mark.parametrize(("how", "avx512"), HOW)
-@given(recipe=recipes, codebook=st.one_of(st.just(nf4.NF4), codes_of_2_to_16_levels, codes_of_17_to_256_levels))
+@given(
+    recipe=recipes,
+    codebook=st.one_of(st.just(nf4.NF4), codes_of_2_to_16_levels, codes_of_17_to_256_levels),
+)
 @example(recipe=Recipe((1, 127), exponent=-140), codebook=nf4.NF4)
 @example(recipe=Recipe((129,), block_size=2, exponent=126), codebook=nf4.normal_float(2))
 @example(recipe=Recipe((3, 256), pattern="ties"), codebook=uniform_code())
@@ -210,8 +310,12 @@ def test_codes_and_constants_are_those_of_the_reference_bit_for_bit(
 
 
 @pytest.mark.parametrize(("how", "avx512"), HOW)
-@pytest.mark.parametrize("bad", [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF])
-def test_the_constant_of_a_block_is_finite_if_its_numbers_are(how: str, avx512: bool, bad: int) -> None:
+@pytest.mark.parametrize(
+    "bad", [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF]
+)
+def test_the_constant_of_a_block_is_finite_if_its_numbers_are(
+    how: str, avx512: bool, bad: int
+) -> None:
     """Infinity and every kind of NaN, anywhere in a block, the largest finite numbers beside them."""
     for place in range(0, 128, 3):
         flat = torch.tensor([1.0, -LARGEST, 0.0, LARGEST]).repeat(32)
@@ -226,9 +330,15 @@ def test_the_constant_of_a_block_is_finite_if_its_numbers_are(how: str, avx512: 
 
 @pytest.mark.parametrize("dtype", TARGETS)
 @pytest.mark.parametrize(("how", "avx512"), HOW)
-@given(cut=cuts(), codebook=st.one_of(st.just(nf4.NF4), codes_of_2_to_16_levels), block_size8=st.sampled_from([2, 256]))
+@given(
+    cut=cuts(),
+    codebook=st.one_of(st.just(nf4.NF4), codes_of_2_to_16_levels),
+    block_size8=st.sampled_from([2, 256]),
+)
 @example(cut=Cut(), codebook=nf4.NF4, block_size8=256)
-@example(cut=Cut(double_quant=False, start=1, rows=69, cols=32), codebook=nf4.NF4, block_size8=256)  # narrow, and odd
+@example(
+    cut=Cut(double_quant=False, start=1, rows=69, cols=32), codebook=nf4.NF4, block_size8=256
+)  # narrow, and odd
 @example(cut=Cut(ABOVE, True, 0, 99, 7, 99), codebook=nf4.NF4, block_size8=256)
 @example(cut=Cut(BELOW, True, 1, 99, 6, 98), codebook=nf4.NF4, block_size8=256)
 def test_any_window_of_a_weight_has_the_bits_of_the_reference(
@@ -236,7 +346,9 @@ def test_any_window_of_a_weight_has_the_bits_of_the_reference(
 ) -> None:
     q, constants, absmax = frozen(cut.recipe, cut.double_quant, codebook, block_size8)
     out = Framed(cut.rows * cut.cols, KINDS[dtype])
-    DECODE[how].decode(weight_of(q, constants, avx512), cut.start, cut.stride, cut.rows, cut.cols, out.inside)
+    DECODE[how].decode(
+        weight_of(q, constants, avx512), cut.start, cut.stride, cut.rows, cut.cols, out.inside
+    )
     assert out.is_intact()
     assert same_bits(torch.from_numpy(out.inside).view(dtype), dense(q, absmax, dtype)[cut.index()])
 
@@ -250,8 +362,13 @@ def near_the_edges_of_rounding(dtype: torch.dtype) -> np.ndarray:
     numbers = pattern.to(torch.int16).view(dtype).float()
     with np.errstate(invalid="ignore"):
         middles = ((numbers + numbers.roll(-1)) / 2).numpy()
-        both = [np.nextafter(middles, np.float32(np.inf)), np.nextafter(middles, np.float32(-np.inf))]
-        beyond = np.float32([65519.996, 65520, 65536, 1e30, -65519.996, -65520, 2**-25, -(2**-25), 2**-150])
+        both = [
+            np.nextafter(middles, np.float32(np.inf)),
+            np.nextafter(middles, np.float32(-np.inf)),
+        ]
+        beyond = np.float32(
+            [65519.996, 65520, 65536, 1e30, -65519.996, -65520, 2**-25, -(2**-25), 2**-150]
+        )
         return np.concatenate([numbers.numpy(), middles, *both, beyond])
 
 
@@ -265,7 +382,9 @@ def is_rounded(numbers: np.ndarray, results: np.ndarray, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", TARGETS[1:])
 @pytest.mark.parametrize("block_size", [2, 32])  # one by one, and a block at once
 @pytest.mark.parametrize("avx512", [False, pytest.param(True, marks=WITH_AVX512)])
-def test_the_compiled_kernels_round_as_torch_does(dtype: torch.dtype, block_size: int, avx512: bool) -> None:
+def test_the_compiled_kernels_round_as_torch_does(
+    dtype: torch.dtype, block_size: int, avx512: bool
+) -> None:
     """One block for each number: 1 times it."""
     numbers = near_the_edges_of_rounding(dtype)
     packed, levels = np.zeros(numbers.size * block_size // 2, np.uint8), np.ones(16, np.float32)
@@ -285,22 +404,76 @@ def test_in_python_numbers_are_rounded_as_torch_does(dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-def test_the_code_for_avx512_is_well_formed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_for_avx512_is_well_formed(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where it cannot run, too."""
     bytes_, floats, number = types.uint8[::1], types.float32[::1], types.intp
     out = numba.from_dtype(np.dtype(KINDS[dtype]))[::1]
     for file, intrinsic, arguments, look_ups in [
         (decode, "look_up_avx512", (bytes_, number, floats, types.float32, out, number, number), 1),
-        (quantize, "code_avx512", (floats, number, types.float32, types.float32, floats, bytes_, number, number), 4),
-        (fused, "dots_1", (bytes_, number, number, floats, floats, number, floats, number, floats), 8),
-        (fused, "dots_4", (bytes_, number, number, floats, floats, number, floats, number, floats), 8),
-        (fused, "add_1", (bytes_, number, number, floats, floats, number, floats, number, number, floats, number), 4),
-        (fused, "add_4", (bytes_, number, number, floats, floats, number, floats, number, number, floats, number), 4),
+        (
+            quantize,
+            "code_avx512",
+            (floats, number, types.float32, types.float32, floats, bytes_, number, number),
+            4,
+        ),
+        (
+            fused,
+            "dots_1",
+            (bytes_, number, number, floats, floats, number, floats, number, floats),
+            8,
+        ),
+        (
+            fused,
+            "dots_4",
+            (bytes_, number, number, floats, floats, number, floats, number, floats),
+            8,
+        ),
+        (
+            fused,
+            "add_1",
+            (
+                bytes_,
+                number,
+                number,
+                floats,
+                floats,
+                number,
+                floats,
+                number,
+                number,
+                floats,
+                number,
+            ),
+            4,
+        ),
+        (
+            fused,
+            "add_4",
+            (
+                bytes_,
+                number,
+                number,
+                floats,
+                floats,
+                number,
+                floats,
+                number,
+                number,
+                floats,
+                number,
+            ),
+            4,
+        ),
     ]:
         monkeypatch.setattr(file, "AVX512", True)
         code = code_of(getattr(file, intrinsic), arguments)
         llvm.parse_assembly(code).verify()
-        assert code.count("@llvm.x86.avx512.permvar") + code.count('@"llvm.x86.avx512.permvar') == look_ups + 1  # declared once
+        assert (
+            code.count("@llvm.x86.avx512.permvar") + code.count('@"llvm.x86.avx512.permvar')
+            == look_ups + 1
+        )  # declared once
 
 
 def code_of(intrinsic: Callable, arguments: tuple) -> str:
@@ -308,7 +481,9 @@ def code_of(intrinsic: Callable, arguments: tuple) -> str:
     context = registry.cpu_target.target_context
     signature, codegen = intrinsic._defn(registry.cpu_target.typing_context, *arguments)
     module = ir.Module()
-    kind = ir.FunctionType(ir.VoidType(), [context.get_value_type(argument) for argument in signature.args])
+    kind = ir.FunctionType(
+        ir.VoidType(), [context.get_value_type(argument) for argument in signature.args]
+    )
     function = ir.Function(module, kind, "intrinsic")
     builder = ir.IRBuilder(function.append_basic_block())
     codegen(context, builder, signature, function.args)
@@ -322,9 +497,27 @@ def test_where_there_is_no_avx512_its_code_is_left_out(monkeypatch: pytest.Monke
     bytes_, floats, number = types.uint8[::1], types.float32[::1], types.intp
     for intrinsic, arguments in [
         (decode.look_up_avx512, (bytes_, number, floats, types.float32, floats, number, number)),
-        (quantize.code_avx512, (floats, number, types.float32, types.float32, floats, bytes_, number, number)),
+        (
+            quantize.code_avx512,
+            (floats, number, types.float32, types.float32, floats, bytes_, number, number),
+        ),
         (fused.dots_4, (bytes_, number, number, floats, floats, number, floats, number, floats)),
-        (fused.add_4, (bytes_, number, number, floats, floats, number, floats, number, number, floats, number)),
+        (
+            fused.add_4,
+            (
+                bytes_,
+                number,
+                number,
+                floats,
+                floats,
+                number,
+                floats,
+                number,
+                number,
+                floats,
+                number,
+            ),
+        ),
     ]:
         assert "permvar" not in code_of(intrinsic, arguments)
 
@@ -353,19 +546,31 @@ class Fused:
         at_once, weight = 1 if self.tokens == 1 else 4, weight_of(q, constants, True)
         assert fused.takes(weight, height, width)
         x = Recipe((self.tokens, width if self.transposed else height), seed=self.seed + 1).tensor()
-        padded = torch.nn.functional.pad(x, (0, 0, 0, -self.tokens % at_once)).reshape(-1, at_once, x.shape[1])
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -self.tokens % at_once)).reshape(
+            -1, at_once, x.shape[1]
+        )
         if self.transposed:
-            given = torch.stack([padded[..., 0::2], padded[..., 1::2]], 2)  # (n, at_once, 2, width / 2)
-            given = given.unflatten(3, (-1, 16)).permute(0, 3, 1, 2, 4).flatten()  # (n, width / 32, at_once, 2, 16)
+            given = torch.stack(
+                [padded[..., 0::2], padded[..., 1::2]], 2
+            )  # (n, at_once, 2, width / 2)
+            given = (
+                given.unflatten(3, (-1, 16)).permute(0, 3, 1, 2, 4).flatten()
+            )  # (n, width / 32, at_once, 2, 16)
             y = Framed(self.tokens * height, np.float32)
-            FUSED[how].multiply(weight, width, given.numpy(), at_once, y.inside.reshape(self.tokens, height))
+            FUSED[how].multiply(
+                weight, width, given.numpy(), at_once, y.inside.reshape(self.tokens, height)
+            )
             made = torch.from_numpy(y.inside).reshape(self.tokens, height)
         else:
             given = padded.transpose(1, 2).flatten()  # (n, height, at_once)
             y = Framed(padded.shape[0] * at_once * width, np.float32)
             y.inside[:] = 0
             FUSED[how].multiply_back(weight, width, given.numpy(), at_once, y.inside, self.parts)
-            made = torch.from_numpy(y.inside).reshape(-1, width // 32, at_once, 2, 16).permute(0, 2, 3, 1, 4)
+            made = (
+                torch.from_numpy(y.inside)
+                .reshape(-1, width // 32, at_once, 2, 16)
+                .permute(0, 2, 3, 1, 4)
+            )
             made = made.flatten(3).transpose(2, 3).reshape(-1, width)[: self.tokens]
         assert y.is_intact()
         whole = Bounded.exact(dense(q, absmax, torch.float32).reshape(shape))
@@ -379,17 +584,37 @@ def check_fused(how: str, case: Fused) -> None:
 
 
 @WITH_AVX512
-@given(st.builds(Fused, st.integers(1, 40), st.integers(1, 5), st.sampled_from([64, 128, 1024]), st.booleans(),
-                 st.integers(1, 11), st.booleans(), st.integers(1, 4), st.integers(0, 99)))
+@given(
+    st.builds(
+        Fused,
+        st.integers(1, 40),
+        st.integers(1, 5),
+        st.sampled_from([64, 128, 1024]),
+        st.booleans(),
+        st.integers(1, 11),
+        st.booleans(),
+        st.integers(1, 4),
+        st.integers(0, 99),
+    )
+)
 @example(Fused(33, 3, tokens=5))
 @example(Fused(33, 3, tokens=5, transposed=False))
 def test_a_fused_product_is_within_the_bound_of_a_float32_product(case: Fused) -> None:
     check_fused("compiled", case)
 
 
-FUSED_CASES = [Fused(), Fused(17, 3, tokens=5), Fused(2, 1, 256, tokens=4), Fused(2, 5, double_quant=False)]
-FUSED_CASES += [Fused(17, 3, tokens=5, transposed=False), Fused(2, 1, 256, transposed=False, parts=3),
-                Fused(1, 3, transposed=False, parts=5), Fused(2, 3, 64, False, 4, False)]
+FUSED_CASES = [
+    Fused(),
+    Fused(17, 3, tokens=5),
+    Fused(2, 1, 256, tokens=4),
+    Fused(2, 5, double_quant=False),
+]
+FUSED_CASES += [
+    Fused(17, 3, tokens=5, transposed=False),
+    Fused(2, 1, 256, transposed=False, parts=3),
+    Fused(1, 3, transposed=False, parts=5),
+    Fused(2, 3, 64, False, 4, False),
+]
 
 
 @pytest.mark.parametrize("case", FUSED_CASES)
@@ -403,7 +628,9 @@ def test_other_shapes_and_processors_are_not_taken() -> None:
     assert fused.takes(weight, 4, 128)
     assert not fused.takes(weight, 3, 128) and not fused.takes(weight, 4, 96)
     assert not fused.takes((*weight[:-1], False), 4, 128)
-    assert not fused.takes(weight_of(*frozen(Recipe((4, 128), block_size=32), True)[:2], True), 4, 128)
+    assert not fused.takes(
+        weight_of(*frozen(Recipe((4, 128), block_size=32), True)[:2], True), 4, 128
+    )
 
 
 # threads
@@ -418,7 +645,13 @@ def shared_by_threads(run: str, avx512: bool) -> Callable[[], bytes]:
 
     def call() -> bytes:
         if run.startswith("quantize"):
-            results = blockwise("compiled", avx512, flat, 64, double_quant.DYNAMIC if run == "quantize_wide" else nf4.NF4)
+            results = blockwise(
+                "compiled",
+                avx512,
+                flat,
+                64,
+                double_quant.DYNAMIC if run == "quantize_wide" else nf4.NF4,
+            )
             return b"".join(tensor.numpy().tobytes() for tensor in results)
         if run == "decode":
             decode.decode(weight, 0, 1024, 640, 1024, out)
@@ -436,7 +669,9 @@ def shared_by_threads(run: str, avx512: bool) -> Callable[[], bytes]:
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="Numba has one thread here")
 @pytest.mark.parametrize("avx512", [False, pytest.param(True, marks=WITH_AVX512)])
-@pytest.mark.parametrize("run", ["quantize", "quantize_wide", "decode", "multiply", "multiply_back"])
+@pytest.mark.parametrize(
+    "run", ["quantize", "quantize_wide", "decode", "multiply", "multiply_back"]
+)
 def test_two_threads_give_the_bits_of_one(run: str, avx512: bool, threads: None) -> None:
     """Again and again, so that they meet in every way."""
     if run.startswith("multiply") and not avx512:

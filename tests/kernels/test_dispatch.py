@@ -35,12 +35,21 @@ from nf4 import Quantized
 Constants = double_quant.DoubleQuantized
 OPERATORS = getattr(torch.ops, dispatch.LIBRARY.ns)
 ROWS = [0, 1, 2, 4, 5, 16, 17, 40]  # of x: fewer, and more, than go to the fused kernels
-KERNELS = [(host.decode, "decode"), (host.fused, "multiply"), (host.fused, "multiply_back"), (host.blockwise, "quantize"),
-           (host.blockwise, "quantize_wide")]
-pytestmark = pytest.mark.filterwarnings(r"ignore:(overflow|invalid value) encountered:RuntimeWarning")  # in Python, by NumPy
+KERNELS = [
+    (host.decode, "decode"),
+    (host.fused, "multiply"),
+    (host.fused, "multiply_back"),
+    (host.blockwise, "quantize"),
+    (host.blockwise, "quantize_wide"),
+]
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)  # in Python, by NumPy
 
 
-def weight_of(recipe: Recipe, double: bool, codebook: Tensor = nf4.NF4) -> tuple[Quantized, Constants | None]:
+def weight_of(
+    recipe: Recipe, double: bool, codebook: Tensor = nf4.NF4
+) -> tuple[Quantized, Constants | None]:
     q = nf4.quantize(recipe.tensor(), recipe.block_size, codebook)
     return q, double_quant.quantize(q.absmax) if double else None
 
@@ -54,7 +63,9 @@ def dense(q: Quantized, constants: Constants | None, dtype: torch.dtype | None =
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 @pytest.fixture
@@ -63,7 +74,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     for module, name in KERNELS:
         kernel = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, kernel=kernel, name=name: (names.append(name), kernel(*args)))
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda *args, kernel=kernel, name=name: (names.append(name), kernel(*args)),
+        )
     return names
 
 
@@ -71,7 +86,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that is called fails instead: on wrong sizes it would read what is not its own."""
     for module, name in KERNELS:
-        monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"the kernel {name} was called"))
+        monkeypatch.setattr(
+            module, name, lambda *_, name=name: pytest.fail(f"the kernel {name} was called")
+        )
 
 
 @pytest.fixture
@@ -99,11 +116,18 @@ def test_what_has_a_kernel_gets_it(calls: list[str]) -> None:
     few, many = (torch.float32, 200), (torch.bfloat16, 200)
     if not host.decode.AVX512:
         few = many
-    for dtype, tokens, kernels in [(*few, ("multiply", "multiply_back")), (torch.bfloat16, 1, ("multiply", "multiply_back")),
-                                   (*many, ("decode", "decode"))]:
-        for transposed, kernel in zip((True, False), kernels if few != many else ("decode", "decode")):
+    for dtype, tokens, kernels in [
+        (*few, ("multiply", "multiply_back")),
+        (torch.bfloat16, 1, ("multiply", "multiply_back")),
+        (*many, ("decode", "decode")),
+    ]:
+        for transposed, kernel in zip(
+            (True, False), kernels if few != many else ("decode", "decode")
+        ):
             del calls[:]
-            dispatch.matmul(random(tokens, 128 if transposed else 64, dtype=dtype), q, constants, transposed)
+            dispatch.matmul(
+                random(tokens, 128 if transposed else 64, dtype=dtype), q, constants, transposed
+            )
             assert set(calls) == {kernel}
 
 
@@ -116,17 +140,26 @@ def test_a_weight_of_odd_shape_is_multiplied_by_windows(calls: list[str]) -> Non
 
 def test_an_8_bit_code_is_quantized_by_its_kernel(calls: list[str]) -> None:
     absmax = random(1000).abs()
-    constants, expected = double_quant.quantize(absmax, blockwise=dispatch.quantize), double_quant.quantize(absmax)
+    constants, expected = (
+        double_quant.quantize(absmax, blockwise=dispatch.quantize),
+        double_quant.quantize(absmax),
+    )
     assert calls == ["quantize_wide"]
-    assert same_bits(constants.codes, expected.codes) and same_bits(constants.absmax, expected.absmax)
+    assert same_bits(constants.codes, expected.codes) and same_bits(
+        constants.absmax, expected.absmax
+    )
     assert same_bits(constants.offset, expected.offset)
 
 
-def test_the_environment_can_ask_for_the_reference(monkeypatch: pytest.MonkeyPatch, no_kernels: None) -> None:
+def test_the_environment_can_ask_for_the_reference(
+    monkeypatch: pytest.MonkeyPatch, no_kernels: None
+) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "reference")
     weight, x, g = random(33, 70), random(5, 70, seed=1), random(5, 33, seed=2)
     q = dispatch.quantize(weight)
-    assert same_bits(q.packed, nf4.quantize(weight).packed) and same_bits(q.absmax, nf4.quantize(weight).absmax)
+    assert same_bits(q.packed, nf4.quantize(weight).packed) and same_bits(
+        q.absmax, nf4.quantize(weight).absmax
+    )
     constants = double_quant.quantize(q.absmax)
     whole = dense(q, constants)
     assert same_bits(dispatch.dequantize(q, None, constants), whole)
@@ -136,23 +169,38 @@ def test_the_environment_can_ask_for_the_reference(monkeypatch: pytest.MonkeyPat
 
 WITHOUT_A_KERNEL = {
     "float64": lambda: (weight_of(Recipe((33, 70)), True), torch.float64),
-    "an 8-bit code": lambda: (weight_of(Recipe((33, 70)), True, nf4.normal_float(8)), torch.bfloat16),
+    "an 8-bit code": lambda: (
+        weight_of(Recipe((33, 70)), True, nf4.normal_float(8)),
+        torch.bfloat16,
+    ),
     "no element": lambda: (weight_of(Recipe((0, 70)), True), torch.float32),
 }
 
 
 @pytest.mark.parametrize("what", WITHOUT_A_KERNEL)
 @pytest.mark.parametrize("transposed", [True, False])
-def test_what_has_no_kernel_goes_to_the_reference(what: str, transposed: bool, no_kernels: None) -> None:
+def test_what_has_no_kernel_goes_to_the_reference(
+    what: str, transposed: bool, no_kernels: None
+) -> None:
     (q, constants), dtype = WITHOUT_A_KERNEL[what]()
-    whole, x = dense(q, constants, dtype), random(20, q.shape[1] if transposed else q.shape[0], dtype=dtype)
+    whole, x = (
+        dense(q, constants, dtype),
+        random(20, q.shape[1] if transposed else q.shape[0], dtype=dtype),
+    )
     assert same_bits(dispatch.dequantize(q, dtype, constants), whole)
-    assert same_bits(dispatch.matmul(x, q, constants, transposed), x @ (whole.T if transposed else whole))
+    assert same_bits(
+        dispatch.matmul(x, q, constants, transposed), x @ (whole.T if transposed else whole)
+    )
 
 
-def test_levels_in_another_order_are_found_by_the_reference_and_decoded_by_the_kernels(calls: list[str]) -> None:
+def test_levels_in_another_order_are_found_by_the_reference_and_decoded_by_the_kernels(
+    calls: list[str],
+) -> None:
     for codebook in (nf4.FP4, nf4.NF4.flip(0)):
-        q, expected = dispatch.quantize(random(5, 64), 64, codebook), nf4.quantize(random(5, 64), 64, codebook)
+        q, expected = (
+            dispatch.quantize(random(5, 64), 64, codebook),
+            nf4.quantize(random(5, 64), 64, codebook),
+        )
         assert same_bits(q.packed, expected.packed) and calls == []
         assert same_bits(dispatch.dequantize(q), nf4.dequantize(q)) and calls
         del calls[:]
@@ -162,7 +210,10 @@ def test_on_a_device_without_kernels_the_reference_runs(no_kernels: None) -> Non
     """On the meta device, where tensors have no numbers; for a GPU there are test_cuda_kernels.py and test_gpu.py."""
     q, constants = weight_of(Recipe((33, 70)), True)
     there = dataclasses.replace(q, packed=q.packed.to("meta"), codebook=q.codebook.to("meta"))
-    moved = {name: getattr(constants, name).to("meta") for name in ("codes", "absmax", "offset", "codebook")}
+    moved = {
+        name: getattr(constants, name).to("meta")
+        for name in ("codes", "absmax", "offset", "codebook")
+    }
     constants_there = dataclasses.replace(constants, **moved)
     whole = dispatch.dequantize(there, torch.bfloat16, constants_there)
     assert (whole.device.type, whole.shape, whole.dtype) == ("meta", (33, 70), torch.bfloat16)
@@ -182,9 +233,13 @@ def test_the_kernels_take_the_threads_that_torch_has(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_torch_keeps_its_number_of_threads_when_those_of_numba_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_keeps_its_number_of_threads_when_those_of_numba_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setattr(numba, "set_num_threads", lambda count: torch.set_num_threads(count + 1))  # as they do
+    monkeypatch.setattr(
+        numba, "set_num_threads", lambda count: torch.set_num_threads(count + 1)
+    )  # as they do
     host.follow_torch()
     assert torch.get_num_threads() == before
 
@@ -192,17 +247,26 @@ def test_torch_keeps_its_number_of_threads_when_those_of_numba_start(monkeypatch
 # quantize
 
 
-@given(recipes, st.one_of(st.just(nf4.NF4), codes_of_2_to_16_levels, codes_of_17_to_256_levels),
-       st.sampled_from([64, 1024, 2**20]))
+@given(
+    recipes,
+    st.one_of(st.just(nf4.NF4), codes_of_2_to_16_levels, codes_of_17_to_256_levels),
+    st.sampled_from([64, 1024, 2**20]),
+)
 @example(Recipe((60,), layout="every other"), nf4.NF4, 64)
 @example(Recipe((5, 130), torch.bfloat16, "every other", 2), nf4.NF4, 64)
-@example(Recipe((9, 130), torch.float16, block_size=64), torch.tensor([-1.0, 0.0, 0.0, 1.0]), 64)  # two codes for one level
+@example(
+    Recipe((9, 130), torch.float16, block_size=64), torch.tensor([-1.0, 0.0, 0.0, 1.0]), 64
+)  # two codes for one level
 @example(Recipe((9, 129), torch.float64, "transposed", 4096), nf4.NF4, 64)
-def test_quantizing_gives_what_the_reference_gives(recipe: Recipe, codebook: Tensor, window: int) -> None:
+def test_quantizing_gives_what_the_reference_gives(
+    recipe: Recipe, codebook: Tensor, window: int
+) -> None:
     weight = recipe.tensor()
     before, expected = weight.clone(), nf4.quantize(weight, recipe.block_size, codebook)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "PIECE", window)  # 16-bit and float64 numbers are converted so many at a time
+        patch.setattr(
+            host, "PIECE", window
+        )  # 16-bit and float64 numbers are converted so many at a time
         q = dispatch.quantize(weight, recipe.block_size, codebook)
     assert same_bits(q.packed, expected.packed) and same_bits(q.absmax, expected.absmax)
     assert same_bits(q.codebook, expected.codebook)
@@ -222,7 +286,10 @@ def test_what_is_not_finite_is_refused_as_the_reference_does(
     count = 1 if place == 1286 else 2
     told = said(lambda: dispatch.quantize(weight))
     assert told == said(lambda: nf4.quantize(weight))
-    assert told.startswith(f"{count} of 1287 ") and f"the first at index {(place // 39, place % 39)}" in told
+    assert (
+        told.startswith(f"{count} of 1287 ")
+        and f"the first at index {(place // 39, place % 39)}" in told
+    )
 
 
 def test_a_float64_beyond_float32_is_refused() -> None:
@@ -231,10 +298,18 @@ def test_a_float64_beyond_float32_is_refused() -> None:
     assert said(lambda: dispatch.quantize(weight)) == said(lambda: nf4.quantize(weight))
 
 
-@pytest.mark.parametrize("arguments", [
-    (torch.ones(4, dtype=torch.int8),), (torch.ones(4), 63), (torch.ones(4), 1), (torch.ones(4), 64, torch.ones(3)),
-    (torch.ones(4), 64, torch.ones(2, 2)), (torch.ones(4), 64, torch.tensor([0.0, torch.nan])),
-], ids=["dtype", "63", "1", "one level", "matrix", "nan"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (torch.ones(4, dtype=torch.int8),),
+        (torch.ones(4), 63),
+        (torch.ones(4), 1),
+        (torch.ones(4), 64, torch.ones(3)),
+        (torch.ones(4), 64, torch.ones(2, 2)),
+        (torch.ones(4), 64, torch.tensor([0.0, torch.nan])),
+    ],
+    ids=["dtype", "63", "1", "one level", "matrix", "nan"],
+)
 def test_arguments_are_refused_as_the_reference_does(arguments: tuple, no_kernels: None) -> None:
     assert said(lambda: dispatch.quantize(*arguments)) == said(lambda: nf4.quantize(*arguments))
 
@@ -245,7 +320,9 @@ def test_arguments_are_refused_as_the_reference_does(arguments: tuple, no_kernel
 @given(recipes, st.booleans(), st.one_of(st.none(), st.sampled_from(DTYPES)))
 @example(Recipe((3, 4096)), True, torch.bfloat16)  # whole runs and none left over
 @example(Recipe((8193,), block_size=4096), False, torch.float16)
-def test_dequantizing_gives_the_bits_of_the_reference(recipe: Recipe, double: bool, dtype: torch.dtype | None) -> None:
+def test_dequantizing_gives_the_bits_of_the_reference(
+    recipe: Recipe, double: bool, dtype: torch.dtype | None
+) -> None:
     q, constants = weight_of(recipe, double)
     assert same_bits(dispatch.dequantize(q, dtype, constants), dense(q, constants, dtype))
 
@@ -266,14 +343,18 @@ def test_dequantizing_into_a_given_tensor_fills_it_and_nothing_beside_it(
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-def test_constants_that_are_not_finite_decode_as_the_reference_decodes_them(bad: float, dtype: torch.dtype) -> None:
+def test_constants_that_are_not_finite_decode_as_the_reference_decodes_them(
+    bad: float, dtype: torch.dtype
+) -> None:
     """A damaged checkpoint is no worse for the kernels; of NaN there are many, and any will do."""
     q, constants = weight_of(Recipe((10, 640)), True)
     absmax, nested = q.absmax.clone(), constants.absmax.clone()
     absmax[3] = nested[0] = bad
-    for q_, constants_ in [(dataclasses.replace(q, absmax=absmax), None),
-                           (q, dataclasses.replace(constants, absmax=nested)),
-                           (q, dataclasses.replace(constants, offset=torch.tensor([bad])))]:
+    for q_, constants_ in [
+        (dataclasses.replace(q, absmax=absmax), None),
+        (q, dataclasses.replace(constants, absmax=nested)),
+        (q, dataclasses.replace(constants, offset=torch.tensor([bad]))),
+    ]:
         decoded, expected = dispatch.dequantize(q_, dtype, constants_), dense(q_, constants_, dtype)
         assert torch.equal(decoded.isnan(), expected.isnan())
         assert same_bits(decoded.nan_to_num(7), expected.nan_to_num(7))
@@ -283,24 +364,51 @@ def test_constants_that_are_not_finite_decode_as_the_reference_decodes_them(bad:
 
 DAMAGE: dict[str, Callable[[Quantized, Constants], tuple[Quantized, Constants | None]]] = {
     "too few bytes": lambda q, c: (dataclasses.replace(q, packed=q.packed[:-1]), c),
-    "too many bytes": lambda q, c: (dataclasses.replace(q, packed=torch.cat([q.packed, q.packed])), c),
+    "too many bytes": lambda q, c: (
+        dataclasses.replace(q, packed=torch.cat([q.packed, q.packed])),
+        c,
+    ),
     "too few constants": lambda q, c: (dataclasses.replace(q, absmax=q.absmax[:-1]), None),
     "too many constants": lambda q, c: (dataclasses.replace(q, absmax=q.absmax.repeat(2)), None),
     "too few codes": lambda q, c: (q, dataclasses.replace(c, codes=c.codes[:-1])),
     "too few nested constants": lambda q, c: (q, dataclasses.replace(c, absmax=c.absmax[:-1])),
-    "nested blocks of 3": lambda q, c: (q, dataclasses.replace(c, block_size=3, absmax=torch.ones(-(-len(c.codes) // 3)))),
-    "too few levels for the constants": lambda q, c: (q, dataclasses.replace(c, codebook=c.codebook[:-1])),
-    "blocks of 63": lambda q, c: (dataclasses.replace(q, block_size=63, absmax=torch.ones(-(-33 * 70 // 63))), None),
+    "nested blocks of 3": lambda q, c: (
+        q,
+        dataclasses.replace(c, block_size=3, absmax=torch.ones(-(-len(c.codes) // 3))),
+    ),
+    "too few levels for the constants": lambda q, c: (
+        q,
+        dataclasses.replace(c, codebook=c.codebook[:-1]),
+    ),
+    "blocks of 63": lambda q, c: (
+        dataclasses.replace(q, block_size=63, absmax=torch.ones(-(-33 * 70 // 63))),
+        None,
+    ),
     "a larger shape": lambda q, c: (dataclasses.replace(q, shape=torch.Size((70, 70))), None),
     "a smaller shape": lambda q, c: (dataclasses.replace(q, shape=torch.Size((32, 70))), None),
-    "constants in bfloat16": lambda q, c: (dataclasses.replace(q, absmax=q.absmax.bfloat16()), None),
-    "constants in float64": lambda q, c: (dataclasses.replace(q, absmax=q.absmax.double() * (1 + 2**-30)), None),
+    "constants in bfloat16": lambda q, c: (
+        dataclasses.replace(q, absmax=q.absmax.bfloat16()),
+        None,
+    ),
+    "constants in float64": lambda q, c: (
+        dataclasses.replace(q, absmax=q.absmax.double() * (1 + 2**-30)),
+        None,
+    ),
     "constants in a column": lambda q, c: (dataclasses.replace(q, absmax=q.absmax[:, None]), None),
     "codes in a column": lambda q, c: (q, dataclasses.replace(c, codes=c.codes[:, None])),
     "codes of 64 bits": lambda q, c: (q, dataclasses.replace(c, codes=c.codes.long())),
-    "bytes with a sign": lambda q, c: (dataclasses.replace(q, packed=q.packed.to(torch.int8) // 16), None),
-    "nested constants in float64": lambda q, c: (q, dataclasses.replace(c, absmax=c.absmax.double() * (1 + 2**-30))),
-    "a mean for each constant": lambda q, c: (q, dataclasses.replace(c, offset=torch.linspace(0, 1, len(c.codes)))),
+    "bytes with a sign": lambda q, c: (
+        dataclasses.replace(q, packed=q.packed.to(torch.int8) // 16),
+        None,
+    ),
+    "nested constants in float64": lambda q, c: (
+        q,
+        dataclasses.replace(c, absmax=c.absmax.double() * (1 + 2**-30)),
+    ),
+    "a mean for each constant": lambda q, c: (
+        q,
+        dataclasses.replace(c, offset=torch.linspace(0, 1, len(c.codes))),
+    ),
     "levels in float64": lambda q, c: (dataclasses.replace(q, codebook=q.codebook.double()), None),
 }
 
@@ -314,19 +422,28 @@ def outcome(run: Callable[[], Tensor]) -> Tensor | str:
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_sizes_that_do_not_fit_together_get_what_the_reference_gives_or_raises(what: str, no_kernels: None) -> None:
+def test_sizes_that_do_not_fit_together_get_what_the_reference_gives_or_raises(
+    what: str, no_kernels: None
+) -> None:
     q, constants = DAMAGE[what](*weight_of(Recipe((33, 70), block_size=2), True))
-    expected, given = outcome(lambda: dense(q, constants)), outcome(lambda: dispatch.dequantize(q, None, constants))
+    expected, given = (
+        outcome(lambda: dense(q, constants)),
+        outcome(lambda: dispatch.dequantize(q, None, constants)),
+    )
     assert given == expected if isinstance(expected, str) else same_bits(given, expected)
     for transposed, width in [(True, 70), (False, 33)]:
         x = random(5, width)
-        expected = outcome(lambda x=x, t=transposed: x @ (dense(q, constants).T if t else dense(q, constants)))
+        expected = outcome(
+            lambda x=x, t=transposed: x @ (dense(q, constants).T if t else dense(q, constants))
+        )
         given = outcome(lambda x=x, t=transposed: dispatch.matmul(x, q, constants, t))
         assert given == expected if isinstance(expected, str) else same_bits(given, expected)
 
 
 @pytest.mark.parametrize("shape", [(34, 70), (32, 70), (70, 33), (2310,), (2, 33, 70)])
-def test_a_tensor_of_another_shape_gets_what_copying_into_it_gives(shape: tuple[int, ...], no_kernels: None) -> None:
+def test_a_tensor_of_another_shape_gets_what_copying_into_it_gives(
+    shape: tuple[int, ...], no_kernels: None
+) -> None:
     q, constants = weight_of(Recipe((33, 70)), True)
     expected = outcome(lambda: torch.empty(shape).copy_(dense(q, constants)))
     given = outcome(lambda: dispatch.dequantize(q, None, constants, torch.empty(shape)))
@@ -336,10 +453,14 @@ def test_a_tensor_of_another_shape_gets_what_copying_into_it_gives(shape: tuple[
 @pytest.mark.parametrize("tokens", [1, 20])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("off_by", [-1, 1])
-def test_an_x_of_another_width_is_refused(tokens: int, transposed: bool, off_by: int, no_kernels: None) -> None:
+def test_an_x_of_another_width_is_refused(
+    tokens: int, transposed: bool, off_by: int, no_kernels: None
+) -> None:
     q, constants = weight_of(Recipe((33, 70)), True)
     with pytest.raises((ValueError, RuntimeError)):
-        dispatch.matmul(random(tokens, (70 if transposed else 33) + off_by), q, constants, transposed)
+        dispatch.matmul(
+            random(tokens, (70 if transposed else 33) + off_by), q, constants, transposed
+        )
 
 
 # matmul
@@ -360,14 +481,25 @@ class Product:
     seed: int = 0
 
     def weight(self) -> tuple[Quantized, Constants | None]:
-        return weight_of(Recipe(self.shape, block_size=self.block_size, seed=self.seed), self.double_quant)
+        return weight_of(
+            Recipe(self.shape, block_size=self.block_size, seed=self.seed), self.double_quant
+        )
 
     def x(self, seed: int = 1) -> Tensor:
-        x = random(self.tokens, self.shape[1 if self.transposed else 0], dtype=self.dtype, seed=self.seed + seed)
+        x = random(
+            self.tokens,
+            self.shape[1 if self.transposed else 0],
+            dtype=self.dtype,
+            seed=self.seed + seed,
+        )
         return x.T.contiguous().T if self.strided else x
 
     def bias(self) -> Tensor | None:
-        return random(self.shape[0], dtype=self.dtype, seed=self.seed + 5) if self.biased and self.transposed else None
+        return (
+            random(self.shape[0], dtype=self.dtype, seed=self.seed + 5)
+            if self.biased and self.transposed
+            else None
+        )
 
     def bound(self, x: Tensor, q: Quantized, constants: Constants | None) -> Bounded:
         """What it may be, whether W is rounded to the dtype of x before it multiplies, or is not; the bias is one more term."""
@@ -382,8 +514,16 @@ class Product:
 
 sides = st.one_of(st.integers(1, 200), st.sampled_from([63, 64, 65, 128, 129]))
 products = st.builds(
-    Product, st.tuples(sides, sides), st.sampled_from(ROWS), st.booleans(), st.sampled_from(HALF_AND_SINGLE), st.booleans(),
-    st.sampled_from([2, 64, 1024]), st.booleans(), st.booleans(), st.integers(0, 99),
+    Product,
+    st.tuples(sides, sides),
+    st.sampled_from(ROWS),
+    st.booleans(),
+    st.sampled_from(HALF_AND_SINGLE),
+    st.booleans(),
+    st.sampled_from([2, 64, 1024]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 99),
 )
 
 
@@ -401,7 +541,9 @@ def test_a_product_is_within_the_bound_of_its_dtype(case: Product) -> None:
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("shape", [(150, 40), (40, 150), (64, 128), (65, 129), (128, 128), (66, 192), (7, 3)])
+@pytest.mark.parametrize(
+    "shape", [(150, 40), (40, 150), (64, 128), (65, 129), (128, 128), (66, 192), (7, 3)]
+)
 @pytest.mark.parametrize("tokens", [*ROWS, 21])
 def test_every_row_and_column_is_made_whatever_windows_leave_over(
     dtype: torch.dtype, transposed: bool, shape: tuple[int, int], tokens: int, small_windows: None
@@ -411,7 +553,9 @@ def test_every_row_and_column_is_made_whatever_windows_leave_over(
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-def test_windows_change_nothing_but_the_order_of_no_sum(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_change_nothing_but_the_order_of_no_sum(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A product with ones and zeros picks a row of W: exact, whatever is cut where."""
     for shape, transposed in [((150, 40), False), ((40, 150), True)]:
         q, constants = weight_of(Recipe(shape), True)
@@ -469,7 +613,9 @@ def test_the_gradient_of_either_product_is_the_other(case: Product) -> None:
     x, bias = case.x().requires_grad_(), case.bias()
     other = dataclasses.replace(case, transposed=not case.transposed, biased=False)
     g = other.x(seed=2)
-    dispatch.matmul(x, q, constants, case.transposed, None if bias is None else bias.requires_grad_()).backward(g)
+    dispatch.matmul(
+        x, q, constants, case.transposed, None if bias is None else bias.requires_grad_()
+    ).backward(g)
     assert x.grad.dtype == case.dtype and other.bound(g, q, constants).allows(x.grad)
     if bias is not None:
         total = Bounded.exact(torch.ones(1, len(g))).matmul(Bounded.exact(g), case.dtype)
@@ -479,10 +625,15 @@ def test_the_gradient_of_either_product_is_the_other(case: Product) -> None:
 def test_a_product_keeps_nothing_for_its_gradient_but_the_weight() -> None:
     q, constants = weight_of(Recipe((33, 70)), True)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
         dispatch.matmul(random(40, 70).requires_grad_(), q, constants)
     stored = {q.packed.data_ptr(), q.codebook.data_ptr()}
-    stored |= {tensor.data_ptr() for tensor in (constants.codes, constants.absmax, constants.offset, constants.codebook)}
+    stored |= {
+        tensor.data_ptr()
+        for tensor in (constants.codes, constants.absmax, constants.offset, constants.codebook)
+    }
     assert {tensor.data_ptr() for tensor in kept} <= stored
 
 
@@ -494,7 +645,9 @@ def test_a_product_keeps_nothing_for_its_gradient_but_the_weight() -> None:
 def test_the_operators_are_what_torch_asks_of_operators(double: bool, dtype: torch.dtype) -> None:
     q, constants = weight_of(Recipe((33, 70)), double)
     stored = dispatch.stored(q, constants)
-    torch.library.opcheck(OPERATORS.dequantize_.default, (torch.empty(33, 70, dtype=dtype), *stored))
+    torch.library.opcheck(
+        OPERATORS.dequantize_.default, (torch.empty(33, 70, dtype=dtype), *stored)
+    )
     for tokens in (2, 20):
         for transposed, width in [(True, 70), (False, 33)]:
             x = random(tokens, width, dtype=dtype).requires_grad_()
@@ -511,12 +664,16 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("double", [True, False])
-def test_torch_compile_takes_them_as_they_are(dtype: torch.dtype, double: bool, fresh_compiler: None) -> None:
+def test_torch_compile_takes_them_as_they_are(
+    dtype: torch.dtype, double: bool, fresh_compiler: None
+) -> None:
     (q, constants), bias = weight_of(Recipe((33, 70)), double), random(33, dtype=dtype)
 
     def layer(x: Tensor) -> tuple[Tensor, Tensor]:
         h = dispatch.matmul(torch.relu(x), q, constants, bias=bias)
-        return dispatch.matmul(h, q, constants, transposed=False), dispatch.dequantize(q, dtype, constants)
+        return dispatch.matmul(h, q, constants, transposed=False), dispatch.dequantize(
+            q, dtype, constants
+        )
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for tokens in (3, 40):
@@ -544,10 +701,17 @@ def most_alive(case: Product) -> tuple[int, int]:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize(("shape", "window"), [((512, 384), 2**14), ((384, 512), 2**15), ((256, 1000), 2**14),
-                                               ((64, 30), 2**20)])
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [((512, 384), 2**14), ((384, 512), 2**15), ((256, 1000), 2**14), ((64, 30), 2**20)],
+)
 def test_a_product_holds_one_window_and_nothing_else_beside_its_result(
-    shape: tuple[int, int], window: int, dtype: torch.dtype, transposed: bool, double: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int],
+    window: int,
+    dtype: torch.dtype,
+    transposed: bool,
+    double: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And the sixteen levels. A window is at most WINDOW elements, a multiple of 64 rows or columns, and not more than W."""
     monkeypatch.setattr(host, "WINDOW", window)
@@ -560,7 +724,9 @@ def test_a_product_holds_one_window_and_nothing_else_beside_its_result(
 
 @pytest.mark.skipif(not host.decode.AVX512, reason="there are no fused kernels here")
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 50), (torch.float32, 3), (torch.bfloat16, 3)])
+@pytest.mark.parametrize(
+    ("dtype", "tokens"), [(torch.float32, 50), (torch.float32, 3), (torch.bfloat16, 3)]
+)
 def test_a_fused_product_holds_its_result_and_a_few_rows_of_each_factor(
     dtype: torch.dtype, tokens: int, transposed: bool
 ) -> None:

@@ -10,15 +10,27 @@ from memory import measured as memory
 
 def test_the_ledger_counts_each_number_once_and_each_byte_that_is_there() -> None:
     model = models.tiny_llama(torch.bfloat16, vocab_size=1024)
-    elements = sum(parameter.numel() for parameter in model.parameters())  # the tied head is the embedding
+    elements = sum(
+        parameter.numel() for parameter in model.parameters()
+    )  # the tied head is the embedding
     rows = memory.ledger(attach(model, r=4))
-    adapters = sum(4 * (layer.in_features + layer.out_features) for layer in model.modules() if hasattr(layer, "lora_A"))
+    adapters = sum(
+        4 * (layer.in_features + layer.out_features)
+        for layer in model.modules()
+        if hasattr(layer, "lora_A")
+    )
     assert rows["adapters"] == (adapters, 2 * adapters, 4 * adapters)
     assert rows["embedding, head"] == (1024 * 64, 2 * 1024 * 64, 2 * 1024 * 64)
     assert rows["norms, biases"] == (5 * 64, 2 * 5 * 64, 2 * 5 * 64)
     assert sum(row.elements for row in rows.values()) == elements + adapters
-    buffers = [buffer for name, buffer in model.named_buffers() if not name.endswith(("codebook", "inv_freq"))]
-    assert sum(row.bytes_now for row in rows.values()) == sum(tensor.nbytes for tensor in [*model.parameters(), *buffers])
+    buffers = [
+        buffer
+        for name, buffer in model.named_buffers()
+        if not name.endswith(("codebook", "inv_freq"))
+    ]
+    assert sum(row.bytes_now for row in rows.values()) == sum(
+        tensor.nbytes for tensor in [*model.parameters(), *buffers]
+    )
 
 
 def test_bits_a_weight_are_those_of_the_paper() -> None:

@@ -18,7 +18,14 @@ from paper import memory_65b as paper
 
 TINY, LENGTH = paper.TINY, 64
 PLENTY = int(paper.SPARE * paper.room(CPU))
-LASTING = ("linear layers", "embedding, head", "norms, biases", "adapters", "gradients", "AdamW moments")
+LASTING = (
+    "linear layers",
+    "embedding, head",
+    "norms, biases",
+    "adapters",
+    "gradients",
+    "AdamW moments",
+)
 
 
 def room_for(size: int, batch: int) -> int:
@@ -51,10 +58,14 @@ def test_every_size_of_the_paper_fits_its_48_gb(name: str, batch: int) -> None:
     plan = paper.Plan(SHAPES[name], batch, paper.LENGTH, PLENTY)
     assert plan.peak <= PLENTY < paper.CAP
     smaller = plan.resident < plan.prediction.components["AdamW moments"]
-    assert (plan.size < batch, smaller) == (name == "llama-65b" and batch == 16,) * 2  # there alone, pages must leave
+    assert (plan.size < batch, smaller) == (
+        name == "llama-65b" and batch == 16,
+    ) * 2  # there alone, pages must leave
     if plan.size < batch:
         more = 2 * plan.size
-        twice = predict.predict(SHAPES[name], QLORA, more, paper.LENGTH, paper.RANK, accumulating=more < batch)
+        twice = predict.predict(
+            SHAPES[name], QLORA, more, paper.LENGTH, paper.RANK, accumulating=more < batch
+        )
         assert twice.peak(paged=True) + paper.PAGE > PLENTY
 
 
@@ -65,8 +76,15 @@ def test_what_fits_in_no_way_is_refused() -> None:
 
 def test_a_gradient_that_is_not_finite_is_an_error() -> None:
     plan = paper.Plan(TINY, 1, LENGTH, PLENTY)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="the gradient is not finite"):
-        patch.setattr(paper, "label_loss", lambda model, batch, dtype: sum(p.sum() for p in model.parameters()) * torch.inf)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(RuntimeError, match="the gradient is not finite"),
+    ):
+        patch.setattr(
+            paper,
+            "label_loss",
+            lambda model, batch, dtype: sum(p.sum() for p in model.parameters()) * torch.inf,
+        )
         paper.measure(TINY, plan, CPU)
 
 
@@ -80,14 +98,20 @@ def test_on_a_gpu_torch_and_the_pages_share_the_room_and_the_peak_is_that_of_bot
         for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
             patch.setattr(torch.cuda, name, lambda *device, name=name: log.append(name))
         patch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
-        patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
+        patch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total)
+        )
         patch.setattr(torch.cuda, "set_per_process_memory_fraction", log.append)
         result = paper.measure(TINY, plan, CPU)
     assert driver.moves and not driver.blocks
     moments = plan.prediction.components["AdamW moments"]
     assert result["peak"] == 1000 + moments and result["AdamW moments"] == moments
     share = (paper.CAP - memory.OUTSIDE - plan.resident) / total
-    measured, timed, freed = ["synchronize", "reset_peak_memory_stats", "synchronize"], ["synchronize"], ["synchronize"]
+    measured, timed, freed = (
+        ["synchronize", "reset_peak_memory_stats", "synchronize"],
+        ["synchronize"],
+        ["synchronize"],
+    )
     assert log == ["empty_cache", share, *measured, *timed, 1.0, *freed]
 
 
@@ -97,8 +121,15 @@ def test_the_state_of_another_optimizer_is_torchs_own() -> None:
 
 
 def test_a_smaller_card_has_less_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 * 2**30))
-    assert paper.room(CUDA) == 24 * 2**30 - memory.OUTSIDE < paper.room(CPU) == paper.CAP - memory.OUTSIDE
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 * 2**30)
+    )
+    assert (
+        paper.room(CUDA)
+        == 24 * 2**30 - memory.OUTSIDE
+        < paper.room(CPU)
+        == paper.CAP - memory.OUTSIDE
+    )
 
 
 def test_a_card_that_is_too_small_is_one_clear_line(
@@ -117,23 +148,38 @@ def test_without_a_gpu_the_papers_models_are_predicted_only_and_the_tiny_one_run
     text, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
     assert text.startswith("no GPU here: the models of the paper are predicted, not measured\n")
     assert found["card"] is None and [(row["model"], row["batch"]) for row in found["rows"]] == [
-        ("llama-65b", 1), ("llama-65b", 16), ("tiny", 1), ("tiny", 16)]
+        ("llama-65b", 1),
+        ("llama-65b", 16),
+        ("tiny", 1),
+        ("tiny", 16),
+    ]
     assert [row["measured"] is None for row in found["rows"]] == [True, True, False, False]
     assert f"{found['rows'][0]['predicted']['peak'] / 1e9:12.3f}           -" in text
-    assert "predicted peak" in text.partition("tiny")[2] and "predicted peak" not in text.partition("tiny")[0]
+    assert (
+        "predicted peak" in text.partition("tiny")[2]
+        and "predicted peak" not in text.partition("tiny")[0]
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would measure")
-def test_the_readme_shows_what_is_printed_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme_shows_what_is_printed_without_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert paper.main(["--model", "llama-65b", "--json", str(tmp_path / "found.json")]) == 0
-    assert capsys.readouterr().out in (Path(memory.__file__).parent.parent / "README.md").read_text()
+    assert (
+        capsys.readouterr().out in (Path(memory.__file__).parent.parent / "README.md").read_text()
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["llama-7b", "llama-65b"])
 def test_on_a_gpu_the_ledger_is_right(name: str) -> None:
     device = torch.device("cuda")
-    if torch.cuda.mem_get_info()[0] < paper.CAP and name == "llama-65b" or paper.room(device) < 8 * 2**30:
+    if (
+        torch.cuda.mem_get_info()[0] < paper.CAP
+        and name == "llama-65b"
+        or paper.room(device) < 8 * 2**30
+    ):
         pytest.skip("the card is smaller than that")
     plan = paper.Plan(SHAPES[name], 1, paper.LENGTH, int(paper.SPARE * paper.room(device)))
     result, expected = paper.measure(SHAPES[name], plan, device), paper.predicted(plan)

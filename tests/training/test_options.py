@@ -16,21 +16,37 @@ from training import preflight as plan
 from training.options import Options, parse_args
 
 SPELLINGS = {
-    "model": "--model_name_or_path m", "max_seq_len": "--max_length 9", "batch_size": "--per_device_train_batch_size 2",
-    "grad_accum": "--gradient-accumulation-steps 3", "lr": "--learning_rate=2e-4",
+    "model": "--model_name_or_path m",
+    "max_seq_len": "--max_length 9",
+    "batch_size": "--per_device_train_batch_size 2",
+    "grad_accum": "--gradient-accumulation-steps 3",
+    "lr": "--learning_rate=2e-4",
     "grad_checkpoint": "--gradient_checkpointing",
-    "save_every": "--save_steps 5", "save_total_limit": "--save_total_limit=3", "num_train_epochs": "--num-train-epochs 1.5",
-    "max_grad_norm": "--max_grad_norm 0.3", "lora_dropout": "--lora_dropout 0.1", "output_dir": "--output_dir a_b",
+    "save_every": "--save_steps 5",
+    "save_total_limit": "--save_total_limit=3",
+    "num_train_epochs": "--num-train-epochs 1.5",
+    "max_grad_norm": "--max_grad_norm 0.3",
+    "lora_dropout": "--lora_dropout 0.1",
+    "output_dir": "--output_dir a_b",
     "data": "--dataset_name my_rows.jsonl",
 }
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_a_command_line_for_hugging_faces_trainers_is_understood(name: str) -> None:
-    ours, default, given = parse_args(SPELLINGS[name].split()), parse_args([]), re.split("[ =]", SPELLINGS[name])[-1]
-    assert str(getattr(ours, name)) == {"2e-4": "0.0002", "--gradient_checkpointing": "True"}.get(given, given)
-    assert [each.name for each in fields(Options) if getattr(ours, each.name) != getattr(default, each.name)] == [
-        *(["max_steps"] if name == "num_train_epochs" else []), name]
+    ours, default, given = (
+        parse_args(SPELLINGS[name].split()),
+        parse_args([]),
+        re.split("[ =]", SPELLINGS[name])[-1],
+    )
+    assert str(getattr(ours, name)) == {"2e-4": "0.0002", "--gradient_checkpointing": "True"}.get(
+        given, given
+    )
+    assert [
+        each.name
+        for each in fields(Options)
+        if getattr(ours, each.name) != getattr(default, each.name)
+    ] == [*(["max_steps"] if name == "num_train_epochs" else []), name]
 
 
 def test_the_help_has_every_flag_in_a_group_and_its_default(capsys: pytest.CaptureFixture) -> None:
@@ -39,44 +55,75 @@ def test_the_help_has_every_flag_in_a_group_and_its_default(capsys: pytest.Captu
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "What it does." in text
     for each in fields(Options):
-        assert f"  {options.spelling(each.name)}" in text and f"\n{each.metadata['group']}:\n" in text
+        assert (
+            f"  {options.spelling(each.name)}" in text and f"\n{each.metadata['group']}:\n" in text
+        )
         assert all(alias in text for alias in each.metadata["aliases"])
-    assert "(default: 0.001)" in text and "(default: None)" not in text and "(default: False)" not in text
+    assert (
+        "(default: 0.001)" in text
+        and "(default: None)" not in text
+        and "(default: False)" not in text
+    )
 
 
-@pytest.mark.parametrize("words, answer", [
-    ("--lr fast", "argument --lr/--learning-rate: must be a number, above 0; got 'fast'"),
-    ("--lr nan", "must be above 0; got nan"),
-    ("--lr -1", "must be above 0; got -1"),
-    ("--max-steps 2.5", "must be a whole number, above 0; got '2.5'"),
-    ("--max-steps 0", "argument --max-steps: must be above 0; got 0"),
-    ("--lora-r 0", "argument --lora-r: must be above 0; got 0"),
-    ("--lora-dropout 1", "must be a probability, 0 <= p < 1; got 1"),
-    ("--lora-dropout x", "must be a number, a probability, 0 <= p < 1; got 'x'"),
-    ("--block-size 48", "must be a power of two, 2 or more; got 48"),
-    ("--resident-mb 0.001", "must be 2 or more, the megabytes of a page; got 0.001"),
-    ("--save-total-limit 0", "must be above 0; got 0"),
-    ("--seed -1", "must be 0 or more; got -1"),
-    ("--quant nf5", "argument --quant: invalid choice: 'nf5' .choose from"),
-    ("--device abacus", "--device abacus cannot be used .*: try cpu"),
-    ("--batchsize 3", "--batchsize is no flag: did you mean --batch-size?"),
-    ("--resum", "--resum is no flag: did you mean --resume?"),
-    ("nonsense", "nonsense is no flag: --help shows all of them"),
-    ("--lr", "argument --lr/--learning-rate: expected one argument"),
-    ("--prompt alone", "--prompt does nothing without --adapter: give both, or neither"),
-    ("--adapter alone", "--adapter does nothing without --prompt, --merge or --merge-4bit: give one of them"),
-    ("--merge alone", "--merge does nothing without --adapter: give both, or neither"),
-    ("--lora-start pissa", "--lora-start pissa changes the base: give --save-4bit FOLDER too, and --quant nf4"),
-    ("--resume-anyway", "--resume-anyway does nothing without --resume: give both, or neither"),
-    ("--max-steps 5 --num-train-epochs 1", "--max-steps and --num-train-epochs exclude each other: leave one out"),
-    ("--adapter a --prompt b --resume", "--prompt and --resume exclude each other: leave one out"),
-    ("--adapter a --prompt b --dry-run", "--prompt and --dry-run exclude each other: leave one out"),
-    ("--quant none --compare", "--compare does nothing with --quant none, which is 16-bit LoRA: leave one out"),
-    ("--quant none --block-size 128", "--block-size does nothing with --quant none"),
-    ("--optim adamw --resident-mb 4", "--resident-mb is for --optim paged_adamw, whose state has pages: leave one out"),
-])
-def test_what_makes_no_sense_gets_one_line_before_anything_is_loaded(words: str, answer: str, capsys: pytest.CaptureFixture,
-                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "words, answer",
+    [
+        ("--lr fast", "argument --lr/--learning-rate: must be a number, above 0; got 'fast'"),
+        ("--lr nan", "must be above 0; got nan"),
+        ("--lr -1", "must be above 0; got -1"),
+        ("--max-steps 2.5", "must be a whole number, above 0; got '2.5'"),
+        ("--max-steps 0", "argument --max-steps: must be above 0; got 0"),
+        ("--lora-r 0", "argument --lora-r: must be above 0; got 0"),
+        ("--lora-dropout 1", "must be a probability, 0 <= p < 1; got 1"),
+        ("--lora-dropout x", "must be a number, a probability, 0 <= p < 1; got 'x'"),
+        ("--block-size 48", "must be a power of two, 2 or more; got 48"),
+        ("--resident-mb 0.001", "must be 2 or more, the megabytes of a page; got 0.001"),
+        ("--save-total-limit 0", "must be above 0; got 0"),
+        ("--seed -1", "must be 0 or more; got -1"),
+        ("--quant nf5", "argument --quant: invalid choice: 'nf5' .choose from"),
+        ("--device abacus", "--device abacus cannot be used .*: try cpu"),
+        ("--batchsize 3", "--batchsize is no flag: did you mean --batch-size?"),
+        ("--resum", "--resum is no flag: did you mean --resume?"),
+        ("nonsense", "nonsense is no flag: --help shows all of them"),
+        ("--lr", "argument --lr/--learning-rate: expected one argument"),
+        ("--prompt alone", "--prompt does nothing without --adapter: give both, or neither"),
+        (
+            "--adapter alone",
+            "--adapter does nothing without --prompt, --merge or --merge-4bit: give one of them",
+        ),
+        ("--merge alone", "--merge does nothing without --adapter: give both, or neither"),
+        (
+            "--lora-start pissa",
+            "--lora-start pissa changes the base: give --save-4bit FOLDER too, and --quant nf4",
+        ),
+        ("--resume-anyway", "--resume-anyway does nothing without --resume: give both, or neither"),
+        (
+            "--max-steps 5 --num-train-epochs 1",
+            "--max-steps and --num-train-epochs exclude each other: leave one out",
+        ),
+        (
+            "--adapter a --prompt b --resume",
+            "--prompt and --resume exclude each other: leave one out",
+        ),
+        (
+            "--adapter a --prompt b --dry-run",
+            "--prompt and --dry-run exclude each other: leave one out",
+        ),
+        (
+            "--quant none --compare",
+            "--compare does nothing with --quant none, which is 16-bit LoRA: leave one out",
+        ),
+        ("--quant none --block-size 128", "--block-size does nothing with --quant none"),
+        (
+            "--optim adamw --resident-mb 4",
+            "--resident-mb is for --optim paged_adamw, whose state has pages: leave one out",
+        ),
+    ],
+)
+def test_what_makes_no_sense_gets_one_line_before_anything_is_loaded(
+    words: str, answer: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan, "make", lambda *args: pytest.fail("went on"))
     with pytest.raises(SystemExit) as stop:
         train.main(words.split())
@@ -86,12 +133,34 @@ def test_what_makes_no_sense_gets_one_line_before_anything_is_loaded(words: str,
 
 
 def test_what_a_resumed_run_must_share_is_what_the_bits_depend_on() -> None:
-    settings = parse_args(["--output-dir", "elsewhere", "--lora-alpha", "16", "--num-train-epochs", "3"]).settings()
-    assert settings.keys() == {"model", "quant", "no_double_quant", "block_size", "dtype", "device", "lora_r",
-                               "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_start", "save_4bit",
-                               "max_seq_len", "train_on_prompt", "packing", "group_by_length",
-                               "max_steps", "batch_size", "lr", "max_grad_norm",
-                               "grad_checkpoint", "seed"}
+    settings = parse_args(
+        ["--output-dir", "elsewhere", "--lora-alpha", "16", "--num-train-epochs", "3"]
+    ).settings()
+    assert settings.keys() == {
+        "model",
+        "quant",
+        "no_double_quant",
+        "block_size",
+        "dtype",
+        "device",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "use_dora",
+        "lora_start",
+        "save_4bit",
+        "max_seq_len",
+        "train_on_prompt",
+        "packing",
+        "group_by_length",
+        "max_steps",
+        "batch_size",
+        "lr",
+        "max_grad_norm",
+        "grad_checkpoint",
+        "seed",
+    }
     assert settings["lora_alpha"] == parse_args([]).settings()["lora_alpha"] == "16.0"
 
 
@@ -103,7 +172,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(f'{{"prompt": "What is {n}?", "completion": "A number."}}\n' for n in range(20)))
+    path.write_text(
+        "".join(f'{{"prompt": "What is {n}?", "completion": "A number."}}\n' for n in range(20))
+    )
     return path
 
 
@@ -112,28 +183,61 @@ def dry(tiny: Path, out: Path, *more: str) -> int:
 
 
 def test_a_dry_run_says_what_a_run_would_be_and_loads_nothing(
-    tiny: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
-    shape = ["--batch-size", "2", "--grad-accum", "3", "--num-train-epochs", "4", "--dtype", "bfloat16"]
+    tiny: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        pretrained.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *args, **kwargs: pytest.fail("loaded"),
+    )
+    shape = [
+        "--batch-size",
+        "2",
+        "--grad-accum",
+        "3",
+        "--num-train-epochs",
+        "4",
+        "--dtype",
+        "bfloat16",
+    ]
     assert dry(tiny, tmp_path / "out", "--data", str(rows), *shape) == 0
     text = capsys.readouterr().out
-    for line in (r"model +\S+: LlamaForCausalLM, to be kept in nf4", r"data +\S+: 18 sequences to train on, .* 2 held out",
-                 r"training +12 steps of 6 sequences, 4.00 epochs, from the pretrained model", r"output .* GB are free",
-                 r"memory +0.0\d GB at a step's peak, predicted; cpu has"):
+    for line in (
+        r"model +\S+: LlamaForCausalLM, to be kept in nf4",
+        r"data +\S+: 18 sequences to train on, .* 2 held out",
+        r"training +12 steps of 6 sequences, 4.00 epochs, from the pretrained model",
+        r"output .* GB are free",
+        r"memory +0.0\d GB at a step's peak, predicted; cpu has",
+    ):
         assert re.search(line, text), text
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_dry_run_finds_what_a_run_would_fail_at(tiny: Path, rows: Path, tmp_path: Path,
-                                                  capsys: pytest.CaptureFixture) -> None:
+def test_a_dry_run_finds_what_a_run_would_fail_at(
+    tiny: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "half.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     for flags, answer in {
         ("--model", str(tmp_path / "empty")): "empty is not a model that can be read",
         ("--data", str(tmp_path / "half.jsonl")): "half.jsonl:2: ",
-        ("--data", str(rows), "--max-seq-len", "9999"): "longer than the model's context of 512 tokens",
-        ("--data", str(rows), "--output-dir", str(tmp_path / "file" / "out")): "choose another --output-dir",
+        (
+            "--data",
+            str(rows),
+            "--max-seq-len",
+            "9999",
+        ): "longer than the model's context of 512 tokens",
+        (
+            "--data",
+            str(rows),
+            "--output-dir",
+            str(tmp_path / "file" / "out"),
+        ): "choose another --output-dir",
         ("--data", str(rows), "--resume"): "there is no state in .* to resume from",
     }.items():
         assert dry(tiny, tmp_path / "out", *flags) == 1
@@ -142,14 +246,26 @@ def test_a_dry_run_finds_what_a_run_would_fail_at(tiny: Path, rows: Path, tmp_pa
         assert re.search(answer, error) and error.count("\n") == lines, error
 
 
-def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = models.tiny_llama(vocab_size=256).config
-    args, whole = (parse_args(["--dtype", dtype, "--device", "cpu"]) for dtype in ("bfloat16", "float32"))
-    assert plan.memory_of(config, whole, 64).startswith("0.00 GB at a step's peak, predicted; cpu has")
+    args, whole = (
+        parse_args(["--dtype", dtype, "--device", "cpu"]) for dtype in ("bfloat16", "float32")
+    )
+    assert plan.memory_of(config, whole, 64).startswith(
+        "0.00 GB at a step's peak, predicted; cpu has"
+    )
     half, whole = (weigh.ledger(config, each, 4, 64) for each in (args, whole))
-    assert half.components["activations"] < whole.components["activations"] < 2 * half.components["activations"]
+    assert (
+        half.components["activations"]
+        < whole.components["activations"]
+        < 2 * half.components["activations"]
+    )
     monkeypatch.setattr(plan, "device_bytes", lambda device: 1000)
-    assert plan.memory_of(config, args, 64).endswith("which is too little: see --batch-size, --max-seq-len, --grad-checkpoint")
+    assert plan.memory_of(config, args, 64).endswith(
+        "which is too little: see --batch-size, --max-seq-len, --grad-checkpoint"
+    )
     config.model_type = "gemma"
     known = "not predicted: the ledger knows llama and mistral, from dense weights, without biases or DoRA"
     known += ", and this is another "
@@ -159,13 +275,29 @@ def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(monkeypatch: 
 
 
 def test_a_gpus_memory_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Card", (), {"total_memory": 24}))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: type("Card", (), {"total_memory": 24})
+    )
     assert plan.device_bytes("cuda:0") == 24 < plan.device_bytes("cpu")
 
 
 def test_other_data_are_refused_on_resume_unless_told_and_a_renamed_file_is_not(
-    tiny: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = ["--model", str(tiny), "--output-dir", str(tmp_path / "out"), "--max-steps", "2", "--batch-size", "2"]
+    tiny: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = [
+        "--model",
+        str(tiny),
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--max-steps",
+        "2",
+        "--batch-size",
+        "2",
+    ]
     assert train.main([*run, "--data", str(rows)]) == 0
     renamed, other = rows.rename(tmp_path / "renamed.jsonl"), tmp_path / "other.jsonl"
     other.write_text(renamed.read_text().replace("What is 7?", "Who is 7?"))
@@ -174,6 +306,9 @@ def test_other_data_are_refused_on_resume_unless_told_and_a_renamed_file_is_not(
     assert "from step 2, by " in capsys.readouterr().out
     assert train.main([*run, "--data", str(other), "--resume"]) == 1
     said = capsys.readouterr().err
-    assert re.search("cannot go on from .*: data .a hash of its token ids. was .*, is .*. Give what was, or --resume-any", said)
+    assert re.search(
+        "cannot go on from .*: data .a hash of its token ids. was .*, is .*. Give what was, or --resume-any",
+        said,
+    )
     assert train.main([*run, "--data", str(other), "--resume", "--resume-anyway"]) == 0
     assert "although data (a hash of its token ids) was" in capsys.readouterr().err

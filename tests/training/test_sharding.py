@@ -34,14 +34,19 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What tests/several.py saw."""
-    done = subprocess.run([sys.executable, str(SEVERAL), str(tmp_path_factory.mktemp("several")), str(MOMENTS)],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(SEVERAL), str(tmp_path_factory.mktemp("several")), str(MOMENTS)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("way", ["DDP", "FSDP2"])
-def test_two_processes_leave_the_bits_of_one_that_works_on_both_their_batches(seen: dict, way: str) -> None:
+def test_two_processes_leave_the_bits_of_one_that_works_on_both_their_batches(
+    seen: dict, way: str
+) -> None:
     """Halves and doubles are exact, and a sum of two has no order. Dropout is on: masks come with the batch."""
     run = seen["alike"][f"{way}-2x1"]
     assert run["statuses"] == [0, 0] and run["same bits"] and run["far"] == 0
@@ -49,29 +54,44 @@ def test_two_processes_leave_the_bits_of_one_that_works_on_both_their_batches(se
 
 @pytest.mark.parametrize("way", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("world, each", [(2, 3), (3, 2)])
-def test_where_sums_have_another_order_only_rounding_differs(seen: dict, way: str, world: int, each: int) -> None:
+def test_where_sums_have_another_order_only_rounding_differs(
+    seen: dict, way: str, world: int, each: int
+) -> None:
     run = seen["alike"][f"{way}-{world}x{each}"]
     assert run["statuses"] == [0] * world and run["far"] <= bounds.OF_A_LOSS_IN_SEVERAL_PROCESSES
 
 
 @pytest.mark.parametrize("world, each", [(2, 1), (2, 3), (3, 2)])
-def test_fsdp2_leaves_each_process_its_share_of_all_bytes(seen: dict, world: int, each: int) -> None:
+def test_fsdp2_leaves_each_process_its_share_of_all_bytes(
+    seen: dict, world: int, each: int
+) -> None:
     """55 % are promised for two; what does not divide, a norm's 64 numbers by 3 or a mean, rounds up."""
     share = seen["alike"][f"FSDP2-{world}x{each}"]["share of the bytes"]
     assert 1 / world <= share <= (1 + bounds.OF_A_SHARE) / world
 
 
-def test_one_of_two_killed_at_random_moments_leaves_a_run_that_any_number_finish_with_the_same_bits(seen: dict) -> None:
+def test_one_of_two_killed_at_random_moments_leaves_a_run_that_any_number_finish_with_the_same_bits(
+    seen: dict,
+) -> None:
     moments = seen["moments"]
-    assert moments["kills"] == MOMENTS == moments["said so"] and moments["different"] == [] and moments["stuck"] == 0
+    assert (
+        moments["kills"] == MOMENTS == moments["said so"]
+        and moments["different"] == []
+        and moments["stuck"] == 0
+    )
 
 
-@pytest.mark.parametrize("mishap, complaint", [
-    ("other_rows", "process 1 of 2 has another data (a hash of its token ids)"),
-    ("no_model", "model.safetensors is damaged (in process 1 of 2)"),
-    ("full_disk", "No space left on device"),
-])
-def test_what_is_wrong_in_one_process_is_said_once_and_ends_all(seen: dict, mishap: str, complaint: str) -> None:
+@pytest.mark.parametrize(
+    "mishap, complaint",
+    [
+        ("other_rows", "process 1 of 2 has another data (a hash of its token ids)"),
+        ("no_model", "model.safetensors is damaged (in process 1 of 2)"),
+        ("full_disk", "No space left on device"),
+    ],
+)
+def test_what_is_wrong_in_one_process_is_said_once_and_ends_all(
+    seen: dict, mishap: str, complaint: str
+) -> None:
     statuses, said = seen["apart"][mishap]
     assert statuses[0] == 1 and None not in statuses and 0 not in statuses
     assert said.count("train.py: ") == 1 and complaint in said and "Traceback" not in said
@@ -100,12 +120,19 @@ def losses(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": f"{i} is {'odd' if i % 2 else 'even'}"}) + "\n"
-                            for i in range(20)))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"{i}?", "completion": f"{i} is {'odd' if i % 2 else 'even'}"})
+            + "\n"
+            for i in range(20)
+        )
+    )
     return path
 
 
-def test_torchrun_starts_a_run_anew_that_lost_a_process_and_it_goes_on_by_itself(few_rows: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_a_run_anew_that_lost_a_process_and_it_goes_on_by_itself(
+    few_rows: Path, tmp_path: Path
+) -> None:
     tiny = models.save_tiny_llama(tmp_path / "tiny")
     begin = """
 import os, signal, sys, train
@@ -119,31 +146,75 @@ train.train_step = step
 train.processes.leave(train.main(sys.argv[1:]))
 """
     (tmp_path / "begin.py").write_text(begin)
-    flags = ["--model", str(tiny), "--data", str(few_rows), "--max-steps", "6", "--save-every", "2", "--dtype", "float32",
-             "--output-dir", str(tmp_path / "out")]
+    flags = [
+        "--model",
+        str(tiny),
+        "--data",
+        str(few_rows),
+        "--max-steps",
+        "6",
+        "--save-every",
+        "2",
+        "--dtype",
+        "float32",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     env = os.environ | {"PYTHONPATH": str(traffic.ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*TORCHRUN, "2", "--max-restarts", "1", str(tmp_path / "begin.py"), *flags], capture_output=True,
-                          text=True, env=env)
+    done = subprocess.run(
+        [*TORCHRUN, "2", "--max-restarts", "1", str(tmp_path / "begin.py"), *flags],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "out")) == 6 and done.stdout.count("base loaded") == 2
     assert done.stdout.count("perplexity") == 1, "measured before the first start alone"
 
 
-def test_over_20_steps_of_the_real_model_torchrun_gives_the_losses_of_one_process(few_rows: Path, tmp_path: Path) -> None:
+def test_over_20_steps_of_the_real_model_torchrun_gives_the_losses_of_one_process(
+    few_rows: Path, tmp_path: Path
+) -> None:
     """Which a loss may be 1e-5 off; here all bits of the adapters are the same."""
-    flags = ["train.py", "--data", str(few_rows), "--max-steps", "20", "--batch-size", "1", "--dtype", "float32"]
-    ways = {"one": [sys.executable, *flags, "--grad-accum", "2"], "DDP": [*TORCHRUN, "2", *flags],
-            "FSDP2": [*TORCHRUN, "2", *flags, "--shard"]}
-    env = {name: value for name, value in os.environ.items() if not name.startswith("COV")} | {"OMP_NUM_THREADS": "1"}
+    flags = [
+        "train.py",
+        "--data",
+        str(few_rows),
+        "--max-steps",
+        "20",
+        "--batch-size",
+        "1",
+        "--dtype",
+        "float32",
+    ]
+    ways = {
+        "one": [sys.executable, *flags, "--grad-accum", "2"],
+        "DDP": [*TORCHRUN, "2", *flags],
+        "FSDP2": [*TORCHRUN, "2", *flags, "--shard"],
+    }
+    env = {name: value for name, value in os.environ.items() if not name.startswith("COV")} | {
+        "OMP_NUM_THREADS": "1"
+    }
     for name, command in ways.items():
-        done = subprocess.run([*command, "--output-dir", str(tmp_path / name)], capture_output=True, text=True, env=env)
+        done = subprocess.run(
+            [*command, "--output-dir", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            env=env,
+        )
         assert done.returncode == 0, done.stderr
     for name in ("DDP", "FSDP2"):
         off = [abs(a - b) for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / name))]
         assert len(off) == 20 and max(off) <= bounds.OF_A_LOSS_IN_SEVERAL_PROCESSES
         assert have_the_same_bits(tmp_path / "one", tmp_path / name)
-    bytes_of = {name: json.loads((tmp_path / name / "report.json").read_text())["model_bytes_per_process"] for name in ways}
-    assert bytes_of["DDP"] == bytes_of["one"] and bytes_of["FSDP2"] <= (1 + bounds.OF_A_SHARE) / 2 * bytes_of["one"]
+    bytes_of = {
+        name: json.loads((tmp_path / name / "report.json").read_text())["model_bytes_per_process"]
+        for name in ways
+    }
+    assert (
+        bytes_of["DDP"] == bytes_of["one"]
+        and bytes_of["FSDP2"] <= (1 + bounds.OF_A_SHARE) / 2 * bytes_of["one"]
+    )
 
 
 @pytest.mark.parametrize("way", ["DDP", "FSDP2"])
@@ -159,8 +230,12 @@ def test_the_table_of_the_readme_is_what_is_computed() -> None:
 def test_all_bytes_of_a_model_are_in_its_blocks_or_not() -> None:
     model = attach(models.tiny_llama(vocab_size=256), r=4)
     blocks, rest, gradients = parallel.sizes(model)
-    assert blocks + rest == parallel.bytes_here(model) and rest == 256 * 64 * 4 + 64 * 4, "tied embedding, last norm"
-    assert gradients == 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert blocks + rest == parallel.bytes_here(model) and rest == 256 * 64 * 4 + 64 * 4, (
+        "tied embedding, last norm"
+    )
+    assert gradients == 4 * sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
 
 
 @pytest.fixture
@@ -182,17 +257,26 @@ def sharded(**settings: bool) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("settings", [{}, {"double_quant": False, "use_rslora": True}, {"use_dora": True}, {"codebook": None}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"double_quant": False, "use_rslora": True}, {"use_dora": True}, {"codebook": None}],
+    ids=str,
+)
 def test_a_sharded_model_computes_what_it_did(group: None, settings: dict) -> None:
     plain, model, ids = adapted(**settings), sharded(**settings), torch.arange(5, 25)[None]
     assert precision.table(model, torch.float32) == precision.table(plain, torch.float32)
-    assert ledger(model) == ledger(plain) and parallel.bytes_here(model) == parallel.bytes_here(plain)
+    assert ledger(model) == ledger(plain) and parallel.bytes_here(model) == parallel.bytes_here(
+        plain
+    )
     for each in (plain, model):
         each(input_ids=ids, labels=ids).loss.backward()
     assert parallel.is_sharded(model) and not parallel.is_sharded(plain)
-    packed = [parameter for name, parameter in model.named_parameters() if name.endswith("base.packed")]
-    assert all(isinstance(codes, DTensor) and codes.dtype == torch.uint8 for codes in packed) and len(packed) in (0, 14)
+    packed = [
+        parameter for name, parameter in model.named_parameters() if name.endswith("base.packed")
+    ]
+    assert all(
+        isinstance(codes, DTensor) and codes.dtype == torch.uint8 for codes in packed
+    ) and len(packed) in (0, 14)
     ours, theirs = checkpoint.adapter_tensors(model), checkpoint.adapter_tensors(plain)
     for name in ours:
         assert isinstance(ours[name], DTensor)
@@ -201,7 +285,9 @@ def test_a_sharded_model_computes_what_it_did(group: None, settings: dict) -> No
 
 
 @pytest.mark.parametrize("kind", [PagedAdamW, torch.optim.AdamW])
-def test_the_moments_of_a_sharded_parameter_are_sharded_like_it(group: None, kind: type[torch.optim.Optimizer]) -> None:
+def test_the_moments_of_a_sharded_parameter_are_sharded_like_it(
+    group: None, kind: type[torch.optim.Optimizer]
+) -> None:
     model, ids = sharded(), torch.arange(5, 25)[None]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, again = kind(parameters), kind(parameters)
@@ -213,13 +299,16 @@ def test_the_moments_of_a_sharded_parameter_are_sharded_like_it(group: None, kin
             assert isinstance(slot[key], DTensor) and slot[key].shape == parameter.shape
             assert slot[key].placements == parameter.placements
     again.load_state_dict(state)
-    assert all(torch.equal(one["exp_avg"].full_tensor(), other["exp_avg"].full_tensor())
-               for one, other in zip(state["state"].values(), again.state_dict()["state"].values()))
+    assert all(
+        torch.equal(one["exp_avg"].full_tensor(), other["exp_avg"].full_tensor())
+        for one, other in zip(state["state"].values(), again.state_dict()["state"].values())
+    )
 
 
 @pytest.mark.parametrize("flags", [["--shard"], ["--grad-accum", "2"], ["--shard", "--resume"]])
-def test_a_group_of_one_is_one_process(group: None, flags: list[str], tmp_path: Path, few_rows: Path,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_of_one_is_one_process(
+    group: None, flags: list[str], tmp_path: Path, few_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By either engine; a run begun without goes on with FSDP2."""
     tiny = models.save_tiny_llama(tmp_path / "tiny")
     more = ["--model", str(tiny), "--data", str(few_rows), "--max-steps", "4", "--dtype", "float32"]
@@ -229,7 +318,10 @@ def test_a_group_of_one_is_one_process(group: None, flags: list[str], tmp_path: 
         alone.setattr(dist, "is_initialized", lambda: False)
         assert train.main([*common, "--output-dir", str(tmp_path / "alone")]) == 0
         if "--resume" in flags:
-            assert train.main([*common, "--output-dir", str(tmp_path / "group"), "--save-every", "2"]) == 0
+            assert (
+                train.main([*common, "--output-dir", str(tmp_path / "group"), "--save-every", "2"])
+                == 0
+            )
             (tmp_path / "group" / "state-000004.safetensors").unlink()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
@@ -239,15 +331,35 @@ def test_a_group_of_one_is_one_process(group: None, flags: list[str], tmp_path: 
 
 
 def test_another_process_than_the_first_writes_and_says_nothing(
-    group: None, tmp_path: Path, few_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    group: None,
+    tmp_path: Path,
+    few_rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     tiny, real = models.save_tiny_llama(tmp_path / "tiny"), train.train_step
     for module in (processes, parallel):
         monkeypatch.setattr(module, "first", lambda: False)
-    monkeypatch.setattr(train, "train_step", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), real(*args))[1])
-    flags = ["--model", str(tiny), "--data", str(few_rows), "--dtype", "float32", "--save-4bit", str(tmp_path / "base")]
+    monkeypatch.setattr(
+        train, "train_step", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), real(*args))[1]
+    )
+    flags = [
+        "--model",
+        str(tiny),
+        "--data",
+        str(few_rows),
+        "--dtype",
+        "float32",
+        "--save-4bit",
+        str(tmp_path / "base"),
+    ]
     capsys.readouterr()
     assert train.main([*flags, "--output-dir", str(tmp_path / "out")]) == 130
-    assert not list((tmp_path / "out").iterdir()) and not (tmp_path / "base").exists() and capsys.readouterr().err == ""
+    assert (
+        not list((tmp_path / "out").iterdir())
+        and not (tmp_path / "base").exists()
+        and capsys.readouterr().err == ""
+    )
 
 
 def test_gradients_are_clipped_to_a_norm_that_is_rounded_once() -> None:
@@ -280,5 +392,9 @@ def test_the_batches_of_a_step_are_the_same_however_they_are_shared_out() -> Non
     rows = [data.Example([i, i + 1], [i, i + 1]) for i in range(9)]
     batches = data.batches_of_step(rows, 1, 2, 6, 0, 0)
     for world in (1, 2, 3, 6):
-        shared = [batches[number] for rank in range(world) for number in range(rank, len(batches), world)]
-        assert sorted(batch.input_ids.tolist() for batch in shared) == sorted(batch.input_ids.tolist() for batch in batches)
+        shared = [
+            batches[number] for rank in range(world) for number in range(rank, len(batches), world)
+        ]
+        assert sorted(batch.input_ids.tolist() for batch in shared) == sorted(
+            batch.input_ids.tolist() for batch in batches
+        )

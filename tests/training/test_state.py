@@ -22,7 +22,9 @@ from training import state as resume
 IDS = torch.arange(5, 25)[None]
 
 
-def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, start: int = 0) -> None:
+def take_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, count: int, start: int = 0
+) -> None:
     model.train()
     for step in range(start, start + count):
         resume.reseed(0, step)
@@ -69,12 +71,16 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(tmp_path: Pa
     assert (state.step, state.settings, state.before) == (3, {"lr": "1"}, [0.5, None])
     resume.load_state(resumed, second, state)
     take_steps(resumed, second, 3, start=3)
-    for (name, ours), theirs in zip(checkpoint.adapter_tensors(resumed).items(), checkpoint.adapter_tensors(whole).values()):
+    for (name, ours), theirs in zip(
+        checkpoint.adapter_tensors(resumed).items(), checkpoint.adapter_tensors(whole).values()
+    ):
         assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
-def test_the_last_states_are_kept_and_their_number_is_not_an_order_of_letters(tmp_path: Path, limit: int) -> None:
+def test_the_last_states_are_kept_and_their_number_is_not_an_order_of_letters(
+    tmp_path: Path, limit: int
+) -> None:
     run_with_states(tmp_path, 3, limit)
     kept = [f"state-00000{step}.safetensors" for step in (3, 2, 1, 0)[:limit]]
     assert [path.name for path in resume.states(tmp_path)] == kept
@@ -88,7 +94,9 @@ def test_the_last_states_are_kept_and_their_number_is_not_an_order_of_letters(tm
     assert names(tmp_path) == ["state-7.txt"]
 
 
-def test_what_killed_processes_left_goes_and_no_state_that_is_ahead_of_a_save(tmp_path: Path) -> None:
+def test_what_killed_processes_left_goes_and_no_state_that_is_ahead_of_a_save(
+    tmp_path: Path,
+) -> None:
     unfinished = tmp_path / ".state-000001.safetensors.4711.unfinished"
     unfinished.mkdir()
     (unfinished / ".tmp1a2b").write_text("half of")
@@ -99,17 +107,26 @@ def test_what_killed_processes_left_goes_and_no_state_that_is_ahead_of_a_save(tm
     assert names(tmp_path) == [f"state-00000{step}.safetensors" for step in (1, 2, 9)]
 
 
-def test_a_damaged_state_is_passed_over_for_the_one_before_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_damaged_state_is_passed_over_for_the_one_before_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     run_with_states(tmp_path, 3, limit=3)
     last, middle, first = resume.states(tmp_path)
     last.write_bytes(last.read_bytes()[:-8])
     save_file({"adapter": torch.zeros(1)}, middle)
     assert resume.newest(tmp_path).path == first
     words = capsys.readouterr().err.splitlines()
-    assert len(words) == 2 and all(": passed over for the state before it" in word for word in words)
-    assert "state-000003.safetensors is damaged" in words[0] and "state-000002.safetensors is not the state" in words[1]
+    assert len(words) == 2 and all(
+        ": passed over for the state before it" in word for word in words
+    )
+    assert (
+        "state-000003.safetensors is damaged" in words[0]
+        and "state-000002.safetensors is not the state" in words[1]
+    )
     first.write_bytes(b"")
-    with pytest.raises(ValueError, match="there is no state in .* to resume from: start without --resume"):
+    with pytest.raises(
+        ValueError, match="there is no state in .* to resume from: start without --resume"
+    ):
         resume.newest(tmp_path)
 
 
@@ -121,23 +138,36 @@ def one_state(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     return path, path.read_bytes()
 
 
-@given(share=st.floats(0, 1, exclude_max=True), header=st.booleans(), bit=st.integers(0, 7), cut=st.booleans())
+@given(
+    share=st.floats(0, 1, exclude_max=True),
+    header=st.booleans(),
+    bit=st.integers(0, 7),
+    cut=st.booleans(),
+)
 def test_no_bit_of_a_state_can_change_and_no_byte_can_go_unnoticed(
-    one_state: tuple[Path, bytes], share: float, header: bool, bit: int, cut: bool) -> None:
+    one_state: tuple[Path, bytes], share: float, header: bool, bit: int, cut: bool
+) -> None:
     path, whole = one_state
     place = int(share * (8 + int.from_bytes(whole[:8], "little") if header else len(whole)))
     changed = bytearray(whole)
     changed[place] ^= 1 << bit
     path.write_bytes(whole[:place] if cut else changed)
-    with pytest.raises(ValueError, match="state-000001.safetensors is (damaged|not the state of a run)"):
+    with pytest.raises(
+        ValueError, match="state-000001.safetensors is (damaged|not the state of a run)"
+    ):
         resume.read_state(path)
 
 
-def test_other_settings_are_named_and_refused_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_other_settings_are_named_and_refused_unless_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     model, optimizer = run_with_states(tmp_path, 1)
     state = resume.newest(tmp_path)
     resume.refuse_changes(state, {"lr": "1"}, anyway=False)
-    with pytest.raises(ValueError, match="cannot go on from .*: lr was 1, is 2; seed was None, is 0. Give what was, or --res"):
+    with pytest.raises(
+        ValueError,
+        match="cannot go on from .*: lr was 1, is 2; seed was None, is 0. Give what was, or --res",
+    ):
         resume.refuse_changes(state, {"lr": "2", "seed": "0"}, anyway=False)
     assert capsys.readouterr().err == ""
     resume.refuse_changes(state, {"lr": "2"}, anyway=True)
@@ -151,7 +181,9 @@ def test_a_run_that_was_stopped_before_its_first_step_begins_again(tmp_path: Pat
     assert state.step == 0 and optimizer.state_dict()["state"] == {}
 
 
-@pytest.mark.parametrize("name, value", [("optimizer.0.exp_avg_sq", -1.0), ("optimizer.3.step", 2.0)])
+@pytest.mark.parametrize(
+    "name, value", [("optimizer.0.exp_avg_sq", -1.0), ("optimizer.3.step", 2.0)]
+)
 def test_a_state_that_no_run_can_have_is_refused(tmp_path: Path, name: str, value: float) -> None:
     model, optimizer = run_with_states(tmp_path, 1)
     state = resume.newest(tmp_path)
@@ -173,7 +205,9 @@ def test_random_numbers_follow_from_the_seed_and_the_number_of_the_batch_alone()
         return tuple(torch.rand(4).tolist())
 
     pairs = [(seed, batch) for seed in range(12) for batch in range(12)]
-    assert len({drawn(*pair) for pair in pairs}) == len(pairs), "no two batches of no two seeds share a mask"
+    assert len({drawn(*pair) for pair in pairs}) == len(pairs), (
+        "no two batches of no two seeds share a mask"
+    )
     torch.rand(5)
     assert drawn(3, 4) == drawn(3, 4)
 
@@ -191,21 +225,31 @@ def test_data_are_other_data_if_an_id_or_what_is_learnt_or_the_order_changes() -
         return template.Example(ids, [template.IGNORE] * given + ids[given:], *texts)
 
     rows = [example([1, 2, 3], 1), example([4, 5], 0)]
-    others = [[example([1, 2, 4], 1), rows[1]], [example([1, 2, 3], 2), rows[1]], rows[::-1], rows[:1],
-              [example([1, 2], 1), example([3, 4, 5], 0)]]
+    others = [
+        [example([1, 2, 4], 1), rows[1]],
+        [example([1, 2, 3], 2), rows[1]],
+        rows[::-1],
+        rows[:1],
+        [example([1, 2], 1), example([3, 4, 5], 0)],
+    ]
     same = [example([1, 2, 3], 1, "another", "text"), rows[1]]
     assert template.fingerprint(same) == template.fingerprint(rows)
     assert len({template.fingerprint(each) for each in [rows, *others]}) == 1 + len(others)
 
 
 def test_metrics_are_those_of_the_steps_before_the_state(tmp_path: Path) -> None:
-    path, lines = tmp_path / "metrics.jsonl", [json.dumps({"step": step, "loss": random.random()}) for step in (1, 2, 3)]
+    path, lines = (
+        tmp_path / "metrics.jsonl",
+        [json.dumps({"step": step, "loss": random.random()}) for step in (1, 2, 3)],
+    )
     path.write_text("\n".join(lines) + '\n{"step": 4, "lo')  # as a kill in mid-write would leave it
     report.keep_metrics(path, 2)
     assert path.read_text().splitlines() == lines[:2]
     for text in ("", "\n".join(lines[1:]), '{"step": 1}\nnothing', '{"step": 1}\n[]'):
         path.write_text(text)
-        with pytest.raises(ValueError, match="metrics.jsonl lacks lines of the 2 steps before the state"):
+        with pytest.raises(
+            ValueError, match="metrics.jsonl lacks lines of the 2 steps before the state"
+        ):
             report.keep_metrics(path, 2)
         assert path.read_text() == text
     path.unlink()

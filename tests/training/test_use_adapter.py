@@ -30,13 +30,16 @@ def out(tmp_path: Path) -> Path:
     folder = models.save_tiny_llama(tmp_path / "model")
     model = lora.attach(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE), r=4)
     for layer in checkpoint.adapted_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.001)  # an update that is small beside the gaps between levels
+        torch.nn.init.normal_(
+            layer.lora_B, std=0.001
+        )  # an update that is small beside the gaps between levels
     checkpoint.save_adapter(model, tmp_path / "out")
     return tmp_path / "out"
 
 
 def test_a_merge_is_what_peft_merges_into_the_decoded_base_and_transformers_loads_it(
-    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert train.main(["--adapter", str(out), "--merge", str(tmp_path / "merged")]) == 0
     said = capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
@@ -47,26 +50,43 @@ def test_a_merge_is_what_peft_merges_into_the_decoded_base_and_transformers_load
     theirs = PeftModel.from_pretrained(dense, out).merge_and_unload()
     for (name, one), other in zip(merged.named_parameters(), theirs.parameters()):
         assert one.dtype == DTYPE and torch.equal(one, other.to(DTYPE)), name
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("order").input_ids == models.tokenizer()("order").input_ids
-    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert re.search(r"all of the update.* A merge into 4 bits keeps \d+% of the update over 14 layers; worst is model\.", said)
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "merged")("order").input_ids
+        == models.tokenizer()("order").input_ids
+    )
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "merged" / "config.json").read_text()
+    )
+    assert re.search(
+        r"all of the update.* A merge into 4 bits keeps \d+% of the update over 14 layers; worst is model\.",
+        said,
+    )
 
 
-def test_a_merge_with_the_base_of_a_4_bit_folder_is_dense_and_stays_in_float16(tmp_path: Path) -> None:
+def test_a_merge_with_the_base_of_a_4_bit_folder_is_dense_and_stays_in_float16(
+    tmp_path: Path,
+) -> None:
     model = lora.attach(models.tiny_llama(torch.float16), r=4)
     export.save_4bit(model, models.tokenizer(), tmp_path / "base")
     checkpoint.save_adapter(models.trained(model), tmp_path / "out")
-    assert peft_format.read_config(tmp_path / "out")["base_model_name_or_path"] == str(tmp_path / "base")
-    assert train.main(["--adapter", str(tmp_path / "out"), "--merge", str(tmp_path / "merged")]) == 0
+    assert peft_format.read_config(tmp_path / "out")["base_model_name_or_path"] == str(
+        tmp_path / "base"
+    )
+    assert (
+        train.main(["--adapter", str(tmp_path / "out"), "--merge", str(tmp_path / "merged")]) == 0
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     for name, layer in checkpoint.adapted_layers(model).items():
         weight = merged.get_submodule(name).weight
-        assert weight.dtype == torch.float16 and torch.equal(weight, (layer.base(torch.float32) + layer.update()).half())
+        assert weight.dtype == torch.float16 and torch.equal(
+            weight, (layer.base(torch.float32) + layer.update()).half()
+        )
     assert not hasattr(merged.config, "quantization_config")
 
 
 def test_a_merge_into_4_bits_keeps_what_the_audit_said_and_transformers_loads_it(
-    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     model, _ = export.load(out, None, None, "cpu")
     layers = checkpoint.adapted_layers(model)
     before = {name: layer.base(torch.float32) for name, layer in layers.items()}
@@ -81,7 +101,10 @@ def test_a_merge_into_4_bits_keeps_what_the_audit_said_and_transformers_loads_it
     for name, update in updates.items():
         weight = theirs.get_submodule(name).weight
         base = merged.get_submodule(name).base
-        assert torch.equal(base(), bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)) and base.dtype == DTYPE
+        assert (
+            torch.equal(base(), bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state))
+            and base.dtype == DTYPE
+        )
         after = base(torch.float32)
         change = (after - before[name]).double().flatten() @ update.double().flatten()
         length = update.double().norm() ** 2
@@ -92,15 +115,27 @@ def test_a_merge_into_4_bits_keeps_what_the_audit_said_and_transformers_loads_it
 
 
 def test_the_share_over_a_model_weighs_layers_by_the_square_of_their_updates() -> None:
-    audit = {"a": MergeAudit(3.0, 0.5, 0.9), "b": MergeAudit(1.0, 1.0, 0.8), "c": MergeAudit(0.0, 1.0, 1.0)}
-    assert "keeps 55% of the update over 3 layers; worst is b, where the change has a cosine of 0.80" in export.in_words(audit)
+    audit = {
+        "a": MergeAudit(3.0, 0.5, 0.9),
+        "b": MergeAudit(1.0, 1.0, 0.8),
+        "c": MergeAudit(0.0, 1.0, 1.0),
+    }
+    assert (
+        "keeps 55% of the update over 3 layers; worst is b, where the change has a cosine of 0.80"
+        in export.in_words(audit)
+    )
     assert "keeps 100%" in export.in_words({"c": audit["c"]})
     assert "dense" in export.in_words({})
 
 
 @pytest.mark.parametrize("flag", ["--merge", "--merge-4bit"])
 def test_nothing_is_overwritten_and_nothing_half_written(
-    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    out: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+) -> None:
     assert train.main(["--adapter", str(out), flag, str(tmp_path / "model")]) == 1
     assert "is there already and is not empty" in capsys.readouterr().err
 
@@ -121,19 +156,36 @@ def test_nothing_is_overwritten_and_nothing_half_written(
 def test_an_adapter_remembers_its_base_and_peft_does_not_mind(out: Path) -> None:
     quantization, dtype = peft_format.base_of(out)
     assert dtype == DTYPE and quantization.keys() == {"block_size", "double_quant", "codebook"}
-    assert torch.equal(quantization.pop("codebook"), lora.NF4) and quantization == {"block_size": 64, "double_quant": True}
+    assert torch.equal(quantization.pop("codebook"), lora.NF4) and quantization == {
+        "block_size": 64,
+        "double_quant": True,
+    }
 
 
-@pytest.mark.parametrize("header, complaint", [
-    ("{", "describes no base"), ('{"bits": 4}', None), ('{"bits": 99}', "describes no base"), ('{"dtype": "int8"}', "no base"),
-    ('{"bits": "4"}', "no base"), ('{"bits": 0, "dtype": "float16"}', None), (None, None),
-])
-def test_a_header_that_describes_no_base_is_refused(out: Path, header: str | None, complaint: str | None) -> None:
+@pytest.mark.parametrize(
+    "header, complaint",
+    [
+        ("{", "describes no base"),
+        ('{"bits": 4}', None),
+        ('{"bits": 99}', "describes no base"),
+        ('{"dtype": "int8"}', "no base"),
+        ('{"bits": "4"}', "no base"),
+        ('{"bits": 0, "dtype": "float16"}', None),
+        (None, None),
+    ],
+)
+def test_a_header_that_describes_no_base_is_refused(
+    out: Path, header: str | None, complaint: str | None
+) -> None:
     path = out / "adapter_model.safetensors"
-    save_file(load_file(path), path, {"format": "pt"} | ({} if header is None else {"base": header}))
+    save_file(
+        load_file(path), path, {"format": "pt"} | ({} if header is None else {"base": header})
+    )
     if complaint is None:
         quantization, dtype = peft_format.base_of(out)
-        assert (quantization["codebook"] is None) == (dtype == torch.float16) and math.log2(quantization["block_size"]) == 6
+        assert (quantization["codebook"] is None) == (dtype == torch.float16) and math.log2(
+            quantization["block_size"]
+        ) == 6
     else:
         with pytest.raises(ValueError, match=complaint):
             peft_format.base_of(out)

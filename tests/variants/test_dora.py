@@ -48,7 +48,9 @@ DORA = {"lora_A", "lora_B", "lora_magnitude_vector.weight"}
 
 
 def untrained(case: Adapted, dtype: torch.dtype = torch.float32, **settings: object) -> QLoRALinear:
-    return QLoRALinear.from_linear(case.linear(dtype), **case.settings() | {"use_dora": True} | settings)
+    return QLoRALinear.from_linear(
+        case.linear(dtype), **case.settings() | {"use_dora": True} | settings
+    )
 
 
 def adapt(case: Adapted, dtype: torch.dtype = torch.float32, **settings: object) -> QLoRALinear:
@@ -81,8 +83,15 @@ def bound_of_norm(layer: QLoRALinear) -> Bounded:
 # the norm, and c
 
 
-@given(adapted, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.booleans(), st.sampled_from([0.01, 1, 50]))
-def test_the_norm_is_that_of_the_rows_of_the_dense_sum(case: Adapted, dtype: torch.dtype, dense: bool, size: float) -> None:
+@given(
+    adapted,
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.booleans(),
+    st.sampled_from([0.01, 1, 50]),
+)
+def test_the_norm_is_that_of_the_rows_of_the_dense_sum(
+    case: Adapted, dtype: torch.dtype, dense: bool, size: float
+) -> None:
     layer = adapt(case, dtype, **{"codebook": None} if dense else {})
     with torch.no_grad():
         layer.lora_B.mul_(size)
@@ -96,24 +105,32 @@ def test_a_norm_of_more_rows_than_are_squared_at_once_has_all_of_them() -> None:
     weight = torch.randn(2 * dora.ROWS + 3, 4)
     layer = QLoRALinear(FrozenWeight(weight, codebook=None), None, 1, 1, use_dora=True)
     bound = cast(weight.double().norm(dim=1), torch.float32)
-    assert ((layer.lora_magnitude_vector.weight.double() - weight.double().norm(dim=1)).abs() <= bound).all()
+    assert (
+        (layer.lora_magnitude_vector.weight.double() - weight.double().norm(dim=1)).abs() <= bound
+    ).all()
 
 
 @given(adapted, st.sampled_from(MODES))
 @example(Adapted(lora_dropout=0.9), MODES[0])
-def test_an_untrained_layer_gives_the_output_of_its_base_to_the_bit(case: Adapted, mode: tuple) -> None:
+def test_an_untrained_layer_gives_the_output_of_its_base_to_the_bit(
+    case: Adapted, mode: tuple
+) -> None:
     """Its magnitudes are the norms of its base, and c is exactly 1."""
     x_dtype, autocast, compute_dtype = mode
     layer, x = untrained(case, compute_dtype=compute_dtype), case.x(x_dtype)
     assert (scale(layer) == 1).all()
     assert same_bits(layer.lora_magnitude_vector.weight, layer.lora_magnitude_vector.base_norm)
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        assert same_bits(layer(x), QLoRALinear(layer.base, layer.bias, compute_dtype=compute_dtype)(x))
+        assert same_bits(
+            layer(x), QLoRALinear(layer.base, layer.bias, compute_dtype=compute_dtype)(x)
+        )
     assert not layer.update().any()
 
 
 @given(adapted, st.sampled_from([0.5, 2.0, 8.0, -1.0]))
-def test_a_layer_whose_magnitudes_double_gives_the_double_output_whatever_its_adapter(case: Adapted, factor: float) -> None:
+def test_a_layer_whose_magnitudes_double_gives_the_double_output_whatever_its_adapter(
+    case: Adapted, factor: float
+) -> None:
     layer = adapt(case, lora_dropout=0.0)
     layer.bias = None
     before = layer(case.x())
@@ -151,9 +168,13 @@ def test_a_row_of_zeros_is_the_bias_and_can_learn(bias: bool) -> None:
 
 @given(st.integers(0, 200), st.sampled_from([1.0, 1e-18, 1e25]))
 @example(133, 1e-18)
-def test_rows_that_the_update_cancels_leave_all_that_is_computed_finite(seed: int, size: float) -> None:
+def test_rows_that_the_update_cancels_leave_all_that_is_computed_finite(
+    seed: int, size: float
+) -> None:
     """Where the square of the norm is no more than rounding, and may come out below zero."""
-    layer = QLoRALinear.from_linear(nn.Linear(8, 6), r=1, lora_alpha=1, use_dora=True, codebook=None)
+    layer = QLoRALinear.from_linear(
+        nn.Linear(8, 6), r=1, lora_alpha=1, use_dora=True, codebook=None
+    )
     case = Adapted(8, 6, 1, seed=seed)
     a, b = (case.random(size, offset=offset).float() for size, offset in ((8, 1), (6, 2)))
     with torch.no_grad():
@@ -164,7 +185,9 @@ def test_rows_that_the_update_cancels_leave_all_that_is_computed_finite(seed: in
     assert bound_of_norm(layer).allows(norm_of(layer), norm_in_float64(layer))
     y = layer(case.x())
     y.backward(case.g())
-    assert y.isfinite().all() and all(layer.get_parameter(name).grad.isfinite().all() for name in DORA)
+    assert y.isfinite().all() and all(
+        layer.get_parameter(name).grad.isfinite().all() for name in DORA
+    )
 
 
 # the layer
@@ -173,7 +196,9 @@ def test_rows_that_the_update_cancels_leave_all_that_is_computed_finite(seed: in
 @given(adapted, st.sampled_from(MODES))
 @example(Adapted(leading=(0,), lora_dropout=0.3), MODES[0])
 @example(Adapted(leading=(2, 0, 3)), MODES[1])
-def test_output_and_gradients_are_those_of_a_plain_autograd_dora(case: Adapted, mode: tuple) -> None:
+def test_output_and_gradients_are_those_of_a_plain_autograd_dora(
+    case: Adapted, mode: tuple
+) -> None:
     """In float64, with a dense weight, whose norm is a constant; dropout is in the adapter's branch alone."""
     x_dtype, autocast, compute_dtype = mode
     result = autocast or x_dtype
@@ -182,8 +207,13 @@ def test_output_and_gradients_are_those_of_a_plain_autograd_dora(case: Adapted, 
     x, g = case.x(x_dtype).requires_grad_(), case.g(result)
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         y, kept = saved_by(lambda: layer(x))
-    keep = next((tensor for tensor in kept if tensor.dtype == torch.bool and tensor.dim() == 2), None)
-    assert (keep is not None) == (case.lora_dropout > 0) and (y.dtype, y.shape) == (result, (*case.leading, case.out_features))
+    keep = next(
+        (tensor for tensor in kept if tensor.dtype == torch.bool and tensor.dim() == 2), None
+    )
+    assert (keep is not None) == (case.lora_dropout > 0) and (y.dtype, y.shape) == (
+        result,
+        (*case.leading, case.out_features),
+    )
     y.backward(g)
 
     flat, g_flat = x.detach().reshape(-1, case.in_features), g.reshape(-1, case.out_features)
@@ -201,10 +231,14 @@ def test_output_and_gradients_are_those_of_a_plain_autograd_dora(case: Adapted, 
     before, norm = lora_forward(*operands, bias, dropping, keep, dtype), bound_of_norm(layer)
     c = dora_scale(parameters[2], norm)
     forward = in_float64(dora_forward(before, c, bias, dtype), 4)
-    assert (forward if result == dtype else forward.to(result)).allows(y.reshape(-1, case.out_features), plain)
+    assert (forward if result == dtype else forward.to(result)).allows(
+        y.reshape(-1, case.out_features), plain
+    )
     of_y, of_m = dora_backward(g_flat, before, c, norm, bias, dtype)
     of_x, of_A, of_B = lora_backward(of_y, *operands, dropping, keep, dtype)
-    assert (of_x if x_dtype == dtype else of_x.to(x_dtype)).allows(x.grad.reshape(-1, case.in_features), gradients[0])
+    assert (of_x if x_dtype == dtype else of_x.to(x_dtype)).allows(
+        x.grad.reshape(-1, case.in_features), gradients[0]
+    )
     for parameter, bound, gradient in zip(parameters, (of_A, of_B, of_m), gradients[1:]):
         assert parameter.grad.dtype == torch.float32 and bound.allows(parameter.grad, gradient)
 
@@ -212,10 +246,14 @@ def test_output_and_gradients_are_those_of_a_plain_autograd_dora(case: Adapted, 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_backward_passes_gradcheck_in_float64_for_a_norm_that_stays(
-    dropout: float, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropout: float, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = Adapted(6, 5, 2, leading=(4,), lora_dropout=dropout, bias=bias)
     layer = adapt(case, torch.float64)
-    inputs = [case.x(torch.float64).requires_grad_(), *(layer.get_parameter(name) for name in sorted(DORA))]
+    inputs = [
+        case.x(torch.float64).requires_grad_(),
+        *(layer.get_parameter(name) for name in sorted(DORA)),
+    ]
     inputs += [layer.bias.requires_grad_()] if bias else []
     norm = norm_in_float64(layer)
     monkeypatch.setattr(dora.Magnitude, "norm", lambda *_: norm)
@@ -234,22 +272,31 @@ def test_forward_saves_what_lora_does_and_one_product_and_nothing_dense(dtype: t
     kept, without = saved_by(lambda: layer(x))[1], saved_by(lambda: plain(x))[1]
     assert all(tensor.numel() != 48 * 40 for tensor in kept)
     more = sum(tensor.nbytes for tensor in kept) - sum(tensor.nbytes for tensor in without)
-    assert more == 10 * 40 * dtype.itemsize + 40 * (4 + 4 + 1)  # before c; c, n, and where n is not 0
+    assert more == 10 * 40 * dtype.itemsize + 40 * (
+        4 + 4 + 1
+    )  # before c; c, n, and where n is not 0
 
 
 @given(adapted, st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
 def test_a_merged_row_has_the_length_of_its_magnitude_and_the_layer_computes_the_same(
-    case: Adapted, dtype: torch.dtype, whole: bool) -> None:
+    case: Adapted, dtype: torch.dtype, whole: bool
+) -> None:
     assume(math.prod(case.leading))
     layer, x = adapt(case, dtype).eval(), case.x()
     m, before = layer.lora_magnitude_vector.weight.detach().double(), layer(x)
     base, n = layer.base(torch.float64), bound_of_norm(layer)
-    update = Bounded.exact(layer.lora_B).matmul(Bounded.exact(layer.lora_A), torch.float32).times(layer.scaling, torch.float32)
+    update = (
+        Bounded.exact(layer.lora_B)
+        .matmul(Bounded.exact(layer.lora_A), torch.float32)
+        .times(layer.scaling, torch.float32)
+    )
     c = dora_scale(m.float(), n)
     c = Bounded(c.value[:, None], c.error[:, None])
     less = Bounded(c.value - 1, c.error).to(torch.float32)
-    product = [Bounded(a.value * b.value, a.most * b.most - (a.value * b.value).abs()).to(torch.float32)
-               for a, b in ((less, Bounded.exact(base)), (c, update))]
+    product = [
+        Bounded(a.value * b.value, a.most * b.most - (a.value * b.value).abs()).to(torch.float32)
+        for a, b in ((less, Bounded.exact(base)), (c, update))
+    ]
     total = product[0].plus(product[1], torch.float32)
     assert total.allows(layer.update())
     total = in_float64(total.plus(Bounded.exact(base), torch.float32), 4)
@@ -277,18 +324,26 @@ def test_training_lowers_the_loss_and_moves_the_magnitudes_and_nothing_frozen() 
     start = copy.deepcopy(model.state_dict())
     before, after = losses_around_ten_steps(model)
     assert after < before
-    assert all(same_bits(tensor, start[name]) != ("lora_" in name) for name, tensor in model.state_dict().items())
+    assert all(
+        same_bits(tensor, start[name]) != ("lora_" in name)
+        for name, tensor in model.state_dict().items()
+    )
 
 
 def test_what_is_not_said_is_lora() -> None:
     layer = QLoRALinear.from_linear(nn.Linear(8, 8))
-    assert layer.use_dora is QLoRALinear(layer.base, None).use_dora is False and layer.lora_magnitude_vector is None
+    assert (
+        layer.use_dora is QLoRALinear(layer.base, None).use_dora is False
+        and layer.lora_magnitude_vector is None
+    )
     assert "base_norm" not in "".join(untrained(Adapted()).state_dict())  # the base has it
 
 
 def test_the_ledger_counts_magnitudes_and_the_norms_of_the_base_among_the_adapters() -> None:
-    rows = {use_dora: memory.ledger(lora.attach(tiny_llama(vocab_size=256), r=4, use_dora=use_dora))
-            for use_dora in (True, False)}
+    rows = {
+        use_dora: memory.ledger(lora.attach(tiny_llama(vocab_size=256), r=4, use_dora=use_dora))
+        for use_dora in (True, False)
+    }
     outputs = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
     more = [a - b for a, b in zip(rows[True].pop("adapters"), rows[False].pop("adapters"))]
     assert more == [outputs, 2 * outputs, 2 * 4 * outputs] and rows[True] == rows[False]
@@ -310,14 +365,19 @@ def moved(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora_alpha": 3.5}, {"use_rslora": True}, {"r": 70}, {"targets": ["v_proj"]}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"lora_alpha": 3.5}, {"use_rslora": True}, {"r": 70}, {"targets": ["v_proj"]}],
+    ids=str,
+)
 def test_peft_loads_our_adapter_and_computes_the_same(tmp_path: Path, settings: dict) -> None:
     ours = moved(adapted_llama(use_dora=True, **settings))
     checkpoint.save_adapter(ours, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"] is True
     assert_peft_computes_the_same(ours, tmp_path)
-    assert torch.equal(logits(checkpoint.load_adapter(attached(dense_base(), ours), tmp_path)), logits(ours))
+    assert torch.equal(
+        logits(checkpoint.load_adapter(attached(dense_base(), ours), tmp_path)), logits(ours)
+    )
 
 
 def attached(model: nn.Module, like: nn.Module) -> nn.Module:
@@ -327,11 +387,18 @@ def attached(model: nn.Module, like: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("config", [
-    {"target_modules": "all-linear", "use_rslora": True, "lora_dropout": 0.25},
-    {"target_modules": ["q_proj", "v_proj", "up_proj"], "rank_pattern": {"v_proj": 2, r"layers\.1\..*up_proj": 6},
-     "alpha_pattern": {"model.layers.0.self_attn.q_proj": 5, "up_proj|v_proj": 1.5}},
-], ids=lambda config: str(config["target_modules"]))
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": "all-linear", "use_rslora": True, "lora_dropout": 0.25},
+        {
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "rank_pattern": {"v_proj": 2, r"layers\.1\..*up_proj": 6},
+            "alpha_pattern": {"model.layers.0.self_attn.q_proj": 5, "up_proj|v_proj": 1.5},
+        },
+    ],
+    ids=lambda config: str(config["target_modules"]),
+)
 def test_we_load_the_adapter_of_peft_and_compute_the_same(tmp_path: Path, config: dict) -> None:
     settings = {"task_type": "CAUSAL_LM", "r": 4, "use_dora": True} | config
     theirs = moved(trained(get_peft_model(dense_base(), LoraConfig(**settings))))
@@ -343,24 +410,32 @@ def test_we_load_the_adapter_of_peft_and_compute_the_same(tmp_path: Path, config
         assert layer.use_dora and torch.equal(layer.lora_magnitude_vector.weight, their)
 
 
-def test_an_untrained_adapter_that_was_saved_and_loaded_still_changes_no_bit(tmp_path: Path) -> None:
+def test_an_untrained_adapter_that_was_saved_and_loaded_still_changes_no_bit(
+    tmp_path: Path,
+) -> None:
     model = tiny_llama(torch.bfloat16, vocab_size=256)
     checkpoint.save_adapter(lora.attach(copy.deepcopy(model), r=4, use_dora=True), tmp_path)
-    without = checkpoint.load_adapter(lora.attach(copy.deepcopy(model), r=4, use_dora=True), tmp_path)
+    without = checkpoint.load_adapter(
+        lora.attach(copy.deepcopy(model), r=4, use_dora=True), tmp_path
+    )
     assert torch.equal(logits(checkpoint.load_adapter(model, tmp_path)), logits(without))
     for layer in checkpoint.adapted_layers(model).values():
         x = torch.randn(5, layer.in_features, dtype=torch.bfloat16)
         assert same_bits(layer(x), QLoRALinear(layer.base, None)(x))
 
 
-def test_adapters_of_both_kinds_are_not_saved_and_one_is_not_loaded_onto_the_other(tmp_path: Path) -> None:
+def test_adapters_of_both_kinds_are_not_saved_and_one_is_not_loaded_onto_the_other(
+    tmp_path: Path,
+) -> None:
     both = lora.attach(lora.attach(dense_base(), ["q_proj"], use_dora=True), ["v_proj"])
     with pytest.raises(ValueError, match="differ in lora_dropout, use_rslora or use_dora"):
         checkpoint.save_adapter(both, tmp_path / "both")
     for use_dora in (True, False):
         folder = tmp_path / str(use_dora)
         checkpoint.save_adapter(adapted_llama(use_dora=use_dora), folder)
-        with pytest.raises(ValueError, match=f"has use_dora {use_dora}, and the model's adapter has not"):
+        with pytest.raises(
+            ValueError, match=f"has use_dora {use_dora}, and the model's adapter has not"
+        ):
             checkpoint.load_adapter(adapted_llama(use_dora=not use_dora), folder)
     path = tmp_path / "True" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": False}))
@@ -383,34 +458,70 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(tmp_path: Pa
     resume.load_state(resumed, second, resume.newest(tmp_path))
     take_steps(resumed, second, 2, start=2)
     pairs = checkpoint.adapter_tensors(resumed), checkpoint.adapter_tensors(whole)
-    assert len(pairs[0]) == 3 * 14 and all(torch.equal(pairs[0][name], tensor) for name, tensor in pairs[1].items())
+    assert len(pairs[0]) == 3 * 14 and all(
+        torch.equal(pairs[0][name], tensor) for name, tensor in pairs[1].items()
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_with_another_start_the_magnitudes_are_those_of_base_and_adapter_and_c_is_1(shape: tuple[int, int]) -> None:
+def test_with_another_start_the_magnitudes_are_those_of_base_and_adapter_and_c_is_1(
+    shape: tuple[int, int],
+) -> None:
     """On a dense base, which PiSSA leaves as PEFT does, they are PEFT's."""
     weight = weight_of(shape)
     for start in ("pissa", "loftq"):
         layer = variants.maker(start, {"r": 4, "use_dora": True}, {})(weight, None)
         assert (scale(layer) == 1).all() and layer.lora_B.any()
-        assert bound_of_norm(layer).allows(layer.lora_magnitude_vector.weight, norm_in_float64(layer))
+        assert bound_of_norm(layer).allows(
+            layer.lora_magnitude_vector.weight, norm_in_float64(layer)
+        )
     model = nn.Sequential(nn.Linear(*shape[::-1], bias=False))
     model[0].weight.data = weight.clone()
-    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights="pissa", target_modules=["0"], use_dora=True)
+    config = LoraConfig(
+        r=4, lora_alpha=16, init_lora_weights="pissa", target_modules=["0"], use_dora=True
+    )
     theirs = get_peft_model(model, config).base_model.model[0]
     ours = variants.maker("pissa", {"r": 4, "use_dora": True}, {"codebook": None})(weight, None)
     assert same_bits(ours.lora_A, theirs.lora_A["default"].weight)
-    distance = (ours.lora_magnitude_vector.weight - theirs.lora_magnitude_vector["default"].weight).abs()
-    both = 2 * bound_of_norm(ours).error + gamma(shape[1] + 8) * weight.double().norm(dim=1)  # and of their dense float32 sums
+    distance = (
+        ours.lora_magnitude_vector.weight - theirs.lora_magnitude_vector["default"].weight
+    ).abs()
+    both = 2 * bound_of_norm(ours).error + gamma(shape[1] + 8) * weight.double().norm(
+        dim=1
+    )  # and of their dense float32 sums
     assert (distance <= both).all()
 
 
-def test_a_run_with_use_dora_is_merged_as_peft_merges_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_with_use_dora_is_merged_as_peft_merges_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     tiny, out, book = save_tiny_llama(tmp_path / "model"), tmp_path / "out", tmp_path / "book.txt"
     book.write_text(" ".join(f"The {n}th of the numbers is {n}." for n in range(400)))
-    flags = ["--model", str(tiny), "--output-dir", str(out), "--max-steps", "3", "--batch-size", "2", "--dtype", "float32"]
-    assert train.main([*flags, "--data", str(book), "--max-seq-len", "32", "--use-dora", "--save-every", "2"]) == 0
-    assert sum(name.endswith("lora_magnitude_vector") for name in load_file(out / "adapter_model.safetensors")) == 14
+    flags = [
+        "--model",
+        str(tiny),
+        "--output-dir",
+        str(out),
+        "--max-steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--dtype",
+        "float32",
+    ]
+    assert (
+        train.main(
+            [*flags, "--data", str(book), "--max-seq-len", "32", "--use-dora", "--save-every", "2"]
+        )
+        == 0
+    )
+    assert (
+        sum(
+            name.endswith("lora_magnitude_vector")
+            for name in load_file(out / "adapter_model.safetensors")
+        )
+        == 14
+    )
     assert train.main([*flags, "--data", str(book), "--max-seq-len", "32", "--resume"]) == 1
     assert "use_dora was True, is False" in capsys.readouterr().err
     assert train.main(["--adapter", str(out), "--merge", str(tmp_path / "merged")]) == 0
@@ -424,15 +535,25 @@ def test_a_run_with_use_dora_is_merged_as_peft_merges_it(tmp_path: Path, capsys:
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     for name, layer in checkpoint.adapted_layers(ours).items():
         weight, their = (model.get_submodule(name).weight for model in (merged, theirs))
-        most = 8 * (their.abs() + layer.base(torch.float64).abs())  # roundings of numbers that are no larger
-        assert weight.dtype == torch.bfloat16 and not torch.equal(weight.double(), layer.base().double())
-        assert ((weight.double() - their).abs() <= cast(their.abs(), torch.bfloat16) + cast(most, torch.float32)).all(), name
+        most = 8 * (
+            their.abs() + layer.base(torch.float64).abs()
+        )  # roundings of numbers that are no larger
+        assert weight.dtype == torch.bfloat16 and not torch.equal(
+            weight.double(), layer.base().double()
+        )
+        assert (
+            (weight.double() - their).abs()
+            <= cast(their.abs(), torch.bfloat16) + cast(most, torch.float32)
+        ).all(), name
 
 
 def test_a_row_of_zeros_is_finite_where_peft_makes_it_nan() -> None:
     plain = nn.Sequential(nn.Linear(8, 4))
     plain[0].weight.data[2] = 0
-    ours, x = lora.attach(copy.deepcopy(plain), r=2, use_dora=True, codebook=None), torch.randn(3, 8)
+    ours, x = (
+        lora.attach(copy.deepcopy(plain), r=2, use_dora=True, codebook=None),
+        torch.randn(3, 8),
+    )
     assert same_bits(ours(x), plain(x))
     theirs = get_peft_model(plain, LoraConfig(r=2, target_modules=["0"], use_dora=True))
     assert theirs(x)[:, 2].isnan().all()  # the day this fails, the exception can go
@@ -441,7 +562,9 @@ def test_a_row_of_zeros_is_finite_where_peft_makes_it_nan() -> None:
 def test_dropout_leaves_the_frozen_branch_alone_where_that_of_peft_drops_its_inputs_too() -> None:
     """B is zero, so that nothing but the frozen branch is left, and m is doubled."""
     plain, x = nn.Sequential(nn.Linear(8, 4, bias=False)), torch.randn(3, 8)
-    ours = lora.attach(copy.deepcopy(plain), r=2, use_dora=True, codebook=None, lora_dropout=0.5).train()
+    ours = lora.attach(
+        copy.deepcopy(plain), r=2, use_dora=True, codebook=None, lora_dropout=0.5
+    ).train()
     config = LoraConfig(r=2, target_modules=["0"], use_dora=True, lora_dropout=0.5)
     theirs = get_peft_model(copy.deepcopy(plain), config).train()
     with torch.no_grad():
