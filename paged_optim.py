@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from kernels import dispatch
+from kernels.dtensor import from_local_shard, local_shard, shard_like
 from pager import Page, Pager, require
-from training.sharding import joined, like, local
 
 
 def adamw_(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: StateDict) -> None:
@@ -145,7 +145,7 @@ class PagedAdamW(Optimizer):
             "convert it",
         )
         n, width, k = (
-            local(param).numel(),
+            local_shard(param).numel(),
             2 * param.element_size(),
             self.page_bytes // (2 * param.element_size()),
         )
@@ -179,7 +179,7 @@ class PagedAdamW(Optimizer):
 
     def _update(self, param: Tensor, group: StateDict) -> None:
         self.state[param]["step"] = step = self.state[param].get("step", 0) + 1
-        here, grad = local(param.detach()), local(param.grad)
+        here, grad = local_shard(param.detach()), local_shard(param.grad)
         flat, flat_grad = here.contiguous().view(-1), grad.contiguous().view(-1)
         update = dispatch.adamw(flat, flat_grad, step, group) or partial(
             update_run, flat, flat_grad, step, group
@@ -199,12 +199,12 @@ class PagedAdamW(Optimizer):
         packed = super().state_dict()
         for index, (param, pages) in enumerate(self.pages.items()):
             if index in packed["state"]:
-                here = local(param)
+                here = local_shard(param)
                 moments = torch.empty(2, here.numel(), dtype=param.dtype)
                 for page, run in by_page(pages, moments):
                     run.copy_(self.pager.fetch(page))
                 exp_avg, exp_avg_sq = (
-                    joined(moment.clone().view(here.shape), param) for moment in moments
+                    from_local_shard(moment.clone().view(here.shape), param) for moment in moments
                 )
                 step = torch.tensor(float(self.state[param]["step"]))
                 packed["state"][index] = {
@@ -221,7 +221,10 @@ class PagedAdamW(Optimizer):
         for param, slot in slots.items():
             self.state[param]["step"] = int(slot["step"])
             moments = torch.stack(
-                [local(like(slot[key], param)).flatten() for key in ("exp_avg", "exp_avg_sq")]
+                [
+                    local_shard(shard_like(slot[key], param)).flatten()
+                    for key in ("exp_avg", "exp_avg_sq")
+                ]
             )  # (2, n)
             for page, run in by_page(self.pages[param], moments):
                 self.pager.fetch(page, write=True).copy_(run)

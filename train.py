@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoints import checkpoint
+from checkpoints import base_model, checkpoint
 from checkpoints import io as files
 from checkpoints import sources as pretrained
 from data import dataset as data
@@ -38,7 +38,6 @@ from training import state as resume
 from training import use_adapter as export
 from training.loss_and_eval import LabelLoss, measure
 from training.options import QUANT, Options, parse_args
-from variants import init as variants
 
 
 def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -61,7 +60,7 @@ def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTraine
         for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")
     }
     device = "cpu" if args.shard else args.device
-    model = variants.adapted(
+    model = base_model.load_with_adapters(
         folder, args.dtype, device, "default" if kept else args.lora_start, args.seed, adapter, base
     )
     model.name_or_path = args.model or str(folder)  # which the adapter's config will name

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoints import base_model
 from checkpoints import sources as pretrained
 from data import dataset as data
 from frozen import FrozenWeight
@@ -34,7 +35,6 @@ from memory import measured as memory
 from paged_optim import PagedAdamW
 from training.dtypes import autocast
 from training.loss_and_eval import label_loss
-from variants import init as variants
 
 Work = Callable[[], object]
 
@@ -169,7 +169,7 @@ def model_of(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     if name == "ours":
         adapter = {"r": 8, "lora_alpha": 16}
-        model = variants.adapted(
+        model = base_model.load_with_adapters(
             pretrained.default_folder(), torch.bfloat16, "cpu", "default", 0, adapter, {}
         )
         return model, PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

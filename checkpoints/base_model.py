@@ -15,6 +15,7 @@ one tensor for all experts, most of it would silently stay dense: it is refused 
 """
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from transformers import PreTrainedModel
 
 from checkpoints import checkpoint, skeleton
 from checkpoints import io as files
-from lora import QLoRALinear, naming, unadapted
+from lora import QLoRALinear, attach, naming, unadapted
+from variants.init import maker as layer_maker
 
 
 def load(
@@ -101,3 +103,29 @@ def refuse_uncovered(model: PreTrainedModel, where: Path) -> None:
                     f"{where}: {name}.{key} {tuple(parameter.shape)} is the matrix of a {type(module).__name__}, "
                     f"and only nn.Linear can be put in 4 bits: {type(model).__name__} is not covered"
                 )
+
+
+def load_with_adapters(
+    folder: Path,
+    dtype: torch.dtype,
+    device: str,
+    start: str,
+    seed: int,
+    adapter: dict,
+    quantization: dict,
+) -> PreTrainedModel:
+    """The model in a folder, loaded layer by layer, frozen and quantized, with adapters that start as `start` says.
+
+    Raises: ValueError as load and lora.attach do, and for a start that needs the dense weights of a 4-bit folder.
+    """
+    began = time.perf_counter()
+    model = load(folder, dtype, device, layer_maker(start, adapter, quantization))
+    print(f"base loaded layer by layer, {time.perf_counter() - began:.1f} s")
+    torch.manual_seed(seed)
+    if start == "default":
+        attach(model, **adapter)
+    elif unadapted(model):
+        raise ValueError(
+            f"{start} starts from dense weights, and {folder} is in 4 bits already: take the default start"
+        )
+    return model

@@ -1659,8 +1659,8 @@ OPTIMIZER_MUTANTS = [
     Mutant(
         "what is saved goes on changing",
         "paged_optim",
-        "joined(moment.clone().view(",
-        "joined(moment.view(",
+        "from_local_shard(moment.clone().view(",
+        "from_local_shard(moment.view(",
         "test_a_loaded_state_is_a_copy_and_a_saved_one_a_snapshot",
     ),
     Mutant(

@@ -26,10 +26,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from frozen import FrozenWeight
+from kernels.dtensor import full_tensor, local_shard
 from training.distributed import first, total, world
 
 
@@ -59,7 +60,7 @@ def bytes_here(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    return sum(local(tensor).nbytes for tensor in weights_of(model))
+    return sum(local_shard(tensor).nbytes for tensor in weights_of(model))
 
 
 def weights_of(module: nn.Module) -> list[Tensor]:
@@ -128,7 +129,9 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
     Differs from torch.nn.utils.clip_grad_norm_: squares are added up in float64 before the norm is rounded to float32, and then
     it hardly ever shows in a bit of the result which process had which of them.
     """
-    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [
+        local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None
+    ]
     norms = torch.stack(
         [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     )
@@ -143,45 +146,12 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
     return norm
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def joined(rows: Tensor, parameter: Tensor) -> Tensor:
-    """The way back: a tensor of which each process has as much as it has of a parameter."""
-    if not isinstance(parameter, DTensor):
-        return rows
-    return DTensor.from_local(
-        rows,
-        parameter.device_mesh,
-        parameter.placements,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
-def full(tensor: Tensor) -> Tensor:
-    """All of a tensor, which all processes ask for together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All rows of each tensor, on the host; only the first process keeps them."""
     kept = {}
     for name, tensor in tensors.items():
-        every = full(tensor)
+        every = full_tensor(tensor)
         if first():
             kept[name] = every.cpu()
     return kept
-
-
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor that each process has all of, as a parameter is: this process's rows of it, if that is sharded."""
-    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
-        return tensor
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(
-        tensor.to(mesh.device_type), mesh, placements, src_data_rank=None
-    )  # nothing is sent

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from checkpoints import io as files
 from checkpoints.checkpoint import adapter_tensors, check_like, copy_tensors
+from kernels.dtensor import shard_like
 from training import sharding as parallel
 
 
@@ -200,7 +201,7 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State)
         tensor, key = tensors[name], name.rpartition(".")[2]
         if (key == "step" and tensor != state.step) or (key == "exp_avg_sq" and (tensor < 0).any()):
             raise ValueError(f"{state.path}: {name} is not of step {state.step}, or negative")
-    here = {name: parallel.like(tensor, wanted[name]) for name, tensor in tensors.items()}
+    here = {name: shard_like(tensor, wanted[name]) for name, tensor in tensors.items()}
     loaded = {
         index: {key: here[f"optimizer.{index}.{key}"] for key in its} for index, its in like.items()
     }

@@ -19,17 +19,13 @@ Differs from PEFT: its LoftQ leaves s out, so that it starts nearer to W only wh
 dense, to be quantized by the user.
 """
 
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from checkpoints import base_model as streaming
 from frozen import FrozenWeight
-from lora import QLoRALinear, attach, unadapted
+from lora import QLoRALinear
 from variants.dora import Magnitude
 
 LOFTQ_STEPS = 5  # as in the paper; each costs a singular value decomposition of every weight
@@ -90,29 +86,3 @@ def fit(layer: QLoRALinear, target: Tensor) -> None:
     roots = (values[:k] / layer.scaling).sqrt()
     layer.lora_A.zero_()[:k] = roots[:, None] * vh[:k]
     layer.lora_B.zero_()[:, :k] = u[:, :k] * roots
-
-
-def adapted(
-    folder: Path,
-    dtype: torch.dtype,
-    device: str,
-    start: str,
-    seed: int,
-    adapter: dict,
-    quantization: dict,
-) -> PreTrainedModel:
-    """The model in a folder, loaded layer by layer, frozen and quantized, with adapters that start as `start` says.
-
-    Raises: ValueError as streaming.load and lora.attach do, and for a start that needs the dense weights of a 4-bit folder.
-    """
-    began = time.perf_counter()
-    model = streaming.load(folder, dtype, device, maker(start, adapter, quantization))
-    print(f"base loaded layer by layer, {time.perf_counter() - began:.1f} s")
-    torch.manual_seed(seed)
-    if start == "default":
-        attach(model, **adapter)
-    elif unadapted(model):
-        raise ValueError(
-            f"{start} starts from dense weights, and {folder} is in 4 bits already: take the default start"
-        )
-    return model

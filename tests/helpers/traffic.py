@@ -20,10 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402 (after the path is set)
 
+from checkpoints import base_model
 from checkpoints import sources as pretrained  # noqa: E402
 from memory import formula as predict  # noqa: E402
 from training import sharding as parallel  # noqa: E402
-from variants import init as variants  # noqa: E402
 
 STEPS = 2, 12
 LINKS = {
@@ -114,7 +114,9 @@ def main() -> int:
     if args.computed:
         print(of_the_papers_models())
         return 0
-    model = variants.adapted(pretrained.find(args.model), DTYPE, "cpu", "default", 0, ADAPTER, {})
+    model = base_model.load_with_adapters(
+        pretrained.find(args.model), DTYPE, "cpu", "default", 0, ADAPTER, {}
+    )
     sizes = parallel.sizes(model)
     computed = parallel.sent_in_a_step(*sizes, 2, args.grad_accum)
     computed["FSDP2"] += (

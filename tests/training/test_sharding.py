@@ -19,6 +19,7 @@ from checkpoints import checkpoint
 from checkpoints import io as files
 from data import dataset as data
 from helpers import bounds, models, traffic
+from kernels.dtensor import full_tensor
 from lora import attach
 from memory.measured import ledger
 from paged_optim import PagedAdamW
@@ -280,8 +281,8 @@ def test_a_sharded_model_computes_what_it_did(group: None, settings: dict) -> No
     ours, theirs = checkpoint.adapter_tensors(model), checkpoint.adapter_tensors(plain)
     for name in ours:
         assert isinstance(ours[name], DTensor)
-        assert torch.equal(parallel.full(ours[name]), theirs[name])
-        assert torch.equal(parallel.full(ours[name].grad), theirs[name].grad)
+        assert torch.equal(full_tensor(ours[name]), theirs[name])
+        assert torch.equal(full_tensor(ours[name].grad), theirs[name].grad)
 
 
 @pytest.mark.parametrize("kind", [PagedAdamW, torch.optim.AdamW])
