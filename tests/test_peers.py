@@ -27,7 +27,6 @@ import double_quant
 import lora
 import nf4
 from checkpoints import checkpoint
-from frozen import FrozenWeight
 from helpers import models, naive
 from helpers.bounds import (
     UNIT_ROUNDOFF,
@@ -41,6 +40,7 @@ from helpers.bounds import (
     table_error,
 )
 from helpers.strategies import BLOCK_SIZES, HALF_AND_SINGLE, Constants, Recipe, same_bits
+from lora import FrozenWeight
 from paged_optim import PagedAdamW
 
 CODE8 = bnb.create_dynamic_map()

@@ -27,8 +27,7 @@ from checkpoints import io as files
 from checkpoints import peft_adapter as peft_format
 from checkpoints import sources as pretrained
 from data import dataset as data
-from frozen import FrozenWeight, MergeAudit
-from lora import QLoRALinear
+from lora import FrozenWeight, MergeAudit, QLoRALinear
 from training.loss_and_eval import answers
 from training.options import Options
 from variants import init as variants

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 import lora
 import train
 from checkpoints import checkpoint
-from frozen import FrozenWeight
 from helpers.bounds import (
     Bounded,
     cast,
@@ -37,7 +36,7 @@ from helpers.bounds import (
 from helpers.models import adapted as adapted_llama
 from helpers.models import save_tiny_llama, tiny_llama, trained
 from helpers.strategies import Adapted, TowerWithHead, adapted, same_bits
-from lora import QLoRALinear
+from lora import FrozenWeight, QLoRALinear
 from memory import measured as memory
 from training import state as resume
 from training import use_adapter as export
