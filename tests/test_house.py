@@ -16,7 +16,6 @@ ORDER = [
     "frozen",
     "lora_matmul",
     "lora",
-    "pager",
     "paged_optim",
     "variants",
     "checkpoints",
