@@ -4,7 +4,7 @@
     Managed    a GPU that shares pages  unified memory: pages keep their address, and the driver moves what they hold
     Pinned     any other GPU            host memory that the GPU can read by itself; pages are copied
 
-A store answers three calls: bring a page in, take it out, and listen to which pages come soon. pager.py decides when.
+A store answers three calls: bring a page in, take it out, and listen to which pages come soon. paged_optim.py decides when.
 
 On unified memory a page is one tensor all its life. To bring it in is to send its range to the device before the next
 kernel, to take it out is to send it to the host after the last one. Both only advise the driver, which is free to move pages

@@ -14,7 +14,6 @@ ORDER = [
     "cuda_kernels",
     "kernels",
     "lora",
-    "pager",
     "paged_optim",
     "variants",
     "checkpoints",

@@ -25,8 +25,8 @@ from helpers.bounds import Bounded, adamw, apart
 from helpers.strategies import DTYPES, LAYOUTS, laid_out, seeds
 from kernels import dispatch
 from kernels.cpu import adamw as kernels
-from paged_optim import PagedAdamW
-from pager import Page, Pager
+from kernels.page_store import Page
+from paged_optim import PagedAdamW, Pager
 
 INF = float("inf")
 no_madvise = pytest.mark.skipif(

@@ -17,12 +17,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import pager as module
+import paged_optim
 from helpers.strategies import DTYPES
-from kernels.page_store import map_nameless_file
-from pager import Page, Pager
+from kernels.page_store import Page, map_nameless_file
+from paged_optim import Pager
 
-ROOT = Path(module.__file__).parent
+ROOT = Path(paged_optim.__file__).parent
 CPU = torch.device("cpu")
 
 

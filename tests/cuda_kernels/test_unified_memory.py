@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from cuda_kernels import unified_memory as managed
 from kernels import page_store as stores
-from kernels.page_store import Managed, Pinned, store_for
-from paged_optim import PagedAdamW
-from pager import Page, Pager
+from kernels.page_store import Managed, Page, Pinned, store_for
+from paged_optim import PagedAdamW, Pager
 
 CPU, CURRENT, ASIDE = torch.device("cpu"), 7, 9  # a device, and the handles of two streams
 CUDA = torch.device("cuda", 0)
