@@ -1,10 +1,12 @@
 """Data sets: what is asked, what is learnt, what is held out, and what is refused."""
 
 import copy
+import hashlib
 import json
 import random
 import re
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from data import chat_template
 from data import dataset as data
 from data import toy_tasks as tasks
 from helpers import models
@@ -385,6 +388,61 @@ def test_by_length_an_epoch_has_each_example_once_and_a_step_is_the_same_wheneve
     first = [int(ids[0]) for batch in seen(True) for ids in batch.input_ids]
     skipped = epoch * len(rows) - steps[0] * step_size
     assert sorted(first[skipped : skipped + len(rows)]) == list(range(len(rows)))
+
+
+def mixed_rows() -> list[dict]:
+    """Rows of four formats, some longer than 40 tokens, one answer of weight 0."""
+    chat = [
+        {"role": "user", "content": "a b"},
+        {"role": "assistant", "content": "one\ntwo"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "weight": 0},
+        {"role": "user", "content": "on"},
+        {"role": "assistant", "content": "ion"},
+    ]
+    found = []
+    for number in range(10):
+        found.append({"messages": chat})
+        found.append({"text": "It was a dark and stormy night. " * 9})
+        found.append({"question": "f", "answer": "word " * (12 * number + 7)})
+        found.append({"instruction": "Add.", "input": "2, 2", "output": str(4 * number + 3)})
+    return found
+
+
+def fingerprints(task: data.Task) -> list[str]:
+    return [chat_template.fingerprint(part) for part in (task.train, task.test)]
+
+
+def test_the_ids_and_labels_of_a_data_set_are_pinned(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """A saved state is refused if they change, so a new version of this code must not change them."""
+    orders = data.load("orders", tokenizer, 256, 0)
+    assert fingerprints(orders) == ["2d1959522ae48ea0", "4b4867cebac2cc7f"]
+    assert chat_template.fingerprint(orders.unseen) == "f0e7e15b92cecc77"
+    roman = data.load("roman", tokenizer, 256, 0)
+    assert fingerprints(roman) == ["5b58e4b4d5ec2d83", "28672dafd1c82d98"]
+    path = rows(tmp_path, mixed_rows())
+    plain = data.load(path, tokenizer, 40, 7)
+    assert fingerprints(plain) == ["4e016367cf43caf4", "1be68dfd003cb80f"]
+    packed = data.load(path, tokenizer, 40, 7, packed=True)
+    assert fingerprints(packed) == ["bf5379b6c304d32d", "1be68dfd003cb80f"]
+
+
+@pytest.mark.parametrize(
+    "by_length, expected", [(False, "ab59cf4bff8d7334"), (True, "c3da8d3288c7efc4")]
+)
+def test_the_order_of_batches_is_pinned(by_length: bool, expected: str) -> None:
+    """A resumed run continues bitwise only if each step has the batches that it had before."""
+    lengths = [2 + number * 7 % 50 for number in range(700)]
+    examples = [data.Example([n] * length, [n] * length) for n, length in enumerate(lengths)]
+    digest = hashlib.sha256()
+    for step in range(120):
+        for batch in data.batches_of_step(examples, step, 4, 2, 1, 2, by_length):
+            for tensor in (batch.input_ids, batch.attention_mask, batch.labels):
+                numbers = [*tensor.shape, *tensor.flatten().tolist()]
+                digest.update(array("q", numbers))
+    assert digest.hexdigest()[:16] == expected
 
 
 def test_by_length_batches_have_less_padding_and_come_in_another_order() -> None:
