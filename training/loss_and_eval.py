@@ -89,7 +89,7 @@ def perplexity(
 ) -> float:
     """exp of the mean loss a label over all examples, of which each process looks at its part."""
     model.eval()
-    mine, counted = processes.part(examples)
+    mine, counted = processes.split_among_ranks(examples)
     mine[counted:] = [
         replace(example, labels=[data.IGNORE] * len(example.ids)) for example in mine[counted:]
     ]
@@ -97,7 +97,7 @@ def perplexity(
         data.collate(mine[i : i + batch_size], pad_id).to(model.device)
         for i in range(0, len(mine), batch_size)
     ]
-    loss, labels = processes.total(
+    loss, labels = processes.all_reduce_sum(
         sum(label_loss(model, batch, dtype).item() for batch in batches),
         sum(batch.n_labels for batch in batches),
     )
@@ -161,7 +161,7 @@ def exact_match(
     """
     if not examples:
         return None
-    mine, counted = processes.part(examples)
+    mine, counted = processes.split_among_ranks(examples)
     length = max(len(e.ids) - e.n_prompt for e in examples)
     got = answers(model, tokenizer, [e.ids[: e.n_prompt] for e in mine], length, dtype)
     pairs = list(zip(mine, got))[:counted]
@@ -169,7 +169,7 @@ def exact_match(
         print(
             f"  asked   {example.prompt}\n  wanted  {example.answer}\n  got     {' '.join(text.split())[:100]}"
         )
-    (right,) = processes.total(sum(text == example.answer for example, text in pairs))
+    (right,) = processes.all_reduce_sum(sum(text == example.answer for example, text in pairs))
     return right / len(examples)
 
 

@@ -203,8 +203,8 @@ def sent(root: Path) -> dict[str, tuple[float, float]]:
     With adapters that are large for the model, beside which headers, and whatever else uses the loopback, weigh little.
     """
     model, rank = killed.streaming.load(), "64"
-    sizes = parallel.sizes(attach(model, r=int(rank)))
-    computed = parallel.sent_in_a_step(*sizes, 2, 1)
+    sizes = parallel.sizes_in_bytes(attach(model, r=int(rank)))
+    computed = parallel.bytes_sent_per_step(*sizes, 2, 1)
     computed["FSDP2"] += sizes[-1] / 2  # gloo, unlike NCCL, hands round these sums, too
     seen = {}
     for way, flags in WAYS.items():

@@ -144,7 +144,7 @@ def step(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 train.train_step = step
-train.processes.leave(train.main(sys.argv[1:]))
+train.processes.exit_process(train.main(sys.argv[1:]))
 """
     (tmp_path / "begin.py").write_text(begin)
     flags = [
@@ -230,8 +230,8 @@ def test_the_table_of_the_readme_is_what_is_computed() -> None:
 
 def test_all_bytes_of_a_model_are_in_its_blocks_or_not() -> None:
     model = attach(models.tiny_llama(vocab_size=256), r=4)
-    blocks, rest, gradients = parallel.sizes(model)
-    assert blocks + rest == parallel.bytes_here(model) and rest == 256 * 64 * 4 + 64 * 4, (
+    blocks, rest, gradients = parallel.sizes_in_bytes(model)
+    assert blocks + rest == parallel.bytes_on_this_rank(model) and rest == 256 * 64 * 4 + 64 * 4, (
         "tied embedding, last norm"
     )
     assert gradients == 4 * sum(
@@ -254,7 +254,7 @@ def adapted(**settings: bool) -> nn.Module:
 
 def sharded(**settings: bool) -> nn.Module:
     model = adapted(**settings)
-    parallel.shard(model, "cpu")
+    parallel.shard_model(model, "cpu")
     return model
 
 
@@ -265,10 +265,12 @@ def sharded(**settings: bool) -> nn.Module:
 )
 def test_a_sharded_model_computes_what_it_did(group: None, settings: dict) -> None:
     plain, model, ids = adapted(**settings), sharded(**settings), torch.arange(5, 25)[None]
-    assert precision.table(model, torch.float32) == precision.table(plain, torch.float32)
-    assert ledger(model) == ledger(plain) and parallel.bytes_here(model) == parallel.bytes_here(
-        plain
+    assert precision.dtype_table(model, torch.float32) == precision.dtype_table(
+        plain, torch.float32
     )
+    assert ledger(model) == ledger(plain) and parallel.bytes_on_this_rank(
+        model
+    ) == parallel.bytes_on_this_rank(plain)
     for each in (plain, model):
         each(input_ids=ids, labels=ids).loss.backward()
     assert parallel.is_sharded(model) and not parallel.is_sharded(plain)
@@ -368,12 +370,12 @@ def test_gradients_are_clipped_to_a_norm_that_is_rounded_once() -> None:
     for parameter in parameters[:-1]:  # the last has none
         parameter.grad = torch.full_like(parameter, 3.0)
     exact = torch.tensor(72.0, dtype=torch.float64).sqrt().float()
-    assert parallel.clip_gradients(parameters, 100.0) == exact and parameters[0].grad[0] == 3
-    assert parallel.clip_gradients(parameters, 1.0) == exact
-    again = parallel.clip_gradients(parameters, 1.0)
+    assert parallel.clip_grad_norm(parameters, 100.0) == exact and parameters[0].grad[0] == 3
+    assert parallel.clip_grad_norm(parameters, 1.0) == exact
+    again = parallel.clip_grad_norm(parameters, 1.0)
     assert abs(again - 1) <= bounds.gamma(3)
     parameters[0].grad[0] = float("inf")
-    assert parallel.clip_gradients(parameters, 1.0) == float("inf")
+    assert parallel.clip_grad_norm(parameters, 1.0) == float("inf")
 
 
 def test_examples_are_shared_out_and_each_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +385,7 @@ def test_examples_are_shared_out_and_each_counts_once(monkeypatch: pytest.Monkey
             for rank in range(world):
                 monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
                 monkeypatch.setattr(processes, "world", lambda world=world: world)
-                mine, count = processes.part(list(range(n)))
+                mine, count = processes.split_among_ranks(list(range(n)))
                 counted += mine[:count]
                 lengths.add(len(mine))
             assert sorted(counted) == list(range(n)) and len(lengths) == 1
