@@ -36,8 +36,8 @@ from training import report
 from training import sharding as parallel
 from training import state as resume
 from training import use_adapter as export
-from training.loss_and_eval import LabelLoss, evaluate
-from training.options import QUANT, Options, parse_args
+from training.loss_and_eval import LabelLoss, measure
+from training.options import QUANT, Options, parse_args, usage_error
 
 
 def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -64,14 +64,14 @@ def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTraine
         folder, args.dtype, device, "default" if kept else args.lora_start, args.seed, adapter, base
     )
     model.name_or_path = args.model or str(folder)  # which the adapter's config will name
-    if args.save_4bit and processes.first():  # which is then what it names
+    if args.save_4bit and processes.is_main():  # which is then what it names
         export.save_4bit(model, tokenizer, args.save_4bit)
     if args.packing:
         packing.check(model)
     if args.grad_checkpoint:
         model.activation_checkpointing_enable()
     if args.shard:
-        parallel.shard(model, args.device)
+        parallel.shard_model(model, args.device)
     return model, tokenizer
 
 
@@ -96,19 +96,19 @@ def train_step(
 
     losses: a batch -> the sum of its losses. -> the mean loss over all labels of the step, and the norm of the gradient
     """
-    labels, world, loss = sum(batch.n_labels for batch in batches), processes.world(), 0.0
+    labels, world, loss = sum(batch.n_labels for batch in batches), processes.world_size(), 0.0
     mine = range(processes.rank(), len(batches), world)
     for number in mine:
         resume.reseed(args.seed, step * len(batches) + number)
-        with parallel.sending(losses, number == mine[-1]):
+        with parallel.gradient_sync(losses, number == mine[-1]):
             share = losses(batches[number].to(args.device)) / (
                 labels / world
             )  # of which the gradients are averaged
             share.backward()
         loss += share.item() / world
     norm, (loss,) = (
-        parallel.clip_gradients(optimizer.param_groups[0]["params"], args.max_grad_norm),
-        processes.total(loss),
+        parallel.clip_grad_norm(optimizer.param_groups[0]["params"], args.max_grad_norm),
+        processes.all_reduce_sum(loss),
     )
     if not math.isfinite(norm):
         raise ValueError(
@@ -133,7 +133,7 @@ def train(
 
     Raises: KeyboardInterrupt after a signal, the state saved.
     """
-    losses, world = parallel.parallel(LabelLoss(model.train(), args.dtype)), processes.world()
+    losses, world = parallel.wrap_ddp(LabelLoss(model.train(), args.dtype)), processes.world_size()
     weighed, weights = (
         min(start + 1, args.max_steps - 1),
         {},
@@ -144,11 +144,11 @@ def train(
         total=args.max_steps,
         dynamic_ncols=True,
         mininterval=1,
-        disable=not processes.first(),
+        disable=not processes.is_main(),
     )
     with (
         resume.StopAfterStep() as stop,
-        open(metrics if processes.first() else os.devnull, "a", encoding="utf-8") as log,
+        open(metrics if processes.is_main() else os.devnull, "a", encoding="utf-8") as log,
     ):
         for step in bar:
             began = time.perf_counter()
@@ -189,13 +189,15 @@ def train(
                 model.train()
             log.write(json.dumps(line) + "\n")
             log.flush()
-            if "eval" in line and processes.first():
+            if "eval" in line and processes.is_main():
                 report.plot_loss(metrics, metrics.with_name("loss.png"), task.metric)
             seen = f"loss {loss:.4f}, {tokens / seconds:.0f} tokens/s, {line['rss_bytes'] / 1e9:.2f} GB"
             bar.set_postfix_str(seen, refresh=False)
-            (asked,) = processes.total(stop.asked)  # of any process: all stop after the same step
+            (asked,) = processes.all_reduce_sum(
+                stop.asked
+            )  # of any process: all stop after the same step
             if asked or last or (args.save_every and (step + 1) % args.save_every == 0):
-                if processes.first():
+                if processes.is_main():
                     os.fsync(log.fileno())  # a state must not outlive the lines before it
                 save(step + 1)
             if asked and not last:
@@ -207,20 +209,20 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
     """One run from the base to its adapter in `folder`. -> its report"""
     began = time.perf_counter()
     number = processes.local_rank()
-    planned = processes.together(
+    planned = processes.all_or_none(
         lambda: plan.make(args, folder), turn=min(number, 1)
     )  # the first may fetch the model
     _, tokenizer, task, settings, state = planned
-    processes.refuse_differences(settings | {"step to go on from": state.step if state else 0})
-    model, _ = processes.together(
+    processes.require_same_on_all(settings | {"step to go on from": state.step if state else 0})
+    model, _ = processes.all_or_none(
         lambda: adapted_model(args, quant), turn=number if args.shard else 0
     )
-    print(f"\n{precision.table(model, args.dtype)}\n")
+    print(f"\n{precision.dtype_table(model, args.dtype)}\n")
     parameters = [p for p in model.parameters() if p.requires_grad]
     copies = (
         2 * 4 + (args.save_total_limit + 1) * 12
     )  # bytes: adapter, and states with both moments, and a new one of each
-    processes.in_first(lambda: files.claim(folder, copies * sum(p.numel() for p in parameters)))
+    processes.run_on_main(lambda: files.claim(folder, copies * sum(p.numel() for p in parameters)))
     if args.optim == "paged_adamw":
         resident = None if args.resident_mb is None else int(args.resident_mb * 2**20)
         optimizer = PagedAdamW(parameters, weight_decay=0.0, resident_bytes=resident)
@@ -232,7 +234,7 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
     else:
         start, before = 0, evaluate(model, tokenizer, task, args.batch_size, args.dtype, "before")
     metrics = folder / "metrics.jsonl"
-    processes.in_first(
+    processes.run_on_main(
         lambda: (
             resume.tidy(folder, state, args.save_total_limit),
             report.keep_metrics(metrics, start),
@@ -241,15 +243,15 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
 
     def save(step: int) -> None:
         tensors = resume.tensors_of(model, optimizer)
-        processes.in_first(
+        processes.run_on_main(
             lambda: resume.save(tensors, settings, step, before, folder, args.save_total_limit)
         )
 
     if not start:
         save(start)
     weights = train(model, tokenizer, optimizer, task, start, save, metrics, args)
-    adapter = parallel.whole(checkpoint.adapter_tensors(model))
-    processes.in_first(
+    adapter = parallel.gather_full_tensors(checkpoint.adapter_tensors(model))
+    processes.run_on_main(
         lambda: (
             checkpoint.save_adapter(model, folder, adapter),
             report.plot_loss(metrics, folder / "loss.png", task.metric),
@@ -262,8 +264,8 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
         dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out"), 0),
     )
     return {
-        "processes": processes.world(),
-        "model_bytes_per_process": parallel.bytes_here(model),
+        "processes": processes.world_size(),
+        "model_bytes_per_process": parallel.bytes_on_this_rank(model),
         "metric": task.metric,
         "quant": quant,
         "before": before[0],
@@ -282,8 +284,12 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, __doc__)
-    processes.begin(args.device)
-    args.resume |= processes.attempt() > 0 and bool(
+    try:
+        precision.resolve_device_and_dtype(args)
+    except ValueError as error:
+        usage_error(str(error))
+    processes.init_distributed(args.device)
+    args.resume |= processes.restart_count() > 0 and bool(
         resume.states(args.output_dir)
     )  # torchrun has started us anew
     try:
@@ -305,14 +311,14 @@ def main(argv: list[str] | None = None) -> int:
             print(plan.describe(plan.make(args, args.output_dir), args, args.output_dir))
             return 0
         result = finetune(args, args.quant, args.output_dir)
-        processes.in_first(lambda: report.write_report(result, args.output_dir))
+        processes.run_on_main(lambda: report.write_report(result, args.output_dir))
         if args.compare:
             args.lora_start, args.save_4bit = "default", None
             other = finetune(args, "none", args.output_dir / "16-bit")
             result["compare"] = {
                 key: other[key] for key in ("before", "after", "before_unseen", "after_unseen")
             }
-            processes.in_first(lambda: report.write_report(result, args.output_dir))
+            processes.run_on_main(lambda: report.write_report(result, args.output_dir))
         print(
             f"\n{report.table(result)}\n\nadapter, metrics and report are in {args.output_dir}/; ask it with\n"
             f"  {report.command(['--adapter', str(args.output_dir), '--prompt', 'your question'])}"
@@ -322,16 +328,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, RuntimeError) as error:
-        lost = processes.lost_another(error)
+        lost = processes.describe_lost_process(error)
         if not lost and isinstance(error, RuntimeError):
             raise
         words = [word for word in (argv or sys.argv[1:]) if word != "--resume"] + ["--resume"]
-        again = f"; go on with\n  {report.command(words, processes.on_this_machine())}"
+        again = f"; go on with\n  {report.command(words, processes.local_world_size())}"
         rest = again if resume.states(args.output_dir) else " before anything was saved"
-        if lost or processes.first():
+        if lost or processes.is_main():
             print(f"\n{lost or 'stopped'}{rest}", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    processes.leave(main())
+    processes.exit_process(main())

@@ -48,7 +48,7 @@ def make(args: Options, folder: Path) -> Plan:
     task = data.load_task(
         args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing
     )
-    batches = args.grad_accum * processes.world()
+    batches = args.grad_accum * processes.world_size()
     if args.num_train_epochs:
         args.max_steps = max(
             1, round(args.num_train_epochs * len(task.train) / (args.batch_size * batches))
@@ -68,7 +68,7 @@ def make(args: Options, folder: Path) -> Plan:
 
 def describe(plan: Plan, args: Options, folder: Path) -> str:
     """The plan as text."""
-    task, world, name = plan.task, processes.world(), args.model or pretrained.DEFAULT
+    task, world, name = plan.task, processes.world_size(), args.model or pretrained.DEFAULT
     per_step = args.batch_size * args.grad_accum * world
     longest = max(len(example.ids) for example in task.train)
     seen = args.max_steps * per_step / len(task.train)

@@ -102,7 +102,7 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     tensors = {f"adapter.{name}": tensor for name, tensor in adapter_tensors(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-    return parallel.whole(tensors)
+    return parallel.gather_full_tensors(tensors)
 
 
 def save_state(

@@ -22,6 +22,7 @@ from memory import weigh
 from nf4 import normal_float
 from paged_optim import PagedAdamW
 from training import report
+from training.dtypes import resolve_device_and_dtype
 from training.loss_and_eval import LabelLoss
 from training.options import QUANT, Options, parse_args
 
@@ -39,7 +40,7 @@ def setting(
     config: PretrainedConfig, flags: str
 ) -> tuple[Options, nn.Module, torch.optim.Optimizer]:
     """What train.py would have made of these flags and a random model."""
-    args = parse_args(["--device", "cpu", *flags.split()])
+    args = resolve_device_and_dtype(parse_args(["--device", "cpu", *flags.split()]))
     torch.manual_seed(0)
     codebook = normal_float(QUANT[args.quant]) if QUANT[args.quant] else None
     model = attach(
