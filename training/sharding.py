@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kernels.dtensor import full_tensor, local_shard
+from lora import FrozenWeight
 from training.distributed import all_reduce_sum, is_main, world_size
 
 
