@@ -20,8 +20,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoints import base_model, checkpoint
+from checkpoints import base_model
 from checkpoints import io as files
+from checkpoints import peft_adapter as checkpoint
 from checkpoints import sources as pretrained
 from data import dataset as data
 from data import packing
@@ -46,8 +47,8 @@ def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTraine
     With --shard it is read into the host's memory, and goes to the device once it is only this process's share.
     """
     kept = args.save_4bit if args.resume else None  # the very base that the run had
-    folder = kept or pretrained.find(args.model or pretrained.DEFAULT)
-    tokenizer = pretrained.tokenizer_in(folder)
+    folder = kept or pretrained.find_model(args.model or pretrained.DEFAULT_MODEL)
+    tokenizer = pretrained.load_tokenizer(folder)
     codebook = normal_float(QUANT[quant]) if QUANT[quant] else None
     base = {
         "block_size": args.block_size,
@@ -220,7 +221,9 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
     copies = (
         2 * 4 + (args.save_total_limit + 1) * 12
     )  # bytes: adapter, and states with both moments, and a new one of each
-    processes.in_first(lambda: files.claim(folder, copies * sum(p.numel() for p in parameters)))
+    processes.in_first(
+        lambda: files.prepare_folder(folder, copies * sum(p.numel() for p in parameters))
+    )
     if args.optim == "paged_adamw":
         resident = None if args.resident_mb is None else int(args.resident_mb * 2**20)
         optimizer = PagedAdamW(parameters, weight_decay=0.0, resident_bytes=resident)
@@ -290,7 +293,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.adapter is not None:
             return export.use(args)
         if args.preview:
-            _, tokenizer = pretrained.outline(args.model or pretrained.DEFAULT)
+            _, tokenizer = pretrained.load_config_and_tokenizer(
+                args.model or pretrained.DEFAULT_MODEL
+            )
             task = data.load(
                 args.data,
                 tokenizer,

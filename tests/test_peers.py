@@ -26,7 +26,7 @@ from torchao.quantization import to_nf4
 import double_quant
 import lora
 import nf4
-from checkpoints import checkpoint
+from checkpoints import peft_adapter as checkpoint
 from frozen import FrozenWeight
 from helpers import models, naive
 from helpers.bounds import (

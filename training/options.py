@@ -36,7 +36,7 @@ class Options:
 
     model: str | None = base(
         None,
-        f"a Hugging Face folder or hub id (default: {pretrained.DEFAULT}, from a Python package)",
+        f"a Hugging Face folder or hub id (default: {pretrained.DEFAULT_MODEL}, from a Python package)",
         "--model-name-or-path",
     )
     quant: str = base(

@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import lora
 from checkpoints import base_model as streaming
-from checkpoints import checkpoint
 from checkpoints import io as files
 from checkpoints import peft_adapter as peft_format
 from checkpoints import sources as pretrained
@@ -39,14 +38,16 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with a trained adapter, and its tokenizer. base, dtype: where they are None, what the adapter was trained on."""
     quantization, was = peft_format.base_of(adapter)
-    folder = pretrained.find(
-        base or peft_format.read_config(adapter)["base_model_name_or_path"] or pretrained.DEFAULT
+    folder = pretrained.find_model(
+        base
+        or peft_format.read_config(adapter)["base_model_name_or_path"]
+        or pretrained.DEFAULT_MODEL
     )
-    tokenizer = pretrained.tokenizer_in(folder)
-    model = streaming.load(
+    tokenizer = pretrained.load_tokenizer(folder)
+    model = streaming.load_quantized(
         folder, dtype or was or torch.bfloat16, device, variants.maker("default", {}, quantization)
     )
-    return checkpoint.load_adapter(model, adapter), tokenizer
+    return peft_format.load_adapter(model, adapter), tokenizer
 
 
 def use(args: Options) -> int:
@@ -129,7 +130,7 @@ def save_4bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder
     config = folder / "config.json"
     if config.is_file() and "quantization_config" not in files.read_json(config):
         raise ValueError(f"{folder} holds a model that is not in 4 bits: choose another folder")
-    checkpoint.save_4bit(model, folder)
+    streaming.save_4bit(model, folder)
     tokenizer.save_pretrained(folder)
     model.name_or_path = str(folder.absolute())
 

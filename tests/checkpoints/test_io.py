@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from checkpoints import checkpoint
-from checkpoints import io as files
+import checkpoints
+from checkpoints import io
 from helpers import models
 from lora import QLoRALinear
 
@@ -20,7 +20,7 @@ def test_a_save_that_fails_at_any_moment_leaves_the_old_file_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     model = models.adapted()
-    checkpoint.save_adapter(model, tmp_path)
+    checkpoints.save_adapter(model, tmp_path)
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for layer in model.modules():
         if isinstance(layer, QLoRALinear):
@@ -30,23 +30,23 @@ def test_a_save_that_fails_at_any_moment_leaves_the_old_file_and_no_other(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     target = {
-        "write": (files, "save_file"),
-        "fsync": (files.os, "fsync"),
-        "replace": (files.os, "replace"),
+        "write": (io, "save_file"),
+        "fsync": (io.os, "fsync"),
+        "replace": (io.os, "replace"),
     }
     monkeypatch.setattr(*target[moment], full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save_adapter(model, tmp_path)
+        checkpoints.save_adapter(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 
 def test_a_folder_that_cannot_be_written_or_is_too_small_is_found_out_first(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written to .*choose another --output-dir"):
-        files.claim(tmp_path / "file" / "out")
+        io.prepare_folder(tmp_path / "file" / "out")
     with pytest.raises(ValueError, match="too little free space"):
-        files.claim(tmp_path / "out", nbytes=2**60)
-    files.claim(tmp_path / "out", nbytes=1)
+        io.prepare_folder(tmp_path / "out", nbytes=2**60)
+    io.prepare_folder(tmp_path / "out", nbytes=1)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -56,7 +56,7 @@ JSON = {
     "is not a JSON object .*start byte": b'{"a": "\xff"}',
     "is not a JSON object .*recursion": b"[" * 100_000,
     "is not a JSON object .*digits": b'{"a": ' + b"9" * 5000 + b"}",
-    "is not a JSON object .*nested more than 50 deep": b'{"a": ' * 60 + b"1" + b"}" * 60,
+    "is not a JSON object .*nested more than 50 levels deep": b'{"a": ' * 60 + b"1" + b"}" * 60,
 }
 
 
@@ -66,25 +66,25 @@ def test_what_is_no_json_object_is_refused_by_the_name_of_the_file(
 ) -> None:
     (tmp_path / "some.json").write_bytes(JSON[complaint])
     with pytest.raises(ValueError, match=f"some.json .*{complaint}"):
-        files.read_json(tmp_path / "some.json")
+        io.read_json(tmp_path / "some.json")
 
 
 def test_a_json_file_that_is_missing_or_huge_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no .*some.json"):
-        files.read_json(tmp_path / "some.json")
+        io.read_json(tmp_path / "some.json")
     with open(tmp_path / "some.json", "wb") as file:
-        file.truncate(files.LARGEST_JSON + 1)  # a hole: it takes no space
+        file.truncate(io.LARGEST_JSON + 1)  # a hole: it takes no space
     with pytest.raises(ValueError, match="some.json has 67108865 bytes"):
-        files.read_json(tmp_path / "some.json")
+        io.read_json(tmp_path / "some.json")
 
 
 INDEX = {
     "weight_map does not give the file of each tensor": [None, [], {"a": 1}],
-    "a is said to be in .*no file of this folder": [
+    "given for a, is not a file of this folder": [
         {"a": name} for name in ("../x", "/etc/passwd", "", "..", "x/y", "x\0y")
     ],
     "there is no .*absent": [{"a": "absent"}],
-    "one: a is not where .*index.json says": [{"b": "one"}],
+    "one: .*index.json does not place a in this file": [{"b": "one"}],
     "index.json: b is not in one": [{"a": "one", "b": "one"}],
 }
 
@@ -95,15 +95,15 @@ INDEX = {
 def test_an_index_that_leads_astray_is_refused(
     tmp_path: Path, complaint: str, places: object
 ) -> None:
-    files.write_tensors({"a": torch.ones(2)}, tmp_path / "one", {})
-    files.write_text(json.dumps({"weight_map": places}), tmp_path / "model.safetensors.index.json")
+    io.write_tensors({"a": torch.ones(2)}, tmp_path / "one", {})
+    io.write_text(json.dumps({"weight_map": places}), tmp_path / "model.safetensors.index.json")
     with pytest.raises(ValueError, match=complaint):
-        files.read_model(tmp_path)
+        io.read_model(tmp_path)
 
 
 def test_what_was_read_stays_when_the_file_changes(tmp_path: Path) -> None:
-    files.write_tensors({"a": torch.ones(1000)}, tmp_path / "one", {})
-    tensor = files.read_tensors(tmp_path / "one")["a"]
+    io.write_tensors({"a": torch.ones(1000)}, tmp_path / "one", {})
+    tensor = io.read_tensors(tmp_path / "one")["a"]
     with open(tmp_path / "one", "r+b") as file:
         file.truncate(0)
     assert torch.equal(tensor, torch.ones(1000))
@@ -115,10 +115,10 @@ def test_what_the_library_cannot_write_is_an_error_of_the_system(
     def fail(*args: object) -> None:
         raise SafetensorError("disk quota exceeded")
 
-    monkeypatch.setattr(files, "save_file", fail)
+    monkeypatch.setattr(io, "save_file", fail)
     with pytest.raises(
         OSError,
-        match="one could not be written .disk quota exceeded.; what was there before is untouched",
+        match="one could not be written .disk quota exceeded.; the previous file is unchanged",
     ):
-        files.write_tensors({"a": torch.ones(2)}, tmp_path / "one", {})
+        io.write_tensors({"a": torch.ones(2)}, tmp_path / "one", {})
     assert list(tmp_path.iterdir()) == []

@@ -161,7 +161,7 @@ def apart(root: Path) -> dict[str, tuple[list[int | None], str]]:
             raise ValueError("model.safetensors is damaged")
 
         if rank == 1:
-            killed.streaming.load = fail
+            killed.streaming.load_quantized = fail
 
     def full_disk(rank: int) -> None:
         if rank == 0:
@@ -202,7 +202,7 @@ def sent(root: Path) -> dict[str, tuple[float, float]]:
 
     With adapters that are large for the model, beside which headers, and whatever else uses the loopback, weigh little.
     """
-    model, rank = killed.streaming.load(), "64"
+    model, rank = killed.streaming.load_quantized(), "64"
     sizes = parallel.sizes(attach(model, r=int(rank)))
     computed = parallel.sent_in_a_step(*sizes, 2, 1)
     computed["FSDP2"] += sizes[-1] / 2  # gloo, unlike NCCL, hands round these sums, too

@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import train
-from checkpoints import checkpoint
 from checkpoints import io as files
+from checkpoints import peft_adapter as checkpoint
 from data import dataset as data
 from helpers import bounds, models, traffic
 from kernels.dtensor import full_tensor
