@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoints import base_model
 from checkpoints import io as files
 from checkpoints import peft_adapter as checkpoint
 from checkpoints import sources as pretrained
+from checkpoints.base_model import PreTrainedModel
+from checkpoints.sources import PreTrainedTokenizerBase
 from data import dataset as data
 from data import packing
 from memory import measured as memory

@@ -1,6 +1,9 @@
 """A model that is loaded tensor by tensor has the bits of one that transformers loads whole and lora.attach quantizes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ from transformers import (
 import checkpoints
 from checkpoints import base_model
 from frozen import FrozenWeight
-from helpers import peak
+from helpers import models, peak
 from helpers.strategies import same_bits
 from lora import QLoRALinear, attach
 
@@ -184,6 +187,27 @@ def test_what_older_versions_saved_besides_is_passed_over(tmp_path: Path) -> Non
         {"format": "pt"},
     )
     base_model.load_quantized(tmp_path, torch.bfloat16, "cpu", quantized)
+
+
+LOAD = """
+import sys
+from pathlib import Path
+import torch
+import train
+from checkpoints import base_model, sources
+folder = sources.find_model(sys.argv[1])
+sources.load_config_and_tokenizer(folder)
+base_model.load_with_adapters(folder, torch.bfloat16, "cpu", "default", 0, {"r": 2}, {})
+"""
+
+
+def test_no_library_writes_to_the_screen_of_a_run(tmp_path: Path) -> None:
+    folder = models.save_tiny_llama(tmp_path)
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", LOAD, folder]
+    run = subprocess.run(command, env=paths, capture_output=True, text=True)
+    assert run.stderr == ""
+    assert [line.split()[0] for line in run.stdout.splitlines()] == ["base", "adapters"]
 
 
 GPT2 = GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)

@@ -1,7 +1,10 @@
-"""Files that are whole or not there, and strangers' files that are read or refused by name."""
+"""Files that are complete or absent, and files from strangers, which are read or refused by name."""
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,7 @@ def test_a_save_that_fails_at_any_moment_leaves_the_old_file_and_no_other(
         if isinstance(layer, QLoRALinear):
             nn.init.ones_(layer.lora_B)
 
-    def full(*args: object, **kwargs: object) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     target = {
@@ -34,13 +37,41 @@ def test_a_save_that_fails_at_any_moment_leaves_the_old_file_and_no_other(
         "fsync": (io.os, "fsync"),
         "replace": (io.os, "replace"),
     }
-    monkeypatch.setattr(*target[moment], full)
+    monkeypatch.setattr(*target[moment], fail)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save_adapter(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 
-def test_a_folder_that_cannot_be_written_or_is_too_small_is_found_out_first(tmp_path: Path) -> None:
+PATHS = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+SAVE = """
+import os, sys
+os.umask(int(sys.argv[2], 8))
+import checkpoints, lora
+from helpers import models
+model = lora.attach(models.tiny_llama(vocab_size=256))
+checkpoints.save_adapter(model, sys.argv[1])
+checkpoints.save_4bit(model, sys.argv[1])
+"""
+
+
+def test_two_processes_write_the_same_bytes_with_the_permissions_of_their_umask(
+    tmp_path: Path,
+) -> None:
+    contents = []
+    for umask in (0o022, 0o007):
+        folder = tmp_path / f"{umask:o}"
+        command = [sys.executable, "-c", SAVE, folder, f"{umask:o}"]
+        subprocess.run(command, env=PATHS, check=True)
+        paths = sorted(folder.iterdir())
+        assert [path.stat().st_mode & 0o777 for path in paths] == [0o666 & ~umask] * 5
+        contents.append({path.name: path.read_bytes() for path in paths})
+    assert contents[0] == contents[1]
+
+
+def test_a_folder_that_is_read_only_or_too_small_is_an_error_before_the_work(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written to .*choose another --output-dir"):
         io.prepare_folder(tmp_path / "file" / "out")
@@ -61,7 +92,7 @@ JSON = {
 
 
 @pytest.mark.parametrize("complaint", JSON)
-def test_what_is_no_json_object_is_refused_by_the_name_of_the_file(
+def test_a_file_that_is_not_a_json_object_is_refused_by_name(
     tmp_path: Path, complaint: str
 ) -> None:
     (tmp_path / "some.json").write_bytes(JSON[complaint])
@@ -73,7 +104,7 @@ def test_a_json_file_that_is_missing_or_huge_is_not_read(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="there is no .*some.json"):
         io.read_json(tmp_path / "some.json")
     with open(tmp_path / "some.json", "wb") as file:
-        file.truncate(io.LARGEST_JSON + 1)  # a hole: it takes no space
+        file.truncate(io.LARGEST_JSON + 1)  # a sparse file, which takes no space
     with pytest.raises(ValueError, match="some.json has 67108865 bytes"):
         io.read_json(tmp_path / "some.json")
 
@@ -87,12 +118,11 @@ INDEX = {
     "one: .*index.json does not place a in this file": [{"b": "one"}],
     "index.json: b is not in one": [{"a": "one", "b": "one"}],
 }
+INDEX_CASES = [(complaint, places) for complaint in INDEX for places in INDEX[complaint]]
 
 
-@pytest.mark.parametrize(
-    "complaint, places", [(complaint, places) for complaint in INDEX for places in INDEX[complaint]]
-)
-def test_an_index_that_leads_astray_is_refused(
+@pytest.mark.parametrize("complaint, places", INDEX_CASES)
+def test_an_index_that_is_wrong_or_leads_out_of_the_folder_is_refused(
     tmp_path: Path, complaint: str, places: object
 ) -> None:
     io.write_tensors({"a": torch.ones(2)}, tmp_path / "one", {})
@@ -101,7 +131,7 @@ def test_an_index_that_leads_astray_is_refused(
         io.read_model(tmp_path)
 
 
-def test_what_was_read_stays_when_the_file_changes(tmp_path: Path) -> None:
+def test_tensors_that_were_read_stay_when_the_file_changes(tmp_path: Path) -> None:
     io.write_tensors({"a": torch.ones(1000)}, tmp_path / "one", {})
     tensor = io.read_tensors(tmp_path / "one")["a"]
     with open(tmp_path / "one", "r+b") as file:
@@ -109,16 +139,14 @@ def test_what_was_read_stays_when_the_file_changes(tmp_path: Path) -> None:
     assert torch.equal(tensor, torch.ones(1000))
 
 
-def test_what_the_library_cannot_write_is_an_error_of_the_system(
+def test_a_write_that_fails_in_the_library_is_an_os_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object) -> None:
         raise SafetensorError("disk quota exceeded")
 
     monkeypatch.setattr(io, "save_file", fail)
-    with pytest.raises(
-        OSError,
-        match="one could not be written .disk quota exceeded.; the previous file is unchanged",
-    ):
+    message = "one could not be written .disk quota exceeded.; the previous file is unchanged"
+    with pytest.raises(OSError, match=message):
         io.write_tensors({"a": torch.ones(2)}, tmp_path / "one", {})
     assert list(tmp_path.iterdir()) == []
