@@ -18,11 +18,13 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoints import base_model, checkpoint
+from checkpoints import base_model
 from checkpoints import io as files
+from checkpoints import peft_adapter as checkpoint
 from checkpoints import sources as pretrained
+from checkpoints.base_model import PreTrainedModel
+from checkpoints.sources import PreTrainedTokenizerBase
 from data import dataset as data
 from data import packing
 from memory import measured as memory
@@ -36,7 +38,7 @@ from training import report
 from training import sharding as parallel
 from training import state as resume
 from training import use_adapter as export
-from training.loss_and_eval import LabelLoss, measure
+from training.loss_and_eval import LabelLoss
 from training.options import QUANT, Options, parse_args, usage_error
 
 
@@ -46,8 +48,8 @@ def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTraine
     With --shard it is read into the host's memory, and goes to the device once it is only this process's share.
     """
     kept = args.save_4bit if args.resume else None  # the very base that the run had
-    folder = kept or pretrained.find(args.model or pretrained.DEFAULT)
-    tokenizer = pretrained.tokenizer_in(folder)
+    folder = kept or pretrained.find_model(args.model or pretrained.DEFAULT_MODEL)
+    tokenizer = pretrained.load_tokenizer(folder)
     codebook = normal_float(QUANT[quant]) if QUANT[quant] else None
     base = {
         "block_size": args.block_size,

@@ -27,7 +27,7 @@ from torchao.quantization import to_nf4
 import double_quant
 import lora
 import nf4
-from checkpoints import checkpoint
+from checkpoints import peft_adapter as checkpoint
 from helpers import models, naive
 from helpers.bounds import (
     UNIT_ROUNDOFF,

@@ -16,7 +16,7 @@ from test_paged_optim import TorchAdamW
 from transformers import AutoModelForCausalLM
 
 import train
-from checkpoints import checkpoint
+from checkpoints import peft_adapter as checkpoint
 from checkpoints import sources as pretrained
 from data import dataset as data
 from helpers import models

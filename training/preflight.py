@@ -38,8 +38,8 @@ def make(args: Options, folder: Path) -> Plan:
 
     Raises: ValueError for a folder that takes no files, a model, data or state that cannot be read, and what does not fit.
     """
-    files.claim(folder)
-    config, tokenizer = pretrained.outline(args.model or pretrained.DEFAULT)
+    files.prepare_folder(folder)
+    config, tokenizer = pretrained.load_config_and_tokenizer(args.model or pretrained.DEFAULT_MODEL)
     context = getattr(config, "max_position_embeddings", None)
     if context and args.max_seq_len > context:
         raise ValueError(
@@ -68,7 +68,7 @@ def make(args: Options, folder: Path) -> Plan:
 
 def describe(plan: Plan, args: Options, folder: Path) -> str:
     """The plan as text."""
-    task, world, name = plan.task, processes.world_size(), args.model or pretrained.DEFAULT
+    task, world, name = plan.task, processes.world_size(), args.model or pretrained.DEFAULT_MODEL
     per_step = args.batch_size * args.grad_accum * world
     longest = max(len(example.ids) for example in task.train)
     seen = args.max_steps * per_step / len(task.train)

@@ -69,7 +69,9 @@ def plot_loss(metrics: Path, picture: Path, metric: str = "") -> None:
         beside.plot(*zip(*measured), "o", color="tab:orange")
         beside.set_ylabel(f"{metric} of what was held out")
     axes.legend()
-    files.atomically(picture, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png"))
+    files.write_atomically(
+        picture, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png")
+    )
     plt.close(figure)
 
 

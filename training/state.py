@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import io as files
-from checkpoints.checkpoint import adapter_tensors, check_like, copy_tensors
+from checkpoints.io import check_like
+from checkpoints.peft_adapter import adapter_tensors, copy_tensors
 from kernels.dtensor import shard_like
 from training import sharding as parallel
 
@@ -196,7 +197,7 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State)
     }
     wanted = targets | moments
     check_like(tensors, wanted, state.path)
-    files.refuse_nan(tensors, state.path)
+    files.require_finite(tensors, state.path)
     for name in moments:
         tensor, key = tensors[name], name.rpartition(".")[2]
         if (key == "step" and tensor != state.step) or (key == "exp_avg_sq" and (tensor < 0).any()):

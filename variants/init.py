@@ -11,7 +11,7 @@ matrix of rank r, which the first r singular values and vectors make (Eckart and
 PiSSA trains the directions in which W is largest, and leaves less to be rounded. LoftQ's |W - Q - s B A|, the error at the
 start of training, is at most |W - Q|. Both share the singular values between A and B, each of which takes their root.
 
-The base is then not quantize(W), and an adapter is worth nothing on another base: it is saved too (checkpoint.save_4bit).
+The base is then not quantize(W), and an adapter is worth nothing on another base: it is saved too (base_model.save_4bit).
 rsLoRA, s = lora_alpha / sqrt(r) (arXiv 2312.03732), is a flag of the layer: lora.QLoRALinear. So is DoRA (dora.py), which goes
 with any start: its magnitudes begin as the lengths of the rows of Q + s B A.
 

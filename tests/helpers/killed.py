@@ -68,9 +68,12 @@ def warm() -> None:
     texts = [[draw.randrange(3, 256) for _ in range(draw.randrange(4, 20))] for _ in range(9)]
     rows = [data.Example(ids, [data.IGNORE_INDEX] * 2 + ids[2:]) for ids in texts]
     data.load_task = lambda *args: data.Task("perplexity", rows[:-1], rows[-1:])
-    pretrained.outline = lambda name: (model.config, tokenizer)
-    pretrained.find, pretrained.tokenizer_in = lambda name: Path("."), lambda folder: tokenizer
-    streaming.load = lambda *args: copy.deepcopy(model)
+    pretrained.load_config_and_tokenizer = lambda name: (model.config, tokenizer)
+    pretrained.find_model, pretrained.load_tokenizer = (
+        lambda name: Path("."),
+        lambda folder: tokenizer,
+    )
+    streaming.load_quantized = lambda *args: copy.deepcopy(model)
     train.measure = lambda *args: [0.5, None]
     report.plot_loss = lambda *args: None
     os.fsync = lambda descriptor: (

@@ -12,13 +12,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from checkpoints import sources as pretrained
+from checkpoints import sources
 from lora import attach
 
 
 def tokenizer() -> PreTrainedTokenizerBase:
     """SmolLM2's, from the folder that the first call makes."""
-    return AutoTokenizer.from_pretrained(pretrained.default_folder())
+    return AutoTokenizer.from_pretrained(sources.default_folder())
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, vocab_size: int = 49152) -> LlamaForCausalLM:

@@ -170,7 +170,7 @@ def apart(root: Path) -> dict[str, tuple[list[int | None], str]]:
             raise ValueError("model.safetensors is damaged")
 
         if rank == 1:
-            base_model.load = fail
+            base_model.load_quantized = fail
 
     def full_disk(rank: int) -> None:
         if rank == 0:
@@ -207,7 +207,7 @@ def sent(root: Path) -> dict[str, tuple[float, float]]:
     The adapters are large for the model: headers and other users of the loopback add little.
     """
     rank = 64
-    sizes = sharding.sizes_in_bytes(attach(base_model.load(), r=rank))
+    sizes = sharding.sizes_in_bytes(attach(base_model.load_quantized(), r=rank))
     computed = sharding.bytes_sent_per_step(*sizes, 2, 1)
     computed["FSDP2"] += sizes[-1] / 2  # gloo, unlike NCCL, all-reduces the gradients
     seen = {}

@@ -103,7 +103,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=pretrained.DEFAULT)
+    parser.add_argument("--model", default=pretrained.DEFAULT_MODEL)
     parser.add_argument("--grad-accum", type=int, default=1)
     parser.add_argument(
         "--computed",
@@ -115,7 +115,7 @@ def main() -> int:
         print(of_the_papers_models())
         return 0
     model = base_model.load_with_adapters(
-        pretrained.find(args.model), DTYPE, "cpu", "default", 0, ADAPTER, {}
+        pretrained.find_model(args.model), DTYPE, "cpu", "default", 0, ADAPTER, {}
     )
     sizes = parallel.sizes_in_bytes(model)
     computed = parallel.bytes_sent_per_step(*sizes, 2, args.grad_accum)

@@ -83,7 +83,7 @@ print(*set(sys.modules) - before)
 
 
 def test_the_names_that_options_repeats_are_those_of_their_modules() -> None:
-    assert options.DEFAULT_MODEL == sources.DEFAULT
+    assert options.DEFAULT_MODEL == sources.DEFAULT_MODEL
     assert tuple(options.LORA_STARTS) == tuple(init.STARTS)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import train
-from checkpoints import checkpoint, io
+from checkpoints import io, peft_adapter
 from data import dataset
 from helpers import bounds, models, traffic
 from kernels.dtensor import full_tensor
@@ -242,8 +242,8 @@ def test_a_sharded_model_computes_the_same_bits(group: None, settings: dict) -> 
     packed = [tensor for name, tensor in parameters.items() if name.endswith("base.packed")]
     assert len(packed) == (0 if "codebook" in settings else 14)
     assert all(isinstance(codes, DTensor) and codes.dtype == torch.uint8 for codes in packed)
-    ours = checkpoint.adapter_tensors(model)
-    theirs = checkpoint.adapter_tensors(plain)
+    ours = peft_adapter.adapter_tensors(model)
+    theirs = peft_adapter.adapter_tensors(plain)
     for name in ours:
         assert isinstance(ours[name], DTensor)
         assert torch.equal(full_tensor(ours[name]), theirs[name])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from checkpoints import checkpoint
 from checkpoints import io as files
+from checkpoints import peft_adapter as checkpoint
 from data import chat_template as template
 from helpers import models
 from paged_optim import PagedAdamW

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora
 import train
-from checkpoints import checkpoint, peft_adapter
+from checkpoints import base_model, peft_adapter
 from helpers import models
 from helpers.bounds import HALF_A_PERCENT, cosine
 from lora import MergeAudit
@@ -28,10 +28,10 @@ def out(tmp_path: Path) -> Path:
     """A folder with an adapter whose update is not zero, for a tiny model in tmp_path / model."""
     folder = models.save_tiny_llama(tmp_path / "model")
     model = lora.attach(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE), r=4)
-    for layer in checkpoint.adapted_layers(model).values():
+    for layer in peft_adapter.adapted_layers(model).values():
         # An update that is small compared with the gaps between levels.
         torch.nn.init.normal_(layer.lora_B, std=0.001)
-    checkpoint.save_adapter(model, tmp_path / "out")
+    peft_adapter.save_adapter(model, tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -43,7 +43,7 @@ def test_a_merge_is_what_peft_merges_into_the_decoded_base_and_transformers_load
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     ours, _ = use_adapter.load_adapted_model(out, None, None, "cpu")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    for name, layer in checkpoint.adapted_layers(ours).items():
+    for name, layer in peft_adapter.adapted_layers(ours).items():
         dense.get_submodule(name).weight.data = layer.base(torch.float32)
     theirs = PeftModel.from_pretrained(dense, out).merge_and_unload()
     for (name, one), other in zip(merged.named_parameters(), theirs.parameters()):
@@ -64,7 +64,7 @@ def test_a_merge_into_the_base_of_a_4_bit_folder_is_dense_and_stays_float16(
 ) -> None:
     model = lora.attach(models.tiny_llama(torch.float16), r=4)
     use_adapter.save_4bit(model, models.tokenizer(), tmp_path / "base")
-    checkpoint.save_adapter(models.trained(model), tmp_path / "out")
+    peft_adapter.save_adapter(models.trained(model), tmp_path / "out")
     assert peft_adapter.read_config(tmp_path / "out")["base_model_name_or_path"] == str(
         tmp_path / "base"
     )
@@ -72,7 +72,7 @@ def test_a_merge_into_the_base_of_a_4_bit_folder_is_dense_and_stays_float16(
         train.main(["--adapter", str(tmp_path / "out"), "--merge", str(tmp_path / "merged")]) == 0
     )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    for name, layer in checkpoint.adapted_layers(model).items():
+    for name, layer in peft_adapter.adapted_layers(model).items():
         weight = merged.get_submodule(name).weight
         assert weight.dtype == torch.float16 and torch.equal(
             weight, (layer.base(torch.float32) + layer.update()).half()
@@ -84,7 +84,7 @@ def test_a_merge_into_4_bits_keeps_what_the_audit_said_and_transformers_loads_it
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     model, _ = use_adapter.load_adapted_model(out, None, None, "cpu")
-    layers = checkpoint.adapted_layers(model)
+    layers = peft_adapter.adapted_layers(model)
     before = {name: layer.base(torch.float32) for name, layer in layers.items()}
     updates = {name: layer.update() for name, layer in layers.items()}
     _, audit = lora.merge(use_adapter.load_adapted_model(out, None, None, "cpu")[0])
@@ -92,7 +92,7 @@ def test_a_merge_into_4_bits_keeps_what_the_audit_said_and_transformers_loads_it
     said = int(re.search(r"keeps (\d+)%", capsys.readouterr().out)[1]) / 100
     with torch.compiler.set_stance("force_eager"):
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    merged = checkpoint.load_4bit(tmp_path / "merged")
+    merged = base_model.load_4bit(tmp_path / "merged")
     wanted = realised = 0.0
     for name, update in updates.items():
         weight = theirs.get_submodule(name).weight

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import lora
 import train
-from checkpoints import checkpoint
+from checkpoints import peft_adapter as checkpoint
 from helpers.bounds import (
     Bounded,
     cast,
