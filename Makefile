@@ -4,7 +4,7 @@
 # make mutate  break the code, line by line, and see that the tests notice (about an hour)
 # make gpu     check the kernels on this machine's NVIDIA GPU and measure them; ARGS="-k managed" checks some of them
 # make bench   measure everything about speed beside the peers, and write the README's tables; ARGS="ops --quick"
-# make lint    style
+# make lint    ruff: check and format
 # make figures draw the pictures of the README
 # make clean   remove the virtual environment, the model and the output
 
@@ -49,6 +49,7 @@ bench: $(VENV)/dev
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 figures: $(VENV)/run
 	$(BIN)/python paper/nf4_levels.py

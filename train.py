@@ -36,7 +36,7 @@ from training import report
 from training import sharding as parallel
 from training import state as resume
 from training import use_adapter as export
-from training.loss_and_eval import LabelLoss, measure
+from training.loss_and_eval import LabelLoss, evaluate
 from training.options import QUANT, Options, parse_args
 
 
@@ -184,7 +184,7 @@ def train(
             }
             last = step + 1 == args.max_steps
             if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
-                line["eval"] = measure(model, tokenizer, task, args.batch_size, args.dtype)
+                line["eval"] = evaluate(model, tokenizer, task, args.batch_size, args.dtype)
                 bar.write(f"step {step + 1}: {task.metric} {line['eval'][0]:.4f}")
                 model.train()
             log.write(json.dumps(line) + "\n")
@@ -230,7 +230,7 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
         start, before = state.step, state.before
         resume.load_state(model, optimizer, state)
     else:
-        start, before = 0, measure(model, tokenizer, task, args.batch_size, args.dtype, "before")
+        start, before = 0, evaluate(model, tokenizer, task, args.batch_size, args.dtype, "before")
     metrics = folder / "metrics.jsonl"
     processes.in_first(
         lambda: (
@@ -255,7 +255,7 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
             report.plot_loss(metrics, folder / "loss.png", task.metric),
         )
     )
-    after = measure(model, tokenizer, task, args.batch_size, args.dtype, "after")
+    after = evaluate(model, tokenizer, task, args.batch_size, args.dtype, "after")
     pager = getattr(
         optimizer,
         "counters",
@@ -288,10 +288,10 @@ def main(argv: list[str] | None = None) -> int:
     )  # torchrun has started us anew
     try:
         if args.adapter is not None:
-            return export.use(args)
+            return export.use_adapter(args)
         if args.preview:
             _, tokenizer = pretrained.outline(args.model or pretrained.DEFAULT)
-            task = data.load(
+            task = data.load_task(
                 args.data,
                 tokenizer,
                 args.max_seq_len,

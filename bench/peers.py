@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from checkpoints import base_model
 from checkpoints import sources as pretrained
 from data import dataset as data
-from frozen import FrozenWeight
 from kernels import dispatch
-from lora import QLoRALinear
+from lora import FrozenWeight, QLoRALinear
 from memory import measured as memory
 from paged_optim import PagedAdamW
 from training.dtypes import autocast

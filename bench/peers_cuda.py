@@ -18,9 +18,9 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from bench import random_llama
-from frozen import FrozenWeight
 from kernels import dispatch
 from kernels import page_store as stores
+from lora import FrozenWeight
 from memory.formula import Shape
 from paged_optim import PagedAdamW
 from training.dtypes import autocast

@@ -22,7 +22,7 @@ from torch import Tensor
 import nf4
 from checkpoints import bnb_4bit as bnb_format
 from checkpoints import io as files
-from frozen import FrozenWeight
+from lora import FrozenWeight
 
 PREFIX = "base_model.model."
 DEFAULTS = {

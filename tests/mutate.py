@@ -26,8 +26,7 @@ from pathlib import Path
 
 TESTS = {  # the long ones first
     "nf4": "tests/test_nf4.py tests/test_naive.py",
-    "lora": "tests/test_lora.py",
-    "lora_matmul": "tests/test_lora.py",
+    "lora": "tests/test_lora.py tests/test_frozen_weight.py",
     "double_quant": "tests/test_double_quant.py tests/test_naive.py",
 }
 HERE, BIN = Path(__file__).parent, Path(sys.executable).parent

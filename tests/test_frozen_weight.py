@@ -1,4 +1,4 @@
-"""The laws of frozen.py: what a weight costs, that it comes back, and that no cast of the module touches its bytes."""
+"""The laws of FrozenWeight: what a weight costs, that it comes back, and that no cast of the module touches its bytes."""
 
 import copy
 import math
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import double_quant
 import nf4
-from frozen import FrozenWeight
 from helpers.bounds import Bounded, both_quantized, in_float64, is_tight, operand
 from helpers.strategies import DTYPES, PATTERNS, Recipe, recipes, same_bits
+from lora import FrozenWeight
 
 CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "half": nn.Module.half,

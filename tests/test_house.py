@@ -13,8 +13,6 @@ ORDER = [
     "double_quant",
     "cuda_kernels",
     "kernels",
-    "frozen",
-    "lora_matmul",
     "lora",
     "paged_optim",
     "variants",

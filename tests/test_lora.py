@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import double_quant
 import lora
 import nf4
-from frozen import FrozenWeight
 from helpers.bounds import (
     Bounded,
     both_quantized,
@@ -31,7 +30,7 @@ from helpers.bounds import (
     of_a_mean,
 )
 from helpers.strategies import Adapted, Tower, TowerWithHead, adapted, same_bits
-from lora import QLoRALinear
+from lora import FrozenWeight, QLoRALinear
 
 # dtype of x, dtype of autocast or None, compute_dtype
 MODES = [

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frozen import FrozenWeight
-from lora import QLoRALinear
+from lora import FrozenWeight, QLoRALinear
 from memory import formula as predict
 from variants.dora import Magnitude
 

@@ -135,7 +135,7 @@ class Options:
     )
 
     preview: bool = instead(
-        False, "show the first sequences, what is learnt in them marked, and stop"
+        False, "show the first sequences, with the tokens in the loss marked, and stop"
     )
     dry_run: bool = instead(
         False,

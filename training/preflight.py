@@ -45,7 +45,7 @@ def make(args: Options, folder: Path) -> Plan:
         raise ValueError(
             f"--max-seq-len {args.max_seq_len} is longer than the model's context of {context} tokens"
         )
-    task = data.load(
+    task = data.load_task(
         args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing
     )
     batches = args.grad_accum * processes.world()

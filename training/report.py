@@ -61,9 +61,7 @@ def plot_loss(metrics: Path, picture: Path, metric: str = "") -> None:
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="0.7", linewidth=1, label="each step")
     axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="mean of 5 steps")
-    axes.set(
-        xlabel="step", ylabel="cross entropy of a learnt token", yscale="log", title="Training loss"
-    )
+    axes.set(xlabel="step", ylabel="cross entropy per token", yscale="log", title="Training loss")
     axes.grid(alpha=0.3)
     if measured:
         axes.plot([], [], "o", color="tab:orange", label=metric)  # for the legend

@@ -29,8 +29,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from frozen import FrozenWeight
 from kernels.dtensor import full_tensor, local_shard
+from lora import FrozenWeight
 from training.distributed import first, total, world
 
 

@@ -13,7 +13,7 @@ The norm needs no dense matrix. With w[o] = ||W'[o, :]||, which never changes an
     n^2 = w^2 + 2 s sum_r B (W' A^T) + s^2 sum_r B (B (A A^T))        sums over the columns of (out, r)
 
 where W' A^T is a product of the frozen weight with the r rows of A: like r more tokens in the forward pass, and none in the
-backward pass. Besides what lora_matmul.py keeps, autograd keeps c, n and the product before c (tokens, out), which m needs.
+backward pass. Besides what LoRAMatmul keeps, autograd keeps c, n and the product before c (tokens, out), which m needs.
 
 Error: all is summed in float64, small as it is, but the product with W', which is off by gamma_in |A| |W'|^T. So n^2 is off by
 2 |s B| times that, and by the rounding of w: little beside w^2 as long as the update is small. Where it cancels a row, the sum
@@ -26,11 +26,14 @@ Differs from PEFT: it makes W' + s B A, dense, in every forward pass, and a row 
 dropout, c x W'^T is x W'^T + (c - 1) d(x) W'^T there, with a second product; the mean over all masks is the same.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from frozen import FrozenWeight
+if TYPE_CHECKING:
+    from lora import FrozenWeight
 
 ROWS, TOKENS = 1024, 64  # of a weight, and of y, that are in a wider dtype at once
 
@@ -41,7 +44,9 @@ class Magnitude(nn.Module):
     weight (out,): m, in the dtype of the adapter. base_norm (out,): w, a buffer that is not saved, because the base has it.
     """
 
-    def __init__(self, base: FrozenWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    def __init__(
+        self, base: "FrozenWeight", lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> None:
         super().__init__()
         rows = base(lora_A.dtype).split(ROWS)
         squares = torch.cat([piece.double().square().sum(1) for piece in rows])
@@ -49,7 +54,7 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(self.norm(base, lora_A, lora_B, scaling))
 
     @torch.no_grad()
-    def norm(self, base: FrozenWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    def norm(self, base: "FrozenWeight", lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         """n = ||W' + s B A||, row by row (out,)."""
         with torch.autocast(lora_A.device.type, enabled=False):
             A, B = lora_A.double(), lora_B.double() * scaling  # (r, in), (out, r)
@@ -57,7 +62,9 @@ class Magnitude(nn.Module):
             squares = self.base_norm.double().square() + (B * (2 * crossed + B @ (A @ A.T))).sum(1)
         return squares.clamp(min=0).sqrt().to(self.base_norm.dtype)
 
-    def forward(self, base: FrozenWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    def forward(
+        self, base: "FrozenWeight", lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> Tensor:
         """c = m / n (out,); 1 where n is 0."""
         norm = self.norm(base, lora_A, lora_B, scaling)
         return (self.weight / norm.where(norm > 0, 1)).where(norm > 0, 1)

@@ -24,8 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from frozen import FrozenWeight
-from lora import QLoRALinear
+from lora import FrozenWeight, QLoRALinear
 from variants.dora import Magnitude
 
 LOFTQ_STEPS = 5  # as in the paper; each costs a singular value decomposition of every weight

@@ -12,8 +12,8 @@ import nf4
 from bench import cpu as bench
 from bench import figures
 from bench import peers as contenders
-from frozen import FrozenWeight
 from helpers.bounds import Bounded
+from lora import FrozenWeight
 
 SHAPE = (256, 128)  # as torchao wants it, a multiple of 64 * 256
 

@@ -21,10 +21,9 @@ from transformers import (
 
 from checkpoints import base_model as streaming
 from checkpoints import checkpoint
-from frozen import FrozenWeight
 from helpers import peak
 from helpers.strategies import same_bits
-from lora import QLoRALinear, attach
+from lora import FrozenWeight, QLoRALinear, attach
 
 SMALL = {
     "vocab_size": 256,

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data import rows as formats
 from helpers.mutants import mutated
 
 LETTERS = st.characters(exclude_categories=["Cs"])  # no half of a surrogate pair, which is no text
@@ -47,7 +46,7 @@ LIKELY = st.recursive(
 )
 
 
-def row_of(content: object, module: ModuleType = formats) -> formats.Row:
+def row_of(content: object, module: ModuleType = rows) -> rows.Row:
     return module._row_or_fault(content, "here")
 
 
@@ -65,7 +64,7 @@ def chat(*turns: str, weights: dict[int, int] | None = None) -> list[dict]:
 
 @given(TEXTS, ANSWERS, TEXTS)
 def test_every_format_says_the_same(question: str, answer: str, more: str) -> None:
-    asked = [formats.BRIEFLY, *chat(question, answer)]
+    asked = [rows.BRIEF_SYSTEM_MESSAGE, *chat(question, answer)]
     assert row_of({"prompt": question, "completion": answer}).turns == asked
     assert row_of({"question": question, "answer": answer, "text": "other"}).turns == asked
     assert row_of({"instruction": question, "output": answer}).turns == asked
@@ -82,17 +81,17 @@ def test_every_format_says_the_same(question: str, answer: str, more: str) -> No
         "role": "system",
         "content": "Be kind.",
     }
-    assert row_of({"text": answer}) == formats.Row("here", text=answer)
+    assert row_of({"text": answer}) == rows.Row("here", text=answer)
 
 
 def test_a_message_of_weight_0_is_not_learnt() -> None:
     turns = row_of({"messages": chat("a", "b", "c", "d", weights={1: 0, 3: 1})}).turns
-    assert [formats.is_learnt(turn) for turn in turns] == [False, False, False, True]
+    assert [rows.is_in_loss(turn) for turn in turns] == [False, False, False, True]
     assert "weight 0" in row_of({"messages": chat("a", "b", weights={1: 0})}).fault
 
 
 def check_lines(
-    folder: Path, rows: list[dict], blank: list[str], module: ModuleType = formats, **style: object
+    folder: Path, rows: list[dict], blank: list[str], module: ModuleType = rows, **style: object
 ) -> None:
     """As JSON lines with blank ones between, as a list, as a list over many lines: the same rows, each at its line."""
     path, texts = folder / "rows.jsonl", [json.dumps(row, **style) for row in rows]
@@ -130,7 +129,7 @@ def test_rows_are_read_with_their_lines(
     check_lines(tmp_path_factory.mktemp("rows"), rows, blank, ensure_ascii=ascii)
 
 
-def check_faults(folder: Path, module: ModuleType = formats) -> None:
+def check_faults(folder: Path, module: ModuleType = rows) -> None:
     """Good and bad rows in one file: each bad one has its line and its reason, and the good ones are there."""
     good = '{"prompt": "a", "completion": "b"}'
     bad = {
@@ -193,7 +192,7 @@ def test_a_list_that_is_none_is_a_bad_row_where_it_breaks(
 ) -> None:
     path = tmp_path / "rows.json"
     path.write_text(text)
-    [*good, bad] = formats.read(path)
+    [*good, bad] = rows.read_file(path)
     assert (
         not any(row.fault for row in good)
         and bad.where == f"{path}:{where}"
@@ -206,7 +205,7 @@ def test_whatever_a_row_holds_it_is_turns_or_a_text_or_a_fault_in_one_line(conte
     row = row_of(content if isinstance(content, dict) else {"messages": content})
     assert [bool(row.turns), bool(row.text), bool(row.fault)].count(True) == 1
     assert "\n" not in row.fault and len(row.fault) < 2000 + len(str(content))
-    assert not row.turns or any(map(formats.is_learnt, row.turns))
+    assert not row.turns or any(map(rows.is_in_loss, row.turns))
 
 
 @given(st.text(LETTERS) | st.text('[]{},:" \n\\1a'))
@@ -215,20 +214,20 @@ def test_whatever_a_file_holds_it_is_read_or_its_faults_are(
 ) -> None:
     path = tmp_path_factory.mktemp("any") / "rows.json"
     path.write_text(text, encoding="utf-8")
-    rows = formats.read(path)
+    rows = rows.read_file(path)
     if not re.fullmatch(r"\s*(\[\s*\]\s*)?", text.removeprefix("\ufeff")):
         assert rows and all(row.fault for row in rows)
 
 
 def test_all_faults_are_counted_and_the_first_twenty_shown() -> None:
-    formats.refuse([], 9, "my.jsonl")
+    rows.raise_if_any([], 9, "my.jsonl")
     with pytest.raises(
         ValueError, match="2 of 9 rows of my.jsonl cannot be used: mend or remove them\n  a\n  b$"
     ):
-        formats.refuse(["a", "b"], 9, "my.jsonl")
+        rows.raise_if_any(["a", "b"], 9, "my.jsonl")
     faults = [f"my.jsonl:{line}: bad" for line in range(1, 31)]
     with pytest.raises(ValueError) as error:
-        formats.refuse(faults, 99, "my.jsonl")
+        rows.raise_if_any(faults, 99, "my.jsonl")
     assert str(error.value).split("\n  ")[1:] == [*faults[:20], "..."] and "30 of 99 rows" in str(
         error.value
     )
@@ -240,14 +239,14 @@ def test_a_hub_data_set_is_read_where_the_library_is_installed(
     asked, rows = [], [{"question": "a", "answer": "b"}, {"question": "a"}]
     library = SimpleNamespace(load_dataset=lambda name, split: asked.append((name, split)) or rows)
     monkeypatch.setitem(sys.modules, "datasets", library)
-    first, second = formats.read_hub("some/set")
-    assert asked == [("some/set", "train")] and first == formats.Row(
-        "some/set, row 1", formats.pair("a", "b")
+    first, second = rows.read_hub("some/set")
+    assert asked == [("some/set", "train")] and first == rows.Row(
+        "some/set, row 1", rows.pair_turns("a", "b")
     )
     assert second.where == "some/set, row 2" and "its keys are 'question'" in second.fault
     monkeypatch.setattr(library, "load_dataset", lambda name, split: 1 / 0)
     with pytest.raises(ValueError, match=r"nor a hub data set within reach \(division by zero\)$"):
-        formats.read_hub("some/set")
+        rows.read_hub("some/set")
 
 
 def test_without_the_library_a_hub_data_set_is_refused_with_the_remedy(
@@ -257,7 +256,7 @@ def test_without_the_library_a_hub_data_set_is_refused_with_the_remedy(
     with pytest.raises(
         ValueError, match="^--data some/set is no file, and as a hub .* pip install datasets$"
     ):
-        formats.read_hub("some/set")
+        rows.read_hub("some/set")
 
 
 def check_rows(folder: Path, module: ModuleType) -> None:
@@ -298,6 +297,6 @@ def check_rows(folder: Path, module: ModuleType) -> None:
 def test_a_mutant_of_the_formats_is_noticed(
     tmp_path: Path, old: str, new: str, check: Callable
 ) -> None:
-    check(tmp_path, formats)
+    check(tmp_path, rows)
     with pytest.raises((AssertionError, ValueError, IndexError, KeyError)):
-        check(tmp_path, mutated(formats, old, new, tmp_path))
+        check(tmp_path, mutated(rows, old, new, tmp_path))

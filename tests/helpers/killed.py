@@ -66,8 +66,8 @@ def warm() -> None:
         random.Random(0),
     )
     texts = [[draw.randrange(3, 256) for _ in range(draw.randrange(4, 20))] for _ in range(9)]
-    rows = [data.Example(ids, [data.IGNORE] * 2 + ids[2:]) for ids in texts]
-    data.load = lambda *args: data.Task("perplexity", rows[:-1], rows[-1:])
+    rows = [data.Example(ids, [data.IGNORE_INDEX] * 2 + ids[2:]) for ids in texts]
+    data.load_task = lambda *args: data.Task("perplexity", rows[:-1], rows[-1:])
     pretrained.outline = lambda name: (model.config, tokenizer)
     pretrained.find, pretrained.tokenizer_in = lambda name: Path("."), lambda folder: tokenizer
     streaming.load = lambda *args: copy.deepcopy(model)

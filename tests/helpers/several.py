@@ -153,8 +153,8 @@ def apart(root: Path) -> dict[str, tuple[list[int | None], str]]:
 
     def other_rows(rank: int) -> None:
         if rank == 1:
-            rows = data.load()
-            data.load = lambda *args: data.Task("perplexity", rows.train[::-1], rows.test)
+            rows = data.load_task()
+            data.load_task = lambda *args: data.Task("perplexity", rows.train[::-1], rows.test)
 
     def no_model(rank: int) -> None:
         def fail(*args: object) -> None:

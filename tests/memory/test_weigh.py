@@ -64,7 +64,7 @@ def batches(vocabulary: int, lengths: list[int], args: Options) -> list[data.Bat
     examples = []
     for length in lengths:
         ids = torch.randint(3, vocabulary, (length,)).tolist()
-        examples.append(data.Example(ids, [data.IGNORE] * (length // 2) + ids[length // 2 :]))
+        examples.append(data.Example(ids, [data.IGNORE_INDEX] * (length // 2) + ids[length // 2 :]))
     examples = packing.pack(examples, max(lengths)) if args.packing else examples
     return [data.collate(examples, 0)] * args.grad_accum
 

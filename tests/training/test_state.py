@@ -222,7 +222,7 @@ def test_dropout_on_a_gpu_follows_from_them_too() -> None:
 
 def test_data_are_other_data_if_an_id_or_what_is_learnt_or_the_order_changes() -> None:
     def example(ids: list[int], given: int, *texts: str) -> template.Example:
-        return template.Example(ids, [template.IGNORE] * given + ids[given:], *texts)
+        return template.Example(ids, [template.IGNORE_INDEX] * given + ids[given:], *texts)
 
     rows = [example([1, 2, 3], 1), example([4, 5], 0)]
     others = [

@@ -16,9 +16,9 @@ import lora
 import train
 from checkpoints import checkpoint
 from checkpoints import peft_adapter as peft_format
-from frozen import MergeAudit
 from helpers import models
 from helpers.bounds import HALF_A_PERCENT, cosine
+from lora import MergeAudit
 from training import use_adapter as export
 
 DTYPE = torch.bfloat16

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 import lora
 import train
 from checkpoints import checkpoint
-from frozen import FrozenWeight
 from helpers.bounds import (
     Bounded,
     cast,
@@ -37,7 +36,7 @@ from helpers.bounds import (
 from helpers.models import adapted as adapted_llama
 from helpers.models import save_tiny_llama, tiny_llama, trained
 from helpers.strategies import Adapted, TowerWithHead, adapted, same_bits
-from lora import QLoRALinear
+from lora import FrozenWeight, QLoRALinear
 from memory import measured as memory
 from training import state as resume
 from training import use_adapter as export
@@ -527,7 +526,7 @@ def test_a_run_with_use_dora_is_merged_as_peft_merges_it(
     assert train.main(["--adapter", str(out), "--merge", str(tmp_path / "merged")]) == 0
     assert train.main(["--adapter", str(out), "--merge-4bit", str(tmp_path / "merged-4bit")]) == 0
     assert "A merge into 4 bits keeps" in capsys.readouterr().out
-    ours, _ = export.load(out, None, torch.float32, "cpu")
+    ours, _ = export.load_adapted_model(out, None, torch.float32, "cpu")
     dense = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
     for name, layer in checkpoint.adapted_layers(ours).items():
         dense.get_submodule(name).weight.data = layer.base(torch.float64)

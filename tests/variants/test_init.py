@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 import double_quant
 import nf4
-from frozen import FrozenWeight
 from helpers.bounds import Bounded, both_quantized, cast, gamma, lora_forward
 from helpers.strategies import same_bits
-from lora import QLoRALinear
+from lora import FrozenWeight, QLoRALinear
 from variants import init as variants
 
 SHAPES = [(48, 64), (64, 48), (30, 70), (64, 64)]
