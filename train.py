@@ -99,7 +99,7 @@ def train_step(
     labels, world, loss = sum(batch.n_labels for batch in batches), processes.world(), 0.0
     mine = range(processes.rank(), len(batches), world)
     for number in mine:
-        resume.reseed(args.seed, step * len(batches) + number)
+        resume.seed_batch(args.seed, step * len(batches) + number)
         with parallel.sending(losses, number == mine[-1]):
             share = losses(batches[number].to(args.device)) / (
                 labels / world
@@ -193,7 +193,9 @@ def train(
                 report.plot_loss(metrics, metrics.with_name("loss.png"), task.metric)
             seen = f"loss {loss:.4f}, {tokens / seconds:.0f} tokens/s, {line['rss_bytes'] / 1e9:.2f} GB"
             bar.set_postfix_str(seen, refresh=False)
-            (asked,) = processes.total(stop.asked)  # of any process: all stop after the same step
+            (asked,) = processes.total(
+                stop.requested
+            )  # of any process: all stop after the same step
             if asked or last or (args.save_every and (step + 1) % args.save_every == 0):
                 if processes.first():
                     os.fsync(log.fileno())  # a state must not outlive the lines before it
@@ -234,15 +236,17 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
     metrics = folder / "metrics.jsonl"
     processes.in_first(
         lambda: (
-            resume.tidy(folder, state, args.save_total_limit),
+            resume.remove_old_files(folder, state, args.save_total_limit),
             report.keep_metrics(metrics, start),
         )
     )
 
     def save(step: int) -> None:
-        tensors = resume.tensors_of(model, optimizer)
+        tensors = resume.state_tensors(model, optimizer)
         processes.in_first(
-            lambda: resume.save(tensors, settings, step, before, folder, args.save_total_limit)
+            lambda: resume.save_state(
+                tensors, settings, step, before, folder, args.save_total_limit
+            )
         )
 
     if not start:
@@ -284,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, __doc__)
     processes.begin(args.device)
     args.resume |= processes.attempt() > 0 and bool(
-        resume.states(args.output_dir)
+        resume.saved_states(args.output_dir)
     )  # torchrun has started us anew
     try:
         if args.adapter is not None:
@@ -327,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         words = [word for word in (argv or sys.argv[1:]) if word != "--resume"] + ["--resume"]
         again = f"; go on with\n  {report.command(words, processes.on_this_machine())}"
-        rest = again if resume.states(args.output_dir) else " before anything was saved"
+        rest = again if resume.saved_states(args.output_dir) else " before anything was saved"
         if lost or processes.first():
             print(f"\n{lost or 'stopped'}{rest}", file=sys.stderr)
         return 130

@@ -134,7 +134,7 @@ def moments(root: Path, count: int) -> dict[str, object]:
         if statuses[children.index(victim)] != -signal.SIGKILL:
             continue  # it had ended before
         kills += 1
-        said, saved = log.read_text(), bool(resume.states(folder))
+        said, saved = log.read_text(), bool(resume.saved_states(folder))
         words += "has lost another one" in said and saved == ("go on with" in said)
         world = draw.choice((1, 2))
         flags = WAYS[draw.choice([*WAYS])] if world == 2 else ("--grad-accum", "2")
