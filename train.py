@@ -238,7 +238,7 @@ def finetune(args: Options, quant: str, folder: Path) -> dict:
     metrics = folder / "metrics.jsonl"
     processes.run_on_main(
         lambda: (
-            resume.tidy(folder, state, args.save_total_limit),
+            resume.remove_old_files(folder, state, args.save_total_limit),
             report.keep_metrics(metrics, start),
         )
     )

@@ -98,7 +98,7 @@ def updating(count: int, device: torch.device) -> dict[str, Work]:
         return make([parameter], **settings).step
 
     def ordinary(*arguments: object, **settings: object) -> PagedAdamW:
-        with mock.patch.object(stores.managed, "driver_of", return_value=None):
+        with mock.patch.object(stores.unified_memory, "driver_of", return_value=None):
             return PagedAdamW(*arguments, **settings)
 
     large = 2**26  # bytes of a page: its update is then much longer than its launch

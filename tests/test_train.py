@@ -204,7 +204,7 @@ def test_resuming_under_other_settings_says_which(
     adapter = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert run(tiny, tmp_path, "--resume", "--lr", "0.5", "--lora-alpha", "4") == 1
     assert (
-        "lora_alpha was 16.0, is 4.0; lr was 0.001, is 0.5. Give what was, or --resume-anyway"
+        "lora_alpha was 16.0, is 4.0; lr was 0.001, is 0.5. Use the old settings or --resume-anyway"
         in capsys.readouterr().err
     )
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == adapter

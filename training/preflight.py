@@ -59,10 +59,10 @@ def make(args: Options, folder: Path) -> Plan:
     }
     state = None
     if args.resume and (
-        folder == args.output_dir or resume.states(folder)
+        folder == args.output_dir or resume.saved_states(folder)
     ):  # --compare may not have begun
-        state = resume.newest(folder)
-        resume.refuse_changes(state, settings, args.resume_anyway)
+        state = resume.latest_state(folder)
+        resume.require_same_settings(state, settings, args.resume_anyway)
     return Plan(config, tokenizer, task, settings, state)
 
 

@@ -146,7 +146,7 @@ def moments(root: Path, count: int) -> dict[str, object]:
             continue  # it had ended before
         kills += 1
         said = log.read_text()
-        saved = bool(state.states(folder))
+        saved = bool(state.saved_states(folder))
         messages += "has lost another one" in said and saved == ("go on with" in said)
         world_size = draw.choice((1, 2))
         flags = WAYS[draw.choice([*WAYS])] if world_size == 2 else ["--grad-accum", "2"]

@@ -454,7 +454,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(tmp_path: Pa
     torch.manual_seed(2)
     resumed = adapted_llama(use_dora=True, lora_dropout=0.3)
     second = optimizer_of(resumed)
-    resume.load_state(resumed, second, resume.newest(tmp_path))
+    resume.load_state(resumed, second, resume.latest_state(tmp_path))
     take_steps(resumed, second, 2, start=2)
     pairs = checkpoint.adapter_tensors(resumed), checkpoint.adapter_tensors(whole)
     assert len(pairs[0]) == 3 * 14 and all(
