@@ -25,6 +25,7 @@ from checkpoints import io as files
 from checkpoints import sources as pretrained
 from data import dataset as data
 from data import packing
+from lora import QLoRALinear
 from memory import measured as memory
 from memory import weigh
 from nf4 import normal_float
@@ -38,6 +39,7 @@ from training import state as resume
 from training import use_adapter as export
 from training.loss_and_eval import LabelLoss, measure
 from training.options import QUANT, Options, parse_args
+from variants.dora import DoRALinear
 
 
 def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -54,10 +56,12 @@ def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTraine
         "double_quant": not args.no_double_quant,
         "codebook": codebook,
     }
-    adapter = {"r": args.lora_r}
-    adapter |= {
-        name: getattr(args, name)
-        for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    adapter = {
+        "layer_type": DoRALinear if args.use_dora else QLoRALinear,
+        "r": args.lora_r,
+        "lora_alpha": args.lora_alpha,
+        "lora_dropout": args.lora_dropout,
+        "use_rslora": args.use_rslora,
     }
     device = "cpu" if args.shard else args.device
     model = base_model.load_with_adapters(

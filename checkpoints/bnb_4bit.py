@@ -56,7 +56,7 @@ def pack(base: FrozenWeight, name: str, storage: torch.dtype = torch.uint8) -> d
             f"{name} cannot be saved in bitsandbytes' format: it is {what}; nf4 or fp4 in blocks of "
             f"{', '.join(map(str, BLOCK_SIZES))}, of a dtype of 16 or 32 bits, can be"
         )
-    q, constants = base.quantized()
+    q, constants = base.packed_state()
     state = {
         "quant_type": kind,
         "blocksize": q.block_size,

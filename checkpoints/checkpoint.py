@@ -32,6 +32,7 @@ from checkpoints.peft_adapter import (
 )
 from checkpoints.skeleton import check_like
 from lora import QLoRALinear, adapt, names_of, unadapted
+from variants.dora import DoRALinear
 
 QUANTIZATION = {
     "_load_in_4bit": True,
@@ -57,7 +58,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {
         key: layer.get_parameter(ours)
         for name, layer in adapted_layers(model).items()
-        for ours, key in tensor_names(name, layer.use_dora).items()
+        for ours, key in tensor_names(name, isinstance(layer, DoRALinear)).items()
     }
 
 
@@ -71,7 +72,10 @@ def save_adapter(
     folder, layers = Path(folder), adapted_layers(model)
     if not layers:
         raise ValueError("the model has no adapters: lora.attach puts them there")
-    common = {(layer.lora_dropout, layer.use_rslora, layer.use_dora) for layer in layers.values()}
+    common = {
+        (layer.lora_dropout, layer.use_rslora, isinstance(layer, DoRALinear))
+        for layer in layers.values()
+    }
     if len(common) > 1:
         raise ValueError(
             "the adapters differ in lora_dropout, use_rslora or use_dora: PEFT's format has one value for all"
@@ -109,7 +113,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             raise ValueError(
                 f"{folder}/adapter_config.json gives {name} rank {r}, and the model's adapter has {layer.r}"
             )
-        if not new and layer.use_dora != config["use_dora"]:
+        if not new and isinstance(layer, DoRALinear) != config["use_dora"]:
             raise ValueError(
                 f"{folder}/adapter_config.json has use_dora {config['use_dora']}, and the model's adapter has not"
             )
@@ -122,11 +126,12 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     files.refuse_nan(
         {name: tensor.float() for name, tensor in tensors.items()}, path
     )  # also what float64 can hold alone
-    same = {key: config[key] for key in ("lora_dropout", "use_rslora", "use_dora")}
+    same = {key: config[key] for key in ("lora_dropout", "use_rslora")}
+    layer_type = DoRALinear if config["use_dora"] else QLoRALinear
     settings = {
         name: dict(zip(("r", "lora_alpha"), of_layer(config, name))) | same for name in layers
     }
-    adapt(model, [(names, settings[names[0]]) for names in new])
+    adapt(model, [(names, settings[names[0]]) for names in new], layer_type)
     for name, layer in adapted_layers(model).items():
         layer.lora_alpha, layer.use_rslora = (
             settings[name]["lora_alpha"],

@@ -27,6 +27,7 @@ from training import distributed as processes
 from training import dtypes as precision
 from training import report
 from training import sharding as parallel
+from variants.dora import DoRALinear
 
 SEVERAL, MOMENTS = Path(__file__).parent.parent / "helpers/several.py", 10
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -260,7 +261,12 @@ def sharded(**settings: bool) -> nn.Module:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"double_quant": False, "use_rslora": True}, {"use_dora": True}, {"codebook": None}],
+    [
+        {},
+        {"double_quant": False, "use_rslora": True},
+        {"layer_type": DoRALinear},
+        {"codebook": None},
+    ],
     ids=str,
 )
 def test_a_sharded_model_computes_what_it_did(group: None, settings: dict) -> None:
