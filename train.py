@@ -27,6 +27,7 @@ from checkpoints.base_model import PreTrainedModel
 from checkpoints.sources import PreTrainedTokenizerBase
 from data import dataset as data
 from data import packing
+from lora import QLoRALinear
 from memory import measured as memory
 from memory import weigh
 from nf4 import normal_float
@@ -56,10 +57,12 @@ def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTraine
         "double_quant": not args.no_double_quant,
         "codebook": codebook,
     }
-    adapter = {"r": args.lora_r}
-    adapter |= {
-        name: getattr(args, name)
-        for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    adapter = {
+        "layer_type": DoRALinear if args.use_dora else QLoRALinear,
+        "r": args.lora_r,
+        "lora_alpha": args.lora_alpha,
+        "lora_dropout": args.lora_dropout,
+        "use_rslora": args.use_rslora,
     }
     device = "cpu" if args.shard else args.device
     model = base_model.load_with_adapters(

@@ -37,6 +37,7 @@ import nf4
 from checkpoints import io
 from checkpoints.bnb_4bit import DTYPES
 from lora import FrozenWeight, QLoRALinear, adapt, names_of, unadapted
+from variants.dora import DoRALinear
 
 PREFIX = "base_model.model."
 DEFAULTS = {  # PEFT's
@@ -57,7 +58,6 @@ UNSUPPORTED = """
 """.split()
 # Other values of init_lora_weights change the base, so the adapter would need that base.
 SUPPORTED_INITS = (True, False, "gaussian", "orthogonal", "eva")
-SHARED_SETTINGS = ("lora_dropout", "use_rslora", "use_dora")  # one value for all layers
 
 MOST_REPETITIONS = 3  # in a pattern
 LONGEST_PATTERN = 1000  # characters
@@ -78,7 +78,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Maps PEFT's name to the parameter, for every adapter of the model."""
     tensors = {}
     for layer_name, layer in adapted_layers(model).items():
-        for ours, peft_name in tensor_names(layer_name, layer.use_dora).items():
+        for ours, peft_name in tensor_names(layer_name, isinstance(layer, DoRALinear)).items():
             tensors[peft_name] = layer.get_parameter(ours)
     return tensors
 
@@ -133,11 +133,11 @@ def save_adapter(
 def _config_of(layers: dict[str, QLoRALinear]) -> dict:
     """Describes the settings of all layers as PEFT's LoraConfig does."""
     first = next(iter(layers.values()))
-    shared = {name: getattr(first, name) for name in SHARED_SETTINGS}
+    shared = _shared_settings(first)
     rank_pattern = {}
     alpha_pattern = {}
     for name, layer in layers.items():
-        if any(getattr(layer, key) != value for key, value in shared.items()):
+        if _shared_settings(layer) != shared:
             raise ValueError(
                 "the adapters differ in lora_dropout, use_rslora or use_dora: "
                 "PEFT's format has one value for all"
@@ -187,6 +187,15 @@ def describe_base(base: FrozenWeight) -> str:
 # Loading
 
 
+def _shared_settings(layer: QLoRALinear) -> dict:
+    """The settings for which PEFT's format has one value for all layers."""
+    return {
+        "lora_dropout": layer.lora_dropout,
+        "use_rslora": layer.use_rslora,
+        "use_dora": isinstance(layer, DoRALinear),
+    }
+
+
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Loads an adapter, ours or PEFT's, into a model in place.
 
@@ -206,13 +215,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         layers = {names[0]: model.get_submodule(names[0]) for names in new}
     settings = {name: settings_of(name, config) for name in layers}
     if not new:
-        _check_settings(layers, settings, folder)
-    io.check_like(tensors, _expected_tensors(layers, settings), path)
+        _check_settings(layers, settings, config["use_dora"], folder)
+    io.check_like(tensors, _expected_tensors(layers, settings, config["use_dora"]), path)
     if not layers:
         raise ValueError(f"{path} has no adapter for any layer of the model")
     # As float32, because a float64 in the file may be beyond its range.
     io.require_finite({name: tensor.float() for name, tensor in tensors.items()}, path)
-    adapt(model, [(names, settings[names[0]]) for names in new])
+    layer_type = DoRALinear if config["use_dora"] else QLoRALinear
+    adapt(model, [(names, settings[names[0]]) for names in new], layer_type)
     for name, layer in adapted_layers(model).items():
         layer.lora_alpha = settings[name]["lora_alpha"]
         layer.use_rslora = settings[name]["use_rslora"]
@@ -221,20 +231,20 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _check_settings(
-    layers: dict[str, QLoRALinear], settings: dict[str, dict], folder: Path
+    layers: dict[str, QLoRALinear], settings: dict[str, dict], use_dora: bool, folder: Path
 ) -> None:
     """Compares rank and use_dora of a model's adapters with the settings of a config."""
     path = folder / "adapter_config.json"
     for name, layer in layers.items():
-        r, use_dora = settings[name]["r"], settings[name]["use_dora"]
+        r = settings[name]["r"]
         if layer.r != r:
             raise ValueError(f"{path} gives {name} rank {r}, and the model's adapter has {layer.r}")
-        if layer.use_dora != use_dora:
+        if isinstance(layer, DoRALinear) != use_dora:
             raise ValueError(f"{path} has use_dora {use_dora}, and the model's adapter has not")
 
 
 def _expected_tensors(
-    layers: dict[str, nn.Linear | QLoRALinear], settings: dict[str, dict]
+    layers: dict[str, nn.Linear | QLoRALinear], settings: dict[str, dict], use_dora: bool
 ) -> dict[str, Tensor]:
     """Creates the tensors that the file must hold, on the meta device."""
     expected = {}
@@ -245,7 +255,7 @@ def _expected_tensors(
             "lora_B": (layer.out_features, r),
             "lora_magnitude_vector.weight": (layer.out_features,),
         }
-        for ours, peft_name in tensor_names(name, settings[name]["use_dora"]).items():
+        for ours, peft_name in tensor_names(name, use_dora).items():
             expected[peft_name] = torch.empty(shapes[ours], device="meta")
     return expected
 
@@ -261,7 +271,8 @@ def settings_of(layer: str, config: dict) -> dict:
     return {
         "r": _first_match(config["rank_pattern"], layer, config["r"]),
         "lora_alpha": _first_match(config["alpha_pattern"], layer, config["lora_alpha"]),
-        **{name: config[name] for name in SHARED_SETTINGS},
+        "lora_dropout": config["lora_dropout"],
+        "use_rslora": config["use_rslora"],
     }
 
 

@@ -141,7 +141,7 @@ def test_a_weight_of_odd_shape_is_multiplied_by_windows(calls: list[str]) -> Non
 def test_an_8_bit_code_is_quantized_by_its_kernel(calls: list[str]) -> None:
     absmax = random(1000).abs()
     constants, expected = (
-        double_quant.quantize(absmax, blockwise=dispatch.quantize),
+        double_quant.quantize(absmax, quantizer=dispatch.quantize),
         double_quant.quantize(absmax),
     )
     assert calls == ["quantize_wide"]

@@ -24,6 +24,7 @@ from memory.measured import ledger
 from paged_optim import PagedAdamW
 from training import distributed, report, sharding
 from training.dtypes import dtype_table
+from variants.dora import DoRALinear
 
 SEVERAL = Path(__file__).parent.parent / "helpers/several.py"
 MOMENTS = 10
@@ -225,7 +226,12 @@ def sharded(**settings: bool) -> nn.Module:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"double_quant": False, "use_rslora": True}, {"use_dora": True}, {"codebook": None}],
+    [
+        {},
+        {"double_quant": False, "use_rslora": True},
+        {"layer_type": DoRALinear},
+        {"codebook": None},
+    ],
     ids=str,
 )
 def test_a_sharded_model_computes_the_same_bits(group: None, settings: dict) -> None:
