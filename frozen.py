@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import double_quant as second
 import nf4
 from kernels import dispatch
-from kernels.packed_weight import decoded
+from kernels.packed_weight import with_decoded_absmax
 
 
 class MergeAudit(NamedTuple):
@@ -109,7 +109,7 @@ class FrozenWeight(nn.Module):
     def quantized(self) -> tuple[nf4.Quantized, second.DoubleQuantized | None]:
         """The weight as `nf4.dequantize` takes it, its constants decoded, and the constants as they are stored."""
         q, constants = self.stored()
-        return decoded(q, constants), constants
+        return with_decoded_absmax(q, constants), constants
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, in `dtype` or in the dtype it came in; the caller owns it, unless the base is dense already."""
