@@ -1,4 +1,4 @@
-"""A model that is loaded tensor by tensor has the bits of one that transformers loads whole and lora.attach quantizes."""
+"""Loading tensor by tensor gives the bits of from_pretrained followed by lora.attach."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def quantized(weight: torch.Tensor, bias: torch.Tensor | None) -> QLoRALinear:
 def saved(
     config: PretrainedConfig, folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: object
 ) -> Path:
-    """A random model in a folder; norms and biases are random too, so that a mix-up shows."""
+    """Saves a model; its norms and biases are random too, to detect exchanged ones."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():
@@ -178,7 +178,7 @@ def test_a_folder_in_4_bits_is_cast_to_the_dtype_that_was_asked_for_and_its_code
     )  # constants, and rotary frequencies
 
 
-def test_what_older_versions_saved_besides_is_passed_over(tmp_path: Path) -> None:
+def test_tensors_that_only_older_versions_saved_are_ignored(tmp_path: Path) -> None:
     path = saved(ARCHITECTURES[0], tmp_path) / "model.safetensors"
     save_file(
         load_file(path) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)},
@@ -218,7 +218,8 @@ EXPERTS = MixtralConfig(**SMALL, num_local_experts=2)
     [
         (
             GPT2,
-            r"h.0.attn.c_attn.weight \(64, 192\) is the matrix of a Conv1D, .*: GPT2LMHeadModel is not supported",
+            r"h.0.attn.c_attn.weight \(64, 192\) is the matrix of a Conv1D, .*: "
+            "GPT2LMHeadModel is not supported",
         ),
         (
             EXPERTS,
@@ -237,7 +238,7 @@ def test_an_architecture_that_would_mostly_stay_dense_is_refused_in_one_line(
 
 
 def change(folder: Path, what: str) -> None:
-    """Spoil a folder in one of the ways that happen."""
+    """Damages a folder in one of the ways that happen."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -301,7 +302,7 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(
 def test_loading_takes_no_more_than_the_4_bit_model_its_largest_tensor_and_300_mb(
     tmp_path: Path,
 ) -> None:
-    """In float32 on disk, where the whole of it would not fit into the bound."""
+    """The files are in float32, so their sum is larger than the bound."""
     largest = peak.write_checkpoint(peak.shape(1024, 16, 2000), torch.float32, tmp_path)
     got = peak.measure(tmp_path)
     bound = got["kept"] + largest + peak.ALLOWED

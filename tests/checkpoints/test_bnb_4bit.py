@@ -1,4 +1,4 @@
-"""4-bit folders: what transformers with bitsandbytes saves we load bit for bit; what we save it loads, and computes alike."""
+"""We load what transformers with bitsandbytes saves, bit for bit, and it loads what we save."""
 
 import json
 import shutil
@@ -37,15 +37,15 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def eager() -> Iterator[None]:
-    """bitsandbytes compiles some of its paths, for seconds each."""
+    """Keeps bitsandbytes from compiling some of its functions, which takes seconds each."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    """In train mode: before it evaluates for the first time, bitsandbytes packs its weights anew.
+    """The logits in train mode, because bitsandbytes repacks its weights before it evaluates.
 
-    Without our kernels, whose sums have another order: what is compared is what was loaded, not how it is multiplied.
+    Our kernels sum in another order, so the reference is used: the test is about loading.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_KERNELS", "reference")
@@ -107,7 +107,11 @@ def test_a_folder_of_transformers_and_bitsandbytes_is_loaded_and_saved_again_bit
 def test_a_folder_of_ours_is_loaded_by_transformers_as_linear4bit_with_the_same_logits(
     tmp_path: Path, dtype: torch.dtype, block_size: int, double_quant: bool
 ) -> None:
-    """Rows of 1024 are whole blocks, or of blocks that bitsandbytes decodes in another way: its AVX-512 code is wrong else."""
+    """For each block size of bitsandbytes.
+
+    Rows have 1024 elements: in a row that is not a multiple of the block, bitsandbytes' AVX-512
+    code is wrong, and for larger blocks it uses other code.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -171,9 +175,8 @@ def test_several_architectures_come_back_with_the_same_logits(
 ) -> None:
     torch.manual_seed(0)
     dense = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for (
-        parameter
-    ) in dense.parameters():  # biases and norms start as zeros and ones, which hides a mix-up
+    # Biases and norms start as zeros and ones, which would hide that two are exchanged.
+    for parameter in dense.parameters():
         nn.init.normal_(parameter, std=0.1)
     folder = quantized_by_peer(
         dense, tmp_path, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
@@ -260,7 +263,7 @@ def split(folder: Path, into: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of ours that nobody may change."""
+    """A folder of ours; tests must not change it."""
     folder = tmp_path_factory.mktemp("saved") / "model"
     checkpoints.save_4bit(lora.attach(models.tiny_llama(torch.bfloat16, vocab_size=256)), folder)
     return folder

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and files from strangers, which are read or refused by name."""
+"""Writes are atomic; a file from a stranger is read, or refused by name."""
 
 import errno
 import json

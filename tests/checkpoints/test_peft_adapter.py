@@ -1,4 +1,4 @@
-"""Adapters that PEFT reads and writes; what does not fit is refused by its name, and the model stays as it was."""
+"""PEFT reads our adapters and we read PEFT's; one that does not fit leaves the model unchanged."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def assert_the_same(ours: torch.Tensor, theirs: torch.Tensor, without: torch.Tensor) -> None:
-    """Computed in float64 and equal as far as float32 can tell, which is far below what the adapter does."""
+    """Equal within the rounding of float32, and different from the model without the adapter."""
     bound = cast(theirs.abs(), torch.float32)
     assert ((ours - theirs).abs() <= bound).all()
     assert ((theirs - without).abs() > bound).any()
@@ -233,7 +233,8 @@ def rewrite(folder: Path, change: str | dict) -> None:
     [
         (
             "no prefix",
-            r"adapter_model.safetensors does not fit .*layers.0.\w+.\w+_proj.lora_A.weight (is missing|belongs to)",
+            r"adapter_model.safetensors does not fit .*layers.0.\w+.\w+_proj.lora_A.weight "
+            "(is missing|belongs to)",
         ),
         ("other rank", r"is \(2, 64\), floating point, and must be \(4, 64\)"),
         ("one missing", "is missing"),

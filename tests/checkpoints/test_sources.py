@@ -1,4 +1,4 @@
-"""Where the base comes from, and what is refused: damaged files, unknown names, broken downloads."""
+"""Where the base comes from; damaged files, unknown names and broken downloads are errors."""
 
 import fnmatch
 import json
