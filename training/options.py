@@ -17,7 +17,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, get_args, get_type_hints
@@ -25,7 +25,7 @@ from typing import NoReturn, get_args, get_type_hints
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"  # equals the name in checkpoints.sources
 LORA_STARTS = ["default", "pissa", "loftq"]  # equals variants.init.STARTS
 DTYPES = ["auto", "bfloat16", "float32"]
-QUANT = {"nf4": 4, "nf3": 3, "nf2": 2, "none": 0}  # bits of a code; none keeps 16-bit weights
+QUANT_BITS = {"nf4": 4, "nf3": 3, "nf2": 2, "none": 0}  # bits of a code; none keeps 16-bit weights
 STEPS = 60  # if neither --max-steps nor --num-train-epochs is given
 
 RULES: dict[str, Callable[[float], bool]] = {
@@ -71,7 +71,7 @@ class Options:
     """The values of the flags. dtypes.resolve_device_and_dtype sets `device` and `dtype`."""
 
     model: str | None = flag(None, f"folder or hub id (default: {DEFAULT_MODEL}, from a package)")
-    quant: str = flag("nf4", "code of the frozen weights; none: 16 bits", choices=list(QUANT))
+    quant: str = flag("nf4", "code of the frozen weights; none: 16 bits", choices=list(QUANT_BITS))
     no_double_quant: bool = flag(False, "keep the quantization constants in float32")
     block_size: int = flag(64, "weights that share a constant", "a power of two, 2 or more")
     save_4bit: Path | None = flag(None, "save the 4-bit base for transformers and bitsandbytes")
@@ -119,6 +119,19 @@ class Options:
     prompt: str | None = flag(None, "a question to --adapter")
     merge: Path | None = flag(None, "write the base with --adapter merged, as a 16-bit model")
     merge_4bit: Path | None = flag(None, "the same in 4 bits, which loses most of a small update")
+
+    def in_16_bits(self) -> "Options":
+        """The same run with 16-bit LoRA, in a folder of its own: the other run of --compare."""
+        folder = self.output_dir / "16-bit"
+        has_begun = any(folder.glob("state-*"))
+        return replace(
+            self,
+            quant="none",
+            lora_start="default",
+            save_4bit=None,
+            output_dir=folder,
+            resume=self.resume and has_begun,
+        )
 
     def settings(self) -> dict[str, str]:
         """The flags that must be the same when a run resumes, as text."""
