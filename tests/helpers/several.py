@@ -59,7 +59,7 @@ def launch(
         disturb(rank)
 
     return [
-        killed.begin(folder, lambda rank=rank: prepare(rank), flags) for rank in range(world_size)
+        killed.start(folder, lambda rank=rank: prepare(rank), flags) for rank in range(world_size)
     ]
 
 
@@ -107,7 +107,7 @@ def alike(root: Path) -> dict[str, dict]:
                 seen[folder.name] = {
                     "statuses": end(children),
                     "far": largest_difference(alone, folder),
-                    "same bits": killed.trace(folder) == killed.trace(alone),
+                    "same bits": killed.outcome(folder) == killed.outcome(alone),
                     "share of the bytes": model_bytes(folder) / model_bytes(alone),
                 }
     return seen
@@ -131,7 +131,7 @@ def moments(root: Path, count: int) -> dict[str, object]:
     began = time.monotonic()
     assert end(launch(whole, 2)) == [0, 0]
     seconds = time.monotonic() - began
-    wanted = killed.trace(whole)
+    wanted = killed.outcome(whole)
     while kills < count:
         number += 1
         folder = root / str(number)
@@ -151,7 +151,7 @@ def moments(root: Path, count: int) -> dict[str, object]:
         world_size = draw.choice((1, 2))
         flags = WAYS[draw.choice([*WAYS])] if world_size == 2 else ["--grad-accum", "2"]
         assert end(launch(folder, world_size, *flags)) == [0] * world_size, log.read_text()
-        got = killed.trace(folder)
+        got = killed.outcome(folder)
         names = [name for name in {*got, *wanted} if got.get(name) != wanted.get(name)]
         different += [f"{folder.name}: {name}" for name in sorted(names)]
     return {"kills": kills, "different": different, "stuck": stuck, "said so": messages}
@@ -162,8 +162,8 @@ def apart(root: Path) -> dict[str, tuple[list[int | None], str]]:
 
     def other_rows(rank: int) -> None:
         if rank == 1:
-            rows = dataset.load()
-            dataset.load = lambda *args: dataset.Task("perplexity", rows.train[::-1], rows.test)
+            rows = dataset.load_task()
+            dataset.load_task = lambda *args: dataset.Task("perplexity", rows.train[::-1], rows.test)
 
     def no_model(rank: int) -> None:
         def fail(*args: object) -> None:
@@ -174,7 +174,7 @@ def apart(root: Path) -> dict[str, tuple[list[int | None], str]]:
 
     def full_disk(rank: int) -> None:
         if rank == 0:
-            killed.disturb(12, killed.full, root / "seen")
+            killed.disturb_operation(12, killed.fail_like_a_full_disk, root / "seen")
 
     def one_is_asked_to_stop(rank: int) -> None:
         real, steps = train.train_step, []
