@@ -24,7 +24,7 @@ from paged_optim import PagedAdamW
 from training import report
 from training.dtypes import resolve_device_and_dtype
 from training.loss_and_eval import LabelLoss
-from training.options import QUANT, Options, parse_args
+from training.options import QUANT_BITS, Options, parse_args
 
 LASTING = [
     "linear layers",
@@ -42,7 +42,7 @@ def setting(
     """What train.py would have made of these flags and a random model."""
     args = resolve_device_and_dtype(parse_args(["--device", "cpu", *flags.split()]))
     torch.manual_seed(0)
-    codebook = normal_float(QUANT[args.quant]) if QUANT[args.quant] else None
+    codebook = normal_float(QUANT_BITS[args.quant]) if QUANT[args.quant] else None
     model = attach(
         AutoModelForCausalLM.from_config(config, dtype=args.dtype).train(),
         r=args.lora_r,
