@@ -26,7 +26,6 @@ from checkpoints import sources as pretrained
 from data import dataset as data
 from data import packing
 from memory import measured as memory
-from memory import weigh
 from nf4 import normal_float
 from paged_optim import PagedAdamW
 from training import distributed as processes
@@ -129,7 +128,7 @@ def train(
     metrics: Path,
     args: Options,
 ) -> dict[str, dict[str, int | None]]:
-    """Steps start + 1 to max_steps, each a line in `metrics`. -> what a step weighs, if there was any (weigh.py)
+    """Steps start + 1 to max_steps, each a line in `metrics`. -> what a step took, if there was one (memory/measured.py)
 
     Raises: KeyboardInterrupt after a signal, the state saved.
     """
@@ -164,8 +163,13 @@ def train(
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step, args)
             work = partial(train_step, losses, optimizer, batches, step, args)
             if step == weighed and not args.shard:
-                (loss, norm), weights = weigh.step(
-                    work, model, optimizer, batches[processes.rank() :: world], args
+                (loss, norm), weights = memory.measure_step(
+                    work,
+                    model,
+                    optimizer,
+                    batches[processes.rank() :: world],
+                    plan.step_settings(args),
+                    world,
                 )
             else:
                 loss, norm = work()

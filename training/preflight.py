@@ -17,7 +17,7 @@ from checkpoints import io as files
 from checkpoints import sources as pretrained
 from data import chat_template as template
 from data import dataset as data
-from memory import weigh
+from memory import formula
 from training import distributed as processes
 from training import state as resume
 from training.options import Options
@@ -93,9 +93,11 @@ def memory_of(config: PretrainedConfig, args: Options, length: int) -> str:
     """The peak of a step, predicted, beside what the device has."""
     total = device_bytes(args.device)
     has = f"; {args.device} has {total / 1e9:.2f} GB"
-    predicted = weigh.ledger(config, args, args.batch_size, length, args.grad_accum > 1)
+    predicted = formula.predict_step(
+        config, step_settings(args), args.batch_size, length, args.grad_accum > 1
+    )
     if predicted is None:
-        known = f"{' and '.join(weigh.LLAMAS)}, from dense weights, without biases or DoRA"
+        known = f"{' and '.join(formula.KNOWN_MODELS)}, from dense weights, without biases or DoRA"
         return (
             f"not predicted: the ledger knows {known}, and this is another {config.model_type}{has}"
         )
@@ -106,6 +108,20 @@ def memory_of(config: PretrainedConfig, args: Options, length: int) -> str:
         else ""
     )
     return f"{peak / 1e9:.2f} GB at a step's peak, predicted{has}{advice}"
+
+
+def step_settings(args: Options) -> formula.StepSettings:
+    """The flags that the memory of a step depends on."""
+    return formula.StepSettings(
+        method=formula.LORA if args.quant == "none" else formula.QLORA,
+        r=args.lora_r,
+        checkpointing=args.grad_checkpoint,
+        dropout=args.lora_dropout > 0,
+        block_size=args.block_size,
+        double_quant=not args.no_double_quant,
+        width=args.dtype.itemsize,
+        use_dora=args.use_dora,
+    )
 
 
 def device_bytes(device: str) -> int:

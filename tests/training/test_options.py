@@ -10,7 +10,7 @@ import torch
 import train
 from checkpoints import sources as pretrained
 from helpers import models
-from memory import weigh
+from memory import formula
 from training import options
 from training import preflight as plan
 from training.options import Options, parse_args
@@ -256,7 +256,9 @@ def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(
     assert plan.memory_of(config, whole, 64).startswith(
         "0.00 GB at a step's peak, predicted; cpu has"
     )
-    half, whole = (weigh.ledger(config, each, 4, 64) for each in (args, whole))
+    half, whole = (
+        formula.predict_step(config, plan.step_settings(each), 4, 64) for each in (args, whole)
+    )
     assert (
         half.components["activations"]
         < whole.components["activations"]
