@@ -110,13 +110,10 @@ class Template:
             raise BadRow(f"{self.name} refuses it ({error})") from None
 
         if all(text.startswith(answered) for _, answered in prefixes):
-            spans = [(len(prompt), len(answered)) for prompt, answered in prefixes]
-            return [self._encode_spans(text, spans, turns, answers[0])]
-        examples = []
-        for index, (prompt, answered) in zip(answers, prefixes):
-            spans = [(len(prompt), len(answered))]
-            examples.append(self._encode_spans(answered, spans, turns, index))
-        return examples
+            return [self._encode_answers(prefixes, turns, answers[0])]
+        return [
+            self._encode_answers([prefix], turns, index) for index, prefix in zip(answers, prefixes)
+        ]
 
     def _render_prompt_and_answer(self, turns: list[Turn], index: int) -> tuple[str, str]:
         """The text before the answer in turn `index`, and the same text with the answer."""
@@ -130,38 +127,38 @@ class Template:
             )
         return prompt, answered
 
-    def _encode_spans(
-        self, text: str, spans: list[tuple[int, int]], turns: list[Turn], answer: int
+    def _encode_answers(
+        self, prefixes: list[tuple[str, str]], turns: list[Turn], first: int
     ) -> Example:
-        """Encode a text up to the end of its last answer.
+        """Encode a conversation up to the end of its last answer.
 
-        spans: the first character of each answer and the character after its last.
-        answer: the index of the first answer in `turns`.
+        prefixes: the text before each answer, and the same text with the answer.
+        first: the index of the first answer in `turns`.
         """
         ids: list[int] = []
         labels: list[int] = []
-        previous_end = 0
-        for start, end in spans:
-            prompt_ids = self._next_ids(ids, text, previous_end, start)
+        encoded = ""  # the text of `ids`
+        for prompt, answered in prefixes:
+            prompt_ids = self._next_ids(ids, encoded, prompt)
             ids += prompt_ids
             labels += [IGNORE_INDEX] * len(prompt_ids)
 
-            answer_ids = self._next_ids(ids, text, start, end)
+            answer_ids = self._next_ids(ids, prompt, answered)
             n_in_loss = self._length_with_end(answer_ids)
-            last_end = len(ids) + n_in_loss
+            end = len(ids) + n_in_loss
             ids += answer_ids
             labels += answer_ids[:n_in_loss]
             labels += [IGNORE_INDEX] * (len(answer_ids) - n_in_loss)
-            previous_end = end
-        question = turns[answer - 1]["content"]
-        return Example(ids, labels, question, turns[answer]["content"]).cut(0, last_end)
+            encoded = answered
+        question = turns[first - 1]["content"]
+        return Example(ids[:end], labels[:end], question, turns[first]["content"])
 
-    def _next_ids(self, ids: list[int], text: str, start: int, end: int) -> list[int]:
-        """The ids of text[start:end], where `ids` are those of text[:start]."""
-        all_ids = self._tokenize_rendered(text[:end])
+    def _next_ids(self, ids: list[int], text: str, longer: str) -> list[int]:
+        """The ids of what `longer` adds to `text`, where `ids` are those of `text`."""
+        all_ids = self._tokenize_rendered(longer)
         if all_ids[: len(ids)] == ids:
             return all_ids[len(ids) :]
-        return self._tokenize(text[start:end])  # one token would span `start`
+        return self._tokenize(longer[len(text) :])  # one token would span the end of `text`
 
     def _length_with_end(self, answer_ids: list[int]) -> int:
         """The number of tokens up to and including the last special token."""

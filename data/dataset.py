@@ -106,9 +106,9 @@ class Batch:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         return {"input_ids": self.input_ids, "position_ids": self.position_ids}
 
-    def to(self, device: str) -> "Batch":
-        tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        return Batch(**{name: tensor.to(device) for name, tensor in tensors.items()})
+    def to(self, device: str | torch.device) -> "Batch":
+        tensors = vars(self).items()
+        return Batch(**{name: tensor.to(device) for name, tensor in tensors if tensor is not None})
 
 
 def collate(examples: list[Example], pad_id: int) -> Batch:
@@ -301,14 +301,11 @@ def _has_labels(example: Example) -> bool:
 def _print_long_rows(
     long_rows: list[str], n_rows: int, n_dropped: int, length: int, name: str
 ) -> None:
-    shown = long_rows[: rows.MAX_ROWS_SHOWN]
-    if len(long_rows) > rows.MAX_ROWS_SHOWN:
-        shown.append("...")
     print(
         f"{len(long_rows)} of {n_rows} rows of {name} exceed --max-seq-len {length}: documents "
         "continue in another sequence,\n"
         f"conversations are cut, and {n_dropped} sequences with no answer left are dropped: "
-        + ", ".join(shown)
+        + ", ".join(rows.shorten(long_rows))
     )
 
 

@@ -40,7 +40,7 @@ FORMAT_KEYS = (
     "messages; conversations; prompt, completion; question, answer; instruction, output; text"
 )
 JSON_WHITESPACE = re.compile(r"[ \t\r\n]*")
-MAX_ROWS_SHOWN = 20  # in a message about bad or long rows
+MAX_ROWS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,15 @@ def raise_if_any(faults: list[str], n_rows: int, name: str) -> None:
     """
     if not faults:
         return
-    lines = [f"{len(faults)} of {n_rows} rows of {name} cannot be used: fix or remove them"]
-    lines += faults[:MAX_ROWS_SHOWN]
-    if len(faults) > MAX_ROWS_SHOWN:
-        lines.append("...")
-    raise ValueError("\n  ".join(lines))
+    title = f"{len(faults)} of {n_rows} rows of {name} cannot be used: fix or remove them"
+    raise ValueError("\n  ".join([title, *shorten(faults)]))
+
+
+def shorten(lines: list[str]) -> list[str]:
+    """The first lines of a message about bad or long rows, and "..." for the others."""
+    if len(lines) <= MAX_ROWS_SHOWN:
+        return lines
+    return [*lines[:MAX_ROWS_SHOWN], "..."]
 
 
 def _json_values(text: str) -> Iterator[tuple[int, str]]:

@@ -155,13 +155,9 @@ def generate_answers(
 def _pad_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, int64 (B, T), with the last token of each prompt at the right."""
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        start = width - len(prompt)
-        ids[row, start:] = torch.tensor(prompt)
-        mask[row, start:] = 1
-    return ids.to(device), mask.to(device)
+    ids = [[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def exact_match(

@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,10 +132,7 @@ def merge_4bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         layer.base = FrozenWeight(merged, base.block_size, base.double_quant, base.codebook)
         layer.base.dtype = base.dtype  # the dtype in which it decodes
 
-    def write(unfinished: Path) -> None:
-        save_4bit(model, tokenizer, unfinished)
-
-    write_folder_atomically(folder, write)
+    write_folder_atomically(folder, partial(save_4bit, model, tokenizer))
     return describe_audit(audit)
 
 

@@ -302,7 +302,7 @@ FIRST_LABELS = "labels += [IGNORE_INDEX] * len(prompt_ids)"
         # Where one token spans question and answer, part of the answer is lost.
         ("if all_ids[: len(ids)] == ids:", "if True:"),
         (FIRST_LABELS, f"labels += prompt_ids if labels else {FIRST_LABELS[10:]}"),
-        (".cut(0, last_end)", ""),
+        ("Example(ids[:end], labels[:end],", "Example(ids, labels,"),
     ],
 )
 def test_a_mutant_of_the_masking_is_noticed(
