@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoints.base_model import load_with_adapters
 from data import packing
@@ -43,12 +43,12 @@ from variants.dora import DoRALinear
 def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns the exit status; an error is one line on stderr."""
     args = parse_args(argv, __doc__)
+    resolve_device_and_dtype(args)
     return exit_status(partial(run, args), args, argv)
 
 
 def run(args: Options) -> None:
     """Do what the flags ask for."""
-    resolve_device_and_dtype(args)
     distributed.init_distributed(args.device)  # without torchrun: one process
     if args.adapter is not None:  # --prompt, --merge, --merge-4bit
         use_adapter(args)
@@ -69,7 +69,7 @@ def finetune(args: Options) -> dict:
     """One run, from the base to its adapter in args.output_dir. Returns the report."""
     job = preflight(args)  # finds what can be wrong before a weight is read
     turn = distributed.local_rank() if args.shard else 0  # sharded, one at a time: less host memory
-    model = distributed.all_or_none(partial(load_model, args, job), turn)
+    model = distributed.all_or_none(partial(load_model, args, job.tokenizer), turn)
     print(f"\n{dtype_table(model, args.dtype)}\n")
     optimizer = make_optimizer(model, args)
     folder = RunFolder(args, job, model, optimizer)
@@ -85,7 +85,7 @@ def finetune(args: Options) -> dict:
     return summarize(args, job, model, optimizer, before, after, memory)
 
 
-def load_model(args: Options, job: Job) -> PreTrainedModel:
+def load_model(args: Options, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The frozen base with adapters: each nn.Linear is quantized as it is read."""
     bits = QUANT_BITS[args.quant]
     quantization = {
@@ -105,7 +105,7 @@ def load_model(args: Options, job: Job) -> PreTrainedModel:
     model = load_with_adapters(folder, args.dtype, device, start, args.seed, adapter, quantization)
     model.name_or_path = args.model or str(folder)  # the base that adapter_config.json names
     if args.save_4bit and distributed.is_main():
-        save_4bit(model, job.tokenizer, args.save_4bit)
+        save_4bit(model, tokenizer, args.save_4bit)
     if args.packing:
         packing.check(model)
     if args.grad_checkpoint:

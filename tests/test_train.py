@@ -225,7 +225,8 @@ def test_checkpointing_changes_no_gradient_and_accumulation_divides_by_the_label
             "2",
         ]
         args = resolve_device_and_dtype(train.parse_args(["--model", str(tiny), *shape, *flags]))
-        model, tokenizer = train.adapted_model(args, "nf4")
+        tokenizer = models.tokenizer()
+        model = train.load_model(args, tokenizer)
         task = data.load_task("orders", tokenizer, 256, 0)
         batches = data.batches_of_step(task.train, 0, args.batch_size, args.grad_accum, 0, 2)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
@@ -237,7 +238,7 @@ def test_checkpointing_changes_no_gradient_and_accumulation_divides_by_the_label
             evaluate.LabelLoss(model.train(), args.dtype), optimizer, batches, 0, args
         )
         if not flags:  # by definition: the sum over all labels of the step, divided by their number
-            model.load_state_dict(train.adapted_model(args, "nf4")[0].state_dict())
+            model.load_state_dict(train.load_model(args, tokenizer).state_dict())
             total = sum(batch.n_labels for batch in batches)
             for batch in batches:
                 (evaluate.label_loss(model, batch, torch.float32) / total).backward()
@@ -494,7 +495,7 @@ def test_bad_input_gets_one_line_and_starts_nothing(
 def test_an_output_folder_that_cannot_be_written_is_found_out_before_loading(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "adapted_model", lambda *args: pytest.fail("loaded a model first"))
+    monkeypatch.setattr(train, "load_model", lambda *args: pytest.fail("loaded a model first"))
     (tmp_path / "file").write_text("")
     assert train.main(["--output-dir", str(tmp_path / "file" / "out")]) == 1
     assert "choose another --output-dir" in capsys.readouterr().err
@@ -516,7 +517,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_adapte
     tiny: Path,
 ) -> None:
     args = resolve_device_and_dtype(train.parse_args(["--model", str(tiny), "--dtype", "float32"]))
-    model, tokenizer = train.adapted_model(args, "nf4")
+    tokenizer = models.tokenizer()
+    model = train.load_model(args, tokenizer)
     layer = next(layer for layer in model.modules() if isinstance(layer, QLoRALinear))
     torch.nn.init.constant_(layer.lora_B, float("inf"))
     before = layer.lora_A.detach().clone()

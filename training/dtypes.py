@@ -28,14 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora import FrozenWeight, QLoRALinear
 from memory import formula
-from training.options import Options
+from training.options import Options, usage_error
 from variants.dora import Magnitude
 
 
 def resolve_device_and_dtype(args: Options) -> Options:
     """Set args.device to a device that works and args.dtype to a torch.dtype; returns args.
 
-    Raises: ValueError if torch cannot use the device.
+    Error: if torch cannot use the device, one line and exit status 2, as for any wrong flag.
     """
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,7 +43,7 @@ def resolve_device_and_dtype(args: Options) -> Options:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {args.device} cannot be used ({reason}): try cpu") from error
+        usage_error(f"--device {args.device} cannot be used ({reason}): try cpu")
     args.dtype = pick_dtype(args.dtype, args.device)
     return args
 
