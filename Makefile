@@ -20,10 +20,11 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 train: $(VENV)/run
 	$(BIN)/python train.py $(ARGS)
 
-# The whole suite must also reach every line; a part of it need not.
+# The whole suite must also reach every line; a part of it need not. The tests of a file stay in one
+# process (loadfile), so that what they share is made once. At most 8, for the memory of each.
 test: $(VENV)/dev
 ifeq ($(ARGS),)
-	$(BIN)/coverage run -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --cov --cov-report=
 	@$(BIN)/python tests/covered.py
 else
 	$(BIN)/python -m pytest $(ARGS)

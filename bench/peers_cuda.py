@@ -48,7 +48,7 @@ class Layer:
 
     def dequantizing(self) -> dict[str, Work]:
         """Double-quantized NF4 -> bfloat16, into memory that is there already."""
-        q, constants = self.base.stored()
+        q, constants = self.base.packed_state()
         out = (
             self.out if self.out.is_cuda else None
         )  # elsewhere bitsandbytes always takes new memory

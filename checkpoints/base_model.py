@@ -1,19 +1,29 @@
-"""A model's files, read tensor by tensor and put in 4 bits as they come: the dense model never exists.
+"""Loads the frozen base model from a folder, dense or in 4 bits, and saves it in 4 bits.
 
-config.json gives a skeleton of the model (skeleton.py), and the headers of the files the names and shapes of its tensors; so
-what does not fit is refused before a number is read. Then each tensor is looked at once, where it lies in the mapped file. The
-weight of a linear layer becomes a QLoRALinear in its place; anything else is copied, in the dtype the model wants it in.
-So loading never takes more memory than
+A dense model is read tensor by tensor and quantized as it is read, so it never exists as a whole.
+config.json gives a skeleton of the model (skeleton.py), and the headers of the files give the names
+and shapes of its tensors; whatever does not fit is an error before any weight is read. Then each
+tensor is visited once, in the mapped file. The weight of a linear layer becomes a QLoRALinear in
+its place. Any other tensor is copied, in the dtype that the model needs. Loading never takes more
+memory than
 
-    the model as it will be, 4.127 bits a weight and the rest in 16  +  its largest tensor  +  files.WINDOW
+    the final model, 4.127 bits a weight and the rest in 16  +  its largest tensor  +  io.WINDOW
 
-and leaves the bits that transformers' from_pretrained and lora.attach would have left. A folder that is in 4 bits already is
-taken as it is (checkpoint.load_4bit).
+and produces the same bits as from_pretrained of transformers followed by lora.attach.
 
-Only nn.Linear is put in 4 bits. Where an architecture keeps matrices in something else, GPT-2 in Conv1D, mixtures of experts in
-one tensor for all experts, most of it would silently stay dense: it is refused instead.
+A 4-bit model is the folder that transformers saves after quantizing with bitsandbytes: config.json
+with a quantization_config, and model.safetensors, which holds each 4-bit weight as bnb_4bit.py
+describes. Each becomes a QLoRALinear without an adapter.
+
+Only nn.Linear is quantized. Some architectures keep most matrices elsewhere: GPT-2 in Conv1D,
+mixtures of experts in one tensor for all experts. They would stay dense without a warning, so they
+are an error.
+
+Differs from transformers: nothing missing is replaced by random numbers, load_4bit casts nothing,
+and a model that is saved again has the bytes that were loaded.
 """
 
+import copy
 import re
 import time
 from collections.abc import Callable
@@ -21,88 +31,26 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from checkpoints import checkpoint, skeleton
-from checkpoints import io as files
-from lora import QLoRALinear, attach, naming, unadapted
+from checkpoints import bnb_4bit, io, skeleton
+from lora import QLoRALinear, attach, names_of, naming, unadapted
 from variants.init import maker as layer_maker
 
-
-def load(
-    folder: Path,
-    dtype: torch.dtype,
-    device: str,
-    make: Callable[[Tensor, Tensor | None], QLoRALinear],
-) -> PreTrainedModel:
-    """The model in a folder, dense or in 4 bits, on `device`, in evaluation mode; its parameters are in `dtype`.
-
-    make: a linear layer's weight (out, in), in `dtype` on `device`, and its bias (not there yet) -> the layer in its place;
-    a layer in 4 bits keeps its base.
-    Raises: ValueError naming the file, tensor or layer if anything is missing, left over, damaged, or not covered.
-    """
-    if files.read_json(folder / "config.json").get("quantization_config") is not None:
-        return _in_dtype(checkpoint.load_4bit(folder), dtype, device)
-    shards = files.describe_model(folder)
-    described = {name: tensor for its in shards.values() for name, tensor in its.items()}
-    model = skeleton.build(folder, described, dtype)
-    refuse_uncovered(model, folder)
-    tied, empty, ignored = model.all_tied_weights_keys, skeleton.empty_of(model), _ignored(model)
-    skeleton.check_like(
-        {tied.get(name, name): like for name, like in described.items() if not ignored(name)},
-        empty,
-        folder,
-    )
-    linears = {f"{names[0]}.weight": names for names in unadapted(model)}
-    dense = {}
-    for name, tensor in (
-        (name, tensor)
-        for path in shards
-        for name, tensor in files.each_tensor(path)
-        if not ignored(name)
-    ):
-        wanted = empty[tied.get(name, name)].dtype
-        if name in linears:
-            with naming(linears[name][0]):
-                layer = make(tensor.to(device, wanted), model.get_submodule(linears[name][0]).bias)
-            for each in linears[name]:
-                model.set_submodule(each, layer)
-        else:
-            dense[name] = tensor.to(
-                device, wanted if tensor.is_floating_point() else tensor.dtype, copy=True
-            )
-    skeleton.fill(model, dense, folder)
-    return model.to(device).eval()
-
-
-def _in_dtype(model: PreTrainedModel, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """What is not in 4 bits is cast, but for buffers, as it would be in a dense folder; and layers compute in what they get."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(device, dtype)
-    for layer in model.modules():
-        if isinstance(layer, QLoRALinear):
-            layer.compute_dtype = None
-    return model.to(device)
-
-
-def _ignored(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Whether transformers passes a tensor of this name over: what an older version of it saved and no one needs."""
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
-    return lambda name: any(re.search(pattern, name) for pattern in patterns)
-
-
-def refuse_uncovered(model: PreTrainedModel, where: Path) -> None:
-    """Raise a ValueError naming the first matrix that is in no nn.Linear, embedding or output head."""
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear or isinstance(module, nn.Embedding) or module is head:
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() > 1:
-                raise ValueError(
-                    f"{where}: {name}.{key} {tuple(parameter.shape)} is the matrix of a {type(module).__name__}, "
-                    f"and only nn.Linear can be put in 4 bits: {type(model).__name__} is not covered"
-                )
+# What transformers writes, except for the entries that depend on the layers.
+QUANTIZATION = {
+    "_load_in_4bit": True,
+    "_load_in_8bit": False,
+    "bnb_4bit_quant_storage": "uint8",
+    "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False,
+    "llm_int8_skip_modules": None,
+    "llm_int8_threshold": 6.0,
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "quant_method": "bitsandbytes",
+}
+MakeLayer = Callable[[Tensor, Tensor | None], QLoRALinear]
 
 
 def load_with_adapters(
@@ -114,18 +62,230 @@ def load_with_adapters(
     adapter: dict,
     quantization: dict,
 ) -> PreTrainedModel:
-    """The model in a folder, loaded layer by layer, frozen and quantized, with adapters that start as `start` says.
+    """Loads and quantizes a model layer by layer and adds adapters, initialized as `start` says.
 
-    Raises: ValueError as load and lora.attach do, and for a start that needs the dense weights of a 4-bit folder.
+    Raises: ValueError as load_quantized and lora.attach do, and if `start` needs the dense weights
+    of a model that is already in 4 bits.
     """
     began = time.perf_counter()
-    model = load(folder, dtype, device, layer_maker(start, adapter, quantization))
+    model = load_quantized(folder, dtype, device, layer_maker(start, adapter, quantization))
     print(f"base loaded layer by layer, {time.perf_counter() - began:.1f} s")
     torch.manual_seed(seed)
     if start == "default":
         attach(model, **adapter)
     elif unadapted(model):
         raise ValueError(
-            f"{start} starts from dense weights, and {folder} is in 4 bits already: take the default start"
+            f"{start} starts from dense weights, and {folder} is in 4 bits already: "
+            "take the default start"
         )
     return model
+
+
+# Dense folders
+
+
+def load_quantized(
+    folder: Path, dtype: torch.dtype, device: str, make: MakeLayer
+) -> PreTrainedModel:
+    """Loads the model of a folder, dense or in 4 bits, to a device, in evaluation mode.
+
+    dtype: of its parameters. make: maps the weight (out, in) of a linear layer, in `dtype` on
+    `device`, and its bias, on the meta device or None, to the layer that replaces it. Layers that
+    are in 4 bits already keep their base.
+    Raises: ValueError naming the file, tensor or layer that is missing, unknown, damaged or not
+    supported.
+    """
+    if io.read_json(folder / "config.json").get("quantization_config") is not None:
+        return _cast(load_4bit(folder), dtype, device)
+    shards = io.describe_model(folder)
+    described = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+    model = skeleton.build(folder, described, dtype)
+    _check_supported(model, folder)
+    empty = skeleton.empty_of(model)
+    tied = model.all_tied_weights_keys
+    ignored = _ignored_names(model)
+    for name in [name for name in described if ignored.search(name)]:
+        del described[name]
+    io.check_like({tied.get(name, name): t for name, t in described.items()}, empty, folder)
+
+    linears = {f"{names[0]}.weight": names for names in unadapted(model)}
+    dense = {}
+    for path in shards:
+        for name, tensor in io.iterate_tensors(path):
+            if name not in described:
+                continue
+            wanted = empty[tied.get(name, name)].dtype
+            if name in linears:
+                _replace_linear(model, linears[name], tensor.to(device, wanted), make)
+            elif tensor.is_floating_point():
+                dense[name] = tensor.to(device, wanted, copy=True)
+            else:
+                dense[name] = tensor.to(device, copy=True)
+    skeleton.fill(model, dense, folder)
+    return model.to(device).eval()
+
+
+def _replace_linear(
+    model: PreTrainedModel, names: list[str], weight: Tensor, make: MakeLayer
+) -> None:
+    """Puts a quantized layer in the place of a linear layer, under all its names."""
+    with naming(names[0]):
+        layer = make(weight, model.get_submodule(names[0]).bias)
+    for name in names:
+        model.set_submodule(name, layer)
+
+
+def _ignored_names(model: PreTrainedModel) -> re.Pattern:
+    """Matches tensors that older versions of transformers saved and that no model needs."""
+    patterns = model._keys_to_ignore_on_load_unexpected or []
+    return re.compile("|".join([*patterns, r"rotary_emb\.inv_freq$"]))
+
+
+def _check_supported(model: PreTrainedModel, where: Path) -> None:
+    """Raises a ValueError naming the first matrix outside nn.Linear, embeddings and the head."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear or isinstance(module, nn.Embedding) or module is head:
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                shape, kind = tuple(parameter.shape), type(module).__name__
+                raise ValueError(
+                    f"{where}: {name}.{key} {shape} is the matrix of a {kind}, and only nn.Linear "
+                    f"can be put in 4 bits: {type(model).__name__} is not supported"
+                )
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """Casts the parameters of a 4-bit model; its layers then compute in the dtype of their input.
+
+    Buffers keep their dtype, as they do in a dense model.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    for layer in model.modules():
+        if isinstance(layer, QLoRALinear):
+            layer.compute_dtype = None
+    return model.to(device)
+
+
+# Folders in 4 bits
+
+
+def load_4bit(folder: str | Path) -> PreTrainedModel:
+    """Loads a model that save_4bit, or transformers with bitsandbytes, saved.
+
+    The model is frozen and in evaluation mode. Each 4-bit layer is a QLoRALinear without an
+    adapter; lora.attach or load_adapter adds one.
+    Raises: ValueError naming the file and the key of anything missing, unknown or invalid.
+    """
+    folder = Path(folder)
+    quantization = _read_quantization(folder)
+    compute_dtype = bnb_4bit.DTYPES[quantization["bnb_4bit_compute_dtype"]]
+    tensors = io.read_model(folder)
+    model = skeleton.build(folder, tensors)
+    modules = dict(model.named_modules())
+    try:
+        for weight_name in bnb_4bit.packed_names(tensors):
+            name = weight_name.removesuffix(".weight")
+            linear = modules.get(name)
+            if type(linear) is not nn.Linear or name == weight_name:
+                raise ValueError(
+                    f"{weight_name} is in 4 bits, and {name} is not a linear layer of the model"
+                )
+            base = bnb_4bit.unpack(tensors, weight_name, linear.weight.shape)
+            layer = QLoRALinear(base, linear.bias, compute_dtype=compute_dtype)
+            model.set_submodule(name, layer)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    skeleton.fill(model, tensors, folder)
+    return model.requires_grad_(False).eval()
+
+
+def _read_quantization(folder: Path) -> dict:
+    """Reads and checks the quantization_config of a folder; adds the defaults of transformers."""
+    path = folder / "config.json"
+    given = io.read_json(path).get("quantization_config")
+    if (
+        not isinstance(given, dict)
+        or given.get("quant_method") != "bitsandbytes"
+        or not given.get("load_in_4bit")
+    ):
+        raise ValueError(
+            f"{path}: quantization_config is not that of 4 bits by bitsandbytes, but "
+            f"{str(given)[:200]}; load a dense model with transformers and quantize it with "
+            "lora.attach"
+        )
+    quantization = QUANTIZATION | {"bnb_4bit_compute_dtype": "float32"} | given
+    supported = {
+        "bnb_4bit_compute_dtype": list(bnb_4bit.DTYPES),
+        "bnb_4bit_quant_storage": list(bnb_4bit.STORAGES),
+    }
+    for key, values in supported.items():
+        if quantization[key] not in values:
+            raise ValueError(
+                f"{path}: {key} must be one of {', '.join(values)}; got {quantization[key]}"
+            )
+    return quantization
+
+
+def save_4bit(model: PreTrainedModel, folder: str | Path) -> None:
+    """Writes the frozen base of a model as transformers with bitsandbytes does, without adapters.
+
+    Raises: ValueError if no layer is in 4 bits, or the format cannot hold one (it is dense, or
+    has another code).
+    """
+    folder = Path(folder)
+    layers = names_of(model, QLoRALinear)
+    if not layers or not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            "save_4bit needs a model of transformers with layers in 4 bits: lora.attach makes them"
+        )
+    config = _config_of(model, next(iter(layers)))
+    tensors = _dense_tensors(model, layers)
+    storage = bnb_4bit.STORAGES[config.quantization_config["bnb_4bit_quant_storage"]]
+    for layer, names in layers.items():
+        tensors |= bnb_4bit.pack(layer.base, f"{names[0]}.weight", storage)
+    folder.mkdir(parents=True, exist_ok=True)
+    io.write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
+    if model.can_generate():
+        generation = model.generation_config.to_json_string()
+        io.write_text(generation, folder / "generation_config.json")
+    io.write_text(config.to_json_string(), folder / "config.json")
+
+
+def _dense_tensors(
+    model: PreTrainedModel, layers: dict[QLoRALinear, list[str]]
+) -> dict[str, Tensor]:
+    """Finds the tensors that are saved as they are: no 4-bit weights, adapters or tied copies."""
+    elsewhere = set(model.all_tied_weights_keys)
+    for layer, names in layers.items():
+        keys = [key for key in layer.state_dict() if key != "bias"]
+        elsewhere |= {f"{name}.{key}" for name in names for key in keys}
+    return {name: t for name, t in model.state_dict().items() if name not in elsewhere}
+
+
+def _config_of(model: PreTrainedModel, layer: QLoRALinear) -> PretrainedConfig:
+    """Copies the model's config and adds how `layer`, like all its 4-bit layers, is quantized.
+
+    Entries of a quantization_config that is already there stay, unless they have become wrong.
+    """
+    config = copy.deepcopy(model.config)
+    dtype = model.get_input_embeddings().weight.dtype
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    compute_dtype = layer.compute_dtype or dtype
+    quantization = QUANTIZATION | (getattr(config, "quantization_config", None) or {})
+    quantization |= {
+        "bnb_4bit_quant_type": bnb_4bit.quant_type(layer.base.codebook),
+        "bnb_4bit_use_double_quant": layer.base.double_quant,
+        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+    }
+    output = model.get_output_embeddings()
+    head = [name for name, module in model.named_modules() if module is output]
+    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    skipped = quantization["llm_int8_skip_modules"] or []
+    if dense != head and not set(dense) <= set(skipped):
+        quantization["llm_int8_skip_modules"] = [*dense, *head]
+    config.quantization_config = quantization
+    return config

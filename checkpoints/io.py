@@ -1,11 +1,14 @@
-"""Files: what we write is whole or not there, and what we read may come from a stranger.
+"""Reads and writes files: a write is atomic, and a file to read may come from a stranger.
 
-Writing. A file is written beside its final place, seen to be on the disk, and moved there: a reader finds the old file or the
-new one, and never half of one.
+Writing. A file is written to a temporary folder next to its destination, synchronized to disk and
+then renamed. A reader sees the old file or the new one, never a part of either. The permissions are
+those that the umask gives, and the bytes depend on nothing but the content.
 
-Reading. Only JSON and safetensors are read; nothing is unpickled, and no name leads out of the folder (a link in it may: caches
-are made of links). What does not fit is one ValueError that names the file and, where there is one, the key. The library checks
-the header of a safetensors file against its length, so that none can make us allocate more than the file holds.
+Reading. Only JSON and safetensors are read. Nothing is unpickled, and no file name in an index
+leads out of the folder (a symbolic link in the folder may: download caches consist of links).
+Invalid input raises one ValueError that names the file and, where there is one, the key. The
+safetensors library checks the header against the length of the file, so a header cannot make us
+allocate more than the file holds.
 """
 
 import json
@@ -21,37 +24,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-LARGEST_CONFIG, LARGEST_JSON = (
-    2**20,
-    2**26,
-)  # bytes; the index of a model of a million tensors is about as long as the latter
-UNFINISHED = ".unfinished"  # how the name of a folder ends in which a file is not whole yet
-WINDOW = 2**26  # bytes of a file that are read before it is mapped anew
-DEEPEST_JSON = 50  # so that what walks through it does not run out of stack
-WITH_NAN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LARGEST_CONFIG = 2**20  # bytes
+LARGEST_JSON = 2**26  # bytes; about the length of the index of a model with a million tensors
+DEEPEST_JSON = 50  # levels, so that a recursive function can walk through it
+WINDOW = 2**26  # bytes that are read from a mapped file before it is mapped again
+UNFINISHED = ".unfinished"  # suffix of a temporary folder
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def claim(folder: Path, nbytes: int = 0) -> None:
-    """Make a folder, and see before any work is done for it that it takes files and has room for nbytes."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(
-            f"{folder} cannot be written to ({error.strerror}): choose another --output-dir"
-        ) from None
-    if shutil.disk_usage(folder).free < nbytes:
-        raise ValueError(
-            f"{folder} has too little free space: {nbytes / 1e6:.0f} MB are needed for adapter and state"
-        )
+# Reading
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises: ValueError if it is not UTF-8."""
+    """Returns the text of a UTF-8 file. Raises: ValueError if it is not UTF-8."""
     try:
-        return path.read_text(
-            encoding="utf-8-sig"
-        )  # with or without the mark that Windows puts first
+        return path.read_text(encoding="utf-8-sig")  # Windows may put a byte order mark first
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it"
@@ -59,34 +46,33 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: bytes) -> dict:
-    """The object that a JSON text stands for. Raises: ValueError if it is none, or nested deeper than anybody means."""
+    """Parses a JSON object. Raises: ValueError if it is not one, or nested too deeply."""
     try:
         content = json.loads(text)
     except RecursionError as error:
         raise ValueError(error) from None
     if not isinstance(content, dict):
-        raise ValueError(f"it is no object, but a {type(content).__name__}")
+        raise ValueError(f"it is not an object but a {type(content).__name__}")
     level = [content]
     for _ in range(DEEPEST_JSON):
-        level = [
-            inner
-            for each in level
-            for inner in (each.values() if isinstance(each, dict) else each)
-            if isinstance(inner, (dict, list))
-        ]
+        level = [child for parent in level for child in _containers_in(parent)]
     if level:
-        raise ValueError(f"it is nested more than {DEEPEST_JSON} deep")
+        raise ValueError(f"it is nested more than {DEEPEST_JSON} levels deep")
     return content
 
 
+def _containers_in(parent: dict | list) -> list[dict | list]:
+    values = parent.values() if isinstance(parent, dict) else parent
+    return [value for value in values if isinstance(value, (dict, list))]
+
+
 def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict:
-    """The object in a JSON file of at most `largest` bytes."""
-    if not os.path.isfile(path):  # unlike path.is_file(), also for a name that no file can have
+    """Reads the object in a JSON file of at most `largest` bytes."""
+    if not os.path.isfile(path):  # path.is_file() raises for a name that no file can have
         raise ValueError(f"there is no {path}")
-    if path.stat().st_size > largest:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes; no more than {largest} are read as JSON"
-        )
+    size = path.stat().st_size
+    if size > largest:
+        raise ValueError(f"{path} has {size} bytes; the limit for JSON is {largest}")
     try:
         return parse_json(path.read_bytes())
     except (ValueError, OSError) as error:
@@ -94,38 +80,33 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    """A safetensors file, its header read and checked against its length; its numbers are mapped, and read when used."""
+def _open_tensors(path: Path) -> Iterator[safe_open]:
+    """Opens a safetensors file: checks its header, maps its data. Errors become ValueErrors."""
     if not os.path.isfile(path):
         pickles = sorted(each.name for each in path.parent.glob("*.bin"))
-        hint = (
-            f"; {pickles[0]} is a pickle, which could run code: convert it to safetensors"
-            if pickles
-            else ""
-        )
+        hint = ""
+        if pickles:
+            hint = f"; {pickles[0]} is a pickle, which could run code: convert it to safetensors"
         raise ValueError(f"there is no {path}{hint}")
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (
-        SafetensorError,
-        RuntimeError,
-        TypeError,
-        OSError,
-    ) as error:  # TypeError: 2**63 of something, or more
+    # safetensors raises a TypeError for a size of 2**63 or more.
+    except (SafetensorError, RuntimeError, TypeError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is damaged ({reason})") from None
 
 
-def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a safetensors file in turn, as a view of the mapped file: copy what is to stay.
+def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields each tensor of a safetensors file as a view of the mapped file: copy what must stay.
 
-    What was read of a mapping is memory of ours as long as it is mapped; so the file is mapped anew every WINDOW bytes.
+    Pages read from a mapping count as our memory until it is closed, so the file is mapped again
+    after every WINDOW bytes.
     """
-    with _opened(path) as file:
+    with _open_tensors(path) as file:
         names = list(file.keys())
     while names:
-        with _opened(path) as file:
+        with _open_tensors(path) as file:
             unread = WINDOW
             while names and unread > 0:
                 tensor = file.get_tensor(names[0])
@@ -134,102 +115,153 @@ def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, in memory of its own: the file may change or go afterwards."""
-    return {name: tensor.clone() for name, tensor in each_tensor(path)}
-
-
-def describe(path: Path) -> dict[str, Tensor]:
-    """Name, shape and dtype of every tensor of a safetensors file, as tensors on the meta device: no number is read."""
-    with _opened(path) as file:
-        return {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118 (it is no dict)
-
-
-def refuse_nan(tensors: dict[str, Tensor], where: Path) -> None:
-    """Raise a ValueError naming the first tensor with NaN or infinity in it."""
-    for name, tensor in tensors.items():
-        if (
-            tensor.dtype in WITH_NAN
-            and tensor.numel()
-            and not all(end.isfinite() for end in tensor.aminmax())
-        ):
-            raise ValueError(f"{where}: {name} holds NaN or infinity")
+    """Copies each tensor of a safetensors file to memory; the file may then change or vanish."""
+    return {name: tensor.clone() for name, tensor in iterate_tensors(path)}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The strings in the header of a safetensors file that `read_tensors` has read."""
+    """Reads the metadata in the header of a safetensors file that was already validated."""
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
 
 
+def describe(path: Path) -> dict[str, Tensor]:
+    """Reads name, shape and dtype of each tensor of a safetensors file, as meta tensors."""
+    with _open_tensors(path) as file:
+        names = list(file.keys())
+        return {name: file.get_tensor(name).to("meta") for name in names}
+
+
 def describe_model(folder: Path) -> dict[Path, dict[str, Tensor]]:
-    """The safetensors files of a model's folder, model.safetensors or those that its index names, and what each describes."""
+    """Describes each safetensors file of a model: model.safetensors, or the files of its index."""
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if path.is_file() or not index.is_file():
         return {path: describe(path)}
-    places = read_json(index, LARGEST_JSON).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-        raise ValueError(f"{index}: weight_map does not give the file of each tensor")
-    for name, place in places.items():
-        if place in ("", "..") or "\0" in place or Path(place).name != place:
-            raise ValueError(
-                f"{index}: {name} is said to be in {place!r}, which is no file of this folder"
-            )
+    places = _read_index(index)
     shards = {folder / place: describe(folder / place) for place in sorted(set(places.values()))}
-    strays = [
-        (path, name)
-        for path, its in shards.items()
-        for name in its
-        if places.get(name) != path.name
-    ]
-    if strays:
-        raise ValueError(f"{strays[0][0]}: {strays[0][1]} is not where {index.name} says")
-    lost = [name for name, place in places.items() if name not in shards[folder / place]]
-    if lost:
-        raise ValueError(f"{index}: {lost[0]} is not in {places[lost[0]]}")
+    for shard, tensors in shards.items():
+        for name in tensors:
+            if places.get(name) != shard.name:
+                raise ValueError(f"{shard}: {index.name} does not place {name} in this file")
+    for name, place in places.items():
+        if name not in shards[folder / place]:
+            raise ValueError(f"{index}: {name} is not in {place}")
     return shards
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    """Reads which file of the folder holds which tensor."""
+    places = read_json(path, LARGEST_JSON).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise ValueError(f"{path}: weight_map does not give the file of each tensor")
+    for name, place in places.items():
+        if place in ("", "..") or "\0" in place or Path(place).name != place:
+            raise ValueError(f"{path}: {place!r}, given for {name}, is not a file of this folder")
+    return places
+
+
 def read_model(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a model's folder, in memory of its own."""
-    return {
-        name: tensor
-        for path in describe_model(folder)
-        for name, tensor in read_tensors(path).items()
-    }
+    """Copies each tensor of a model's folder to memory."""
+    tensors = {}
+    for path in describe_model(folder):
+        tensors |= read_tensors(path)
+    return tensors
+
+
+# Checking
+
+
+def check_like(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
+    """Compares names, shapes and kinds; any floating-point dtype fits another one.
+
+    Raises: ValueError naming the first tensors that are missing, unknown, or of another shape or
+    kind.
+    """
+    wrong = [f"{name} is missing" for name in expected if name not in tensors]
+    wrong += [f"{name} belongs to nothing in the model" for name in tensors if name not in expected]
+    for name in expected:
+        if name not in tensors:
+            continue
+        got = _kind(tensors[name])
+        wanted = _kind(expected[name])
+        if got != wanted:
+            wrong.append(f"{name} is {got}, and must be {wanted}")
+    if wrong:
+        raise ValueError(
+            f"{where} does not fit the model, {len(wrong)} tensors in all: {'; '.join(wrong[:3])}"
+        )
+
+
+def _kind(tensor: Tensor) -> str:
+    dtype = "floating point" if tensor.dtype in FLOATING else tensor.dtype
+    return f"{tuple(tensor.shape)}, {dtype}"
+
+
+def require_finite(tensors: dict[str, Tensor], where: Path) -> None:
+    """Raises a ValueError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in FLOATING and tensor.numel():
+            low, high = tensor.aminmax()  # NaN if there is one
+            if not (low.isfinite() and high.isfinite()):
+                raise ValueError(f"{where}: {name} holds NaN or infinity")
+
+
+# Writing
+
+
+def prepare_folder(folder: Path, nbytes: int = 0) -> None:
+    """Creates a folder and checks, before any work, that it is writable and has room for nbytes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written to ({error.strerror}): choose another --output-dir"
+        ) from None
+    if shutil.disk_usage(folder).free < nbytes:
+        needed = f"{nbytes / 1e6:.0f} MB are needed for adapter and state"
+        raise ValueError(f"{folder} has too little free space: {needed}")
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file. Raises: OSError; what was there before is untouched then."""
+    """Writes a safetensors file. Raises: OSError; the previous file is then unchanged.
+
+    metadata: at most one entry, because safetensors writes several in random order: the same run
+    would leave other bytes. Put JSON into the one entry instead.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        atomically(path, lambda unfinished: save_file(contiguous, unfinished, metadata))
+        write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
     except SafetensorError as error:
         raise OSError(
-            f"{path} could not be written ({error}); what was there before is untouched"
+            f"{path} could not be written ({error}); the previous file is unchanged"
         ) from None
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a text file. Raises: OSError; what was there before is untouched then."""
-    atomically(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    """Writes a UTF-8 text file. Raises: OSError; the previous file is then unchanged."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file, see that it is on the disk, and give it its name; that reaches the disk, too."""
-    # Until then it has a folder of its own: a library may write beside what it writes, and be killed there.
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary path, synchronizes the file to disk and renames it to path."""
+    # In a folder of its own, because `write` may create more files, and the process may be killed.
     folder = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     folder.mkdir(exist_ok=True)
+    temporary = folder / path.name
     try:
-        write(folder / path.name)
-        _sync(folder / path.name)
-        os.replace(folder / path.name, path)
-        _sync(path.parent)
+        write(temporary)
+        # safetensors allows the owner alone; the new folder has what the umask allows.
+        temporary.chmod(folder.stat().st_mode & 0o666)
+        _synchronize(temporary)
+        os.replace(temporary, path)
+        _synchronize(path.parent)
     finally:
         shutil.rmtree(folder)
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+def _synchronize(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -238,6 +270,6 @@ def _sync(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left. No other may be writing there."""
+    """Removes what killed processes left. No other process may be writing to the folder."""
     for path in folder.glob(f".*{UNFINISHED}"):
         shutil.rmtree(path)

@@ -1,31 +1,46 @@
-"""The folder of an adapter, in PEFT's format: which layer has which rank and scaling, and under which name.
+"""Saves and loads the adapters of a model in PEFT's format.
 
-    adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (r, in) and ...lora_B.weight (out, r)
-                                with use_dora, base_model.model.<layer>.lora_magnitude_vector (out,)
-    adapter_config.json         r, lora_alpha, lora_dropout, use_rslora, use_dora for all layers; rank_pattern and alpha_pattern
-                                for those that differ: regular expressions, the first that matches the end of a layer's name
-                                counts
+An adapter is a folder with two files:
 
-A regular expression from a stranger can take longer than a life to match. So a pattern may hold three repetitions and no
-groups, which bounds its time by the cube of the length of a name; and there may not be too many, the slow ones least of all.
+    adapter_model.safetensors
+        base_model.model.<layer>.lora_A.weight (r, in)
+        base_model.model.<layer>.lora_B.weight (out, r)
+        base_model.model.<layer>.lora_magnitude_vector (out,)   with DoRA only
+    adapter_config.json
+        r, lora_alpha, lora_dropout, use_rslora, use_dora       for all layers
+        rank_pattern, alpha_pattern                             for layers that differ: regular
+            expressions, of which the first that matches the end of a layer's name counts
+
+The header of the safetensors file has one entry, "base": how the frozen base was quantized, as
+JSON. PEFT has no place for it and ignores it.
+
+Differs from PEFT: there an adapter with a wrong prefix loads nothing, silently. Here the adapter of
+every layer must be in the file with the right shape, and every tensor of the file must belong to a
+layer.
+
+A hostile regular expression can take years to match. A pattern therefore has at most three
+repetitions and no groups, so matching it takes at most the cube of the length of a name, and the
+patterns of a config have a common limit.
 """
 
 import functools
 import json
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import nf4
-from checkpoints import bnb_4bit as bnb_format
-from checkpoints import io as files
-from lora import FrozenWeight
+from checkpoints import io
+from checkpoints.bnb_4bit import DTYPES
+from lora import FrozenWeight, QLoRALinear, adapt, names_of, unadapted
+from variants.dora import DoRALinear
 
 PREFIX = "base_model.model."
-DEFAULTS = {
+DEFAULTS = {  # PEFT's
     "r": 8,
     "lora_alpha": 8,
     "lora_dropout": 0.0,
@@ -36,115 +51,289 @@ DEFAULTS = {
     "base_model_name_or_path": None,
     "bias": "none",
     "init_lora_weights": True,
-}  # PEFT's
-UNSUPPORTED = """use_qalora use_bdlora lora_bias alora_invocation_tokens modules_to_save trainable_token_indices
-    target_parameters layer_replication arrow_config velora_config monteclora_config kasa_config""".split()
-HARMLESS_STARTS = (
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "eva",
-)  # the others change the base, and need it changed again
+}
+UNSUPPORTED = """
+    use_qalora use_bdlora lora_bias alora_invocation_tokens modules_to_save trainable_token_indices
+    target_parameters layer_replication arrow_config velora_config monteclora_config kasa_config
+""".split()
+# Other values of init_lora_weights change the base, so the adapter would need that base.
+SUPPORTED_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+MOST_REPETITIONS = 3  # in a pattern
+LONGEST_PATTERN = 1000  # characters
+MOST_PATTERNS = 10_000
+MOST_WORK = 10**5  # the sum of 10 ** repetitions over all patterns: seconds for a large model
+
+
+# The adapters of a model
+
+
+def adapted_layers(model: nn.Module) -> dict[str, QLoRALinear]:
+    """Finds every layer with an adapter, by name."""
+    layers = names_of(model, QLoRALinear)
+    return {names[0]: layer for layer, names in layers.items() if layer.r}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Maps PEFT's name to the parameter, for every adapter of the model."""
+    tensors = {}
+    for layer_name, layer in adapted_layers(model).items():
+        for ours, peft_name in tensor_names(layer_name, isinstance(layer, DoRALinear)).items():
+            tensors[peft_name] = layer.get_parameter(ours)
+    return tensors
 
 
 def tensor_names(layer: str, use_dora: bool) -> dict[str, str]:
-    """The parameters of a layer's adapter: QLoRALinear's name -> PEFT's."""
-    ours = ["lora_A", "lora_B", *(["lora_magnitude_vector.weight"] if use_dora else [])]
-    return dict(
-        zip(
-            ours,
-            (
-                f"{PREFIX}{layer}.{name}"
-                for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-            ),
-        )
-    )
-
-
-def layers_of(tensors: dict[str, Tensor]) -> set[str]:
-    """The layers that a file has adapters for."""
-    return {
-        name.removeprefix(PREFIX).rpartition(".lora_")[0]
-        for name in tensors
-        if name.startswith(PREFIX)
+    """Maps the name of each adapter parameter in a QLoRALinear to its name in PEFT's file."""
+    names = {
+        "lora_A": f"{PREFIX}{layer}.lora_A.weight",
+        "lora_B": f"{PREFIX}{layer}.lora_B.weight",
     }
+    if use_dora:
+        names["lora_magnitude_vector.weight"] = f"{PREFIX}{layer}.lora_magnitude_vector"
+    return names
 
 
-def write_config(settings: dict[str, tuple[int, float]], rest: dict, folder: Path) -> None:
-    """settings: layer -> (r, lora_alpha). rest: what is the same for all of them, and target_modules."""
-    r, lora_alpha = next(iter(settings.values()))
-    exactly = {
-        layer: f"^{re.escape(layer)}" for layer in settings
-    }  # a pattern that no other layer's name matches
-    config = {
+@torch.no_grad()
+def copy_tensors(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    """Copies each tensor of `source` into the tensor of the same name in `target`."""
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+# Saving
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, tensors: dict[str, Tensor] | None = None
+) -> None:
+    """Writes the adapters of a model into a folder, in PEFT's format.
+
+    tensors: the unsharded result of `adapter_tensors`, where the model's own tensors are sharded.
+    Raises: ValueError if the model has no adapters, or some that one config cannot describe.
+    """
+    folder = Path(folder)
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("the model has no adapters: add them with lora.attach")
+    config = _config_of(layers) | {
+        "target_modules": _target_modules(model),
+        "base_model_name_or_path": getattr(model, "name_or_path", None),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    first_layer = next(iter(layers.values()))
+    io.write_tensors(
+        tensors or adapter_tensors(model),
+        folder / "adapter_model.safetensors",
+        metadata={"base": describe_base(first_layer.base)},
+    )
+    io.write_text(json.dumps(config, indent=2), folder / "adapter_config.json")
+
+
+def _config_of(layers: dict[str, QLoRALinear]) -> dict:
+    """Describes the settings of all layers as PEFT's LoraConfig does."""
+    first = next(iter(layers.values()))
+    shared = _shared_settings(first)
+    rank_pattern = {}
+    alpha_pattern = {}
+    for name, layer in layers.items():
+        if _shared_settings(layer) != shared:
+            raise ValueError(
+                "the adapters differ in lora_dropout, use_rslora or use_dora: "
+                "PEFT's format has one value for all"
+            )
+        pattern = f"^{re.escape(name)}"  # matches the name of this layer only
+        if layer.r != first.r:
+            rank_pattern[pattern] = layer.r
+        if layer.lora_alpha != first.lora_alpha:
+            alpha_pattern[pattern] = layer.lora_alpha
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "r": r,
-        "lora_alpha": lora_alpha,
-        **rest,
-        "rank_pattern": {exactly[layer]: its for layer, (its, _) in settings.items() if its != r},
-        "alpha_pattern": {
-            exactly[layer]: its for layer, (_, its) in settings.items() if its != lora_alpha
-        },
+        "r": first.r,
+        "lora_alpha": first.lora_alpha,
+        **shared,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    files.write_text(json.dumps(config, indent=2), folder / "adapter_config.json")
 
 
-def of_layer(config: dict, layer: str) -> tuple[int, float]:
-    """A layer's r and lora_alpha."""
+def _target_modules(model: nn.Module) -> list[str]:
+    """Last parts of the adapted layers' names; full names if another layer shares a last part."""
+    adapted = set(adapted_layers(model))
+    linears = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, QLoRALinear))
+    }
+    suffixes = {name.rpartition(".")[2] for name in adapted}
+    other_suffixes = {name.rpartition(".")[2] for name in linears - adapted}
+    return sorted(adapted if suffixes & other_suffixes else suffixes)
 
-    def first_match(patterns: dict, otherwise: float) -> float:
-        return next(
-            (value for pattern, value in patterns.items() if _at_the_end(pattern).match(layer)),
-            otherwise,
-        )
 
-    return first_match(config["rank_pattern"], config["r"]), first_match(
-        config["alpha_pattern"], config["lora_alpha"]
-    )
+def describe_base(base: FrozenWeight) -> str:
+    """Describes how a base is quantized, as JSON for the header of its adapter."""
+    description = {"bits": 0, "dtype": str(base.dtype).removeprefix("torch.")}
+    if base.codebook is not None:
+        description["bits"] = base.codebook.numel().bit_length() - 1
+        description["block_size"] = base.block_size
+        description["double_quant"] = base.double_quant
+    return json.dumps(description)
+
+
+# Loading
+
+
+def _shared_settings(layer: QLoRALinear) -> dict:
+    """The settings for which PEFT's format has one value for all layers."""
+    return {
+        "lora_dropout": layer.lora_dropout,
+        "use_rslora": layer.use_rslora,
+        "use_dora": isinstance(layer, DoRALinear),
+    }
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Loads an adapter, ours or PEFT's, into a model in place.
+
+    A model without adapters gets them first, on an NF4 base.
+    Raises: ValueError for missing or damaged files, an unsupported kind of adapter, and names,
+    ranks or shapes that do not fit, naming the first one. The model is then unchanged.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = folder / "adapter_model.safetensors"
+    tensors = io.read_tensors(path)
+    layers = adapted_layers(model)
+    new = []
+    if not layers:
+        in_file = layers_of(tensors)
+        new = [names for names in unadapted(model) if names[0] in in_file]
+        layers = {names[0]: model.get_submodule(names[0]) for names in new}
+    settings = {name: settings_of(name, config) for name in layers}
+    if not new:
+        _check_settings(layers, settings, config["use_dora"], folder)
+    io.check_like(tensors, _expected_tensors(layers, settings, config["use_dora"]), path)
+    if not layers:
+        raise ValueError(f"{path} has no adapter for any layer of the model")
+    # As float32, because a float64 in the file may be beyond its range.
+    io.require_finite({name: tensor.float() for name, tensor in tensors.items()}, path)
+    layer_type = DoRALinear if config["use_dora"] else QLoRALinear
+    adapt(model, [(names, settings[names[0]]) for names in new], layer_type)
+    for name, layer in adapted_layers(model).items():
+        layer.lora_alpha = settings[name]["lora_alpha"]
+        layer.use_rslora = settings[name]["use_rslora"]
+    copy_tensors(tensors, adapter_tensors(model))
+    return model
+
+
+def _check_settings(
+    layers: dict[str, QLoRALinear], settings: dict[str, dict], use_dora: bool, folder: Path
+) -> None:
+    """Compares rank and use_dora of a model's adapters with the settings of a config."""
+    path = folder / "adapter_config.json"
+    for name, layer in layers.items():
+        r = settings[name]["r"]
+        if layer.r != r:
+            raise ValueError(f"{path} gives {name} rank {r}, and the model's adapter has {layer.r}")
+        if isinstance(layer, DoRALinear) != use_dora:
+            raise ValueError(f"{path} has use_dora {use_dora}, and the model's adapter has not")
+
+
+def _expected_tensors(
+    layers: dict[str, nn.Linear | QLoRALinear], settings: dict[str, dict], use_dora: bool
+) -> dict[str, Tensor]:
+    """Creates the tensors that the file must hold, on the meta device."""
+    expected = {}
+    for name, layer in layers.items():
+        r = settings[name]["r"]
+        shapes = {
+            "lora_A": (r, layer.in_features),
+            "lora_B": (layer.out_features, r),
+            "lora_magnitude_vector.weight": (layer.out_features,),
+        }
+        for ours, peft_name in tensor_names(name, use_dora).items():
+            expected[peft_name] = torch.empty(shapes[ours], device="meta")
+    return expected
+
+
+def layers_of(tensors: dict[str, Tensor]) -> set[str]:
+    """Names the layers that a file has adapters for."""
+    names = {name.removeprefix(PREFIX) for name in tensors if name.startswith(PREFIX)}
+    return {name.rpartition(".lora_")[0] for name in names}
+
+
+def settings_of(layer: str, config: dict) -> dict:
+    """Looks up the settings of a layer in a config, as QLoRALinear.from_linear takes them."""
+    return {
+        "r": _first_match(config["rank_pattern"], layer, config["r"]),
+        "lora_alpha": _first_match(config["alpha_pattern"], layer, config["lora_alpha"]),
+        "lora_dropout": config["lora_dropout"],
+        "use_rslora": config["use_rslora"],
+    }
+
+
+def _first_match(patterns: dict[str, float], layer: str, default: float) -> float:
+    for pattern, value in patterns.items():
+        if _compile(pattern).match(layer):
+            return value
+    return default
+
+
+@functools.lru_cache(2**15)  # the cache of re holds fewer patterns than a large model has layers
+def _compile(pattern: str) -> re.Pattern:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+# The config and the header, which may come from a stranger
 
 
 def read_config(folder: Path) -> dict:
-    """adapter_config.json, PEFT's defaults filled in. Raises: ValueError if it is missing, damaged, or not plain LoRA."""
+    """Reads adapter_config.json and fills in PEFT's defaults.
+
+    Raises: ValueError if the file is missing or damaged, or asks for more than plain LoRA or DoRA.
+    """
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise ValueError(
-            f"there is no {path}: an adapter is a folder with adapter_config.json and adapter_model.safetensors"
+            f"there is no {path}: an adapter is a folder with adapter_config.json "
+            "and adapter_model.safetensors"
         )
-    config = DEFAULTS | {
-        key: value for key, value in files.read_json(path).items() if value is not None
-    }
-    plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": HARMLESS_STARTS}
-    uncovered = [key for key in UNSUPPORTED if config.get(key)] + [
-        key for key in plain if config.get(key) not in plain[key]
-    ]
-    if uncovered:
-        wishes = ", ".join(f"{key} {config.get(key)}" for key in uncovered)
-        raise ValueError(f"{path} asks for {wishes[:200]}; plain LoRA is what is covered")
-    ranks, alphas, base = (
-        config["rank_pattern"],
-        config["alpha_pattern"],
-        config["base_model_name_or_path"],
-    )
+    given = {key: value for key, value in io.read_json(path).items() if value is not None}
+    config = DEFAULTS | given
+    _check_supported(config, path)
+    dropout, base = config["lora_dropout"], config["base_model_name_or_path"]
     rules = {
-        "rank_pattern": _are_patterns(ranks) and all(map(_is_rank, ranks.values())),
-        "alpha_pattern": _are_patterns(alphas) and all(map(_is_alpha, alphas.values())),
+        "rank_pattern": _are_patterns(config["rank_pattern"], _is_rank),
+        "alpha_pattern": _are_patterns(config["alpha_pattern"], _is_alpha),
         "r": _is_rank(config["r"]),
         "lora_alpha": _is_alpha(config["lora_alpha"]),
-        "lora_dropout": type(config["lora_dropout"]) in (int, float)
-        and 0 <= config["lora_dropout"] < 1,
+        "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1,
         "use_rslora": type(config["use_rslora"]) is bool,
         "use_dora": type(config["use_dora"]) is bool,
         "base_model_name_or_path": base is None or isinstance(base, str),
     }
-    broken = [key for key, holds in rules.items() if not holds]
-    if broken:
-        raise ValueError(f"{path}: {broken[0]} cannot be {str(config[broken[0]])[:200]}")
+    for key, holds in rules.items():
+        if not holds:
+            raise ValueError(f"{path}: {key} cannot be {str(config[key])[:200]}")
     return config
+
+
+def _check_supported(config: dict, path: Path) -> None:
+    """Raises a ValueError naming every setting that this project does not support."""
+    supported = {
+        "peft_type": ("LORA",),
+        "bias": ("none",),
+        "init_lora_weights": SUPPORTED_INITS,
+    }
+    wrong = [key for key in UNSUPPORTED if config.get(key)]
+    wrong += [key for key, values in supported.items() if config.get(key) not in values]
+    if wrong:
+        settings = ", ".join(f"{key} {config.get(key)}" for key in wrong)
+        raise ValueError(f"{path} asks for {settings[:200]}; only plain LoRA is supported")
 
 
 def _is_rank(value: object) -> bool:
@@ -155,65 +344,53 @@ def _is_alpha(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < 2**31
 
 
+def _are_patterns(patterns: object, is_valid: Callable[[object], bool]) -> bool:
+    """Whether each key is a safe pattern, each value valid, and matching them all takes seconds."""
+    return (
+        isinstance(patterns, dict)
+        and len(patterns) <= MOST_PATTERNS
+        and all(is_pattern(pattern) for pattern in patterns)
+        and sum(10 ** _repetitions(pattern) for pattern in patterns) <= MOST_WORK
+        and all(is_valid(value) for value in patterns.values())
+    )
+
+
 def is_pattern(text: str) -> bool:
-    """A regular expression of at most three repetitions, without groups or alternatives inside one another."""
+    """Whether a text is a regular expression that is fast to match."""
     try:
-        with warnings.catch_warnings(action="error"):  # of what a later Python may read otherwise
+        # A FutureWarning says that a later Python reads the pattern differently.
+        with warnings.catch_warnings(action="error"):
             re.compile(text)
     except (re.error, OverflowError, Warning):
         return False
-    return len(text) <= 1000 and "(" not in text and _repetitions(text) <= 3
+    is_short = len(text) <= LONGEST_PATTERN and _repetitions(text) <= MOST_REPETITIONS
+    return is_short and "(" not in text
 
 
 def _repetitions(text: str) -> int:
     return sum(text.count(repetition) for repetition in "*+?{")
 
 
-def _are_patterns(patterns: object) -> bool:
-    """Whether these are regular expressions as keys, and few enough to be matched with every layer in seconds."""
-    return (
-        isinstance(patterns, dict)
-        and len(patterns) <= 10_000
-        and all(map(is_pattern, patterns))
-        and sum(10 ** _repetitions(pattern) for pattern in patterns) <= 10**5
-    )
-
-
-def describe_base(base: FrozenWeight) -> str:
-    """How a base is quantized, as JSON for the header of its adapter: PEFT has no place for it, and does not mind."""
-    said = {"bits": 0, "dtype": str(base.dtype).removeprefix("torch.")}
-    if base.codebook is not None:
-        said["bits"] = base.codebook.numel().bit_length() - 1
-        said |= {"block_size": base.block_size, "double_quant": base.double_quant}
-    return json.dumps(said)
-
-
 def base_of(folder: Path) -> tuple[dict, torch.dtype | None]:
-    """How the base of an adapter is quantized, as FrozenWeight takes it, and its dtype; NF4 and None if the file does not say.
+    """Reads how the base of an adapter is quantized, as FrozenWeight takes it, and its dtype.
 
-    Raises: ValueError for a file that is missing or damaged, or says what cannot be.
+    Returns NF4 and None if the header does not say, as PEFT's does not.
+    Raises: ValueError if the file is missing or damaged, or the header describes no possible base.
     """
     path = folder / "adapter_model.safetensors"
-    files.describe(path)  # or refuse it
-    text = files.read_metadata(path).get("base")
-    said = {"bits": 4, "block_size": 64, "double_quant": True, "dtype": None}
+    io.describe(path)  # validates the file
+    text = io.read_metadata(path).get("base", "{}")
+    base = {"bits": 4, "block_size": 64, "double_quant": True, "dtype": None}
     try:
-        said |= {} if text is None else files.parse_json(text.encode())
-        dtype = said["dtype"] and bnb_format.DTYPES[said["dtype"]]
-        codebook = nf4.normal_float(said["bits"]) if said["bits"] else None
+        base |= io.parse_json(text.encode())
+        dtype = base["dtype"] and DTYPES[base["dtype"]]
+        codebook = nf4.normal_float(base["bits"]) if base["bits"] else None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: its header describes no base ({type(error).__name__}: {error})"
-        ) from None
-    return {
-        "block_size": said["block_size"],
-        "double_quant": bool(said["double_quant"]),
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: its header describes no base ({reason})") from None
+    quantization = {
+        "block_size": base["block_size"],
+        "double_quant": bool(base["double_quant"]),
         "codebook": codebook,
-    }, dtype
-
-
-@functools.lru_cache(
-    2**15
-)  # the cache of re itself holds fewer patterns than a large model has layers
-def _at_the_end(pattern: str) -> re.Pattern:
-    return re.compile(rf"(.*\.)?({pattern})$")
+    }
+    return quantization, dtype

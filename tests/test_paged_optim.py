@@ -449,7 +449,7 @@ def test_a_step_allocates_nothing_larger_than_a_page_unless_the_parameter_is_str
 def test_a_torch_that_does_not_fuse_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Update().group()
     assert dispatch.adamw(torch.ones(3), torch.ones(3), 1, group)
-    monkeypatch.setattr(dispatch.host, "FUSES", False)
+    monkeypatch.setattr("kernels.cpu.launch.FUSES", False)
     assert dispatch.adamw(torch.ones(3), torch.ones(3), 1, group) is None
 
 

@@ -16,7 +16,7 @@ from test_paged_optim import TorchAdamW
 from transformers import AutoModelForCausalLM
 
 import train
-from checkpoints import checkpoint
+from checkpoints import peft_adapter as checkpoint
 from checkpoints import sources as pretrained
 from data import dataset as data
 from helpers import models
@@ -24,6 +24,7 @@ from helpers.bounds import OF_A_PEAK
 from lora import QLoRALinear, attach
 from training import loss_and_eval as evaluate
 from training import use_adapter as export
+from training.dtypes import resolve_device_and_dtype
 
 REPORT_KEYS = {
     "metric",
@@ -223,7 +224,7 @@ def test_checkpointing_changes_no_gradient_and_accumulation_divides_by_the_label
             "--grad-accum",
             "2",
         ]
-        args = train.parse_args(["--model", str(tiny), *shape, *flags])
+        args = resolve_device_and_dtype(train.parse_args(["--model", str(tiny), *shape, *flags]))
         model, tokenizer = train.adapted_model(args, "nf4")
         task = data.load_task("orders", tokenizer, 256, 0)
         batches = data.batches_of_step(task.train, 0, args.batch_size, args.grad_accum, 0, 2)
@@ -514,7 +515,7 @@ def test_a_nan_in_a_weight_is_named_by_layer_count_and_index(
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_adapter(
     tiny: Path,
 ) -> None:
-    args = train.parse_args(["--model", str(tiny), "--dtype", "float32"])
+    args = resolve_device_and_dtype(train.parse_args(["--model", str(tiny), "--dtype", "float32"]))
     model, tokenizer = train.adapted_model(args, "nf4")
     layer = next(layer for layer in model.modules() if isinstance(layer, QLoRALinear))
     torch.nn.init.constant_(layer.lora_B, float("inf"))

@@ -97,7 +97,7 @@ def perplexity(
 ) -> float:
     """exp of the mean loss per label over all examples; each rank computes a share of them."""
     model.eval()
-    share, n_own = distributed.part(examples)
+    share, n_own = distributed.split_among_ranks(examples)
     # All ranks get equally many examples. Those that another rank counts lose their labels.
     for index in range(n_own, len(share)):
         no_labels = [IGNORE_INDEX] * len(share[index].ids)
@@ -109,7 +109,7 @@ def perplexity(
         batch = collate(share[start : start + batch_size], pad_id).to(model.device)
         loss += label_loss(model, batch, dtype).item()
         n_labels += batch.n_labels
-    loss, n_labels = distributed.total(loss, n_labels)
+    loss, n_labels = distributed.all_reduce_sum(loss, n_labels)
     return math.exp(loss / n_labels)
 
 
@@ -177,7 +177,7 @@ def exact_match(
     """
     if not examples:
         return None
-    share, n_own = distributed.part(examples)
+    share, n_own = distributed.split_among_ranks(examples)
     prompts = [example.ids[: example.n_prompt] for example in share]
     length = max(len(example.ids) - example.n_prompt for example in examples)
     texts = generate_answers(model, tokenizer, prompts, length, dtype)
@@ -189,7 +189,7 @@ def exact_match(
             print(f"  asked   {example.prompt}")
             print(f"  wanted  {example.answer}")
             print(f"  got     {' '.join(text.split())[:100]}")
-    (n_right,) = distributed.total(n_right)
+    (n_right,) = distributed.all_reduce_sum(n_right)
     return n_right / len(examples)
 
 

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import io
-from checkpoints.checkpoint import adapter_tensors, check_like, copy_tensors
+from checkpoints.io import check_like
+from checkpoints.peft_adapter import adapter_tensors, copy_tensors
 from kernels.dtensor import shard_like
 from training import sharding
 
@@ -228,7 +229,7 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State)
     moments = _named_moments(templates)
     expected = adapter | moments
     check_like(state.tensors, expected, state.path)
-    io.refuse_nan(state.tensors, state.path)
+    io.require_finite(state.tensors, state.path)
     _check_moments(state, moments)
     tensors = {name: shard_like(tensor, expected[name]) for name, tensor in state.tensors.items()}
     optimizer_state = {

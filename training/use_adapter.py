@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import lora
-from checkpoints import base_model, checkpoint, io, peft_adapter, sources
+from checkpoints import base_model, io, peft_adapter, sources
 from data.dataset import encode_prompt
 from lora import FrozenWeight, MergeAudit, QLoRALinear
 from training.loss_and_eval import generate_answers
@@ -69,12 +69,12 @@ def load_adapted_model(
     """
     quantization, trained_dtype = peft_adapter.base_of(adapter)
     base = base or peft_adapter.read_config(adapter)["base_model_name_or_path"]
-    folder = sources.find(base or sources.DEFAULT)
-    tokenizer = sources.tokenizer_in(folder)
+    folder = sources.find_model(base or sources.DEFAULT_MODEL)
+    tokenizer = sources.load_tokenizer(folder)
     make_layer = init.maker("default", {}, quantization)
     dtype = dtype or trained_dtype or torch.bfloat16
-    model = base_model.load(folder, dtype, device, make_layer)
-    return checkpoint.load_adapter(model, adapter), tokenizer
+    model = base_model.load_quantized(folder, dtype, device, make_layer)
+    return peft_adapter.load_adapter(model, adapter), tokenizer
 
 
 def require_empty_folder(folder: Path) -> None:
@@ -147,7 +147,7 @@ def save_4bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder
     config = folder / "config.json"
     if config.is_file() and "quantization_config" not in io.read_json(config):
         raise ValueError(f"{folder} holds a model that is not in 4 bits: choose another folder")
-    checkpoint.save_4bit(model, folder)
+    base_model.save_4bit(model, folder)
     tokenizer.save_pretrained(folder)
     model.name_or_path = str(folder.absolute())
 

@@ -1,6 +1,9 @@
-"""A model that is loaded tensor by tensor has the bits of one that transformers loads whole and lora.attach quantizes."""
+"""Loading tensor by tensor gives the bits of from_pretrained followed by lora.attach."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +22,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from checkpoints import base_model as streaming
-from checkpoints import checkpoint
-from helpers import peak
+import checkpoints
+from checkpoints import base_model
+from helpers import models, peak
 from helpers.strategies import same_bits
 from lora import FrozenWeight, QLoRALinear, attach
 
@@ -65,7 +68,7 @@ def quantized(weight: torch.Tensor, bias: torch.Tensor | None) -> QLoRALinear:
 def saved(
     config: PretrainedConfig, folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: object
 ) -> Path:
-    """A random model in a folder; norms and biases are random too, so that a mix-up shows."""
+    """Saves a model; its norms and biases are random too, to detect exchanged ones."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():
@@ -108,7 +111,7 @@ def test_a_streamed_model_has_the_bits_of_from_pretrained_and_attach(
 ) -> None:
     saved(config, tmp_path, stored, max_shard_size="60KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    ours = streaming.load(tmp_path, dtype, "cpu", quantized)
+    ours = base_model.load_quantized(tmp_path, dtype, "cpu", quantized)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert (
         ours.config.dtype == theirs.config.dtype
@@ -124,7 +127,7 @@ def test_a_streamed_model_has_the_bits_of_from_pretrained_and_attach(
 
 def test_a_dense_base_is_streamed_too(tmp_path: Path) -> None:
     saved(ARCHITECTURES[1], tmp_path)
-    ours = streaming.load(
+    ours = base_model.load_quantized(
         tmp_path,
         torch.bfloat16,
         "cpu",
@@ -144,9 +147,11 @@ def test_a_dense_base_is_streamed_too(tmp_path: Path) -> None:
 def test_a_folder_in_4_bits_starts_where_the_dense_one_does(
     tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    first = streaming.load(saved(ARCHITECTURES[1], tmp_path / "dense"), dtype, "cpu", quantized)
-    checkpoint.save_4bit(first, tmp_path / "4-bit")
-    again = streaming.load(
+    first = base_model.load_quantized(
+        saved(ARCHITECTURES[1], tmp_path / "dense"), dtype, "cpu", quantized
+    )
+    checkpoints.save_4bit(first, tmp_path / "4-bit")
+    again = base_model.load_quantized(
         tmp_path / "4-bit", dtype, "cpu", lambda *args: pytest.fail("quantized again")
     )
     torch.manual_seed(1)
@@ -158,11 +163,11 @@ def test_a_folder_in_4_bits_starts_where_the_dense_one_does(
 def test_a_folder_in_4_bits_is_cast_to_the_dtype_that_was_asked_for_and_its_codes_are_not(
     tmp_path: Path,
 ) -> None:
-    first = streaming.load(
+    first = base_model.load_quantized(
         saved(ARCHITECTURES[0], tmp_path / "dense"), torch.float16, "cpu", quantized
     )
-    checkpoint.save_4bit(first, tmp_path / "4-bit")
-    again = streaming.load(tmp_path / "4-bit", torch.bfloat16, "cpu", quantized)
+    checkpoints.save_4bit(first, tmp_path / "4-bit")
+    again = base_model.load_quantized(tmp_path / "4-bit", torch.bfloat16, "cpu", quantized)
     assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
     assert all(
         layer.compute_dtype is None for layer in again.modules() if isinstance(layer, QLoRALinear)
@@ -173,14 +178,35 @@ def test_a_folder_in_4_bits_is_cast_to_the_dtype_that_was_asked_for_and_its_code
     )  # constants, and rotary frequencies
 
 
-def test_what_older_versions_saved_besides_is_passed_over(tmp_path: Path) -> None:
+def test_tensors_that_only_older_versions_saved_are_ignored(tmp_path: Path) -> None:
     path = saved(ARCHITECTURES[0], tmp_path) / "model.safetensors"
     save_file(
         load_file(path) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)},
         path,
         {"format": "pt"},
     )
-    streaming.load(tmp_path, torch.bfloat16, "cpu", quantized)
+    base_model.load_quantized(tmp_path, torch.bfloat16, "cpu", quantized)
+
+
+LOAD = """
+import sys
+from pathlib import Path
+import torch
+import train
+from checkpoints import base_model, sources
+folder = sources.find_model(sys.argv[1])
+sources.load_config_and_tokenizer(folder)
+base_model.load_with_adapters(folder, torch.bfloat16, "cpu", "default", 0, {"r": 2}, {})
+"""
+
+
+def test_no_library_writes_to_the_screen_of_a_run(tmp_path: Path) -> None:
+    folder = models.save_tiny_llama(tmp_path)
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", LOAD, folder]
+    run = subprocess.run(command, env=paths, capture_output=True, text=True)
+    assert run.stderr == ""
+    assert [line.split()[0] for line in run.stdout.splitlines()] == ["base", "adapters"]
 
 
 GPT2 = GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
@@ -192,11 +218,12 @@ EXPERTS = MixtralConfig(**SMALL, num_local_experts=2)
     [
         (
             GPT2,
-            r"h.0.attn.c_attn.weight \(64, 192\) is the matrix of a Conv1D, .*: GPT2LMHeadModel is not covered",
+            r"h.0.attn.c_attn.weight \(64, 192\) is the matrix of a Conv1D, .*: "
+            "GPT2LMHeadModel is not supported",
         ),
         (
             EXPERTS,
-            r"mlp.* \(2, .*\) is the matrix of a Mixtral.*: MixtralForCausalLM is not covered",
+            r"mlp.* \(2, .*\) is the matrix of a Mixtral.*: MixtralForCausalLM is not supported",
         ),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
@@ -206,12 +233,12 @@ def test_an_architecture_that_would_mostly_stay_dense_is_refused_in_one_line(
 ) -> None:
     saved(config, tmp_path)
     with pytest.raises(ValueError, match=complaint) as error:
-        streaming.load(tmp_path, torch.bfloat16, "cpu", quantized)
+        base_model.load_quantized(tmp_path, torch.bfloat16, "cpu", quantized)
     assert "\n" not in str(error.value)
 
 
 def change(folder: Path, what: str) -> None:
-    """Spoil a folder in one of the ways that happen."""
+    """Damages a folder in one of the ways that happen."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -262,7 +289,7 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(
     change(saved(ARCHITECTURES[0], tmp_path), what)
     made = []
     with pytest.raises(ValueError, match=complaint):
-        streaming.load(
+        base_model.load_quantized(
             tmp_path, torch.bfloat16, "cpu", lambda w, b: made.append(1) or quantized(w, b)
         )
     assert "NaN" in what or not made, "refused before any layer was quantized"
@@ -275,7 +302,7 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(
 def test_loading_takes_no_more_than_the_4_bit_model_its_largest_tensor_and_300_mb(
     tmp_path: Path,
 ) -> None:
-    """In float32 on disk, where the whole of it would not fit into the bound."""
+    """The files are in float32, so their sum is larger than the bound."""
     largest = peak.write_checkpoint(peak.shape(1024, 16, 2000), torch.float32, tmp_path)
     got = peak.measure(tmp_path)
     bound = got["kept"] + largest + peak.ALLOWED

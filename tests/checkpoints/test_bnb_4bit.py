@@ -1,4 +1,4 @@
-"""4-bit folders: what transformers with bitsandbytes saves we load bit for bit; what we save it loads, and computes alike."""
+"""We load what transformers with bitsandbytes saves, bit for bit, and it loads what we save."""
 
 import json
 import shutil
@@ -22,10 +22,10 @@ from transformers import (
     Qwen3Config,
 )
 
+import checkpoints
 import lora
 import nf4
-from checkpoints import bnb_4bit as bnb_format
-from checkpoints import checkpoint
+from checkpoints import bnb_4bit, peft_adapter
 from helpers import models
 from helpers.strategies import same_bits
 from lora import FrozenWeight, QLoRALinear
@@ -37,15 +37,15 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def eager() -> Iterator[None]:
-    """bitsandbytes compiles some of its paths, for seconds each."""
+    """Keeps bitsandbytes from compiling some of its functions, which takes seconds each."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    """In train mode: before it evaluates for the first time, bitsandbytes packs its weights anew.
+    """The logits in train mode, because bitsandbytes repacks its weights before it evaluates.
 
-    Without our kernels, whose sums have another order: what is compared is what was loaded, not how it is multiplied.
+    Our kernels sum in another order, so the reference is used: the test is about loading.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_KERNELS", "reference")
@@ -68,7 +68,7 @@ def quantized_by_peer(dense: PreTrainedModel, folder: Path, **settings: object) 
 
 def bytes_of(base: FrozenWeight) -> dict[str, torch.Tensor]:
     """A base as bitsandbytes would save it."""
-    return bnb_format.pack(base, "weight")
+    return bnb_4bit.pack(base, "weight")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,13 +83,13 @@ def test_a_folder_of_transformers_and_bitsandbytes_is_loaded_and_saved_again_bit
         "bnb_4bit_compute_dtype": dtype,
     }
     folder = quantized_by_peer(models.tiny_llama(dtype, vocab_size=256), tmp_path, **settings)
-    ours, theirs = checkpoint.load_4bit(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ours, theirs = checkpoints.load_4bit(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert not ours.training and not any(parameter.requires_grad for parameter in ours.parameters())
     layers = {name: layer for name, layer in ours.named_modules() if isinstance(layer, QLoRALinear)}
     assert len(layers) == 14
     saved = load_file(folder / "model.safetensors")
     for name, layer in layers.items():
-        tensors = bnb_format.pack(layer.base, f"{name}.weight")
+        tensors = bnb_4bit.pack(layer.base, f"{name}.weight")
         assert tensors.keys() == {key for key in saved if key.startswith(f"{name}.weight")}
         assert all(same_bits(tensors[key], saved[key]) for key in tensors)
         weight = theirs.get_submodule(name).weight
@@ -97,17 +97,21 @@ def test_a_folder_of_transformers_and_bitsandbytes_is_loaded_and_saved_again_bit
             layer.base(), bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)
         )
     assert same_bits(logits(ours), logits(theirs))
-    checkpoint.save_4bit(ours, tmp_path / "again")
+    checkpoints.save_4bit(ours, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folder)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_size", bnb_format.BLOCK_SIZES)
+@pytest.mark.parametrize("block_size", bnb_4bit.BLOCK_SIZES)
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_folder_of_ours_is_loaded_by_transformers_as_linear4bit_with_the_same_logits(
     tmp_path: Path, dtype: torch.dtype, block_size: int, double_quant: bool
 ) -> None:
-    """Rows of 1024 are whole blocks, or of blocks that bitsandbytes decodes in another way: its AVX-512 code is wrong else."""
+    """For each block size of bitsandbytes.
+
+    Rows have 1024 elements: in a row that is not a multiple of the block, bitsandbytes' AVX-512
+    code is wrong, and for larger blocks it uses other code.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -123,16 +127,16 @@ def test_a_folder_of_ours_is_loaded_by_transformers_as_linear4bit_with_the_same_
         block_size=block_size,
         double_quant=double_quant,
     )
-    checkpoint.save_4bit(ours, tmp_path)
+    checkpoints.save_4bit(ours, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     linears = [
         module for module in theirs.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)
     ]
     assert len(linears) == 7 and linears[0].weight.quant_state.blocksize == block_size
     assert same_bits(logits(theirs), logits(ours))
-    again = checkpoint.load_4bit(tmp_path)
+    again = checkpoints.load_4bit(tmp_path)
     assert same_bits(logits(again), logits(ours))
-    checkpoint.save_4bit(again, tmp_path / "again")
+    checkpoints.save_4bit(again, tmp_path / "again")
     assert contents(tmp_path / "again") == {name: (tmp_path / name).read_bytes() for name in NAMES}
 
 
@@ -171,18 +175,17 @@ def test_several_architectures_come_back_with_the_same_logits(
 ) -> None:
     torch.manual_seed(0)
     dense = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for (
-        parameter
-    ) in dense.parameters():  # biases and norms start as zeros and ones, which hides a mix-up
+    # Biases and norms start as zeros and ones, which would hide that two are exchanged.
+    for parameter in dense.parameters():
         nn.init.normal_(parameter, std=0.1)
     folder = quantized_by_peer(
         dense, tmp_path, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
-    ours, theirs = checkpoint.load_4bit(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ours, theirs = checkpoints.load_4bit(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert same_bits(logits(ours), logits(theirs))
     for name, buffer in theirs.named_buffers():
         assert same_bits(ours.get_buffer(name), buffer), name
-    checkpoint.save_4bit(ours, tmp_path / "again")
+    checkpoints.save_4bit(ours, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folder)
 
 
@@ -191,7 +194,7 @@ def test_the_compute_dtype_of_the_folder_is_that_of_the_layers(tmp_path: Path) -
     folder = quantized_by_peer(
         models.tiny_llama(torch.bfloat16, vocab_size=256), tmp_path, bnb_4bit_quant_type="nf4"
     )
-    ours = checkpoint.load_4bit(folder)
+    ours = checkpoints.load_4bit(folder)
     assert ours.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
     assert same_bits(logits(ours), logits(AutoModelForCausalLM.from_pretrained(folder)))
     lora.attach(ours, r=2)
@@ -201,21 +204,21 @@ def test_the_compute_dtype_of_the_folder_is_that_of_the_layers(tmp_path: Path) -
 def test_layers_that_were_left_dense_stay_dense_on_both_sides(tmp_path: Path) -> None:
     dense = models.tiny_llama(torch.bfloat16, vocab_size=256)
     ours = lora.attach(dense, ["q_proj", "up_proj"], r=2)
-    checkpoint.save_4bit(ours, tmp_path / "ours")
+    checkpoints.save_4bit(ours, tmp_path / "ours")
     theirs, again = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "ours"),
-        checkpoint.load_4bit(tmp_path / "ours"),
+        checkpoints.load_4bit(tmp_path / "ours"),
     )
     for model, kind in ((theirs, bitsandbytes.nn.Linear4bit), (again, QLoRALinear)):
         assert sum(isinstance(module, kind) for module in model.modules()) == 4
         assert same_bits(logits(model), logits(ours))
-    checkpoint.save_4bit(again, tmp_path / "again")
+    checkpoints.save_4bit(again, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "ours")
     skip = ["down_proj", "lm_head"]
     folder = quantized_by_peer(
         models.tiny_llama(torch.bfloat16, vocab_size=256), tmp_path, llm_int8_skip_modules=skip
     )
-    checkpoint.save_4bit(checkpoint.load_4bit(folder), tmp_path / "skipped")
+    checkpoints.save_4bit(checkpoints.load_4bit(folder), tmp_path / "skipped")
     expected = AutoModelForCausalLM.from_pretrained(folder)
     assert same_bits(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "skipped")), logits(expected)
@@ -229,10 +232,10 @@ def test_packed_bytes_that_pose_as_another_dtype_are_read_and_written_so(
     dense = models.tiny_llama(torch.bfloat16, vocab_size=256)
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
     folder = quantized_by_peer(dense, tmp_path, bnb_4bit_quant_storage=storage, **settings)
-    ours = checkpoint.load_4bit(folder)
-    plain = checkpoint.load_4bit(quantized_by_peer(dense, tmp_path / "plain", **settings))
+    ours = checkpoints.load_4bit(folder)
+    plain = checkpoints.load_4bit(quantized_by_peer(dense, tmp_path / "plain", **settings))
     assert same_bits(logits(ours), logits(plain))
-    checkpoint.save_4bit(ours, tmp_path / "again")
+    checkpoints.save_4bit(ours, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folder)
 
 
@@ -260,18 +263,18 @@ def split(folder: Path, into: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of ours that nobody may change."""
+    """A folder of ours; tests must not change it."""
     folder = tmp_path_factory.mktemp("saved") / "model"
-    checkpoint.save_4bit(lora.attach(models.tiny_llama(torch.bfloat16, vocab_size=256)), folder)
+    checkpoints.save_4bit(lora.attach(models.tiny_llama(torch.bfloat16, vocab_size=256)), folder)
     return folder
 
 
 def test_a_model_in_several_files_is_the_same_model(saved: Path, tmp_path: Path) -> None:
     shards = split(saved, tmp_path / "shards")
     assert same_bits(
-        logits(checkpoint.load_4bit(shards)), logits(AutoModelForCausalLM.from_pretrained(shards))
+        logits(checkpoints.load_4bit(shards)), logits(AutoModelForCausalLM.from_pretrained(shards))
     )
-    checkpoint.save_4bit(checkpoint.load_4bit(shards), tmp_path / "one")
+    checkpoints.save_4bit(checkpoints.load_4bit(shards), tmp_path / "one")
     assert contents(tmp_path / "one") == contents(saved)
 
 
@@ -284,18 +287,18 @@ def test_an_adapter_on_a_loaded_model_computes_what_it_did_on_the_base_it_was_tr
     for name, parameter in first.named_parameters():
         if name.endswith("lora_B"):
             nn.init.normal_(parameter, std=0.1)
-    checkpoint.save_4bit(lora.attach(models.tiny_llama(torch.bfloat16, vocab_size=256)), tmp_path)
-    checkpoint.save_adapter(first, tmp_path / "adapter")
-    again = checkpoint.load_4bit(tmp_path)
-    checkpoint.load_adapter(again, tmp_path / "adapter")
-    assert len(checkpoint.adapted_layers(again)) == 4
+    checkpoints.save_4bit(lora.attach(models.tiny_llama(torch.bfloat16, vocab_size=256)), tmp_path)
+    checkpoints.save_adapter(first, tmp_path / "adapter")
+    again = checkpoints.load_4bit(tmp_path)
+    checkpoints.load_adapter(again, tmp_path / "adapter")
+    assert len(peft_adapter.adapted_layers(again)) == 4
     layer = first.model.layers[1].mlp.down_proj
     x = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
     assert same_bits(again.model.layers[1].mlp.down_proj(x), layer(x))
 
 
 def test_attach_keeps_the_bytes_of_a_layer_that_is_in_4_bits_already(saved: Path) -> None:
-    model = checkpoint.load_4bit(saved)
+    model = checkpoints.load_4bit(saved)
     before = {
         name: bytes_of(layer.base)
         for name, layer in model.named_modules()
@@ -303,8 +306,10 @@ def test_attach_keeps_the_bytes_of_a_layer_that_is_in_4_bits_already(saved: Path
     }
     plain = logits(model)
     lora.attach(model, r=2, block_size=128, codebook=nf4.FP4)  # which concern dense layers
-    assert same_bits(logits(model), plain) and len(checkpoint.adapted_layers(model)) == len(before)
-    for name, layer in checkpoint.adapted_layers(model).items():
+    assert same_bits(logits(model), plain) and len(peft_adapter.adapted_layers(model)) == len(
+        before
+    )
+    for name, layer in peft_adapter.adapted_layers(model).items():
         assert all(
             same_bits(tensor, before[name][key]) for key, tensor in bytes_of(layer.base).items()
         )
@@ -320,7 +325,7 @@ def test_a_layer_without_an_adapter_passes_the_gradient_on_and_saves_nothing(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "reference")  # it multiplies as torch does
-    layer = checkpoint.load_4bit(saved).model.layers[0].mlp.up_proj
+    layer = checkpoints.load_4bit(saved).model.layers[0].mlp.up_proj
     x, kept = torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
@@ -332,7 +337,7 @@ def test_a_layer_without_an_adapter_passes_the_gradient_on_and_saves_nothing(
 
 
 def test_a_loaded_model_merges_into_the_dense_model_it_stands_for(saved: Path) -> None:
-    model = checkpoint.load_4bit(saved)
+    model = checkpoints.load_4bit(saved)
     before = logits(model)
     merged, audit = lora.merge(model)
     assert all(type(module) is not QLoRALinear for module in merged.modules()) and len(audit) == 14
@@ -350,7 +355,7 @@ def test_what_has_no_layer_in_4_bits_or_none_of_that_format_is_not_saved(tmp_pat
     }
     for complaint, model in refused.items():
         with pytest.raises(ValueError, match=complaint):
-            checkpoint.save_4bit(model, tmp_path / "folder")
+            checkpoints.save_4bit(model, tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
 
 
@@ -398,10 +403,10 @@ SPOILED = {
     "is not a quantization state in JSON": lambda t: t.update(
         {STATE: torch.tensor([123], dtype=torch.uint8)}
     ),
-    "elsewhere is no linear layer": lambda t: t.update(
+    "elsewhere is not a linear layer": lambda t: t.update(
         {STATE.replace(FIRST, "elsewhere.weight"): t[STATE].clone()}
     ),
-    "norm is no linear layer": lambda t: t.update(
+    "norm is not a linear layer": lambda t: t.update(
         {STATE.replace(FIRST, "model.norm.weight"): t[STATE].clone()}
     ),
 }
@@ -416,7 +421,7 @@ def test_a_tensor_that_is_not_what_it_must_be_is_named(
     SPOILED[complaint](tensors)
     save_file(tensors, tmp_path / "spoiled" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=complaint) as error:
-        checkpoint.load_4bit(tmp_path / "spoiled")
+        checkpoints.load_4bit(tmp_path / "spoiled")
     assert "spoiled" in str(error.value)
 
 
@@ -436,7 +441,7 @@ CONFIGS = {
     "num_hidden_layers is 1000000000, and there are": {"num_hidden_layers": 10**9},
     "no causal language model .*no such model": {"model_type": "no such model"},
     "_proj.* shape must be": {"hidden_size": 128},
-    "names code to be fetched, kernels-community/flash": {
+    "names code to download, kernels-community/flash": {
         "attn_implementation": "kernels-community/flash-attn"
     },
     "would take .* bytes": {"head_dim": 2**40},
@@ -451,5 +456,5 @@ def test_a_config_that_does_not_fit_is_refused_by_its_key(
     config = json.loads((saved / "config.json").read_text()) | CONFIGS[complaint]
     (tmp_path / "spoiled" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=complaint) as error:
-        checkpoint.load_4bit(tmp_path / "spoiled")
+        checkpoints.load_4bit(tmp_path / "spoiled")
     assert "spoiled" in str(error.value)

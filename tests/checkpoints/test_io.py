@@ -1,7 +1,10 @@
-"""Files that are whole or not there, and strangers' files that are read or refused by name."""
+"""Writes are atomic; a file from a stranger is read, or refused by name."""
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from checkpoints import checkpoint
-from checkpoints import io as files
+import checkpoints
+from checkpoints import io
 from helpers import models
 from lora import QLoRALinear
 
@@ -20,33 +23,61 @@ def test_a_save_that_fails_at_any_moment_leaves_the_old_file_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     model = models.adapted()
-    checkpoint.save_adapter(model, tmp_path)
+    checkpoints.save_adapter(model, tmp_path)
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for layer in model.modules():
         if isinstance(layer, QLoRALinear):
             nn.init.ones_(layer.lora_B)
 
-    def full(*args: object, **kwargs: object) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     target = {
-        "write": (files, "save_file"),
-        "fsync": (files.os, "fsync"),
-        "replace": (files.os, "replace"),
+        "write": (io, "save_file"),
+        "fsync": (io.os, "fsync"),
+        "replace": (io.os, "replace"),
     }
-    monkeypatch.setattr(*target[moment], full)
+    monkeypatch.setattr(*target[moment], fail)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save_adapter(model, tmp_path)
+        checkpoints.save_adapter(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 
-def test_a_folder_that_cannot_be_written_or_is_too_small_is_found_out_first(tmp_path: Path) -> None:
+PATHS = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+SAVE = """
+import os, sys
+os.umask(int(sys.argv[2], 8))
+import checkpoints, lora
+from helpers import models
+model = lora.attach(models.tiny_llama(vocab_size=256))
+checkpoints.save_adapter(model, sys.argv[1])
+checkpoints.save_4bit(model, sys.argv[1])
+"""
+
+
+def test_two_processes_write_the_same_bytes_with_the_permissions_of_their_umask(
+    tmp_path: Path,
+) -> None:
+    contents = []
+    for umask in (0o022, 0o007):
+        folder = tmp_path / f"{umask:o}"
+        command = [sys.executable, "-c", SAVE, folder, f"{umask:o}"]
+        subprocess.run(command, env=PATHS, check=True)
+        paths = sorted(folder.iterdir())
+        assert [path.stat().st_mode & 0o777 for path in paths] == [0o666 & ~umask] * 5
+        contents.append({path.name: path.read_bytes() for path in paths})
+    assert contents[0] == contents[1]
+
+
+def test_a_folder_that_is_read_only_or_too_small_is_an_error_before_the_work(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written to .*choose another --output-dir"):
-        files.claim(tmp_path / "file" / "out")
+        io.prepare_folder(tmp_path / "file" / "out")
     with pytest.raises(ValueError, match="too little free space"):
-        files.claim(tmp_path / "out", nbytes=2**60)
-    files.claim(tmp_path / "out", nbytes=1)
+        io.prepare_folder(tmp_path / "out", nbytes=2**60)
+    io.prepare_folder(tmp_path / "out", nbytes=1)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -56,69 +87,66 @@ JSON = {
     "is not a JSON object .*start byte": b'{"a": "\xff"}',
     "is not a JSON object .*recursion": b"[" * 100_000,
     "is not a JSON object .*digits": b'{"a": ' + b"9" * 5000 + b"}",
-    "is not a JSON object .*nested more than 50 deep": b'{"a": ' * 60 + b"1" + b"}" * 60,
+    "is not a JSON object .*nested more than 50 levels deep": b'{"a": ' * 60 + b"1" + b"}" * 60,
 }
 
 
 @pytest.mark.parametrize("complaint", JSON)
-def test_what_is_no_json_object_is_refused_by_the_name_of_the_file(
+def test_a_file_that_is_not_a_json_object_is_refused_by_name(
     tmp_path: Path, complaint: str
 ) -> None:
     (tmp_path / "some.json").write_bytes(JSON[complaint])
     with pytest.raises(ValueError, match=f"some.json .*{complaint}"):
-        files.read_json(tmp_path / "some.json")
+        io.read_json(tmp_path / "some.json")
 
 
 def test_a_json_file_that_is_missing_or_huge_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no .*some.json"):
-        files.read_json(tmp_path / "some.json")
+        io.read_json(tmp_path / "some.json")
     with open(tmp_path / "some.json", "wb") as file:
-        file.truncate(files.LARGEST_JSON + 1)  # a hole: it takes no space
+        file.truncate(io.LARGEST_JSON + 1)  # a sparse file, which takes no space
     with pytest.raises(ValueError, match="some.json has 67108865 bytes"):
-        files.read_json(tmp_path / "some.json")
+        io.read_json(tmp_path / "some.json")
 
 
 INDEX = {
     "weight_map does not give the file of each tensor": [None, [], {"a": 1}],
-    "a is said to be in .*no file of this folder": [
+    "given for a, is not a file of this folder": [
         {"a": name} for name in ("../x", "/etc/passwd", "", "..", "x/y", "x\0y")
     ],
     "there is no .*absent": [{"a": "absent"}],
-    "one: a is not where .*index.json says": [{"b": "one"}],
+    "one: .*index.json does not place a in this file": [{"b": "one"}],
     "index.json: b is not in one": [{"a": "one", "b": "one"}],
 }
+INDEX_CASES = [(complaint, places) for complaint in INDEX for places in INDEX[complaint]]
 
 
-@pytest.mark.parametrize(
-    "complaint, places", [(complaint, places) for complaint in INDEX for places in INDEX[complaint]]
-)
-def test_an_index_that_leads_astray_is_refused(
+@pytest.mark.parametrize("complaint, places", INDEX_CASES)
+def test_an_index_that_is_wrong_or_leads_out_of_the_folder_is_refused(
     tmp_path: Path, complaint: str, places: object
 ) -> None:
-    files.write_tensors({"a": torch.ones(2)}, tmp_path / "one", {})
-    files.write_text(json.dumps({"weight_map": places}), tmp_path / "model.safetensors.index.json")
+    io.write_tensors({"a": torch.ones(2)}, tmp_path / "one", {})
+    io.write_text(json.dumps({"weight_map": places}), tmp_path / "model.safetensors.index.json")
     with pytest.raises(ValueError, match=complaint):
-        files.read_model(tmp_path)
+        io.read_model(tmp_path)
 
 
-def test_what_was_read_stays_when_the_file_changes(tmp_path: Path) -> None:
-    files.write_tensors({"a": torch.ones(1000)}, tmp_path / "one", {})
-    tensor = files.read_tensors(tmp_path / "one")["a"]
+def test_tensors_that_were_read_stay_when_the_file_changes(tmp_path: Path) -> None:
+    io.write_tensors({"a": torch.ones(1000)}, tmp_path / "one", {})
+    tensor = io.read_tensors(tmp_path / "one")["a"]
     with open(tmp_path / "one", "r+b") as file:
         file.truncate(0)
     assert torch.equal(tensor, torch.ones(1000))
 
 
-def test_what_the_library_cannot_write_is_an_error_of_the_system(
+def test_a_write_that_fails_in_the_library_is_an_os_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object) -> None:
         raise SafetensorError("disk quota exceeded")
 
-    monkeypatch.setattr(files, "save_file", fail)
-    with pytest.raises(
-        OSError,
-        match="one could not be written .disk quota exceeded.; what was there before is untouched",
-    ):
-        files.write_tensors({"a": torch.ones(2)}, tmp_path / "one", {})
+    monkeypatch.setattr(io, "save_file", fail)
+    message = "one could not be written .disk quota exceeded.; the previous file is unchanged"
+    with pytest.raises(OSError, match=message):
+        io.write_tensors({"a": torch.ones(2)}, tmp_path / "one", {})
     assert list(tmp_path.iterdir()) == []

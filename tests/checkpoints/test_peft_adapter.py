@@ -1,4 +1,4 @@
-"""Adapters that PEFT reads and writes; what does not fit is refused by its name, and the model stays as it was."""
+"""PEFT reads our adapters and we read PEFT's; one that does not fit leaves the model unchanged."""
 
 import copy
 import json
@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from checkpoints import checkpoint
-from checkpoints import peft_adapter as peft_format
+import checkpoints
+from checkpoints import peft_adapter
 from helpers import models
 from helpers.bounds import cast
 from helpers.models import adapted, trained
@@ -31,7 +31,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def assert_the_same(ours: torch.Tensor, theirs: torch.Tensor, without: torch.Tensor) -> None:
-    """Computed in float64 and equal as far as float32 can tell, which is far below what the adapter does."""
+    """Equal within the rounding of float32, and different from the model without the adapter."""
     bound = cast(theirs.abs(), torch.float32)
     assert ((ours - theirs).abs() <= bound).all()
     assert ((theirs - without).abs() > bound).any()
@@ -41,7 +41,7 @@ def on_the_same_base(ours: nn.Module) -> nn.Module:
     """A dense model with the weights that our layers decode to: what PEFT is to adapt."""
     plain = base()
     with torch.no_grad():
-        for name, layer in checkpoint.adapted_layers(ours).items():
+        for name, layer in peft_adapter.adapted_layers(ours).items():
             plain.get_submodule(name).weight.copy_(layer.base())
     return plain
 
@@ -51,7 +51,7 @@ def assert_peft_computes_the_same(ours: nn.Module, folder: Path) -> None:
     without = logits(plain)
     theirs = PeftModel.from_pretrained(plain, folder)
     assert_the_same(logits(ours), logits(theirs), without)
-    for name, layer in checkpoint.adapted_layers(ours).items():
+    for name, layer in peft_adapter.adapted_layers(ours).items():
         assert layer.scaling == theirs.base_model.model.get_submodule(name).scaling["default"], name
 
 
@@ -70,7 +70,7 @@ def assert_peft_computes_the_same(ours: nn.Module, folder: Path) -> None:
 )
 def test_peft_loads_our_adapter_and_computes_the_same(tmp_path: Path, settings: dict) -> None:
     ours = adapted(**settings)
-    checkpoint.save_adapter(ours, tmp_path)
+    checkpoints.save_adapter(ours, tmp_path)
     assert_peft_computes_the_same(ours, tmp_path)
 
 
@@ -86,13 +86,13 @@ def test_peft_loads_layers_of_different_ranks_and_scalings(
     ):
         attach(ours, targets, r=r, lora_alpha=alpha, use_rslora=use_rslora)
     trained(ours)
-    checkpoint.save_adapter(ours, tmp_path)
+    checkpoints.save_adapter(ours, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert sorted(config["rank_pattern"].values()) == [2, 2] and list(
         config["alpha_pattern"].values()
     ) == [3]
     assert_peft_computes_the_same(ours, tmp_path)
-    again = checkpoint.load_adapter(base(), tmp_path)
+    again = checkpoints.load_adapter(base(), tmp_path)
     assert torch.equal(logits(again), logits(ours))
 
 
@@ -123,9 +123,9 @@ PEFT_CONFIGS = [
 def test_we_load_the_adapter_of_peft_and_compute_the_same(tmp_path: Path, config: dict) -> None:
     theirs = trained(get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", **{"r": 4} | config)))
     theirs.save_pretrained(tmp_path)
-    ours = checkpoint.load_adapter(base(), tmp_path)
+    ours = checkpoints.load_adapter(base(), tmp_path)
     assert_peft_computes_the_same(ours, tmp_path)
-    for name, layer in checkpoint.adapted_layers(ours).items():
+    for name, layer in peft_adapter.adapted_layers(ours).items():
         assert layer.lora_dropout == config.get("lora_dropout", 0.0)
         assert (
             layer.lora_A.shape[0]
@@ -138,17 +138,17 @@ def test_an_adapter_goes_onto_adapters_that_are_there_and_takes_its_scaling_with
     tmp_path: Path,
 ) -> None:
     first = adapted(targets=["q_proj", "up_proj"], lora_alpha=12, use_rslora=True)
-    checkpoint.save_adapter(first, tmp_path)
+    checkpoints.save_adapter(first, tmp_path)
     second = adapted(targets=["q_proj", "up_proj"], lora_alpha=8)
-    checkpoint.load_adapter(second, tmp_path)
+    checkpoints.load_adapter(second, tmp_path)
     assert torch.equal(logits(second), logits(first))
 
 
 def test_a_model_without_adapters_gets_those_of_the_folder(tmp_path: Path) -> None:
     model = attach(base(), ["v_proj", "up_proj"], r=3)
     nn.init.normal_(model.model.layers[0].mlp.up_proj.lora_B)
-    checkpoint.save_adapter(model, tmp_path)
-    again = checkpoint.load_adapter(base(), tmp_path)
+    checkpoints.save_adapter(model, tmp_path)
+    again = checkpoints.load_adapter(base(), tmp_path)
     assert torch.equal(logits(again), logits(model))
     assert sum(isinstance(layer, QLoRALinear) for layer in again.modules()) == 4
     trainable = {
@@ -163,7 +163,7 @@ def test_layers_whose_short_names_others_share_are_saved_by_their_whole_names(
     tmp_path: Path,
 ) -> None:
     model = attach(base(), ["layers.0.self_attn.q_proj"], r=3)
-    checkpoint.save_adapter(model, tmp_path)
+    checkpoints.save_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["model.layers.0.self_attn.q_proj"]
 
@@ -171,19 +171,19 @@ def test_layers_whose_short_names_others_share_are_saved_by_their_whole_names(
 def test_adapters_that_one_config_cannot_describe_are_not_saved(tmp_path: Path) -> None:
     model = attach(attach(base(), ["q_proj"], use_rslora=True), ["v_proj"])
     with pytest.raises(ValueError, match="differ in lora_dropout, use_rslora or use_dora"):
-        checkpoint.save_adapter(model, tmp_path / "folder")
+        checkpoints.save_adapter(model, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
 
 def test_a_weight_that_cannot_be_quantized_leaves_the_whole_model_dense(tmp_path: Path) -> None:
-    checkpoint.save_adapter(adapted(), tmp_path)
+    checkpoints.save_adapter(adapted(), tmp_path)
     model = base()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 5] = math.nan
     with pytest.raises(
         ValueError, match=r"layer model.layers.1.mlp.down_proj: 1 of 8192 .*index \(3, 5\)"
     ):
-        checkpoint.load_adapter(model, tmp_path)
+        checkpoints.load_adapter(model, tmp_path)
     assert not any(isinstance(module, QLoRALinear) for module in model.modules())
 
 
@@ -193,7 +193,7 @@ def rewrite(folder: Path, change: str | dict) -> None:
     tensors, settings = load_file(weights), json.loads(config.read_text())
     if change == "no prefix":
         tensors = {
-            name.removeprefix(peft_format.PREFIX): tensor for name, tensor in tensors.items()
+            name.removeprefix(peft_adapter.PREFIX): tensor for name, tensor in tensors.items()
         }
     elif change == "other rank":
         tensors = {
@@ -233,7 +233,8 @@ def rewrite(folder: Path, change: str | dict) -> None:
     [
         (
             "no prefix",
-            r"adapter_model.safetensors does not fit .*layers.0.\w+.\w+_proj.lora_A.weight (is missing|belongs to)",
+            r"adapter_model.safetensors does not fit .*layers.0.\w+.\w+_proj.lora_A.weight "
+            "(is missing|belongs to)",
         ),
         ("other rank", r"is \(2, 64\), floating point, and must be \(4, 64\)"),
         ("one missing", "is missing"),
@@ -271,24 +272,24 @@ def rewrite(folder: Path, change: str | dict) -> None:
 def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(
     tmp_path: Path, change: str | dict, complaint: str, has_adapters: bool
 ) -> None:
-    checkpoint.save_adapter(adapted(), tmp_path)
+    checkpoints.save_adapter(adapted(), tmp_path)
     rewrite(tmp_path, change)
     model = adapted(lora_alpha=5) if has_adapters else base()
     before, names = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
     fits_a_model_without = not has_adapters and "has 4" in complaint
     with pytest.raises(ValueError, match=r"is \(4, 64\)" if fits_a_model_without else complaint):
-        checkpoint.load_adapter(model, tmp_path)
+        checkpoints.load_adapter(model, tmp_path)
     after = model.state_dict()
     assert [name for name, _ in model.named_modules()] == names and after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in after)
-    assert all(layer.lora_alpha == 5 for layer in checkpoint.adapted_layers(model).values())
+    assert all(layer.lora_alpha == 5 for layer in peft_adapter.adapted_layers(model).values())
 
 
 @pytest.mark.parametrize("pattern", ["(a|aa)(a|aa)", ".*.*.*.*x", "a{2}{3}{4}{5}", "a" * 2000, "["])
 def test_a_pattern_that_may_take_for_ever_to_match_is_none(pattern: str) -> None:
-    assert not peft_format.is_pattern(pattern)
+    assert not peft_adapter.is_pattern(pattern)
 
 
 def test_a_model_without_adapters_cannot_save_any(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the model has no adapters"):
-        checkpoint.save_adapter(base(), tmp_path)
+        checkpoints.save_adapter(base(), tmp_path)

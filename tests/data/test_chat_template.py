@@ -39,7 +39,8 @@ FORGETFUL = (
     "{% for message in messages %}"
     + HEADER
     + "{% if loop.last and message['role'] == 'assistant' %}"
-    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # Writes nothing between a question and its answer.
@@ -106,7 +107,7 @@ def runs_in_loss(found: chat_template.Example) -> list[list[int]]:
 def check(
     tokenizer: PreTrainedTokenizerBase, turns: list[rows.Turn], module: ModuleType = chat_template
 ) -> None:
-    """The example is what the template writes up to the last answer's end; its labels, the answers."""
+    """The ids are what the template writes up to the last answer's end; the labels, the answers."""
     [found] = module.Template(tokenizer).encode_conversation(turns)
     assert all(
         label in (token, chat_template.IGNORE_INDEX)
@@ -207,7 +208,7 @@ def test_a_template_without_system_messages_drops_ours_but_no_other_turn(
         (
             THINKING,
             r"ends a prompt with '.*<think>\\n', but does not write a given answer after these "
-            "characters, so the tokens of the answer cannot be found: give the tokenizer a template",
+            "characters, so the tokens of the answer cannot be found: give the tokenizer a",
         ),
         (
             ENDLESS,

@@ -424,7 +424,7 @@ def fingerprints(task: dataset.Task) -> list[str]:
 def test_the_ids_and_labels_of_a_data_set_are_pinned(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    """A saved state is refused if they change, so a new version of this code must not change them."""
+    """If they change, a state that an older version saved is refused."""
     orders = dataset.load_task("orders", tokenizer, 256, 0)
     assert fingerprints(orders) == ["2d1959522ae48ea0", "4b4867cebac2cc7f"]
     assert chat_template.fingerprint(orders.unseen) == "f0e7e15b92cecc77"

@@ -35,10 +35,8 @@ sys.path[:0] = [str(Path(__file__).parents[level]) for level in (1, 2)]
 import torch  # noqa: E402 (after the number of threads is set)
 
 import train  # noqa: E402
-from checkpoints import base_model as streaming  # noqa: E402
-from checkpoints import io  # noqa: E402
-from checkpoints import sources as pretrained  # noqa: E402
-from data import dataset as data  # noqa: E402
+from checkpoints import base_model, io, sources  # noqa: E402
+from data import dataset  # noqa: E402
 from helpers import models  # noqa: E402
 from training import report, state  # noqa: E402
 
@@ -62,23 +60,25 @@ def warm() -> None:
     rows = []
     for _ in range(9):
         ids = [draw.randrange(3, 256) for _ in range(draw.randrange(4, 20))]
-        rows.append(data.Example(ids, [data.IGNORE_INDEX] * 2 + ids[2:]))
-    data.load_task = lambda *args: data.Task("perplexity", rows[:-1], rows[-1:])
-    pretrained.outline = lambda name: (model.config, tokenizer)
-    pretrained.find = lambda name: Path(".")
-    pretrained.tokenizer_in = lambda folder: tokenizer
-    streaming.load = lambda *args: copy.deepcopy(model)
-    train.measure = lambda *args: [0.5, None]
+        rows.append(dataset.Example(ids, [dataset.IGNORE_INDEX] * 2 + ids[2:]))
+    dataset.load_task = lambda *args: dataset.Task("perplexity", rows[:-1], rows[-1:])
+    sources.load_config_and_tokenizer = lambda name: (model.config, tokenizer)
+    sources.find_model = lambda name: Path(".")
+    sources.load_tokenizer = lambda folder: tokenizer
+    base_model.load_quantized = lambda *args: copy.deepcopy(model)
+    train.evaluate = lambda *args: [0.5, None]
     report.plot_loss = lambda *args: None
     os.fsync = lambda descriptor: None  # slow, and only a power cut would show its effect
 
 
-def start(folder: Path, disturb: Callable[[], None] | None = None) -> int:
+def start(
+    folder: Path, disturb: Callable[[], None] | None = None, more: tuple[str, ...] = ()
+) -> int:
     """Start train.py in a fork, with --resume if there is a state. Returns the process id.
 
-    disturb: is called before train.py and prepares what goes wrong.
+    disturb: is called before train.py and prepares what goes wrong. more: flags.
     """
-    flags = [*FLAGS, "--output-dir", str(folder)]
+    flags = [*FLAGS, *more, "--output-dir", str(folder)]
     if state.saved_states(folder):
         flags.append("--resume")
     child = os.fork()
@@ -109,9 +109,6 @@ def outcome(folder: Path) -> dict[str, object]:
         for line in report.read_metrics(folder / "metrics.jsonl")
     ]
     contents["report.json"] = json.loads(contents["report.json"])["steps"]
-    adapter = folder / "adapter_model.safetensors"  # its header has its keys in random order
-    header = json.dumps(io.read_metadata(adapter), sort_keys=True)
-    contents[adapter.name] = state.checksum(io.read_tensors(adapter), header)
     return contents
 
 

@@ -1,4 +1,4 @@
-"""Small models for the tests that need a whole one, and not a good one."""
+"""Small random models for tests that need a complete model."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from checkpoints import sources as pretrained
+from checkpoints import sources
 from lora import attach
 
 
 def tokenizer() -> PreTrainedTokenizerBase:
-    """SmolLM2's, from the folder that the first call makes."""
-    return AutoTokenizer.from_pretrained(pretrained.default_folder())
+    """SmolLM2's tokenizer, from the folder that the first call creates."""
+    return AutoTokenizer.from_pretrained(sources.default_folder())
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, vocab_size: int = 49152) -> LlamaForCausalLM:
@@ -37,13 +37,12 @@ def tiny_llama(dtype: torch.dtype = torch.float32, vocab_size: int = 49152) -> L
         eos_token_id=2,
         pad_token_id=2,
     )
-    return AutoModelForCausalLM.from_config(
-        config, dtype=dtype
-    ).eval()  # .to(dtype) would round the rotary frequencies too
+    # model.to(dtype) would round the rotary frequencies too.
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def save_tiny_llama(folder: Path) -> Path:
-    """A Hugging Face folder with the tiny model and SmolLM2's tokenizer."""
+    """Saves the tiny model and SmolLM2's tokenizer to a Hugging Face folder."""
     tiny_llama().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -52,15 +51,14 @@ def save_tiny_llama(folder: Path) -> Path:
 def adapted(
     codebook: torch.Tensor | None = None, targets: str | list[str] = "all-linear", **settings: float
 ) -> nn.Module:
-    """A tiny model in float64 with adapters that do something; on its own dense base, to compare with PEFT's."""
+    """A tiny model in float64 with random adapters; on a dense base, to compare with PEFT."""
     settings = {"r": 4, "lora_alpha": 8} | settings
-    return trained(
-        attach(tiny_llama(torch.float64, vocab_size=256), targets, codebook=codebook, **settings)
-    )
+    model = tiny_llama(torch.float64, vocab_size=256)
+    return trained(attach(model, targets, codebook=codebook, **settings))
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """The model, with adapters as training might leave them."""
+    """Gives the adapters of a model random values, as if trained."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)

@@ -32,7 +32,7 @@ def resident(key):
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
 before = resident("VmRSS:")
-model = streaming.load(Path(sys.argv[1]), torch.bfloat16, "cpu", variants.maker("default", {}, {}))
+model = streaming.load_quantized(Path(sys.argv[1]), torch.bfloat16, "cpu", variants.maker("default", {}, {}))
 rows = memory.ledger(model).values()
 print(json.dumps({"before": before, "peak": resident("VmHWM:"), "parameters": sum(row.elements for row in rows),
                   "kept": sum(row.bytes_now for row in rows)}))

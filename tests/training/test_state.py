@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from checkpoints import io
-from checkpoints.checkpoint import adapter_tensors
+from checkpoints.peft_adapter import adapter_tensors
 from data import chat_template
 from helpers import models
 from paged_optim import PagedAdamW
