@@ -1,4 +1,4 @@
-"""The pager may decide where the state lies, never what it says: every comparison here is of bits."""
+"""The pager decides where the state lies, never its values: every comparison here is of bits."""
 
 import copy
 import errno
@@ -35,19 +35,15 @@ no_madvise = pytest.mark.skipif(
 
 
 def bits(tensor: Tensor) -> bytes:
-    """Every bit of every element, but one NaN for all: hardware picks a NaN's sign and payload as it likes."""
+    """Every bit of every element; all NaNs count as one: hardware picks their sign and payload."""
     flat = tensor.detach().flatten()
-    return (
-        torch.where(flat.isnan(), torch.full_like(flat, torch.nan), flat)
-        .view(torch.uint8)
-        .numpy()
-        .tobytes()
-    )
+    one_nan = torch.where(flat.isnan(), torch.full_like(flat, torch.nan), flat)
+    return one_nan.view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run in numbers, to be repeated by different optimizers."""
+    """A training run in numbers, which different optimizers repeat."""
 
     shapes: list[tuple[int, int]] = field(default_factory=lambda: [(3, 5), (1, 7), (2, 2)])
     dtype: torch.dtype = torch.float32
@@ -71,13 +67,11 @@ class Run:
         return [nn.Parameter(laid_out(value, self.layout)) for value in values]
 
     def groups(self, params: list[nn.Parameter]) -> list[dict]:
-        """Two groups where there are two parameters, the second with hyperparameters of its own."""
-        second = (
-            [{"params": params[1:], "lr": self.lr / 3, "weight_decay": 0.0}]
-            if len(params) > 1
-            else []
-        )
-        return [{"params": params[:1]}, *second]
+        """Two groups if there are two parameters; the second has its own hyperparameters."""
+        groups = [{"params": params[:1]}]
+        if len(params) > 1:
+            groups.append({"params": params[1:], "lr": self.lr / 3, "weight_decay": 0.0})
+        return groups
 
     def hyper(self) -> dict:
         return {
@@ -102,11 +96,11 @@ class Run:
                 group["lr"] *= self.lr_decay
 
     def grads(self, params: list[nn.Parameter], step: int) -> list[Tensor | None]:
-        make, grads = torch.Generator().manual_seed(100 + step), []
+        make = torch.Generator().manual_seed(100 + step)
+        grads = []
         for index, param in enumerate(params):
-            grad = (torch.randn(param.shape, generator=make, dtype=torch.float64) * self.scale).to(
-                self.dtype
-            )
+            unscaled = torch.randn(param.shape, generator=make, dtype=torch.float64)
+            grad = (unscaled * self.scale).to(self.dtype)
             absent = self.missing and (step + index) % self.missing == self.missing - 1
             grads.append(None if absent else laid_out(grad, self.grad_layout))
         return grads
@@ -121,15 +115,10 @@ class Run:
 
 def snapshot(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list:
     state = optimizer.state_dict()["state"]
-    moments = [
-        [
-            index,
-            float(state[index]["step"]),
-            bits(state[index]["exp_avg"]),
-            bits(state[index]["exp_avg_sq"]),
-        ]
-        for index in sorted(state)
-    ]
+    moments = []
+    for index in sorted(state):
+        step, exp_avg, exp_avg_sq = (state[index][k] for k in ("step", "exp_avg", "exp_avg_sq"))
+        moments.append([index, float(step), bits(exp_avg), bits(exp_avg_sq)])
     return [[bits(param) for param in params], moments]
 
 
@@ -248,16 +237,17 @@ def test_two_hundred_steps_give_the_bits_of_torch_one_by_one_and_many_at_once(ru
 
 
 def bounds_of(run: Run) -> list[list[Bounded]]:
-    """Each parameter after the run and, if it ever got a gradient, its moments; and how far off all may be in run.dtype."""
+    """Each parameter and, if it ever had a gradient, its moments after the run, with error bounds.
+
+    The bounds say how far off the numbers may be in run.dtype.
+    """
     params = run.params()
     states = [
         [Bounded.exact(each) for each in (param, torch.zeros_like(param), torch.zeros_like(param))]
         for param in params
     ]
-    rates, steps = (
-        [run.lr / 3 if index else run.lr for index in range(len(params))],
-        [0] * len(params),
-    )
+    rates = [run.lr / 3 if index else run.lr for index in range(len(params))]
+    steps = [0] * len(params)
     for step in range(run.steps):
         for index, grad in enumerate(run.grads(params, step)):
             if grad is not None:
@@ -277,7 +267,7 @@ def within_rounding(
     make: Callable[..., torch.optim.Optimizer],
     other: Callable[..., torch.optim.Optimizer],
 ) -> bool:
-    """Whether two optimizers end as near to each other as two programs must that both compute AdamW in run.dtype."""
+    """Whether the ends of two optimizers differ by rounding in run.dtype at most."""
     ends = []
     for each in (make, other):
         params = run.params()
@@ -322,7 +312,10 @@ def test_the_one_kernel_of_torch_rounds_otherwise_so_that_a_bound_is_needed() ->
 def test_pages_of_odd_sizes_and_tensors_split_between_threads_keep_the_bits(
     dtype: torch.dtype, n: int, elements: int
 ) -> None:
-    """torch splits what has more than 32768 elements: the whole but not its pages, or both and in different places."""
+    """torch splits tensors of more than 32768 elements between threads.
+
+    That is the whole parameter but not its pages, or both, in different places.
+    """
     run = Run(shapes=[(1, n)], dtype=dtype, steps=3, missing=0)
     width = 2 * dtype.itemsize
     assert (
@@ -348,7 +341,7 @@ def test_a_million_odd_elements_keep_the_bits() -> None:
 
 
 def test_a_half_precision_add_with_alpha_is_not_invariant_which_is_why_it_is_avoided() -> None:
-    """Should this fail on a build, the operation has become invariant there, and the comment in adamw_ is out of date."""
+    """If this fails, the operation is invariant in that build: update the comment in adamw_."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("seen with the AVX2 and AVX-512 kernels only")
     make = torch.Generator().manual_seed(0)
@@ -357,10 +350,10 @@ def test_a_half_precision_add_with_alpha_is_not_invariant_which_is_why_it_is_avo
     assert not torch.equal(apart, x.add(y, alpha=-0.37))
 
 
-def test_torch_lerp_of_weight_one_is_not_invariant_in_the_sign_of_zero_which_is_why_beta1_zero_adds_zero() -> (
-    None
-):
-    """torch.optim.AdamW inherits this at beta1 = 0: its moment of a gradient of -0 depends on the element's place."""
+def test_lerp_with_weight_one_is_not_invariant_in_the_sign_of_zero_so_zero_is_added() -> None:
+    """torch.optim.AdamW with beta1 = 0 inherits this: the moment of a gradient of -0 depends on
+    the element's place.
+    """
     starts, ends = torch.zeros(65), torch.zeros(65).neg()
     whole = starts.lerp(ends, 1.0)
     apart = torch.cat([start.lerp(end, 1.0) for start, end in zip(starts.split(1), ends.split(1))])
@@ -388,7 +381,7 @@ def test_a_beta1_that_rounds_to_zero_is_invariant_in_the_sign_of_zero_too(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("beta1", [0.0, 0.3, 0.9])
 def test_an_infinite_gradient_does_what_it_does_in_torch(beta1: float, dtype: torch.dtype) -> None:
-    """At beta1 = 0 too, where torch's moment is NaN: lerp_ there is g - (g - m) * 0, and stays NaN ever after."""
+    """Also with beta1 = 0: lerp_ is then g - (g - m) * 0, so torch's moment stays NaN forever."""
     outcomes = []
     for make in (
         plain,
@@ -409,7 +402,7 @@ def test_an_infinite_gradient_does_what_it_does_in_torch(beta1: float, dtype: to
 
 
 class LargestOutput(TorchDispatchMode):
-    """The bytes of the largest storage that any operation makes, and does not merely take a view of or change in place."""
+    """Records the bytes of the largest new storage of any operation: no views, nothing in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -425,7 +418,7 @@ class LargestOutput(TorchDispatchMode):
 
 
 def largest_output_of_a_step(layout: str, **options: int) -> int:
-    """In the second step, so that pages come from the store too; of a parameter of 4000 float32 elements."""
+    """For 4000 float32 elements, in the second step, which loads pages from the store too."""
     param = nn.Parameter(laid_out(torch.ones(40, 100), layout))
     optimizer = PagedAdamW([param], **options)
     param.grad = torch.ones(40, 100)
@@ -435,13 +428,13 @@ def largest_output_of_a_step(layout: str, **options: int) -> int:
     return largest.nbytes
 
 
-def test_a_step_makes_nothing_larger_than_a_page_unless_the_parameter_is_strided(
+def test_a_step_allocates_nothing_larger_than_a_page_unless_the_parameter_is_strided(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "reference")
     assert (
         largest_output_of_a_step("contiguous", page_bytes=800, resident_bytes=1600) == 800
-    )  # a page that faults in
+    )  # a page that is loaded
     assert (
         largest_output_of_a_step("contiguous", page_bytes=800) == 800
     )  # all resident: the roots, in float64
@@ -461,7 +454,7 @@ def test_a_torch_that_does_not_fuse_gets_the_reference(monkeypatch: pytest.Monke
 
 
 def test_kernels_leave_the_number_of_torchs_threads_alone() -> None:
-    """In a process of its own: it is when they start that Numba's threads would change it."""
+    """In a new process, because Numba's threads would change the number when they start."""
     said = subprocess.run(
         [
             sys.executable,
@@ -496,7 +489,7 @@ def test_the_roots_of_torch_are_a_unit_from_the_nearest_at_most() -> None:
 
 @dataclass(frozen=True)
 class Update:
-    """One update of a run: numbers around 2**exponent, more or less by up to 2**spread; or of all bit patterns."""
+    """One update of a run: numbers within 2**(exponent ± spread), or random bit patterns."""
 
     n: int = 40
     exponent: int = 0
@@ -510,7 +503,7 @@ class Update:
     seed: int = 0
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Parameter, gradient and moments. Before the first step these are whatever the memory held."""
+        """Parameter, gradient and moments; before the first step the moments are random bits."""
         make = torch.Generator().manual_seed(self.seed)
         patterns = (
             torch.randint(-(2**31), 2**31, (4, self.n), generator=make)
@@ -603,7 +596,7 @@ def test_the_kernel_updates_float32_unless_the_environment_asks_for_the_referenc
     assert updated == ([10, 5, 7, 4] if dtype == torch.float32 and not asked else [])
 
 
-def test_a_step_of_the_kernel_makes_nothing_but_the_page_that_faults_in() -> None:
+def test_a_step_of_the_kernel_allocates_only_the_page_that_is_loaded() -> None:
     assert largest_output_of_a_step("contiguous", page_bytes=800) == 0
     assert largest_output_of_a_step("contiguous", page_bytes=800, resident_bytes=1600) == 800
 
@@ -669,14 +662,14 @@ def test_above_the_budget_each_step_moves_all_of_the_state_in_and_out(
 
 
 @no_madvise
-def test_prefetch_announces_exactly_the_stored_pages_of_the_next_parameter(
+def test_prefetch_advises_exactly_the_saved_pages_of_the_next_parameter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    announced = []
+    advised = []
 
     class Recording(mmap.mmap):
         def madvise(self, option: int, start: int, length: int) -> None:
-            announced.append((option, start, length))
+            advised.append((option, start, length))
             super().madvise(option, start, length)
 
     monkeypatch.setattr(mmap, "mmap", Recording)
@@ -686,15 +679,16 @@ def test_prefetch_announces_exactly_the_stored_pages_of_the_next_parameter(
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    assert announced == []  # nothing was stored when the second and the third were next
+    assert advised == []  # nothing was saved when the second and the third were next
     optimizer.step()
     starts = [page.offset for param in params[1:] for page in optimizer.pages[param]]
-    # When the second is next, its pages are stored; so are the third's, though they were resident as the step began.
+    # The pages of the second and the third are saved by the time that each is next; the third's
+    # were still resident when the step began.
     leads = [start % mmap.PAGESIZE for start in starts]
-    assert announced == [
+    assert advised == [
         (mmap.MADV_WILLNEED, start - lead, lead + page_bytes) for start, lead in zip(starts, leads)
     ]
-    assert optimizer.counters["prefetches"] == len(announced) == 4
+    assert optimizer.counters["prefetches"] == len(advised) == 4
 
 
 def test_a_full_disk_is_one_clear_error_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -761,7 +755,7 @@ def test_a_state_saved_by_either_optimizer_continues_in_either(
     saved = copy.deepcopy(optimizer.state_dict())
     resumed_params = [nn.Parameter(param.detach().clone()) for param in params]
     resumed = loader(run.groups(resumed_params), **load_options)
-    run.train(resumed, resumed_params, last=1)  # a past of its own, which the load must wipe out
+    run.train(resumed, resumed_params, last=1)  # the load must replace this state
     for mine, theirs in zip(resumed_params, params):
         mine.data.copy_(theirs.data)
     resumed.load_state_dict(saved)
@@ -807,7 +801,7 @@ def test_the_layout_of_the_state_is_that_of_torch() -> None:
     ]
 
 
-def test_a_parameter_that_the_loaded_state_does_not_know_starts_afresh() -> None:
+def test_a_parameter_that_is_not_in_the_loaded_state_starts_again() -> None:
     run, params = Run(missing=0), Run().params()
     optimizer = PagedAdamW(params, page_bytes=16, resident_bytes=16)
     run.train(optimizer, params)

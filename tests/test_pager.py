@@ -1,4 +1,4 @@
-"""A pager may decide where a page lies, never what it says, and its counters tell the truth."""
+"""The pager decides where a page lies, never its values, and its counters are right."""
 
 import errno
 import mmap
@@ -33,17 +33,15 @@ def three_pages(budget: int = 32) -> tuple[Pager, list[Page]]:
     return pager, pages
 
 
-# What a page says, and what is counted
+# Values and counters
 
 
 def recount(
     pages: list[Page], fetches: list[tuple[int, bool]], budget: int
 ) -> tuple[list[int], dict[str, int]]:
-    """The resident pages and the counters after these fetches, by the rule in its plainest form: a list and a set."""
-    resident, stored = (
-        [],
-        set(),
-    )  # least recently used first; pages whose latest value is in the store
+    """The resident pages and the counters after these fetches, recomputed with a list and a set."""
+    resident = []  # least recently used first
+    saved = set()  # pages whose latest value is in the store
     counters = dict.fromkeys(
         ("hits", "faults", "evictions", "bytes_in", "bytes_out", "prefetches"), 0
     )
@@ -56,12 +54,12 @@ def recount(
             while sum(pages[other].nbytes for other in [*resident, index]) > budget:
                 oldest = resident.pop(0)
                 counters["evictions"] += 1
-                counters["bytes_out"] += 0 if oldest in stored else pages[oldest].nbytes
-                stored.add(oldest)
-            counters["bytes_in"] += pages[index].nbytes if index in stored else 0
+                counters["bytes_out"] += 0 if oldest in saved else pages[oldest].nbytes
+                saved.add(oldest)
+            counters["bytes_in"] += pages[index].nbytes if index in saved else 0
         resident.append(index)
         if write:
-            stored.discard(index)
+            saved.discard(index)
     return resident, counters
 
 
@@ -129,7 +127,7 @@ def test_a_clean_page_is_not_written_back_and_a_dirty_one_once() -> None:
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the platform takes no hints")
-def test_only_a_page_that_is_stored_and_not_resident_is_announced() -> None:
+def test_only_a_page_that_is_saved_and_not_resident_is_prefetched() -> None:
     pager, (a, b, c) = three_pages(budget=16)
     pager.prefetch([a, b, c])  # none has a value
     assert pager.counters["prefetches"] == 0
@@ -310,7 +308,8 @@ fetch = Pager.fetch
     "mutant", [first_in_first_out, forgets_a_second_write, writes_clean_pages_too]
 )
 def test_a_mutant_of_the_pager_is_noticed(mutant: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    law = test_every_page_says_what_was_last_written_and_every_counter_is_a_plain_recount.hypothesis.inner_test
+    prop = test_every_page_says_what_was_last_written_and_every_counter_is_a_plain_recount
+    law = prop.hypothesis.inner_test
     looks = [((2, 2), torch.float32)] * 3
     fetches = [(index, write) for write in (True, True, False, False) for index in (0, 1, 0, 2)]
     law(looks, fetches, 16)
@@ -319,16 +318,16 @@ def test_a_mutant_of_the_pager_is_noticed(mutant: object, monkeypatch: pytest.Mo
         law(looks, fetches, 16)
 
 
-# Laws that a mutant asked for
+# Laws that only mutants had broken
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the platform takes no hints")
 def test_a_clean_page_that_is_resident_is_not_announced() -> None:
-    pager, pages = Pager(32), [Page((2, 2), torch.float32, torch.device("cpu")) for _ in range(3)]
+    pager, pages = Pager(32), [Page((2, 2), torch.float32, CPU) for _ in range(3)]
     pager.reserve_store(pages)
     for page in pages:
         pager.fetch(page, write=True)
-    pager.fetch(pages[0])  # stored and resident; the second is stored alone
+    pager.fetch(pages[0])  # saved and resident; the second is saved only
     pager.prefetch(pages)
     assert pager.counters["prefetches"] == 1
 
@@ -337,10 +336,8 @@ def test_a_clean_page_that_is_resident_is_not_announced() -> None:
 def test_a_page_starts_at_a_multiple_of_its_elements_size_whatever_was_reserved_before_it(
     dtype: torch.dtype,
 ) -> None:
-    narrow, wide = (
-        Page((3, 1), torch.float16, torch.device("cpu")),
-        Page((3, 1), dtype, torch.device("cpu")),
-    )
+    narrow = Page((3, 1), torch.float16, CPU)
+    wide = Page((3, 1), dtype, CPU)
     for pages in ([narrow, wide], [wide, narrow]):
         narrow.store = wide.store = None
         Pager(wide.nbytes).reserve_store(pages)

@@ -1,5 +1,7 @@
-"""Unified memory, held to its law on a driver that only writes down what it is asked: the same bits, moves that mirror the
-counters, never more on the device than the budget, and memory that goes when its owner goes. On a GPU (make gpu), the real one.
+"""Unified memory, on a fake driver that records its calls, and on a GPU (make gpu) on the real one.
+
+The laws: the same bits, moves that match the counters, never more on the device than the budget,
+and memory that is freed with its owner.
 """
 
 import contextlib
@@ -20,20 +22,21 @@ from kernels import page_store
 from kernels.page_store import Managed, Page, Pinned, new_store
 from paged_optim import PagedAdamW, Pager
 
-CPU, CURRENT, ASIDE = torch.device("cpu"), 7, 9  # a device, and the handles of two streams
+CPU = torch.device("cpu")
+CURRENT = 7  # the handle of the current stream
+ASIDE = 9  # the handle of the stream for prefetches
 CUDA = torch.device("cuda", 0)
 
 
 class Recorder:
-    """Stands for libcuda: takes what ctypes would pass on, allocates from the host, and writes down every move."""
+    """A fake libcuda: takes the arguments of ctypes, allocates on the host, records every move."""
 
     def __init__(self, concurrent: bool = True, code: int = 0) -> None:
         self.concurrent, self.code = concurrent, code
         self.blocks: dict[int, ctypes.Array] = {}
         self.log: list[str] = []
-        self.moves: list[
-            tuple[tuple[int, int], int, int, int]
-        ] = []  # block and offset, size, place, stream
+        # Block and offset, size, place, stream
+        self.moves: list[tuple[tuple[int, int], int, int, int]] = []
         self.advice: list[tuple[tuple[int, int], int, int]] = []
 
     def cuDeviceGetAttribute(self, answer: object, attribute: int, device: ctypes.c_int) -> int:
@@ -56,7 +59,7 @@ class Recorder:
         return self.code
 
     def place_of(self, start: ctypes.c_uint64, size: ctypes.c_size_t) -> tuple[int, int]:
-        """Which block, in the order of their making, and where in it; all of the range must lie there."""
+        """The index of the block that has the whole range, and the offset in it."""
         ((number, base),) = (
             (number, base)
             for number, (base, block) in enumerate(self.blocks.items())
@@ -89,7 +92,7 @@ class Recorder:
 
 
 def tensor_of(memory: unified_memory.Memory) -> Tensor:
-    """What torch makes of the interface of CUDA arrays, on the host: a view that keeps its owner alive."""
+    """On the host, what torch makes of __cuda_array_interface__: a view that owns `memory`."""
     described = memory.__cuda_array_interface__
     array = (ctypes.c_uint8 * described["shape"][0]).from_address(described["data"][0])
     array.owner = memory
@@ -98,7 +101,7 @@ def tensor_of(memory: unified_memory.Memory) -> Tensor:
 
 @contextlib.contextmanager
 def recording(free: int = 2**40, **settings: object) -> Iterator[Recorder]:
-    """A machine whose CPU passes for a GPU that shares pages."""
+    """A machine whose CPU acts as a GPU that shares pages."""
     recorder = Recorder(**settings)
     gc.freeze()  # what was there before need not be searched for garbage
     with pytest.MonkeyPatch.context() as patch:
@@ -120,7 +123,7 @@ def recording(free: int = 2**40, **settings: object) -> Iterator[Recorder]:
 
 
 def outcome(run: Run, **settings: object) -> tuple[list, dict[str, int], Recorder]:
-    """Bits and counters of a run on the recorder, and what that wrote down. By the end, the optimizer is gone."""
+    """Bits and counters of a run on the recorder, and the recorder; the optimizer is freed."""
     with recording() as recorder:
         bits, optimizer = run.outcome(PagedAdamW, **settings)
         counters = dict(optimizer.counters)
@@ -166,7 +169,7 @@ def test_on_pinned_memory_too(sizes: list[int], elements: int, pages: int) -> No
     assert pinned.counters["prefetches"] == 0
 
 
-# What the driver is asked
+# The calls of the driver
 
 
 def three_pages(budget: float) -> tuple[Pager, list[Page]]:
@@ -176,9 +179,7 @@ def three_pages(budget: float) -> tuple[Pager, list[Page]]:
     return pager, pages
 
 
-def test_a_fault_sends_a_page_to_the_device_and_an_eviction_to_the_host_in_the_order_of_the_kernels() -> (
-    None
-):
+def test_faults_send_pages_to_the_device_and_evictions_to_the_host_in_stream_order() -> None:
     with recording() as recorder:
         pager, (a, b, c) = three_pages(budget=32)
         for page in (a, b, a, c, b):
@@ -261,9 +262,7 @@ def test_more_than_the_card_has_free_is_refused_unless_the_user_bounds_what_stay
         assert PagedAdamW([weight], page_bytes=32, resident_bytes=32).pager.budget == 32
 
 
-def test_memory_lives_as_long_as_a_tensor_in_it_and_no_longer_and_is_freed_when_kernels_are_done() -> (
-    None
-):
+def test_memory_is_freed_with_its_last_tensor_when_the_kernels_are_done() -> None:
     with recording() as recorder:
         pager, (page, *rest) = three_pages(budget=48)
         tensor = pager.fetch(page, write=True).fill_(3)
@@ -351,15 +350,17 @@ def test_each_device_has_a_store_of_its_own() -> None:
 
 
 def stays(self: Managed, page: Page, tensor: Tensor) -> None:
-    """The page is called evicted, and nothing tells the driver."""
+    """Counts an eviction without telling the driver."""
 
 
-def asks_for_all(self: Managed, pages: list[Page], resident: object) -> int:
+def sends_without_looking(self: Managed, pages: list[Page], resident: object) -> int:
     self.memory.to_device(pages[0].offset, sum(page.nbytes for page in pages))
     return len(pages)
 
 
-@pytest.mark.parametrize(("method", "mutant"), [("evict", stays), ("prefetch", asks_for_all)])
+@pytest.mark.parametrize(
+    ("method", "mutant"), [("evict", stays), ("prefetch", sends_without_looking)]
+)
 def test_a_store_that_overruns_its_budget_is_noticed(
     method: str, mutant: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,7 +385,7 @@ def stores_of(optimizer: PagedAdamW) -> set[type]:
 def trained(
     params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int = 4
 ) -> list[Tensor]:
-    """Random gradients, the same for all. -> parameters and moments"""
+    """Train on the same random gradients. Returns parameters and moments."""
     make = torch.Generator("cuda").manual_seed(1)
     for _ in range(steps):
         for param in params:
@@ -447,8 +448,8 @@ def test_on_a_gpu_managed_pages_are_tensors_of_it_and_leave_with_the_optimizer()
 
 
 @gpu
-def test_on_a_gpu_state_makes_room_for_activations_that_nobody_foresaw() -> None:
-    """The paper's claim: when ordinary tensors fill the card, managed pages leave, and come back with their bits."""
+def test_on_a_gpu_state_makes_room_for_unforeseen_activations() -> None:
+    """The paper's claim: ordinary tensors evict managed pages, which return with their bits."""
     if unified_memory.driver_of(torch.device("cuda")) is None:
         pytest.skip("this GPU shares no pages with the host")
     size = (

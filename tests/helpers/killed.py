@@ -184,7 +184,7 @@ def disturb_operation(number: int, act: Callable[[], None], seen: Path) -> None:
 def disturb_each_operation(
     root: Path, expected: dict[str, object], act: Callable[[], None], expected_status: int
 ) -> dict[str, object]:
-    """Disturb a run at its first file operation, the next at its second, ..., until it has no more."""
+    """Disturb a run at its first file operation, the next at its second, until one has no more."""
     seen = root / "seen"
     different = []
     for number in itertools.count(1):
