@@ -30,16 +30,18 @@ def import_without_warnings(loader: SourceFileLoader, module: ModuleType) -> Non
 
 SourceFileLoader.exec_module = import_without_warnings
 
-# Under pytest-xdist, each worker is one thread of torch. Numba has two, because some tests compare
-# one thread with two; our kernels use as many as torch has. Both libraries read this when imported.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["NUMBA_NUM_THREADS"] = "2"
-
 # Every process compiles the kernels: a stale cache would hide a broken one, and coverage counts the
 # Python that generates code. Workers share no cache, because Numba does not lock it: two that save
-# at the same time may take the same file name. In make mutate a server has imported Numba already.
-if "numba" not in sys.modules:
+# at the same time may take the same file name.
+#
+# A worker of pytest-xdist has one thread of torch. Numba gets two, because some tests compare one
+# thread with two; our kernels use as many as torch. Both libraries read this when imported.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["NUMBA_NUM_THREADS"] = "2"
+    os.environ["NUMBA_CACHE_DIR"] = os.path.join(os.environ["NUMBA_CACHE_DIR"], WORKER)
+elif "numba" not in sys.modules:  # the server of make mutate has imported it
     NUMBA_CACHE = tempfile.TemporaryDirectory(prefix="numba-")
     os.environ["NUMBA_CACHE_DIR"] = NUMBA_CACHE.name
 

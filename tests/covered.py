@@ -1,4 +1,4 @@
-"""Fails unless the last run of the tests reached every line and 95 % of the branches of each file."""
+"""Fails unless the last test run reached every line and 95 % of the branches of each file."""
 
 import json
 import subprocess

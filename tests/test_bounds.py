@@ -1,11 +1,13 @@
-"""The tests of the tests: every bound is reached, and no test knows another tolerance.
+"""The tests of the tests: every bound is reached, and no test has another tolerance.
 
-A bound that nothing can reach lets bugs through. So each is shown an input on which all of its roundings go one way: numbers
-just above a power of two, where a rounding is relatively largest, and at a tie. Where 99 % are out of reach the test says why.
+A bound that nothing can reach misses bugs. So each bound has an input for which all its roundings
+have one direction: ties just above a power of two, where a rounding is relatively largest. Where an
+error cannot reach 99 % of its bound, the test says why.
 """
 
 import ast
 import math
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,7 +48,7 @@ from helpers.strategies import DTYPES, HALF_AND_SINGLE
 
 U = 2.0**-24
 EPS = 2.0**-23  # the distance from 1 to the next float32
-ALMOST = 1 - 2.0**-11  # times half a step: beside a tie, on the lower side, in any of the formats
+ALMOST = 1 - 2.0**-11  # times half a step: just below a tie, in any of the formats
 
 
 def distance(computed: Tensor, wanted: Tensor) -> Tensor:
@@ -58,40 +60,29 @@ def distance(computed: Tensor, wanted: Tensor) -> Tensor:
 HERE = Path(__file__).parent
 LAWS = {
     "the round trip is within h * absmax and rounding": "test_roundtrip_error_is_within_half_gap",
-    "re-quantizing gives the same codes": "test_requantizing_a_dequantized_tensor_gives_the_same_codes",
+    "re-quantizing": "test_requantizing_a_dequantized_tensor_gives_the_same_codes",
     "scaling by 2^k leaves the codes": "test_scaling_by_a_power_of_two_leaves_codes_unchanged",
     "zero stays exactly zero": "test_zero_stays_exactly_zero_and_never_becomes_minus_zero",
     "all-zero blocks too": "test_blocks_of_zeros_stay_exactly_zero_under_double_quantization_too",
     "a tie takes the lower code": "test_a_tie_takes_the_lower_code",
-    "a ragged last block, any shape, numel 0": "test_any_shape_and_stride_gives_the_layout_that_is_documented",
+    "a ragged last block": "test_any_shape_and_stride_gives_the_layout_that_is_documented",
+    "any shape, numel 0": "test_any_shape_and_stride_gives_the_layout_that_is_documented",
     "any stride": "test_a_strided_tensor_gives_the_bytes_of_its_contiguous_copy",
     "the bits of storage": "test_a_weight_costs_exactly_4_bits_and_its_constants_and_one_mean",
     "bitsandbytes' bytes": "test_bytes_constants_and_decoded_values_equal_those_of_bitsandbytes",
-    "NaN and Inf are refused": "test_what_is_not_finite_in_float32_is_refused_with_its_count_and_first_index",
+    "NaN and Inf": "test_what_is_not_finite_in_float32_is_refused_with_its_count_and_first_index",
     "LoRA starts at the model": "test_lora_at_initialisation_leaves_the_output_bitwise_unchanged",
     "gradcheck": "test_the_backward_passes_gradcheck_in_float64",
-    "nothing dense is saved": "test_a_stack_saves_x_and_h_and_the_mask_of_each_layer_and_nothing_dense",
-    "no frozen-branch input is saved": "test_x_is_saved_for_A_alone",
-    "paged and resident AdamW agree": "test_any_page_size_and_budget_gives_the_bits_of_one_page_and_of_torch",
+    "nothing dense": "test_a_stack_saves_x_and_h_and_the_mask_of_each_layer_and_nothing_dense",
+    "no frozen-branch input": "test_x_is_saved_for_A_alone",
+    "paged AdamW": "test_any_page_size_and_budget_gives_the_bits_of_one_page_and_of_torch",
     "resume after a kill": "test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped",
-    "a kill at any byte of a save": "test_a_save_that_fails_at_any_moment_leaves_the_old_file_and_no_other",
+    "a kill in a save": "test_a_save_that_fails_at_any_moment_leaves_the_old_file_and_no_other",
 }
-LOOSE = {
-    "allclose",
-    "isclose",
-    "assert_close",
-    "approx",
-    "assert_allclose",
-    "assert_almost_equal",
-    "atol",
-    "rtol",
-}
-NO_BOUNDS = {
-    "is_tight",
-    "requantizing_is_safe",
-    "of_a_mean",
-    "mean_absolute_error",
-}  # the last two are of chance
+LOOSE = set("allclose isclose assert_close approx assert_allclose".split())
+LOOSE |= {"assert_almost_equal", "atol", "rtol"}
+# No bounds of rounding; the last two are about chance.
+NO_BOUNDS = {"is_tight", "requantizing_is_safe", "of_a_mean", "mean_absolute_error"}
 
 
 def functions_of(path: Path) -> dict[str, ast.FunctionDef]:
@@ -105,9 +96,8 @@ def functions_of(path: Path) -> dict[str, ast.FunctionDef]:
 def names_in(node: ast.AST) -> set[str]:
     """Every name, attribute and keyword in a piece of code."""
     kinds = {ast.Name: "id", ast.Attribute: "attr", ast.keyword: "arg", ast.alias: "name"}
-    return {getattr(part, kinds[type(part)]) for part in ast.walk(node) if type(part) in kinds} - {
-        None
-    }
+    named = (part for part in ast.walk(node) if type(part) in kinds)
+    return {getattr(part, kinds[type(part)]) for part in named} - {None}
 
 
 def has_share(node: ast.AST) -> bool:
@@ -138,25 +128,27 @@ def test_every_bound_is_reached_or_is_part_of_one_that_is() -> None:
 
 
 def tolerances_in(source: str) -> list[str | float]:
-    """The comparisons with a tolerance of their own, and fractions that an assertion takes for the limit of something."""
-    tree, order = ast.parse(source), (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
-    asserts = [node.test for node in ast.walk(tree) if isinstance(node, ast.Assert)]
-    compared = [
-        part
-        for test in asserts
-        for part in ast.walk(test)
-        if isinstance(part, ast.Compare) and any(isinstance(op, order) for op in part.ops)
-    ]
-    constants = [
-        part.value for node in compared for part in ast.walk(node) if isinstance(part, ast.Constant)
-    ]
-    fractions = [
-        value for value in constants if isinstance(value, float) and not value.is_integer()
-    ]
-    return [
-        *sorted(names_in(tree) & LOOSE),
-        *(value for value in fractions if value != 0.99),
-    ]  # of a bound, it is no tolerance
+    """The comparisons with a tolerance of their own, and the fractions in comparisons of asserts.
+
+    0.99 is the share of a bound that an error must reach, so it is no tolerance.
+    """
+    tree = ast.parse(source)
+    found: list[str | float] = sorted(names_in(tree) & LOOSE)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            found += fractions_compared_in(node.test)
+    return found
+
+
+def fractions_compared_in(test: ast.expr) -> list[float]:
+    """The fractions in <, <=, > and >= of an expression, except 0.99."""
+    order = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+    found = []
+    for node in ast.walk(test):
+        if isinstance(node, ast.Compare) and any(isinstance(op, order) for op in node.ops):
+            found += [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    fractions = [value for value in found if isinstance(value, float) and not value.is_integer()]
+    return [value for value in fractions if value != 0.99]
 
 
 @pytest.mark.parametrize("path", sorted(HERE.rglob("*.py")), ids=lambda path: path.stem)
@@ -172,15 +164,11 @@ def test_a_tolerance_is_found() -> None:
     assert tolerances_in("assert 0.99 <= ratio <= 1 and x == 0.5") == []
 
 
-def test_a_bound_that_is_too_wide_by_two_per_cent_is_not_tight_and_one_that_is_exceeded_is_none() -> (
-    None
-):
+def test_a_bound_that_is_two_per_cent_too_wide_or_is_exceeded_is_not_tight() -> None:
     assert is_tight(torch.tensor([0.5, 0.995]), 1.0)
-    assert (
-        not is_tight(0.98, 1.0)
-        and not is_tight(torch.tensor([0.995, 1.001]), torch.ones(2))
-        and not is_tight(math.nan, 1.0)
-    )
+    assert not is_tight(0.98, 1.0)
+    assert not is_tight(torch.tensor([0.995, 1.001]), torch.ones(2))
+    assert not is_tight(math.nan, 1.0)
 
 
 # one rounding
@@ -196,15 +184,12 @@ def test_the_bound_of_a_cast_is_reached_by_normal_and_by_subnormal_numbers(
         assert is_tight(distance(number.to(dtype), number), cast(value, dtype))
 
 
-def test_the_bound_of_a_float64_rounding_is_reached_but_for_subnormals_whose_half_step_no_float64_is() -> (
-    None
-):
+def test_the_bound_of_a_float64_rounding_is_reached_by_normal_numbers() -> None:
+    """No float64 is half a subnormal step, so `tiny` is the smallest float64 that is not less."""
     u = Fraction(1, 2**53)
     assert is_tight(float(1 + u - Fraction(float(1 + u))), cast(1.0, torch.float64))
     tie = Fraction(1, 2**1075)
-    assert float(tie) == 0 and 2 * tie == Fraction(
-        TINY[torch.float64]
-    )  # the least float64 that is not below the error
+    assert float(tie) == 0 and 2 * tie == Fraction(TINY[torch.float64])
 
 
 @pytest.mark.parametrize(
@@ -213,7 +198,7 @@ def test_the_bound_of_a_float64_rounding_is_reached_but_for_subnormals_whose_hal
 def test_gamma_is_reached_by_a_sum_whose_every_rounding_goes_down(
     dtype: torch.dtype, n: int
 ) -> None:
-    """Of a few terms only in 16 bits: the squares of n u are in the bound."""
+    """Only a few terms in 16 bits, because the bound contains the squares of n u."""
     u, total = UNIT_ROUNDOFF[dtype], torch.ones((), dtype=dtype)
     for term in torch.full((n,), u, dtype=dtype):
         total += term  # 1 + u is a tie, and goes to 1
@@ -241,28 +226,24 @@ def test_an_operand_is_off_by_its_cast_and_by_nothing_if_it_is_in_the_dtype_alre
 
 ABSMAX = 1 + torch.arange(8192, dtype=torch.float64) / 8192
 SOURCES_AND_TARGETS = [(source, target) for source in DTYPES for target in DTYPES]
-# Where a format is coarse, an absmax of it is decoded exactly, and with it one of the two levels beside NF4's widest gap.
+# In a coarse format absmax decodes exactly, and it is one of the two levels of NF4's widest gap.
 COARSE = {(torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16)}
-# Two levels and a step between subnormal numbers: a quarter of absmax is half a step, which the product rounds to nothing.
+# For subnormal numbers: a quarter of absmax is half a step, which the product rounds to 0.
 QUARTERS = torch.tensor([-1.0, -0.5, 0.0, 0.25, 0.75, 1.0])
 
 
 def roundtrip_ratio(absmax: Tensor, target: torch.dtype, codebook: Tensor) -> float:
-    """The largest share of the bound that numbers beside the middle of the widest gap reach, with one of these absmax."""
-    levels, integers = (
-        codebook.double(),
-        {2: torch.int16, 4: torch.int32, 8: torch.int64}[absmax.element_size()],
-    )
+    """The largest share of the bound that numbers around the middle of the widest gap reach."""
+    levels = codebook.double()
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[absmax.element_size()]
     gap = int((levels[1:] - levels[:-1]).argmax())
-    middles = (
-        (absmax.double() * (levels[gap] + levels[gap + 1]) / 2).to(absmax.dtype).view(integers)
-    )
+    middles = absmax.double() * (levels[gap] + levels[gap + 1]) / 2
+    words = middles.to(absmax.dtype).view(integers)
     ratios = []
     for ulps in (-1, 0, 1):
-        q = nf4.quantize(torch.stack([absmax, (middles + ulps).view(absmax.dtype)], 1), 2, codebook)
-        error = distance(
-            nf4.dequantize(q, target), torch.stack([absmax, (middles + ulps).view(absmax.dtype)], 1)
-        ).amax(1)
+        weight = torch.stack([absmax, (words + ulps).view(absmax.dtype)], 1)  # (blocks, 2)
+        q = nf4.quantize(weight, 2, codebook)
+        error = distance(nf4.dequantize(q, target), weight).amax(1)
         ratios.append((error / roundtrip(q.absmax, codebook, absmax.dtype, target)).max())
     return max(ratios).item()
 
@@ -294,14 +275,14 @@ def test_no_bound_covers_numbers_beyond_the_largest_of_the_target() -> None:
 def test_the_half_gap_is_reached_with_both_roundings_of_subnormal_numbers(
     source: torch.dtype, target: torch.dtype
 ) -> None:
-    """An absmax of two steps of the target, or of the source where no target's step counts: then only the half gap does."""
+    """An absmax of two steps of the target, or of the source if its steps are wider.
+
+    In the second case only the half gap counts.
+    """
     step = 2 * max(TINY[dtype] for dtype in (target, torch.float32) if dtype != torch.float64)
-    if (
-        source == torch.float64 and step < 2.0**-140
-    ):  # the cast to float32, whose steps these are, loses half of one too
-        x = 1.5 * step * ALMOST
-    else:
-        x = step
+    x = step
+    if source == torch.float64 and step < 2.0**-140:
+        x = 1.5 * step * ALMOST  # the cast to float32 loses another half step
     least = 2 * TINY[source] if source != torch.float64 else 0
     if least > step:
         steps = torch.arange(2, 512, dtype=torch.float64) * least
@@ -320,7 +301,10 @@ def test_the_half_gap_is_reached_with_both_roundings_of_subnormal_numbers(
 def test_the_decision_error_is_reached_and_a_number_farther_from_the_midpoint_gets_its_level(
     exponent: int,
 ) -> None:
-    """All roundings conspire for some numbers near a midpoint just below 1, with an absmax a little below a power of two."""
+    """All roundings add up for some numbers near a midpoint just below 1.
+
+    Their absmax is a little below a power of two.
+    """
     absmax = (2 - torch.arange(110_000, 118_000) * EPS) * 2.0**exponent
     codebook = torch.tensor([-1.0, 1 - 153 * U, 1.0])
     middle = codebook[1:].double().sum() / 2
@@ -356,7 +340,10 @@ def test_the_half_gap_is_the_farthest_that_a_number_can_lie_from_all_levels(
 def test_requantizing_is_called_safe_up_to_one_per_cent_before_it_goes_wrong(
     dtype: torch.dtype, regime: str
 ) -> None:
-    """A level moves half a step, or by the unit roundoff, towards the level below it, which lies twice as far away, about."""
+    """A level moves by half a step, or by u, towards the level below it.
+
+    The distance to that level is about twice as large.
+    """
     u = UNIT_ROUNDOFF[dtype]
     if regime == "subnormal":
         absmax, level, inside = 4 * TINY[dtype], 0.25, 2 * TINY[dtype]
@@ -382,10 +369,10 @@ def test_requantizing_is_called_safe_up_to_one_per_cent_before_it_goes_wrong(
 @pytest.mark.parametrize(
     "constants",
     [
-        [0.0, 2.0],  # minus their mean: -1, 1; and the code has no -1
+        [0.0, 2.0],  # minus their mean: -1, 1; the code has no -1
         [0.0, 2.0**127],
-        [0.0, 144 * 2.0**-149],  # and the product is half a step off
-        [1.0, 1 + 144 * EPS],  # and so is the sum with a mean that is far larger than the spread
+        [0.0, 144 * 2.0**-149],  # also, the product has an error of half a step
+        [1.0, 1 + 144 * EPS],  # also, the sum with a mean far larger than the spread has one
     ],
     ids=["normal", "largest", "subnormal", "close together"],
 )
@@ -398,36 +385,31 @@ def test_the_bound_of_double_quantization_is_reached(constants: list[float]) -> 
 
 @pytest.mark.parametrize("target", DTYPES)
 def test_the_bound_of_both_quantizations_is_reached(target: torch.dtype) -> None:
-    """The lower constant is decoded too large, as the code has no -1, and with it the far level of the widest gap."""
+    """The lower constant decodes too large, as the code has no -1.
+
+    So does the farther level of the widest gap.
+    """
     middle = math.nextafter((nf4.NF4[0].item() + nf4.NF4[1].item()) / 2, -1.0)
     errors, bound = [], []
-    for lower in (
-        1 + torch.arange(1, 200) / 8192
-    ).tolist():  # the cast to 16 bits is at its worst for some of them
+    # For some of these constants the cast to 16 bits has its largest error.
+    for lower in (1 + torch.arange(1, 200) / 8192).tolist():
         absmax = torch.tensor([2.0, lower])
         weight = torch.tensor([2.0, 0.0, lower, lower * middle])
         q, dq = nf4.quantize(weight, 2), double_quant.quantize(absmax)
-        decoded = nf4.dequantize(
-            nf4.Quantized(q.packed, double_quant.dequantize(dq), q.codebook, q.shape, q.dtype, 2),
-            target,
-        )
+        decoded = nf4.dequantize(replace(q, absmax=double_quant.dequantize(dq)), target)
         errors.append(distance(decoded, weight).reshape(2, 2).amax(1))
-        bound.append(
-            both_quantized(
-                absmax, dq.absmax.expand(2), nf4.NF4, double_quant.DYNAMIC, torch.float32, target
-            )
-        )
+        nested = dq.absmax.expand(2)
+        codebooks = nf4.NF4, double_quant.DYNAMIC
+        bound.append(both_quantized(absmax, nested, *codebooks, torch.float32, target))
     assert is_tight(torch.stack(errors), torch.stack(bound))
 
 
-# products and sums of what is off already
+# products and sums of inexact numbers
 
 
-def test_a_product_with_an_inexact_number_is_off_by_both_of_its_roundings() -> None:
-    factor, x = (
-        1 + 2.0**-12 + U,
-        torch.tensor([1 + 2.0**-12]),
-    )  # the factor is a tie, and the rounded product another
+def test_a_product_with_an_inexact_number_has_the_errors_of_both_roundings() -> None:
+    factor = 1 + 2.0**-12 + U  # a tie; the rounded product is another
+    x = torch.tensor([1 + 2.0**-12])
     computed = x * torch.tensor(factor, dtype=torch.float64).float()
     exact = Bounded.exact(x).times(factor, torch.float32)
     assert is_tight(distance(computed, exact.value), exact.error)
@@ -443,9 +425,8 @@ def test_a_product_with_a_number_is_off_by_its_rounding_to_16_bits(dtype: torch.
 def test_an_error_grows_with_the_factor_and_adds_up_in_a_sum() -> None:
     off = Bounded(torch.tensor([[2.0]]).double(), torch.tensor([[0.25]]).double())
     assert is_tight(3 * 0.25, off.times(-3.0, torch.float64).error)
-    assert is_tight(0.25 + 0.25, off.plus(off, torch.float64).error) and is_tight(
-        0.25 + 0.25, apart(off, off).error
-    )
+    assert is_tight(0.25 + 0.25, off.plus(off, torch.float64).error)
+    assert is_tight(0.25 + 0.25, apart(off, off).error)
     assert is_tight(0.25, off.to(torch.float64).error) and torch.equal(off.T.error, off.error)
 
 
@@ -457,7 +438,7 @@ def test_the_bound_of_a_sum_is_reached_by_its_rounding(dtype: torch.dtype) -> No
 
 
 def test_the_bound_of_a_product_of_inexact_factors_is_reached() -> None:
-    """Factors that are off by all of their errors, in the direction of their values, and a product without rounding."""
+    """The errors of the factors have the signs of their values; the product is not rounded."""
     make = torch.Generator().manual_seed(0)
     X, Y, E, D = (
         torch.randn(shape, generator=make, dtype=torch.float64).abs()
@@ -465,20 +446,21 @@ def test_the_bound_of_a_product_of_inexact_factors_is_reached() -> None:
     )
     bound = Bounded(X, E).matmul(Bounded(Y, D), torch.float64)
     error = distance((X + E) @ (Y + D), X @ Y)
-    assert is_tight(error, bound.error) and is_tight(
-        error.min(), bound.error.flatten()[error.argmin()]
-    )
+    assert is_tight(error, bound.error)
+    assert is_tight(error.min(), bound.error.flatten()[error.argmin()])
 
 
 def down(dtype: torch.dtype) -> Tensor:
-    """1 and then numbers that a sum loses one by one: many in float32, whose accumulator rounds; only one in 16 bits."""
-    return torch.tensor(
-        [1.0, *[UNIT_ROUNDOFF[dtype]] * (1000 if dtype == torch.float32 else 1)]
-    ).to(dtype)
+    """1, and then numbers that a sum from left to right loses.
+
+    Many in float32, where the accumulator rounds; one in 16 bits, where only the result does.
+    """
+    count = 1000 if dtype == torch.float32 else 1
+    return torch.tensor([1.0, *[UNIT_ROUNDOFF[dtype]] * count]).to(dtype)
 
 
 def in_sequence(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:
-    """X Y as a program may compute it: one term after the other in float32, and rounded to dtype at the end."""
+    """X Y as a program may compute it: a sum from left to right in float32, rounded to dtype."""
     total = torch.zeros(len(X), Y.shape[1])
     for k in range(len(Y)):
         total = total + X[:, k : k + 1].float() * Y[k : k + 1].float()
@@ -486,8 +468,13 @@ def in_sequence(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def share(dtype: torch.dtype) -> float:
-    """What of a chain's bound can be reached: each link is charged for the errors before it too, and bfloat16's u is 0.4 %."""
-    return 0.99 if dtype != torch.bfloat16 else (1 - UNIT_ROUNDOFF[dtype]) ** 5
+    """The share of the bound of several operations that an error can reach.
+
+    The bound of each operation also covers the errors before it, and bfloat16's u is 0.4 %.
+    """
+    if dtype == torch.bfloat16:
+        return (1 - UNIT_ROUNDOFF[dtype]) ** 5
+    return 0.99
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
@@ -499,7 +486,10 @@ def test_the_bound_of_a_matrix_product_is_reached_by_a_sum_in_sequence(dtype: to
 
 
 def test_half_of_what_a_matrix_product_may_lose_below_the_normal_numbers_is_reached() -> None:
-    """Each product of n is half a step off, which the bound doubles instead of multiplying it by 1 + gamma."""
+    """Each of n products has an error of half a step.
+
+    The bound doubles it, where 1 + gamma as a factor would be enough.
+    """
     x, y = torch.full((1, 100), 2.0**-75), torch.full((100, 1), 2.0**-75)
     bound = Bounded.exact(x).matmul(Bounded.exact(y), torch.float32)
     assert is_tight(distance(in_sequence(x, y, torch.float32), bound.value), bound.error / 2)
@@ -507,16 +497,15 @@ def test_half_of_what_a_matrix_product_may_lose_below_the_normal_numbers_is_reac
 
 def test_a_bound_allows_no_nan_no_other_shape_and_nothing_beyond_it() -> None:
     bound = Bounded(torch.ones(2).double(), torch.tensor([0.0, 0.25]).double())
-    assert bound.allows(torch.tensor([1.0, 1.25])) and bound.allows(
-        torch.tensor([2.0, 2.25]), reference=torch.full((2,), 2.0)
-    )
-    assert not bound.allows(torch.tensor([1.0, 1.25 + EPS])) and not bound.allows(
-        torch.tensor([1.0 - EPS, 1.0])
-    )
-    assert not bound.allows(torch.tensor([1.0, math.nan])) and not bound.allows(torch.ones(3, 2))
+    assert bound.allows(torch.tensor([1.0, 1.25]))
+    assert bound.allows(torch.tensor([2.0, 2.25]), reference=torch.full((2,), 2.0))
+    assert not bound.allows(torch.tensor([1.0, 1.25 + EPS]))
+    assert not bound.allows(torch.tensor([1.0 - EPS, 1.0]))
+    assert not bound.allows(torch.tensor([1.0, math.nan]))
+    assert not bound.allows(torch.ones(3, 2))
 
 
-# whole layers: the programs that the bounds describe, with every rounding going down
+# whole layers: the programs that the bounds describe, where every rounding goes down
 
 
 def times(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
@@ -531,13 +520,8 @@ def test_the_bound_of_the_forward_pass_is_reached(way: str, dtype: torch.dtype) 
     if way == "base":  # x W^T, and the bias, and what the adapter adds
         W, A, B, bias, scaling = loses, torch.eye(1, n).to(dtype), u, u[0], 1.0
     else:  # x A^T, h B^T, s times that, and what the base adds
-        W, A, B, bias, scaling = (
-            u * torch.eye(1, n).to(dtype),
-            loses.expand(n, n),
-            loses,
-            None,
-            1 + u.item(),
-        )
+        W = u * torch.eye(1, n).to(dtype)
+        A, B, bias, scaling = loses.expand(n, n), loses, None, 1 + u.item()
     y = in_sequence(x, W.T, dtype) + (0 if bias is None else bias)
     y = y + times(in_sequence(in_sequence(x, A.T, dtype), B.T, dtype), scaling, dtype)
     assert y.item() == 1
@@ -548,11 +532,9 @@ def test_the_bound_of_the_forward_pass_is_reached(way: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("way", ["A", "B", "x through the adapter", "x through the base"])
 def test_the_bounds_of_the_backward_pass_are_reached(way: str, dtype: torch.dtype) -> None:
-    u, loses, scaling = (
-        torch.tensor([[UNIT_ROUNDOFF[dtype]]]).to(dtype),
-        down(dtype)[:, None],
-        1 + UNIT_ROUNDOFF[dtype],
-    )
+    u = torch.tensor([[UNIT_ROUNDOFF[dtype]]]).to(dtype)
+    loses = down(dtype)[:, None]
+    scaling = 1 + UNIT_ROUNDOFF[dtype]
     n, one = len(loses), torch.ones(1, 1, dtype=dtype)
     ones, first = torch.ones(n, n, dtype=dtype), torch.eye(n, 1).to(dtype)
     g, x, W, A, B = {  # (tokens, out), (tokens, in), (out, in), (r, in), (out, r)
@@ -582,12 +564,10 @@ def test_the_bounds_of_the_backward_pass_are_reached(way: str, dtype: torch.dtyp
     ],
 )
 def test_the_bound_of_a_merged_layer_is_reached(kept_in: torch.dtype, dtype: torch.dtype) -> None:
-    """By the sum for the update, what the base adds to it, and, where it is computed in the same dtype, by the product too."""
+    """By the sums of the update and of the base; with one dtype by the product too."""
     x = down(dtype)[None] if dtype == kept_in else torch.ones(1, 1)
-    n, loses = (
-        x.numel(),
-        down(kept_in).float()[None] if kept_in == torch.float32 else torch.ones(1, 1),
-    )
+    n = x.numel()
+    loses = down(kept_in).float()[None] if kept_in == torch.float32 else torch.ones(1, 1)
     A, W = torch.ones(loses.numel(), n), torch.full((1, n), UNIT_ROUNDOFF[kept_in])
     bias = torch.full((1,), UNIT_ROUNDOFF[dtype])
     merged = (in_sequence(loses, A, torch.float32) + W).to(kept_in)
@@ -597,30 +577,22 @@ def test_the_bound_of_a_merged_layer_is_reached(kept_in: torch.dtype, dtype: tor
     assert is_tight(distance(y, bound.value), bound.error, share(kept_in))
 
 
-def test_the_bound_of_the_norm_of_dora_is_reached_by_a_product_with_the_base_that_loses_what_it_can() -> (
-    None
-):
-    """B makes most of that, and lets the norm be rounded down by nearly half a unit."""
+def test_the_bound_of_the_norm_of_dora_is_reached_by_the_product_with_the_base() -> None:
+    """B makes the error of the product count most, and the norm rounds down by nearly u."""
     loses = torch.tensor([[1.0, *[U] * 2**14]])
     A, B = torch.ones_like(loses), torch.tensor([[0.0325781256]])
-    w, crossed, b = (
-        loses.double().norm().float().double(),
-        in_sequence(loses, A.T, torch.float32).double(),
-        B.double(),
-    )
+    w = loses.double().norm().float().double()
+    crossed = in_sequence(loses, A.T, torch.float32).double()
+    b = B.double()
     norm = (w**2 + b * (2 * crossed + b * A.numel())).sqrt().float()[0]
     bound = dora_norm(loses, A, B, 1.0)
     assert is_tight(distance(norm, bound.value), bound.error)
 
 
-def test_the_bounds_of_what_dora_divides_by_its_norm_are_reached_by_one_that_is_too_small() -> None:
-    g, y, bias, m, norm = (
-        torch.ones(1, 1),
-        torch.ones(1, 1),
-        torch.zeros(1),
-        torch.ones(1),
-        torch.tensor([0.75]),
-    )
+def test_the_bounds_of_dora_are_reached_by_a_norm_that_is_too_small() -> None:
+    g, y = torch.ones(1, 1), torch.ones(1, 1)
+    bias, m = torch.zeros(1), torch.ones(1)
+    norm = torch.tensor([0.75])
     bound = Bounded(torch.ones(1).double(), torch.tensor([0.25]).double())
     c, computed = dora_scale(m, bound), m / norm
     of_y, of_m = dora_backward(g, Bounded.exact(y), c, bound, bias, torch.float32)
@@ -638,7 +610,7 @@ def test_the_bounds_of_what_dora_divides_by_its_norm_are_reached_by_one_that_is_
 
 
 def test_the_bound_of_a_cosine_is_reached() -> None:
-    """A dot product loses its negative terms, and two norms their positive ones, each as the root of a sum."""
+    """The dot product loses its negative terms, and the sums of squares their positive ones."""
     n, root = 20_000, math.sqrt(U) * (1 - 2.0**-11)
     p = torch.tensor([1 + 2.0**-11, *[root] * (n - 1)])
     q = torch.cat([p[:1], -p[1:]])
@@ -658,12 +630,12 @@ def test_the_least_cosine_is_reached_by_an_error_at_a_right_angle_to_the_sum() -
     assert is_tight(least_cosine(relative), (v @ total / total.norm()).item() * (1 + gamma(4)))
 
 
-def test_an_error_as_large_as_the_vector_may_turn_it_round() -> None:
+def test_an_error_as_large_as_the_vector_may_reverse_it() -> None:
     assert least_cosine(1.0) == -1 and least_cosine(0.0) == 1
 
 
 def test_few_rows_of_bfloat16_reach_their_bound() -> None:
-    """The weight is a tie, and rounded down; so is the sum that it then makes. float32 adds little to the two."""
+    """The weight is a tie and rounds down, and so does the sum. float32 adds little to that."""
     u = UNIT_ROUNDOFF[torch.bfloat16]
     x, weight = torch.tensor([[1.0, u]], dtype=torch.bfloat16), torch.full((1, 2), 1 + u)
     y = (x.float() @ weight.bfloat16().float().T).bfloat16()

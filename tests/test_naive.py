@@ -1,4 +1,7 @@
-"""The torch code against the oracle of naive.py: bit for bit where the format fixes each rounding, else within its bound."""
+"""The torch code against the oracle of naive.py.
+
+Bit for bit where the format specifies each rounding, else within its bound.
+"""
 
 import ast
 import math
@@ -53,7 +56,7 @@ SINGLE_AND_DOUBLE = [torch.float32, torch.float64]
 DYNAMIC = double_quant.DYNAMIC.tolist()
 float32s = st.floats(width=32, allow_nan=False)
 
-# Levels in any order, with some twice, of any size, and of a number that crosses from two codes a byte to one.
+# Levels in any order, some twice, of any size. Up to 16 there are two codes a byte, above one.
 large = st.floats(-(2.0**127), 2.0**127, width=32)
 level = st.one_of(st.sampled_from([-1.0, -0.0, 0.0, 1.0]), st.floats(-1, 1, width=32), large)
 any_code = (
@@ -66,13 +69,13 @@ codebooks = st.one_of(st.sampled_from(known_codes), any_code)
 
 
 def small(recipe: Recipe | Constants, most: int = 500) -> Recipe | Constants:
-    """The same of at most so many numbers: the oracle takes its time."""
+    """The same recipe with at most so many numbers, because the oracle is slow."""
     side = int(most ** (1 / max(len(recipe.shape), 1)))
     return replace(recipe, shape=tuple(size % (side + 1) for size in recipe.shape))
 
 
 def numbers(tensor: Tensor) -> list[float]:
-    """All of its numbers, row by row, whatever its strides."""
+    """All numbers of a tensor, row by row."""
     return tensor.detach().double().flatten().tolist()
 
 
@@ -81,7 +84,7 @@ def matrix(tensor: Tensor) -> list[list[float]]:
 
 
 def is_exactly(tensor: Tensor, wanted: list[float]) -> bool:
-    """Equal number for number, 0 and -0 told apart."""
+    """Whether every number is equal; 0 and -0 are not."""
     return same_bits(tensor.detach().double().flatten(), in_float64(wanted))
 
 
@@ -141,21 +144,21 @@ def test_a_float32_is_rounded_to_each_dtype_as_torch_rounds_it(
 def test_the_gradients_of_the_oracle_are_the_differences_of_its_forward(
     tokens: int, inputs: int, outputs: int, r: int, random: object
 ) -> None:
-    """The loss sum(g y) is linear in each argument: its difference over a step of 1 is its derivative, exact for integers."""
+    """The loss sum(g y) is linear in each argument, so its difference over a step of 1 is exact.
 
-    def whole(rows: int, columns: int, least: int = -3) -> list[list[float]]:
-        return [
-            [float(random.randint(least, 3 if least else 1)) for _ in range(columns)]
-            for _ in range(rows)
-        ]
+    The numbers are integers, so nothing is rounded.
+    """
 
-    g, keep, weight = whole(tokens, outputs), whole(tokens, inputs, least=0), whole(outputs, inputs)
-    x, lora_A, lora_B, (bias,) = (
-        whole(tokens, inputs),
-        whole(r, inputs),
-        whole(outputs, r),
-        whole(1, outputs),
-    )
+    def integers(rows: int, columns: int, low: int = -3, high: int = 3) -> list[list[float]]:
+        return [[float(random.randint(low, high)) for _ in range(columns)] for _ in range(rows)]
+
+    g = integers(tokens, outputs)
+    keep = integers(tokens, inputs, low=0, high=1)
+    weight = integers(outputs, inputs)
+    x = integers(tokens, inputs)
+    lora_A = integers(r, inputs)
+    lora_B = integers(outputs, r)
+    (bias,) = integers(1, outputs)
 
     def loss() -> float:
         y = naive.lora_forward(x, weight, lora_A, lora_B, bias, 3.0, keep)
@@ -212,7 +215,7 @@ def test_the_oracle_makes_the_published_nf4_levels_from_the_quantiles_of_a_norma
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_levels_of_a_normal_float_are_those_of_the_oracle(bits: int) -> None:
-    """In one of its two roundings: torch.linspace multiplies and adds at once on the CPUs that can."""
+    """With one of two roundings: on some CPUs torch.linspace fuses its product and sum."""
     assert any(
         is_exactly(nf4.normal_float(bits), naive.normal_float(bits, fused))
         for fused in (True, False)
@@ -258,13 +261,12 @@ def test_bytes_constants_and_decoded_values_are_those_of_the_oracle(
 def test_numbers_within_two_ulps_of_an_edge_between_levels_go_where_the_oracle_sends_them(
     absmax: float, codebook: Tensor
 ) -> None:
-    """This is where one rounding more, or another, shows: random numbers seldom come so near."""
+    """An additional rounding shows only here; random numbers are seldom so close to an edge."""
     levels = codebook.sort().values
     edges = ((levels[1:] + levels[:-1]) / 2).clamp(-1, 1) * absmax
-    near = (
-        (edges.view(torch.int32)[:, None] + torch.arange(-2, 3)).int().view(torch.float32).flatten()
-    )
-    weight = torch.cat([torch.tensor([absmax]), near[near.abs() <= absmax]])  # NaN is left out too
+    words = edges.view(torch.int32)[:, None] + torch.arange(-2, 3)  # (edges, 5)
+    near = words.int().view(torch.float32).flatten()
+    weight = torch.cat([torch.tensor([absmax]), near[near.abs() <= absmax]])  # drops NaN too
     packed, constants = naive.quantize(numbers(weight), 2048, codebook.tolist())
     q = nf4.quantize(weight, 2048, codebook)
     assert q.packed.flatten().tolist() == packed and is_exactly(q.absmax, constants)
@@ -281,9 +283,8 @@ def test_double_quantization_is_that_of_the_oracle_about_a_mean_within_rounding_
     absmax = recipe.tensor()
     dq = double_quant.quantize(absmax, block_size)
     offset, mean = dq.offset.item(), naive.mean(numbers(absmax))
-    assert abs(offset - mean) <= gamma(absmax.numel()) * mean + cast(
-        mean, torch.float32
-    )  # n - 1 additions, one division
+    rounding = gamma(absmax.numel()) * mean + cast(mean, torch.float32)
+    assert abs(offset - mean) <= rounding  # n - 1 additions, one division
     codes, nested_absmax = naive.double_quantize(numbers(absmax), offset, block_size, DYNAMIC)
     assert dq.codes.flatten().tolist() == codes
     assert is_exactly(dq.absmax, nested_absmax)
@@ -296,21 +297,18 @@ def test_double_quantization_is_that_of_the_oracle_about_a_mean_within_rounding_
 def test_fp4_of_bitsandbytes_is_that_of_the_oracle(
     recipe: Recipe, block_size: int, rows: int
 ) -> None:
-    """In whole blocks, and with code 8, its second zero, read as 0: it takes 8 for small positive numbers."""
+    """In whole blocks; code 8 is minus zero, and is compared as 0."""
     weight = replace(recipe, shape=(rows, block_size), block_size=block_size).tensor()
     packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="fp4")
     wanted, absmax = naive.quantize(numbers(weight), block_size, naive.FP4)
     codes = naive.unpack(packed.flatten().tolist(), weight.numel(), naive.FP4)
-    assert [0 if code == 8 else code for code in codes] == naive.unpack(
-        wanted, weight.numel(), naive.FP4
-    )
+    wanted_codes = naive.unpack(wanted, weight.numel(), naive.FP4)
+    assert [0 if code == 8 else code for code in codes] == wanted_codes
     assert is_exactly(state.absmax, absmax)
     decoded = naive.dequantize(
         wanted, absmax, naive.FP4, weight.numel(), block_size, name_of(weight.dtype)
     )
-    with torch.compiler.set_stance(
-        "force_eager"
-    ):  # the peer compiles some of its paths, for seconds each
+    with torch.compiler.set_stance("force_eager"):  # compiling its paths takes seconds
         assert bnb.dequantize_4bit(packed, state).double().flatten().tolist() == decoded
 
 
@@ -406,21 +404,17 @@ DEFAULTS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 def verdicts(
     hyper: dict, dtype: torch.dtype, steps: int, scale: float, seed: int
 ) -> dict[str, bool]:
-    """After a run of PagedAdamW in dtype: are the parameters and the moments within rounding of the oracle's?"""
+    """Whether a run of PagedAdamW leaves the parameters and the moments within their bounds."""
     make = torch.Generator().manual_seed(seed)
     start = torch.randn(5, generator=make).to(dtype)
     param = nn.Parameter(start.clone())
     optimizer = PagedAdamW(
         [param], page_bytes=4 * dtype.itemsize, resident_bytes=8 * dtype.itemsize, **hyper
     )
-    zeros, (beta1, beta2) = torch.zeros(5, dtype=dtype), hyper["betas"]
-    rest = {
-        "lr": hyper["lr"],
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": hyper["eps"],
-        "weight_decay": hyper["weight_decay"],
-    }
+    zeros = torch.zeros(5, dtype=dtype)
+    beta1, beta2 = hyper["betas"]
+    rest = {"lr": hyper["lr"], "beta1": beta1, "beta2": beta2}
+    rest |= {"eps": hyper["eps"], "weight_decay": hyper["weight_decay"]}
     oracle = numbers(start), numbers(zeros), numbers(zeros)
     bounds = {
         each: tuple(Bounded.exact(tensor) for tensor in (start, zeros, zeros))
@@ -456,9 +450,8 @@ def verdicts(
 def test_paged_adamw_is_within_rounding_of_the_oracle(
     hyper: dict, dtype: torch.dtype, steps: int, scale: float, seed: int
 ) -> None:
-    scale = (
-        scale if hyper["eps"] else 1.0
-    )  # in float32 the square of 1e-30 is 0, and so would the denominator be
+    if hyper["eps"] == 0:
+        scale = 1.0  # in float32 the square of 1e-30 is 0, and so is the denominator
     assert all(verdicts(hyper, dtype, steps, scale, seed).values())
 
 
@@ -468,40 +461,35 @@ adamw_ = paged_optim.adamw_
 def eps_before_bias_correction(
     param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict
 ) -> None:
-    adamw_(
-        param,
-        grad,
-        moments,
-        step,
-        {**group, "eps": group["eps"] / math.sqrt(1 - group["betas"][1] ** step)},
-    )
+    eps = group["eps"] / math.sqrt(1 - group["betas"][1] ** step)
+    adamw_(param, grad, moments, step, group | {"eps": eps})
 
 
 def decay_without_lr(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
-    adamw_(
-        param, grad, moments, step, {**group, "weight_decay": group["weight_decay"] / group["lr"]}
-    )
+    weight_decay = group["weight_decay"] / group["lr"]
+    adamw_(param, grad, moments, step, group | {"weight_decay": weight_decay})
 
 
 def decay_through_the_gradient(
     param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict
 ) -> None:
-    adamw_(
-        param, grad + group["weight_decay"] * param, moments, step, {**group, "weight_decay": 0.0}
-    )
+    decayed = grad + group["weight_decay"] * param
+    adamw_(param, decayed, moments, step, group | {"weight_decay": 0.0})
 
 
 def decay_after_the_update(
     param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict
 ) -> None:
-    adamw_(param, grad, moments, step, {**group, "weight_decay": 0.0})
+    adamw_(param, grad, moments, step, group | {"weight_decay": 0.0})
     param.mul_(1 - group["lr"] * group["weight_decay"])
 
 
 def bias_correction_a_step_late(
     param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict
 ) -> None:
-    adamw_(param, grad, moments.zero_() if step == 1 else moments, step + 1, group)
+    if step == 1:
+        moments.zero_()
+    adamw_(param, grad, moments, step + 1, group)
 
 
 def moments_kept_in_bfloat16(
@@ -512,9 +500,8 @@ def moments_kept_in_bfloat16(
 
 
 def betas_in_float16(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: dict) -> None:
-    adamw_(
-        param, grad, moments, step, {**group, "betas": torch.tensor(group["betas"]).half().tolist()}
-    )
+    betas = torch.tensor(group["betas"]).half().tolist()
+    adamw_(param, grad, moments, step, group | {"betas": betas})
 
 
 MUTANTS = [
@@ -556,48 +543,34 @@ def test_the_bounds_of_a_product_a_quotient_and_a_root_are_reached() -> None:
 
 
 def test_the_bound_of_a_decayed_parameter_is_reached_where_three_roundings_go_down() -> None:
-    """The decay is a little above 1/2 and half a step away from a float32, p times it likewise, and so is the sum."""
+    """The decay is a little above 1/2 and half a step away from a float32.
+
+    So are the product of p and the decay, and the sum.
+    """
     change, decay = 0.998 * U, 0.5 + 1001.499 * U
     hyper = {"lr": change, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": (1 - decay) / change}
-    param, grad, zeros = (
-        2 + torch.arange(8000) * 2.0**-22,
-        torch.full((8000,), -1.0),
-        torch.zeros(8000),
-    )
-    wanted = naive.adamw(
-        *(numbers(each) for each in (param, grad, zeros, zeros)),
-        1,
-        change,
-        0,
-        0,
-        0,
-        hyper["weight_decay"],
-    )
-    bound = adamw(
-        *(Bounded.exact(each) for each in (param, zeros, zeros)),
-        grad,
-        1,
-        **hyper,
-        dtype=torch.float32,
-    )[0]
+    param = 2 + torch.arange(8000) * 2.0**-22
+    grad = torch.full((8000,), -1.0)
+    zeros = torch.zeros(8000)
+    start = [numbers(each) for each in (param, grad, zeros, zeros)]
+    wanted = naive.adamw(*start, 1, change, 0, 0, 0, hyper["weight_decay"])
+    state = [Bounded.exact(each) for each in (param, zeros, zeros)]
+    bound = adamw(*state, grad, 1, **hyper, dtype=torch.float32)[0]
     adamw_(param, grad, torch.zeros(2, 8000), 1, hyper)
     assert 0.99 <= ((param - in_float64(wanted[0])).abs() / bound.error).max() <= 1
 
 
 def test_the_bound_of_the_first_moment_is_reached_where_four_roundings_go_down() -> None:
-    """1 - beta1 is a little above 1/128 and half a step away from a float32, g - m likewise, the product and the sum too.
+    """1 - beta1 is a little above 1/128 and half a step away from a float32.
 
-    lerp_ fuses the last two on most CPUs and needs only three roundings, so the formula is written out here.
+    So are g - m, the product and the sum. lerp_ fuses the last two on most CPUs and rounds only
+    three times, so the formula is written out here.
     """
     weight, zeros = 2.0**-7 * (1 + 2002.998 * U), torch.zeros(8000)
-    grad, exp_avg = (
-        1 + torch.arange(8000) * 2.0**-23,
-        torch.full((8000,), -(U - 2.0**-31 + 2.0**-40)),
-    )
+    grad = 1 + torch.arange(8000) * 2.0**-23
+    exp_avg = torch.full((8000,), -(U - 2.0**-31 + 2.0**-40))
     state = (Bounded.exact(each) for each in (zeros, exp_avg, zeros))
     bound = adamw(*state, grad, 2, 0.0, (1 - weight, 0.9), 1.0, 0.0, torch.float32)[1]
-    got, wanted = (
-        exp_avg + (grad - exp_avg) * weight,
-        exp_avg.double() + (grad.double() - exp_avg.double()) * weight,
-    )
+    got = exp_avg + (grad - exp_avg) * weight
+    wanted = exp_avg.double() + (grad.double() - exp_avg.double()) * weight
     assert 0.99 <= ((got - wanted).abs() / bound.error).max() <= 1

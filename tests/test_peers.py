@@ -1,9 +1,10 @@
-"""The peers: we equal bitsandbytes where it is right; and their wrong results, as far as a CPU can show them, beside ours.
+"""The peers: we equal bitsandbytes where it is right; where a peer is wrong on a CPU, we are right.
 
-A test of a wrong result has two parts. Ours is right, by the scalar oracle of naive.py or within a derived bound. And the peer,
-at the version that requirements-dev.txt pins, is still wrong: the day that fails, it has been mended, and the exception can go.
-What is wrong on some CPUs only is asserted on those only; the first part always runs. Two more are in test_nf4.py: the AVX-512
-decoding of bitsandbytes, and its ragged last block.
+A test of a wrong result has two parts. First, our result is right, by the scalar oracle of naive.py
+or within a derived bound. Second, the peer is still wrong, at the version that requirements-dev.txt
+pins. When the second part fails, the peer is fixed, and the exception for it can be removed. An
+error that only some CPUs show is asserted only there; the first part always runs. test_nf4.py has
+two more: the AVX-512 decoding of bitsandbytes, and its ragged last block.
 """
 
 import math
@@ -45,12 +46,12 @@ from lora import FrozenWeight
 from paged_optim import PagedAdamW
 
 CODE8 = bnb.create_dynamic_map()
-TABLE = 2**16  # points of the table in which bitsandbytes looks 8-bit codes up on a CPU
+TABLE = 2**16  # points of the table in which bitsandbytes looks up 8-bit codes on a CPU
 PEER_BLOCKS = [size for size in BLOCK_SIZES if size >= 32]
 CODEBOOKS = {"nf4": nf4.NF4, "fp4": nf4.FP4}
-# bitsandbytes asks its library which instructions the processor has.
-REPACKS = bool(bnb.has_avx512bf16())  # repacks weights for evaluation
-AVX512 = bool(getattr(lib, "has_avx512f_cpu", bool)())  # decodes 4 bits by AVX-512, else one by one
+# bitsandbytes asks its library which instructions the CPU has.
+REPACKS = bool(bnb.has_avx512bf16())  # it repacks weights for evaluation
+AVX512 = bool(getattr(lib, "has_avx512f_cpu", bool)())  # else its scalar kernel decodes 4 bits
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,7 +66,7 @@ def normal(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
 
 
 def by_hand(weight: Tensor, block_size: int = 64, double: bool = False) -> Tensor:
-    """What the scalar oracle makes of a weight in NF4, with an offset that is torch's sum where that is finite."""
+    """A weight in NF4 and back, by the scalar oracle; the offset is torch's mean if finite."""
     numbers = weight.float().flatten().tolist()
     packed, absmax = naive.quantize(numbers, block_size, naive.NF4)
     if double:
@@ -112,7 +113,7 @@ def dense(layer: Linear4bit) -> Tensor:
 def qlora(
     weight: Tensor, bias: Tensor | None = None, double: bool = True, r: int = 1
 ) -> lora.QLoRALinear:
-    """Our layer with this weight and an adapter that does nothing yet."""
+    """Our layer with this weight and an adapter as initialised."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight = nn.Parameter(weight.clone(), False)
     if bias is not None:
@@ -123,7 +124,7 @@ def qlora(
 def product(
     layer: lora.QLoRALinear, x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Bounded:
-    """x W^T + b in float32, and how far it may be off."""
+    """x W^T + b in float32, with its bound."""
     return lora_forward(
         x, weight, layer.lora_A, layer.lora_B, bias, layer.scaling, None, torch.float32
     )
@@ -201,14 +202,15 @@ def test_both_levels_equal_those_of_bitsandbytes_but_for_its_table(
 
 
 def cells() -> tuple[Tensor, Tensor]:
-    """Below and above which number, in float64, another level of the 8-bit code is nearer."""
-    levels, beyond = CODE8.double(), torch.tensor([math.inf], dtype=torch.float64)
-    edges = torch.cat([-beyond, (levels[1:] + levels[:-1]) / 2, beyond])
+    """The lower and upper edge of each level's cell, where it is the nearest, of the 8-bit code."""
+    levels = CODE8.double()
+    infinity = torch.tensor([math.inf], dtype=torch.float64)
+    edges = torch.cat([-infinity, (levels[1:] + levels[:-1]) / 2, infinity])
     return edges[:-1], edges[1:]
 
 
 def outside(x: Tensor, codes: Tensor) -> Tensor:
-    """How far numbers (float64) lie outside the cells of their codes: 0 where the code is that of the nearest level."""
+    """How far numbers (float64) lie outside the cells of their codes; 0 for the nearest level."""
     low, high = (edge[codes.long()] for edge in cells())
     return torch.maximum(low - x, x - high).clamp(min=0)
 
@@ -216,10 +218,11 @@ def outside(x: Tensor, codes: Tensor) -> Tensor:
 def assert_nearest_and_nearly(
     dq: double_quant.DoubleQuantized, constants: Tensor, theirs: Tensor
 ) -> None:
-    """Our codes are those of the nearest levels; theirs, of what a table of 2^16 points makes of the numbers.
+    """Our codes are those of the nearest levels; theirs come from a table of 2^16 points.
 
-    Where these differ, the number is no farther from a midpoint than half a step of the table. So they are neighbours,
-    unless levels stand closer than its steps, as they do around zero. A block of zeros gets their code 0, which times 0 is 0.
+    Where they differ, the number is within half a step of the table from a midpoint. So the codes
+    are neighbours, unless levels are closer than these steps, as they are around zero. In a block
+    of zeros their code is 0, whose level times 0 is 0.
     """
     centred = (constants - dq.offset).double()  # the subtraction is float32's
     scale = dq.absmax.double().repeat_interleave(dq.block_size)[: len(centred)]
@@ -227,9 +230,8 @@ def assert_nearest_and_nearly(
     x, ours, theirs = (centred / scale)[scale > 0], dq.codes[scale > 0], theirs[scale > 0]
     assert (outside(x, ours) <= decision_error()).all()
     assert (outside(x, theirs) <= table_error(TABLE)).all()
-    wide = (cells()[1] - cells()[0])[theirs.long()] > 2 * table_error(
-        TABLE
-    )  # the next cell is over half that then
+    low, high = cells()
+    wide = (high - low)[theirs.long()] > 2 * table_error(TABLE)  # the next cell is over half that
     assert ((ours.int() - theirs.int()).abs() <= 1)[wide].all()
 
 
@@ -267,7 +269,10 @@ def test_second_level_codes_are_the_nearest_and_those_of_bitsandbytes_nearly(
 
 
 def test_the_table_of_bitsandbytes_is_off_by_half_its_step_and_ours_by_rounding() -> None:
-    """The levels, and numbers within half a step of every midpoint. The roundings in the bound cannot all be had at once."""
+    """By all levels, and numbers within half a step of every midpoint.
+
+    No number has all the roundings of the bound at once.
+    """
     midpoints = cells()[0][1:, None]
     x = torch.cat([CODE8, (midpoints + torch.linspace(-1, 1, 401) / (TABLE - 1)).float().flatten()])
     ours = nf4.quantize(x, 2**17, double_quant.DYNAMIC).packed.flatten()
@@ -275,12 +280,10 @@ def test_the_table_of_bitsandbytes_is_off_by_half_its_step_and_ours_by_rounding(
     assert ours[:256].tolist() == [*range(256)]  # each level takes its own code
     assert outside(x.double(), ours).max() <= decision_error()
     worst = outside(x.double(), theirs).max()
-    assert (
-        0.99 / (TABLE - 1) <= worst <= table_error(TABLE)
-    )  # the day one of these fails, the exception can go
-    assert set(range(124, 131)).isdisjoint(
-        theirs.tolist()
-    )  # seven levels around zero are never used, zero itself among them
+    # The day one of these fails, the exception can go. It never uses seven levels: zero and its
+    # neighbours.
+    assert 0.99 / (TABLE - 1) <= worst <= table_error(TABLE)
+    assert set(range(124, 131)).isdisjoint(theirs.tolist())
 
 
 def test_minus_zero_in_fp4_is_written_by_bitsandbytes_and_not_by_us() -> None:
@@ -323,9 +326,8 @@ def test_zero_is_coded_as_zero_where_bitsandbytes_makes_it_a_small_number() -> N
 
 
 def test_a_parameter_whose_gradient_is_zero_does_not_move_where_8_bit_adam_moves_it() -> None:
-    moving = (
-        torch.arange(4096) % 256 == 0
-    )  # one in each of its blocks; below 4096 elements it uses 32 bits
+    # One element of each block has a gradient. Below 4096 elements AdamW8bit uses 32 bits.
+    moving = torch.arange(4096) % 256 == 0
     parameters = [nn.Parameter(torch.ones(4096)) for _ in range(2)]
     optimizers = [
         make([p], lr=0.01, weight_decay=0.0) for make, p in zip((PagedAdamW, AdamW8bit), parameters)
@@ -358,13 +360,11 @@ def read_back(saved: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("double", [False, True])
 @torch.no_grad()
 def test_evaluating_changes_no_byte_where_bitsandbytes_spoils_what_it_saves(double: bool) -> None:
-    """With AVX512-BF16 it repacks: constants become bfloat16 and, if they are not double-quantized, are saved transposed."""
+    """With AVX512-BF16 it repacks: constants become bfloat16, and are saved transposed if plain."""
     weight, x = normal(64, 128, seed=1, std=0.05), normal(5, 128)
     ours, theirs = qlora(weight, double=double), linear4bit(weight, double=double)
-    before, expected = (
-        {name: tensor.clone() for name, tensor in ours.state_dict().items()},
-        by_hand(weight, double=double),
-    )
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    expected = by_hand(weight, double=double)
     for layer in (ours, theirs):
         layer.eval()(x)
     assert all(same_bits(tensor, before[name]) for name, tensor in ours.state_dict().items())
@@ -374,12 +374,10 @@ def test_evaluating_changes_no_byte_where_bitsandbytes_spoils_what_it_saves(doub
         assert not torch.equal(restored, expected)
         if not double:
             assert theirs.state_dict()["weight.absmax"].shape == (2, 64)
-            allowed = roundtrip(
-                weight.abs().reshape(-1, 64).amax(1), nf4.NF4, weight.dtype, weight.dtype
-            )
-            assert (
-                (restored - weight).abs().reshape(-1, 64) > allowed[:, None]
-            ).any()  # no rounding explains it
+            absmax = weight.abs().reshape(-1, 64).amax(1)
+            allowed = roundtrip(absmax, nf4.NF4, weight.dtype, weight.dtype)
+            error = (restored - weight).abs().reshape(-1, 64)
+            assert (error > allowed[:, None]).any()  # more than rounding
 
 
 @torch.no_grad()
@@ -398,33 +396,28 @@ def test_float32_is_computed_in_float32_where_bitsandbytes_evaluates_in_bfloat16
 def test_a_layer_of_any_shape_evaluates_where_that_of_bitsandbytes_raises(
     shape: tuple[int, int],
 ) -> None:
-    """Repacking asks for out_features of 32s and in_features of whole blocks, and does not ask before it has begun."""
+    """Repacking needs out_features of 32s and rows of whole blocks, and checks too late."""
     weight, x = normal(*shape, seed=1, std=0.05), normal(5, shape[1])
     ours, theirs = qlora(weight).eval(), linear4bit(weight).eval()
     assert product(ours, x, by_hand(weight, double=True)).allows(ours(x))
     if REPACKS:  # the day one of these fails, the exception can go
-        with pytest.raises(
-            (AssertionError, RuntimeError), match="divisible by block_n|is invalid for input"
-        ):
+        message = "divisible by block_n|is invalid for input"
+        with pytest.raises((AssertionError, RuntimeError), match=message):
             theirs(x)
-        assert ("weight.nested_absmax" in theirs.state_dict()) == (
-            shape == (100, 128)
-        )  # the other lost half its state
+        kept = "weight.nested_absmax" in theirs.state_dict()
+        assert kept == (shape == (100, 128))  # the other has lost half its state
 
 
 @torch.no_grad()
-def test_a_forward_in_bfloat16_rounds_no_parameter_and_no_later_result_where_that_of_bitsandbytes_does() -> (
-    None
-):
+def test_a_forward_in_bfloat16_changes_no_later_result_where_bitsandbytes_rounds_the_bias() -> None:
     weight, bias, x = normal(64, 128, seed=1, std=0.05), normal(64, seed=2), normal(5, 128)
     ours, theirs = qlora(weight, bias, False), linear4bit(weight, bias, False)
     for layer in (ours, theirs):
         layer(x.bfloat16())
     allowed = product(ours, x, by_hand(weight), bias)
     assert same_bits(ours.bias, bias) and allowed.allows(ours(x))
-    assert same_bits(
-        theirs.bias, bias.bfloat16()
-    )  # the day one of these fails, the exception can go
+    # The day one of these fails, the exception can go.
+    assert same_bits(theirs.bias, bias.bfloat16())
     assert not allowed.allows(theirs(x))
 
 
@@ -432,18 +425,16 @@ def test_a_forward_in_bfloat16_rounds_no_parameter_and_no_later_result_where_tha
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_one_bad_number_is_refused_by_count_and_index_where_it_silently_makes_all_of_them_nan(
+def test_one_bad_number_is_refused_by_count_and_index_where_peers_make_all_of_them_nan(
     bad: float,
 ) -> None:
     weight = normal(128, 128)
     weight[3, 5] = bad
-    with pytest.raises(
-        ValueError, match=r"^1 of 16384 weights are NaN, infinite .* first at index \(3, 5\)"
-    ):
+    message = r"^1 of 16384 weights are NaN, infinite .* first at index \(3, 5\)"
+    with pytest.raises(ValueError, match=message):
         FrozenWeight(weight)
-    assert (
-        by_bitsandbytes(weight, double=True).isnan().all()
-    )  # the day one of these fails, the exception can go
+    # The day one of these fails, the exception can go.
+    assert by_bitsandbytes(weight, double=True).isnan().all()
     assert by_torchao(weight).isnan().all()
 
 
@@ -456,9 +447,8 @@ def test_a_block_of_the_smallest_numbers_survives_where_bitsandbytes_loses_it() 
 def test_a_weight_of_the_largest_numbers_survives_where_bitsandbytes_makes_it_nan() -> None:
     weight = normal(64, 64).clamp(-1, 1) * 3e38  # the float32 sum of the constants overflows
     assert same_bits(FrozenWeight(weight)(), by_hand(weight, double=True))
-    assert (
-        by_bitsandbytes(weight, double=True).isnan().all()
-    )  # the day this fails, the exception can go
+    theirs = by_bitsandbytes(weight, double=True)
+    assert theirs.isnan().all()  # the day this fails, the exception can go
 
 
 def test_a_finite_float16_weight_stays_finite_where_bitsandbytes_makes_it_infinite() -> None:
@@ -469,37 +459,29 @@ def test_a_finite_float16_weight_stays_finite_where_bitsandbytes_makes_it_infini
     nested = (absmax - absmax.mean()).abs().max().expand(64)
     allowed = both_quantized(absmax, nested, nf4.NF4, CODE8, torch.float16, torch.float16)
     assert ((ours.double() - weight.double()).abs() <= allowed[:, None]).all()
-    assert (
-        by_bitsandbytes(weight, double=True).isinf().any()
-    )  # the day this fails, the exception can go
+    theirs = by_bitsandbytes(weight, double=True)
+    assert theirs.isinf().any()  # the day this fails, the exception can go
 
 
 def blocks_of_all_sizes() -> Tensor:
-    """256 blocks. Less their mean and in 8 bits, the constants of the smallest may come out below zero."""
+    """256 blocks; in 8 bits, less their mean, the constants of the smallest may become negative."""
     return normal(256, 64, seed=2) * normal(256, 1, seed=4).mul(2).exp()
 
 
-def test_no_number_changes_its_sign_where_a_constant_that_decodes_below_zero_turns_a_whole_block() -> (
-    None
-):
+def test_no_number_changes_its_sign_where_peers_decode_a_constant_below_zero() -> None:
     weight = blocks_of_all_sizes().reshape(128, 128)
     ours = FrozenWeight(weight)()
     assert same_bits(ours, by_hand(weight, double=True)) and (ours * weight >= 0).all()
-    assert (
-        by_bitsandbytes(weight, double=True) * weight < 0
-    ).any()  # the day one of these fails, the exception can go
+    # The day one of these fails, the exception can go.
+    assert (by_bitsandbytes(weight, double=True) * weight < 0).any()
     assert (by_torchao(weight) * weight < 0).any()
 
 
-def test_a_block_of_zeros_stays_zero_under_double_quantization_where_torchao_makes_it_another_number() -> (
-    None
-):
+def test_a_block_of_zeros_stays_zero_under_double_quantization_where_torchao_changes_it() -> None:
     weight, zeros = blocks_of_all_sizes(), torch.zeros(64)
     weight[5] = 0
     assert same_bits(FrozenWeight(weight)()[5], zeros)
-    assert torch.equal(
-        by_bitsandbytes(weight, double=True)[5], zeros
-    )  # its CUDA code is said not to
+    assert torch.equal(by_bitsandbytes(weight, double=True)[5], zeros)  # on a CPU
     assert (by_torchao(weight)[5] != 0).all()  # the day this fails, the exception can go
 
 
@@ -530,7 +512,7 @@ def test_the_mean_of_no_constants_is_zero_where_bitsandbytes_stores_nan() -> Non
 
 
 class OneLayer(nn.Module):
-    """A model of PEFT's liking, with one layer of bitsandbytes."""
+    """A model that PEFT accepts, with one layer of bitsandbytes."""
 
     is_loaded_in_4bit = True
 
@@ -540,27 +522,22 @@ class OneLayer(nn.Module):
 
 
 def with_adapter(weight: Tensor, double: bool, size: float) -> tuple[nn.Module, lora.QLoRALinear]:
-    """PEFT's layer on that of bitsandbytes, and ours, perhaps in float64; in both the same adapter, for updates of this size.
+    """PEFT's layer on that of bitsandbytes, and ours, with the same adapter.
 
-    A and B have few bits, so that their product has no rounding in it.
+    `size` is the magnitude of the update. A and B have few bits, so their product is exact.
     """
-    layer = OneLayer(linear4bit(weight.float(), double=double))
-    theirs = get_peft_model(
-        layer, LoraConfig(r=4, lora_alpha=4, target_modules=["proj"])
-    ).base_model.model.proj
+    model = OneLayer(linear4bit(weight.float(), double=double))
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["proj"])
+    theirs = get_peft_model(model, config).base_model.model.proj
     ours = qlora(weight, double=double, r=4)
     ours.lora_alpha = 4
-    A, B = (
-        normal(4, weight.shape[1], seed=5).mul(8).round() / 16,
-        normal(weight.shape[0], 4, seed=6).mul(8).round() / 8 * size,
-    )
+    A = normal(4, weight.shape[1], seed=5).mul(8).round() / 16
+    B = normal(weight.shape[0], 4, seed=6).mul(8).round() / 8 * size
     with torch.no_grad():
-        for lora_A, lora_B in (
-            (theirs.lora_A["default"].weight, theirs.lora_B["default"].weight),
-            (ours.lora_A, ours.lora_B),
-        ):
-            lora_A.copy_(A)
-            lora_B.copy_(B)
+        theirs.lora_A["default"].weight.copy_(A)
+        theirs.lora_B["default"].weight.copy_(B)
+        ours.lora_A.copy_(A)
+        ours.lora_B.copy_(B)
     return theirs, ours
 
 
@@ -572,13 +549,14 @@ def merged_by_peft(layer: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("size", [2.0**-13, 2.0**-10, 2.0**-7])
 @pytest.mark.parametrize("double", [False, True])
-def test_an_update_arrives_whole_where_peft_rounds_it_to_4_bits_as_the_audit_foretells(
+def test_a_merge_keeps_the_update_where_peft_rounds_it_to_4_bits_as_the_audit_predicts(
     double: bool, size: float
 ) -> None:
-    """The same base, the same update: what the audit says of a 4-bit merge is what PEFT's merge then does.
+    """The same base, the same update: the audit of a 4-bit merge describes the merge of PEFT.
 
-    Ours is in float64, where the sum of base and update is exact; quantizing rounds it to float32, in which PEFT's is made.
-    None of this weight's constants, before and after, is so near a midpoint that the table of bitsandbytes decides otherwise.
+    Ours is in float64, where the sum of base and update is exact; quantizing rounds it to float32,
+    the dtype of PEFT's sum. No constant of this weight, before or after, is so close to a midpoint
+    that the table of bitsandbytes gives another code.
     """
     weight = normal(64, 128, seed=4, std=0.02)
     theirs, ours = with_adapter(weight.double(), double, size)
@@ -589,14 +567,12 @@ def test_an_update_arrives_whole_where_peft_rounds_it_to_4_bits_as_the_audit_for
     assert torch.equal(dense(theirs.get_base_layer()).double(), base)
     merged = merged_by_peft(theirs).double()
     lost = (merged - (base + update)).abs()
-    assert (
-        lost > cast(merged.abs(), torch.float32)
-    ).any()  # the day this fails, the exception can go
+    rounding = cast(merged.abs(), torch.float32)
+    assert (lost > rounding).any()  # the day this fails, the exception can go
     realised, length = merged - base, update.norm()
     dot, moved = (realised * update).sum(), realised.norm()
-    in_float64 = (
-        2 * cosine(weight.numel()) * UNIT_ROUNDOFF[torch.float64] / UNIT_ROUNDOFF[torch.float32]
-    )  # in audit, and here
+    to_float64 = UNIT_ROUNDOFF[torch.float64] / UNIT_ROUNDOFF[torch.float32]
+    in_float64 = 2 * cosine(weight.numel()) * to_float64  # in the audit, and here
     assert abs(audit["proj"].cosine - dot / (length * moved)) <= in_float64
     assert abs(audit["proj"].kept - dot / length**2) <= in_float64 * moved / length
     assert abs(audit["proj"].update_norm - length) <= in_float64 * length
@@ -616,22 +592,19 @@ def test_what_is_not_quantized_keeps_its_bytes_where_peft_doubles_them() -> None
     plain, ours, theirs = (models.tiny_llama(torch.bfloat16, vocab_size=256) for _ in range(3))
     before = others(plain)
     ours = others(lora.attach(ours))
-    assert (
-        before
-        and ours.keys() == before.keys()
-        and all(same_bits(ours[name], before[name]) for name in before)
-    )
+    assert before and ours.keys() == before.keys()
+    assert all(same_bits(ours[name], before[name]) for name in before)
     theirs = others(prepare_model_for_kbit_training(theirs, use_gradient_checkpointing=False))
-    assert all(
-        theirs[name].nbytes == 2 * before[name].nbytes for name in before
-    )  # the day this fails, the exception can go
+    for name in before:
+        doubled = 2 * before[name].nbytes
+        assert theirs[name].nbytes == doubled  # the day this fails, the exception can go
 
 
 IDS = torch.arange(5, 25)[None]
 
 
 def adapted() -> nn.Module:
-    """A small model with an adapter that does something."""
+    """A small model with an adapter that is not zero."""
     model = lora.attach(
         models.tiny_llama(vocab_size=256), ["q_proj", "down_proj"], r=4, codebook=None
     )
@@ -641,8 +614,8 @@ def adapted() -> nn.Module:
     return model
 
 
-def spoilt(folder: Path, change: str) -> Path:
-    """The folder of an adapter, with one thing about its tensors' names changed."""
+def damaged(folder: Path, change: str) -> Path:
+    """The folder of an adapter whose tensors are renamed, removed or added to."""
     checkpoint.save_adapter(adapted(), folder)
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -685,23 +658,19 @@ def spoilt(folder: Path, change: str) -> Path:
 def test_an_adapter_that_does_not_fit_is_refused_by_name_where_peft_goes_on_without_it(
     tmp_path: Path, change: str, name: str, complaint: str
 ) -> None:
-    folder = spoilt(tmp_path, change)
+    folder = damaged(tmp_path, change)
     with pytest.raises(ValueError, match=f"{name} {complaint}"):
         checkpoint.load_adapter(adapted(), folder)
     plain = models.tiny_llama(vocab_size=256)
     without = plain(IDS).logits
-    if (
-        change == "a layer too many"
-    ):  # not even a warning, which pytest would make an error. The day it is one, this can go
-        PeftModel.from_pretrained(plain, folder)
+    # The day PEFT raises here, the exception can go.
+    if change == "a layer too many":
+        PeftModel.from_pretrained(plain, folder)  # without a warning, which would be an error
     else:
-        with pytest.warns(
-            UserWarning, match="missing adapter keys"
-        ):  # the day it is an error, the exception can go
+        with pytest.warns(UserWarning, match="missing adapter keys"):
             loaded = PeftModel.from_pretrained(plain, folder)
-        assert torch.equal(loaded(IDS).logits, without) == (
-            change == "no prefix"
-        )  # nothing arrived; or only half
+        nothing_loaded = torch.equal(loaded(IDS).logits, without)
+        assert nothing_loaded == (change == "no prefix")  # else half of it
 
 
 # torchao
@@ -717,19 +686,13 @@ def test_any_number_of_elements_can_be_quantized_where_torchao_asks_for_multiple
         by_torchao(weight)
 
 
-def test_a_weight_made_of_levels_comes_back_to_the_last_bit_where_torchao_has_four_decimals() -> (
-    None
-):
-    levels = torch.tensor(naive.NF4)
-    weight = levels.repeat(1024).reshape(
-        128, 128
-    )  # every constant is 1, and none is changed by double quantization
+def test_a_weight_made_of_levels_keeps_every_bit_where_torchao_has_four_decimals() -> None:
+    # Every constant is 1, which double quantization does not change.
+    weight = torch.tensor(naive.NF4).repeat(1024).reshape(128, 128)
     assert same_bits(FrozenWeight(weight)(), weight)
     theirs = by_torchao(weight)
-    assert torch.equal(
-        theirs,
-        torch.tensor([round(level, 4) for level in naive.NF4]).repeat(1024).reshape(128, 128),
-    )
+    rounded = torch.tensor([round(level, 4) for level in naive.NF4])
+    assert torch.equal(theirs, rounded.repeat(1024).reshape(128, 128))
     assert not torch.equal(theirs, weight)  # the day this fails, the exception can go
 
 

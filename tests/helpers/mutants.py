@@ -10,7 +10,7 @@ COPIES = itertools.count()
 
 
 def mutated(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
-    """A copy of the module with `old`, which occurs once, replaced; other modules keep the original."""
+    """A copy of the module with `old`, which occurs once, replaced by `new`."""
     source = Path(module.__file__).read_text()
     assert source.count(old) == 1, f"{module.__name__}.py has {source.count(old)} of {old!r}"
     path = folder / f"{module.__name__}_{next(COPIES)}.py"

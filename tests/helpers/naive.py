@@ -1,16 +1,17 @@
-"""The method once more, one number at a time: the oracle that the torch code is compared with.
+"""The method again, one number at a time: the oracle that the tests compare the torch code with.
 
-It is written to be seen right at a glance, and for nothing else. Numbers are Python floats, vectors are lists, matrices are
-lists of rows, and every loop is written out. It imports the standard library alone, so it shares no code and no bug with what
-it judges.
+It is written only to be plainly right. Numbers are Python floats, vectors are lists, matrices are
+lists of rows, and every loop is written out. It imports only the standard library, so it shares no
+code, and no bug, with the code under test.
 
-Python computes in float64. Where the format says float32, each single operation is done in float64 and then rounded by
-`float32`, which gives what float32 hardware gives: 53 bits are at least 2 * 24 + 2, and so +, -, *, / and square root rounded
-twice are as if they had been rounded once (Figueroa, When is double rounding innocuous?, 1995).
+Python computes in float64. Where the format says float32, each single operation is done in float64
+and then rounded by `float32`. The result is that of float32 hardware: 53 bits are at least
+2 * 24 + 2, so +, -, *, / and square root rounded twice equal the same operation rounded once
+(Figueroa, When is double rounding innocuous?, 1995).
 
-Two things are not the oracle's to decide, and are arguments. `offset`: the order in which torch adds up the mean of the
-constants is unspecified, so its last bits are. `fused`: whether the CPU multiplies and adds in one rounding, as torch.linspace
-then does.
+Two results depend on torch or on the CPU, so they are arguments. `offset`: torch does not specify
+the order in which it adds up the mean of the constants, so the last bits of the mean vary. `fused`:
+whether the CPU multiplies and adds with one rounding, as torch.linspace does where it can.
 """
 
 import math
@@ -41,9 +42,10 @@ def float16(x: float) -> float:
 
 
 def bfloat16(x: float) -> float:
-    """The bfloat16 nearest to a float32 x: its upper 16 bits, after rounding; a tie goes to the even one."""
+    """The bfloat16 nearest to a float32 x: the upper 16 bits, rounded; a tie goes to even."""
     word = bits_of(x)
-    upper, lower = word >> 16, word & 0xFFFF
+    upper = word >> 16
+    lower = word & 0xFFFF
     if lower > 0x8000 or (lower == 0x8000 and upper % 2 == 1):
         upper += 1
     return from_bits(upper << 16)
@@ -53,7 +55,7 @@ ROUND = {"float64": float, "float32": float32, "float16": float16, "bfloat16": b
 
 
 def bits_of(x: float) -> int:
-    """The 32 bits of a float32, as a number.
+    """The 32 bits of a float32, as an integer.
 
     >>> hex(bits_of(1.0))
     '0x3f800000'
@@ -90,7 +92,7 @@ NF4 = [
     )
 ]
 
-# By code, in twelfths. bitsandbytes calls code 8 minus zero, and stores zero.
+# By code, in twelfths. Code 8 is minus zero; its level in the table of bitsandbytes is 0.
 FP4 = [
     float32(twelfths / 12)
     for twelfths in (0, 1 / 16, 8, 12, 4, 6, 2, 3, 0, -1 / 16, -8, -12, -4, -6, -2, -3)
@@ -98,22 +100,24 @@ FP4 = [
 
 
 def linspace(start: float, end: float, count: int, fused: bool) -> Vector:
-    """torch.linspace in float32: equal steps counted from the nearer end, so that both ends are exact."""
+    """torch.linspace in float32: steps are counted from the nearer end, so both ends are exact."""
     start, end = float32(start), float32(end)
     step = float32(float32(end - start) / (count - 1))
     points = []
     for i in range(count):
         from_start = i < count // 2
-        way = step * (i if from_start else count - 1 - i)
+        distance = step * (i if from_start else count - 1 - i)
         if not fused:
-            way = float32(way)
-        points.append(float32(start + way) if from_start else float32(end - way))
+            distance = float32(distance)
+        points.append(float32(start + distance) if from_start else float32(end - distance))
     return points
 
 
 def normal_float(bits: int, fused: bool) -> Vector:
-    """The levels of NF4, and of its kin of other sizes, from the quantiles of a normal."""
-    size, half, quantile = 2**bits, 2 ** (bits - 1), NormalDist().inv_cdf
+    """The levels of NF4 (4 bits), or of a normal float of another size, from normal quantiles."""
+    size = 2**bits
+    half = 2 ** (bits - 1)
+    quantile = NormalDist().inv_cdf
     outermost = round(1 - (1 / (2 * size) + 1 / (2 * (size - 1))) / 2, 7)
     levels = [0.0]
     for probability in linspace(outermost, 0.5, half + 1, fused)[:-1]:
@@ -125,7 +129,10 @@ def normal_float(bits: int, fused: bool) -> Vector:
 
 
 def dynamic_code(fused: bool) -> Vector:
-    """The 256 levels of double quantization: seven decades, each with twice as many levels as the one below, and 0 and 1."""
+    """The 256 levels of double quantization: 0, 1 and seven decades.
+
+    Each decade has twice as many levels as the one below.
+    """
     levels = [0.0, 1.0]
     for i in range(7):
         edges = linspace(0.1, 1, 2**i + 1, fused)
@@ -139,12 +146,15 @@ def dynamic_code(fused: bool) -> Vector:
 
 
 def nearest(x: float, codebook: Vector) -> int:
-    """The code of the level nearest to x: the lower of two equally near, and the first code of a level that has two.
+    """The code of the level nearest to x.
 
-    "Equally near" means: x equals their midpoint as float32 computes it.
+    A tie takes the lower level: x equals the midpoint as float32 computes it. A level that occurs
+    twice has its first code.
 
-    >>> nearest(0.25, [-1.0, 0.0, 0.5, 1.0]), nearest(0.26, [-1.0, 0.0, 0.5, 1.0]), nearest(0.0, [1.0, 0.0, -1.0, 0.0])
-    (1, 2, 1)
+    >>> nearest(0.25, [-1.0, 0.0, 0.5, 1.0]), nearest(0.26, [-1.0, 0.0, 0.5, 1.0])
+    (1, 2)
+    >>> nearest(0.0, [1.0, 0.0, -1.0, 0.0])
+    1
     """
     levels = sorted(set(codebook))
     place = 0
@@ -154,9 +164,10 @@ def nearest(x: float, codebook: Vector) -> int:
 
 
 def normalise(block: Vector) -> tuple[Vector, float]:
-    """A block of float32 numbers, each times the reciprocal of the largest magnitude; and that magnitude, absmax.
+    """The numbers of a float32 block times 1/absmax, and absmax, the largest magnitude.
 
-    Below 2^-64 and above 2^64 the block is first moved by a power of two, where the reciprocal keeps all its bits.
+    If absmax is below 2^-64 or above 2^64, the block is first scaled by a power of two, so that the
+    reciprocal keeps all its bits.
     """
     absmax = max(abs(x) for x in block)
     if absmax == 0:
@@ -187,7 +198,10 @@ def quantize(weight: Vector, block_size: int, codebook: Vector) -> tuple[list[in
 
 
 def pack(codes: list[int], codebook: Vector) -> list[int]:
-    """Two codes a byte, the first in the high half, the last with the code of 0 if it is alone; one a byte above 16 levels."""
+    """Two codes a byte, the first in the high half; one code a byte for more than 16 levels.
+
+    The code of 0 fills the last byte of an odd number of codes.
+    """
     if len(codebook) > 16:
         return codes
     if len(codes) % 2 == 1:
@@ -222,21 +236,22 @@ def dequantize(
 
 
 def mean(numbers: Vector) -> float:
-    """Without rounding, but for the last operation."""
+    """The mean; the sum is rounded once, and the quotient once."""
     return math.fsum(numbers) / len(numbers) if numbers else 0.0
 
 
 def double_quantize(
     constants: Vector, offset: float, block_size: int, codebook: Vector
 ) -> tuple[list[int], Vector]:
-    """The 8-bit codes of constants less their mean, and the nested absmax of each block."""
-    return quantize([float32(constant - offset) for constant in constants], block_size, codebook)
+    """The 8-bit codes of the constants minus `offset`, and the nested absmax of each block."""
+    centred = [float32(constant - offset) for constant in constants]
+    return quantize(centred, block_size, codebook)
 
 
 def double_dequantize(
     codes: list[int], nested_absmax: Vector, offset: float, block_size: int, codebook: Vector
 ) -> Vector:
-    """level * nested_absmax + offset, each operation in float32, kept between 0 and the largest float32."""
+    """level * nested_absmax + offset, each operation in float32, clamped to [0, largest]."""
     largest = from_bits(0x7F7FFFFF)
     constants = []
     for centred in dequantize(codes, nested_absmax, codebook, len(codes), block_size, "float32"):
@@ -259,7 +274,7 @@ def column(matrix: Matrix, j: int) -> Vector:
 
 
 def dropout(x: Matrix, keep: Matrix) -> Matrix:
-    """x where keep is 1, and 0 where it is 0. What is kept is scaled up by whoever chooses `scaling`."""
+    """x where keep is 1, and 0 where it is 0. The 1 / (1 - p) of dropout is part of `scaling`."""
     return [[x[t][k] * keep[t][k] for k in range(len(x[t]))] for t in range(len(x))]
 
 
@@ -272,17 +287,18 @@ def lora_forward(
     scaling: float,
     keep: Matrix,
 ) -> Matrix:
-    """y = x W^T + b + s h B^T with h = (keep x) A^T, for x (tokens, in), W (out, in), A (r, in), B (out, r)."""
+    """y = x W^T + b + s h B^T with h = (keep x) A^T.
+
+    Shapes: x and keep (tokens, in), W (out, in), A (r, in), B (out, r), y (tokens, out).
+    """
     dropped = dropout(x, keep)
     y = []
     for t in range(len(x)):
         h = [dot(dropped[t], row) for row in lora_A]
-        y.append(
-            [
-                dot(x[t], weight[i]) + bias[i] + scaling * dot(h, lora_B[i])
-                for i in range(len(weight))
-            ]
-        )
+        row = []
+        for i in range(len(weight)):
+            row.append(dot(x[t], weight[i]) + bias[i] + scaling * dot(h, lora_B[i]))
+        y.append(row)
     return y
 
 
@@ -295,13 +311,11 @@ def lora_backward(
     scaling: float,
     keep: Matrix,
 ) -> tuple[Matrix, Matrix, Matrix, Vector]:
-    """dL/dx, dL/dA, dL/dB and dL/db of the same, for g = dL/dy (tokens, out)."""
-    tokens, inputs, outputs, ranks = (
-        range(len(x)),
-        range(len(weight[0])),
-        range(len(weight)),
-        range(len(lora_A)),
-    )
+    """dL/dx, dL/dA, dL/dB and dL/db of lora_forward, for g = dL/dy (tokens, out)."""
+    tokens = range(len(x))
+    inputs = range(len(weight[0]))
+    outputs = range(len(weight))
+    ranks = range(len(lora_A))
     dropped = dropout(x, keep)
     h = [[dot(dropped[t], lora_A[j]) for j in ranks] for t in tokens]
     dh = [[scaling * dot(g[t], column(lora_B, j)) for j in ranks] for t in tokens]
@@ -330,10 +344,10 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> tuple[Vector, Vector, Vector]:
-    """Step number `step` (the first is 1) in float64: the new parameters and their two moments.
+    """Step number `step` (the first is 1) in float64. Returns the parameters and their two moments.
 
-    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2, with the decay multiplied by the
-    learning rate as in torch.optim.AdamW.
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2, with
+    the decay multiplied by the learning rate as in torch.optim.AdamW.
     """
     new_param, new_exp_avg, new_exp_avg_sq = [], [], []
     for p, g, m, v in zip(param, grad, exp_avg, exp_avg_sq):

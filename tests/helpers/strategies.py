@@ -1,6 +1,7 @@
-"""Every input of the property tests: a recipe is drawn, and the tensor is made from it at once, not number by number.
+"""Every input of the property tests.
 
-A failing recipe prints as a line that can be pasted into @example.
+Hypothesis draws a recipe, and the recipe makes the whole tensor, which is faster than drawing each
+number. A failing recipe prints as a line that can be pasted into @example.
 """
 
 import math
@@ -16,12 +17,7 @@ BLOCK_SIZES = [2**k for k in range(1, 13)]
 LAYOUTS = ["contiguous", "transposed", "every other", "inner"]
 PATTERNS = ["normal", "uniform", "outliers", "constant", "one-hot", "zeros", "zero blocks", "ties"]
 PATTERNS += ["largest", "blocks of all sizes"]
-TIES = [
-    -0.75,
-    -0.25,
-    0.25,
-    0.75,
-]  # exact midpoints of the uniform code below: no rounding, so a tie is a tie
+TIES = [-0.75, -0.25, 0.25, 0.75]  # the midpoints of uniform_code, exact in every dtype
 
 
 def uniform_code() -> Tensor:
@@ -30,7 +26,7 @@ def uniform_code() -> Tensor:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bit patterns, which tell -0.0 from 0.0 and one NaN from another."""
+    """The bit patterns: they distinguish -0.0 from 0.0, and one NaN from another."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.detach().contiguous().view(integers[tensor.element_size()])
 
@@ -47,18 +43,20 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         reverse = tuple(reversed(range(values.dim())))
         return values.permute(reverse).contiguous().permute(reverse)
+    *rows, columns = values.shape
     if layout == "every other":
-        return torch.zeros(*values.shape[:-1], 2 * values.shape[-1], dtype=values.dtype)[
-            ..., ::2
-        ].copy_(values)
-    return torch.zeros(*values.shape[:-1], values.shape[-1] + 3, dtype=values.dtype)[
-        ..., 1:-2
-    ].copy_(values)
+        wide = torch.zeros(*rows, 2 * columns, dtype=values.dtype)
+        return wide[..., ::2].copy_(values)
+    padded = torch.zeros(*rows, columns + 3, dtype=values.dtype)  # "inner"
+    return padded[..., 1:-2].copy_(values)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A tensor to quantize. Its magnitude is about 2**exponent; per block of 64 it varies with the last pattern."""
+    """A tensor to quantize, of magnitudes around 2**exponent.
+
+    With the pattern "blocks of all sizes", each block of 64 has a magnitude of its own.
+    """
 
     shape: tuple[int, ...] = (6, 50)
     dtype: torch.dtype = torch.float32
@@ -69,39 +67,41 @@ class Recipe:
     seed: int = 0
 
     def tensor(self) -> Tensor:
-        """Finite in float32, and in the dtype; magnitudes beyond are cut off."""
+        """The tensor, clamped to the numbers that are finite in its dtype and in float32."""
         values = self._pattern(math.prod(self.shape)) * 2.0**self.exponent
         largest = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
-        return laid_out(
-            values.clamp(-largest, largest).to(self.dtype).reshape(self.shape), self.layout
-        )
+        values = values.clamp(-largest, largest).to(self.dtype)
+        return laid_out(values.reshape(self.shape), self.layout)
 
     def _pattern(self, n: int) -> Tensor:
         """n numbers in float64, of magnitudes around 1."""
         make = torch.Generator().manual_seed(self.seed)
         normal = torch.randn(n, generator=make, dtype=torch.float64)
-        signs, chance, index = (
-            normal.sign(),
-            torch.rand(n, generator=make, dtype=torch.float64),
-            torch.arange(n),
-        )
-        ties = torch.tensor(TIES).double()[(4 * chance).long()]
-        return {
-            "normal": lambda: normal,
-            "uniform": lambda: 2 * chance - 1,
-            "outliers": lambda: normal * torch.where(chance < 0.02, 1e4, 1.0),
-            "constant": lambda: (
-                torch.full((n,), 0.7, dtype=torch.float64) * (1 if self.seed % 2 else -1)
-            ),
-            "one-hot": lambda: (index == self.seed % max(n, 1)).double(),
-            "zeros": lambda: torch.zeros(n, dtype=torch.float64),
-            "zero blocks": lambda: normal * (index // self.block_size % 2),
-            "ties": lambda: torch.where(index % self.block_size == 0, 1.0, ties),
-            "largest": lambda: signs * 2.0**1000,  # cut off to the largest finite number
-            "blocks of all sizes": lambda: (
-                normal * 2.0 ** ((index // 64 * 37 + self.seed) % 250 - 125).double()
-            ),
-        }[self.pattern]()
+        chance = torch.rand(n, generator=make, dtype=torch.float64)
+        index = torch.arange(n)
+        match self.pattern:
+            case "normal":
+                return normal
+            case "uniform":
+                return 2 * chance - 1
+            case "outliers":
+                return normal * torch.where(chance < 0.02, 1e4, 1.0)
+            case "constant":
+                return torch.full_like(normal, 0.7 if self.seed % 2 else -0.7)
+            case "one-hot":
+                return (index == self.seed % max(n, 1)).double()
+            case "zeros":
+                return torch.zeros_like(normal)
+            case "zero blocks":
+                return normal * (index // self.block_size % 2)
+            case "ties":
+                ties = torch.tensor(TIES).double()[(4 * chance).long()]
+                return torch.where(index % self.block_size == 0, 1.0, ties)
+            case "largest":
+                return normal.sign() * 2.0**1000  # tensor() clamps it to the largest finite number
+            case "blocks of all sizes":
+                exponents = (index // 64 * 37 + self.seed) % 250 - 125
+                return normal * 2.0 ** exponents.double()
 
 
 sizes = st.integers(0, 9)
@@ -128,7 +128,7 @@ recipes = st.builds(
 
 
 def ascending(levels: int, seed: int) -> Tensor:
-    """A code of so many different levels between -1 and 1, from the lowest to the highest."""
+    """A codebook of so many different levels between -1 and 1, in ascending order."""
     steps = torch.rand(levels + 1, generator=torch.Generator().manual_seed(seed)) + 0.01
     return (steps.cumsum(0) / steps.sum())[:-1] * 2 - 1
 
@@ -139,7 +139,10 @@ codes_of_17_to_256_levels = st.builds(ascending, st.integers(17, 256), seeds)
 
 @dataclass(frozen=True)
 class Cut:
-    """Windows of a tensor in 4 bits: `rows` runs of `cols` elements each, `stride` apart, the first from element `start` on."""
+    """A window of a tensor in 4 bits: `rows` runs of `cols` elements each, `stride` apart.
+
+    The first run starts at element `start`.
+    """
 
     recipe: Recipe = Recipe((70, 33), block_size=64)
     double_quant: bool = True
@@ -149,15 +152,14 @@ class Cut:
     cols: int = 33
 
     def index(self) -> Tensor:
-        """The places of all elements of the window (rows * cols,) in the flattened tensor."""
-        return (
-            self.start + torch.arange(self.rows)[:, None] * self.stride + torch.arange(self.cols)
-        ).flatten()
+        """The index of each element of the window in the flattened tensor: (rows * cols,)."""
+        starts = self.start + torch.arange(self.rows) * self.stride
+        return (starts[:, None] + torch.arange(self.cols)).flatten()
 
 
 @st.composite
 def cuts(draw: st.DrawFn) -> Cut:
-    """Any window that lies inside a tensor that is not empty, odd ones and overlapping rows included."""
+    """Any window inside a tensor with elements; rows may overlap, and sizes may be odd."""
     recipe = draw(recipes.filter(lambda recipe: math.prod(recipe.shape) > 0))
     n = math.prod(recipe.shape)
     start = draw(st.integers(0, n - 1))
@@ -168,8 +170,9 @@ def cuts(draw: st.DrawFn) -> Cut:
     return Cut(recipe, draw(st.booleans()), start, stride, rows, cols)
 
 
-# What bitsandbytes can do at all: at least one element, float32 or less, and 1/absmax in float32's normal range (REFERENCE 7).
-# Rows of whole blocks, or of a number of elements that 16 does not divide, keep clear of its wrong AVX-512 path (REFERENCE 1).
+# What bitsandbytes supports: at least one element, float32 or less, and 1/absmax in float32's
+# normal range. Rows of whole blocks, or of a number of elements that 16 does not divide, avoid its
+# wrong AVX-512 path.
 safe_shapes = st.one_of(
     st.tuples(st.integers(1, 5), st.sampled_from([8, 10, 24, 40, 56, 72, 130, 1000])),
     st.tuples(st.integers(1, 70), st.integers(0, 40).map(lambda k: 2 * k + 1)),
@@ -189,7 +192,7 @@ peer_recipes = st.builds(
 
 @dataclass(frozen=True)
 class Constants:
-    """Quantization constants: float32, never negative. `pattern` says how they differ, 2**exponent how large they are."""
+    """Quantization constants: float32, never negative, of magnitudes around 2**exponent."""
 
     shape: tuple[int, ...] = (300,)
     pattern: str = "weights"
@@ -200,7 +203,7 @@ class Constants:
         make = torch.Generator().manual_seed(self.seed)
         chance = torch.rand(self.shape, generator=make, dtype=torch.float64)
         values = {
-            "weights": 2 + chance,  # the maxima of blocks of normal numbers are all of one size
+            "weights": 2 + chance,  # the absmax of blocks of normal numbers vary little
             "zeros": torch.zeros_like(chance),
             "some zeros": torch.where(chance < 0.3, 0.0, 1 + chance),
             "equal": torch.full_like(chance, 0.7),
@@ -225,7 +228,10 @@ constants = st.builds(
 
 @dataclass(frozen=True)
 class Adapted:
-    """A linear layer to adapt, with inputs for it. The adapter is random, not zero, so that every product counts."""
+    """A linear layer to adapt, its adapter and its inputs.
+
+    The adapter is random, not zero, so that a test notices an error in any product.
+    """
 
     in_features: int = 12
     out_features: int = 10
@@ -238,9 +244,8 @@ class Adapted:
     seed: int = 0
 
     def random(self, *shape: int, offset: int = 0) -> Tensor:
-        return torch.randn(
-            shape, generator=torch.Generator().manual_seed(self.seed + offset), dtype=torch.float64
-        )
+        make = torch.Generator().manual_seed(self.seed + offset)
+        return torch.randn(shape, generator=make, dtype=torch.float64)
 
     def linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias, dtype=dtype)
@@ -255,7 +260,7 @@ class Adapted:
         return {name: getattr(self, name) for name in names}
 
     def trained(self, layer: nn.Module) -> nn.Module:
-        """The layer with an adapter as training might leave it, the same each time."""
+        """The layer with an adapter as training might leave it; always the same."""
         with torch.no_grad():
             layer.lora_A.copy_(self.random(self.r, self.in_features, offset=6) * 0.2)
             layer.lora_B.copy_(self.random(self.out_features, self.r, offset=3) * 0.1)
@@ -288,7 +293,10 @@ adapted = st.builds(
 
 
 class Tower(nn.Module):
-    """A small language model as Hugging Face shapes them: embedding, blocks, head; one layer is used twice."""
+    """A small language model with the structure of Hugging Face's: embedding, blocks, head.
+
+    One linear layer is used twice.
+    """
 
     def __init__(self, width: int = 16, vocabulary: int = 11, tied: bool = False) -> None:
         super().__init__()
@@ -298,7 +306,8 @@ class Tower(nn.Module):
         self.blocks = nn.ModuleList(
             nn.ModuleDict({"up": up[i % 2], "down": down[i]}) for i in range(3)
         )
-        self.norm, self.lm_head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.lm_head.weight = self.embed.weight
 
@@ -310,7 +319,7 @@ class Tower(nn.Module):
 
 
 class TowerWithHead(Tower):
-    """One that says which layer its head is."""
+    """A Tower with get_output_embeddings, which returns its head."""
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
