@@ -111,7 +111,7 @@ def merge_4bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     audit = {}
     for layer, names in lora.names_of(model, QLoRALinear).items():
         base, update = layer.base, layer.update()
-        audit |= dict.fromkeys(names, base.audit(update))
+        audit |= dict.fromkeys(names, lora.audit_merge(base, update))
         layer.base = FrozenWeight(
             base(update.dtype) + update, base.block_size, base.double_quant, base.codebook
         )
