@@ -55,17 +55,6 @@ from kernels import dispatch
 from nf4 import NF4, Quantized, check_finite
 
 
-class MergeAudit(NamedTuple):
-    """How much of an update survives when it is merged into the 4 bits of a weight.
-
-    `realized` is the change of the decoded weight, `update` the change that was wanted.
-    """
-
-    update_norm: float  # the Frobenius norm of the update
-    kept: float  # <realized, update> / <update, update>: 1 keeps it all, 0 loses it to rounding
-    cosine: float  # between realized and update: 1 if the change has the right direction
-
-
 class FrozenWeight(nn.Module):
     """A weight of any shape in 4 bits, or dense with codebook=None. Calling it dequantizes.
 
@@ -148,20 +137,6 @@ class FrozenWeight(nn.Module):
         q, constants = self.packed_state()
         return dispatch.matmul(x, q, constants, transposed, bias)
 
-    def audit(self, update: Tensor) -> MergeAudit:
-        """Quantize weight + update, and compare the change of the decoded weight with update."""
-        before = self(update.dtype)
-        merged = FrozenWeight(before + update, self.block_size, self.double_quant, self.codebook)
-        realized = (merged() - before).flatten()
-        wanted = update.flatten()
-        wanted_norm = wanted.norm().item()
-        realized_norm = realized.norm().item()
-        if wanted_norm == 0:
-            return MergeAudit(update_norm=0.0, kept=1.0, cosine=1.0)
-        dot = (realized @ wanted).item()
-        cosine = dot / (wanted_norm * realized_norm) if realized_norm else 0.0
-        return MergeAudit(wanted_norm, dot / wanted_norm**2, cosine)
-
     @property
     def nbytes(self) -> int:
         """The bytes of the weight without codebooks; of all processes, if it is sharded."""
@@ -186,7 +161,8 @@ class FrozenWeight(nn.Module):
 class LoRAMatmul(torch.autograd.Function):
     """y = x W'^T + b + s (d(x) A^T) B^T, with the backward pass of the module docstring.
 
-    `keep` is the dropout mask; the caller divides `scaling` by 1 - p.
+    `keep` is the dropout mask. The caller divides `scaling` by 1 - p, and turns autocast off: all
+    products are in the dtype of x.
     """
 
     @staticmethod
@@ -201,10 +177,9 @@ class LoRAMatmul(torch.autograd.Function):
         base: FrozenWeight,
     ) -> Tensor:
         """x (tokens, in), A (r, in), B (out, r), bias (out,), keep bool (tokens, in) -> y."""
-        with torch.autocast(x.device.type, enabled=False):
-            y = base.matmul(x, bias=bias)  # (tokens, out)
-            h = F.linear(_drop(x, keep), lora_A.to(x.dtype))  # (tokens, r)
-            y.addmm_(h, lora_B.to(x.dtype).T, alpha=scaling)
+        y = base.matmul(x, bias=bias)  # (tokens, out)
+        h = F.linear(_drop(x, keep), lora_A.to(x.dtype))  # (tokens, r)
+        y.addmm_(h, lora_B.to(x.dtype).T, alpha=scaling)
         needs_A, needs_B = ctx.needs_input_grad[1:3]
         ctx.save_for_backward(x if needs_A else None, h if needs_B else None, keep, lora_A, lora_B)
         ctx.scaling = scaling
@@ -237,6 +212,7 @@ class LoRAMatmul(torch.autograd.Function):
 
 
 def _drop(x: Tensor, keep: Tensor | None) -> Tensor:
+    """Apply the dropout mask, if there is one."""
     return x if keep is None else x * keep
 
 
@@ -450,6 +426,17 @@ def names_of(model: nn.Module, layer_type: type[nn.Module]) -> dict[nn.Module, l
     return found
 
 
+class MergeAudit(NamedTuple):
+    """How much of an update survives when it is merged into the 4 bits of a weight.
+
+    `realized` is the change of the decoded weight, `update` the change that was wanted.
+    """
+
+    update_norm: float  # the Frobenius norm of the update
+    kept: float  # <realized, update> / <update, update>: 1 keeps it all, 0 loses it to rounding
+    cosine: float  # between realized and update: 1 if the change has the right direction
+
+
 def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
     """Replace each QLoRALinear, in place, by a dense nn.Linear of base + update.
 
@@ -462,7 +449,7 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
         base = layer.base
         update = layer.update()
         if base.codebook is not None:
-            audit |= dict.fromkeys(names, base.audit(update))
+            audit |= dict.fromkeys(names, audit_merge(base, update))
         weight = (base(update.dtype) + update).to(base.dtype)
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -471,3 +458,18 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
         for name in names:
             model.set_submodule(name, linear)
     return model, audit
+
+
+def audit_merge(base: FrozenWeight, update: Tensor) -> MergeAudit:
+    """Quantize base + update as the base is, and compare the realized change with the update."""
+    before = base(update.dtype)
+    merged = FrozenWeight(before + update, base.block_size, base.double_quant, base.codebook)
+    realized = (merged() - before).flatten()
+    wanted = update.flatten()
+    realized_norm = realized.norm().item()
+    wanted_norm = wanted.norm().item()
+    if wanted_norm == 0:
+        return MergeAudit(update_norm=0.0, kept=1.0, cosine=1.0)
+    dot = (realized @ wanted).item()
+    cosine = dot / (realized_norm * wanted_norm) if realized_norm else 0.0
+    return MergeAudit(wanted_norm, dot / wanted_norm**2, cosine)

@@ -1,6 +1,7 @@
-"""The laws of FrozenWeight: what a weight costs, that it comes back, and that no cast of the module touches its bytes."""
+"""The laws of lora.FrozenWeight: its error, its bytes, and that no cast changes them."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -26,7 +27,7 @@ CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "to(cpu, half)": lambda module: module.to("cpu", torch.float16),
     "type(half)": lambda module: module.type(torch.float16),
 }
-# Constants that double quantization leaves well inside every dtype, so that a decoded weight is finite.
+# Weights small enough that a decoded constant is finite in every dtype.
 moderate = st.builds(
     Recipe,
     st.sampled_from([(), (0,), (7,), (40, 33), (3, 5, 7), (2, 4096)]),
@@ -63,13 +64,9 @@ def test_equation_6_is_one_dequantization_inside_the_other(
 ) -> None:
     weight = recipe.tensor()
     q = nf4.quantize(weight, recipe.block_size)
-    largest = min(
-        torch.finfo(recipe.dtype).max, torch.finfo(torch.float32).max
-    )  # what a constant of this dtype can be
+    largest = min(torch.finfo(recipe.dtype).max, torch.finfo(torch.float32).max)
     absmax = double_quant.dequantize(double_quant.quantize(q.absmax)).clamp(max=largest)
-    expected = nf4.dequantize(
-        nf4.Quantized(q.packed, absmax, q.codebook, q.shape, q.dtype, q.block_size), dtype
-    )
+    expected = nf4.dequantize(dataclasses.replace(q, absmax=absmax), dtype)
     assert same_bits(FrozenWeight(weight, recipe.block_size)(dtype), expected)
 
 
@@ -87,26 +84,20 @@ def test_the_error_is_within_that_of_both_quantizations(recipe: Recipe) -> None:
 
 
 def test_the_error_of_both_quantizations_is_reached() -> None:
-    """The nested code has no -1 and decodes the lower constant too large, and with it the far level of the widest gap."""
+    """Without -1 in its code, the lower constant decodes too large, on the widest gap of NF4."""
     middle = (nf4.NF4[0].item() + nf4.NF4[1].item()) / 2
     weight = torch.tensor([2.0, 0.0, 1.96, 1.96 * math.nextafter(middle, -1.0)])
     frozen = FrozenWeight(weight, 2)
     absmax = nf4.quantize(weight, 2).absmax
-    bound = both_quantized(
-        absmax,
-        frozen.nested_absmax.expand(2),
-        nf4.NF4,
-        double_quant.DYNAMIC,
-        torch.float32,
-        torch.float32,
-    )
+    nested, codes = frozen.nested_absmax.expand(2), (nf4.NF4, double_quant.DYNAMIC)
+    bound = both_quantized(absmax, nested, *codes, torch.float32, torch.float32)
     error = (weight.double() - frozen().double()).abs().reshape(2, 2).amax(1)
     assert is_tight(error, bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_finite_weight_is_decoded_to_finite_numbers_of_its_dtype(dtype: torch.dtype) -> None:
-    """The constants of the largest numbers are decoded up to 0.7 % too large, which their dtype must not turn into infinity."""
+    """A constant may decode up to 0.7 % too large, and must not overflow in the largest weights."""
     weight = torch.zeros(12, dtype=dtype)
     weight[2::2] = torch.finfo(dtype).max  # the constants: 0 once, the largest number five times
     frozen = FrozenWeight(weight, 2)
@@ -128,10 +119,8 @@ def test_a_weight_costs_exactly_4_bits_and_its_constants_and_one_mean(blocks: in
     frozen = FrozenWeight(torch.randn(64 * blocks, 256))
     n = 64 * blocks * 256
     assert 8 * frozen.nbytes == n * 4 + n * 8 // 64 + n * 32 // (64 * 256) + 32
-    assert (
-        FrozenWeight(torch.randn(64, 256), double_quant=False).nbytes * 8
-        == 64 * 256 * 4 + 64 * 256 * 32 // 64
-    )
+    without = FrozenWeight(torch.randn(64, 256), double_quant=False)
+    assert 8 * without.nbytes == 64 * 256 * 4 + 64 * 256 * 32 // 64
     assert frozen.nbytes == sum(tensor.nbytes for tensor in frozen.state_dict().values())
 
 
@@ -140,9 +129,8 @@ def test_bytes_of_any_shape_are_those_of_the_formula(recipe: Recipe, double: boo
     frozen = FrozenWeight(recipe.tensor(), recipe.block_size, double)
     n = frozen.shape.numel()
     n_blocks = -(-n // recipe.block_size)
-    assert frozen.nbytes == -(-n // 2) + (
-        n_blocks + 4 * -(-n_blocks // 256) + 4 if double else 4 * n_blocks
-    )
+    constants = n_blocks + 4 * -(-n_blocks // 256) + 4 if double else 4 * n_blocks
+    assert frozen.nbytes == -(-n // 2) + constants
 
 
 @pytest.mark.parametrize("name", CASTS)
@@ -178,9 +166,9 @@ def test_a_deep_copy_has_the_same_bytes_and_shares_none(recipe: Recipe, double: 
 def test_the_state_dict_round_trips_bit_for_bit(recipe: Recipe, double: bool) -> None:
     weight = recipe.tensor()
     frozen = FrozenWeight(weight, recipe.block_size, double)
-    names = (
-        {"packed", "absmax", "nested_absmax", "nested_offset"} if double else {"packed", "absmax"}
-    )
+    names = {"packed", "absmax"}
+    if double:
+        names |= {"nested_absmax", "nested_offset"}
     assert frozen.state_dict().keys() == names  # the codebook is a constant of the format
     twin = FrozenWeight(torch.zeros_like(weight), recipe.block_size, double)
     twin.load_state_dict(copy.deepcopy(frozen.state_dict()))
@@ -191,14 +179,11 @@ def test_the_state_dict_round_trips_bit_for_bit(recipe: Recipe, double: bool) ->
 def test_without_a_codebook_the_dense_tensor_itself_is_kept(dtype: torch.dtype) -> None:
     weight = nn.Parameter(torch.randn(5, 7, dtype=dtype))
     frozen = FrozenWeight(weight, codebook=None)
-    assert (
-        frozen().data_ptr() == weight.data_ptr()
-        and same_bits(frozen(), weight)
-        and not frozen().requires_grad
-    )
+    assert frozen().data_ptr() == weight.data_ptr() and same_bits(frozen(), weight)
+    assert not frozen().requires_grad and list(frozen.parameters()) == []
     assert frozen.nbytes == weight.nbytes and list(frozen.state_dict()) == ["weight"]
     assert same_bits(frozen(torch.float64), weight.detach().double())
-    assert frozen.half()(torch.float16).dtype == torch.float16 and list(frozen.parameters()) == []
+    assert frozen.half()(torch.float16).dtype == torch.float16
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -224,7 +209,7 @@ def test_any_code_can_be_frozen(bits: int) -> None:
     assert same_bits(FrozenWeight(weight, double_quant=False, codebook=codebook)(), expected)
 
 
-def test_the_caller_owns_what_it_gets() -> None:
+def test_changing_the_decoded_weight_does_not_change_the_frozen_one() -> None:
     frozen = FrozenWeight(torch.randn(4, 64))
     before, decoded = state_of(frozen), frozen().clone()
     frozen().zero_()
@@ -238,8 +223,7 @@ def test_a_weight_that_nf4_refuses_is_refused() -> None:
         FrozenWeight(torch.ones(4), block_size=63)
 
 
-def test_it_prints_its_shape_and_what_an_element_costs() -> None:
-    assert (
-        str(FrozenWeight(torch.randn(64, 256))) == "FrozenWeight((64, 256), 4.129 bits an element)"
-    )
+def test_it_prints_its_shape_and_its_bits_per_element() -> None:
+    frozen = FrozenWeight(torch.randn(64, 256))
+    assert str(frozen) == "FrozenWeight((64, 256), 4.129 bits an element)"
     assert "(0,)" in str(FrozenWeight(torch.zeros(0)))

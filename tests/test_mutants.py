@@ -604,7 +604,7 @@ CONSTANT_MUTANTS = [
         "lora",
         "realized = (merged() - before).flatten()",
         "realized = update.flatten()",
-        "test_the_audit_measures_what_a_4_bit_merge_would_realise",
+        "test_the_audit_measures_what_a_4_bit_merge_would_change",
         suite="test_lora",
     ),
 ]
@@ -905,8 +905,8 @@ LORA_MUTANTS = [
         "lora",
         'tuple(f".{target}" for target in wanted)',
         "tuple(wanted)",
-        "test_a_target_that_names_no_layer_is_refused_with_the_names_that_there_are",
-        {"targets": "wn", "said": "wn"},
+        "test_a_target_that_matches_no_layer_is_refused_with_the_names_of_the_layers",
+        {"targets": "wn", "said": "['wn']"},
     ),
     Mutant(
         "a shared layer is replaced under one of its names",
@@ -1038,7 +1038,7 @@ DORA_MUTANTS = [
         "variants.dora",
         "tokens * c if",
         "tokens * c.to(y.dtype) if",
-        "test_a_magnitude_that_changes_by_less_than_16_bits_can_tell_from_1_counts",
+        "test_a_change_of_a_magnitude_that_16_bits_cannot_represent_counts",
     ),
     Mutant(
         "the norms of the base are saved with the adapter",

@@ -1,11 +1,10 @@
-"""A deep stack of 4-bit layers holds its packed bytes and the activations, and never a dense layer: byte for byte.
+"""The memory of a stack of 4-bit layers is its packed bytes and its activations, to the byte.
 
-What is alive is read off the storages of all tensors after each operation, not off the process, whose allocator rounds and
-remembers. What an operator holds until it returns is not seen: the window of W that a product is made from is counted in
-test_dispatch.py. What a kernel allocates for itself is seen nowhere.
+The live bytes are those of the storages of all tensors after each operation. The process has more,
+because its allocator rounds up and keeps freed memory. What an operator allocates and frees before
+it returns is not seen here: test_dispatch.py counts the part of W that a product decodes. What a
+kernel allocates internally is not counted anywhere.
 """
-
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,25 +19,24 @@ LAYERS, WIDTH, RANK, BLOCK = 12, 256, 8, 64
 
 
 def stack(dtype: torch.dtype, dropout: float = 0.0, **settings: object) -> nn.Sequential:
-    linears = [nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype) for _ in range(LAYERS)]
-    return nn.Sequential(
-        *(
-            QLoRALinear.from_linear(linear, RANK, lora_dropout=dropout, **settings)
-            for linear in linears
-        )
-    )
+    layers = []
+    for _ in range(LAYERS):
+        linear = nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype)
+        layers.append(QLoRALinear.from_linear(linear, RANK, lora_dropout=dropout, **settings))
+    return nn.Sequential(*layers)
 
 
 def held_by(model: nn.Module) -> int:
-    """The bytes of a model's parameters and buffers; the codebooks are one tensor for all layers."""
+    """The bytes of parameters and buffers; the codebooks are one tensor for all layers."""
     return Live(*model.parameters(), *model.buffers()).now()
 
 
 def forward_and_backward(
     model: nn.Sequential, tokens: int, dtype: torch.dtype, segment: int = LAYERS
 ) -> tuple[int, int, int]:
-    """Live bytes, above those of the model, of x and of the gradient: after the forward pass, at the peak, at the end."""
-    x, g = (torch.ones(tokens, WIDTH, dtype=dtype, requires_grad=needs) for needs in (True, False))
+    """Live bytes besides the model, x and g: after the forward pass, at the peak, at the end."""
+    x = torch.ones(tokens, WIDTH, dtype=dtype, requires_grad=True)
+    g = torch.ones(tokens, WIDTH, dtype=dtype)
     with Live(*model.parameters(), *model.buffers(), x, g) as live:
         before, y = live.now(), x
         for start in range(0, LAYERS, segment):
@@ -51,32 +49,36 @@ def forward_and_backward(
 
 
 def of_activations(tokens: int, dtype: torch.dtype, layers: int, dropout: float) -> int:
-    """What forward leaves for backward: for each layer its output (the next one's x), its h, and with dropout its mask."""
-    return layers * tokens * ((WIDTH + RANK) * dtype.itemsize + (WIDTH if dropout else 0))
+    """What forward saves: of each layer the output (x of the next one), h, and a dropout mask."""
+    mask = WIDTH if dropout else 0
+    return layers * tokens * ((WIDTH + RANK) * dtype.itemsize + mask)
 
 
 def peak(tokens: int, dtype: torch.dtype, segment: int, dropout: float) -> int:
-    """The most that is alive besides the model, x and the gradient of the output.
+    """The peak of the live bytes besides the model, x and the gradient of the output.
 
-    Backward stands in layer i of a segment, where the gradient that goes out has been made by W and A is to be added, and there
-    are: the output of the stack; the inputs of the segments before; the activations of this one up to layer i, of whose outputs
-    only those that were some layer's input; the gradients of lora_A and lora_B of this and of all later layers, float32; dL/dh;
-    the gradient that came in, unless it is the first one; and the one that goes out. Besides, lora_A in 16 bits, if those are
-    the dtype; and with dropout the product of dL/dh and A, as large as x, before it is masked.
+    It is reached in the backward pass of layer i of a segment, when dx = g W' is there and dh A is
+    to be added. These are alive then:
+    - the output of the stack, and the inputs of the segments before
+    - the activations of this segment up to layer i, without the output of layer i
+    - the float32 gradients of lora_A and lora_B of this layer and all later ones, and dh
+    - g, unless it is the gradient of the stack's output, and dx
+    - lora_A in the dtype of the products, if that has 16 bits
+    - with dropout dh A, as large as x, before it is masked
     """
-    x, h = tokens * WIDTH * dtype.itemsize, tokens * RANK * dtype.itemsize
-    gradients, alive = 2 * RANK * WIDTH * 4, []
-    for done in range(LAYERS):  # layers that backward has behind it
+    x = tokens * WIDTH * dtype.itemsize
+    h = tokens * RANK * dtype.itemsize
+    gradients = 2 * RANK * WIDTH * 4
+    alive = []
+    for done in range(LAYERS):  # layers whose backward pass is over
         segments, i = divmod(LAYERS - 1 - done, segment)
+        inputs = x + segments * x
         activations = of_activations(tokens, dtype, i + 1, dropout) - x
-        alive.append(
-            x + segments * x + activations + (done + 1) * gradients + h + (x if done else 0) + x
-        )
-    return (
-        max(alive)
-        + (RANK * WIDTH * dtype.itemsize if dtype != torch.float32 else 0)
-        + (x if dropout else 0)
-    )
+        g = x if done else 0
+        dx = x
+        alive.append(inputs + activations + (done + 1) * gradients + h + g + dx)
+    cast_A = RANK * WIDTH * dtype.itemsize if dtype != torch.float32 else 0
+    return max(alive) + cast_A + (x if dropout else 0)
 
 
 CASES = [
@@ -92,7 +94,7 @@ CASES = [
 def test_the_peak_is_the_packed_bytes_and_the_activations_and_no_dense_layer(
     dtype: torch.dtype, tokens: int, segment: int, dropout: float
 ) -> None:
-    """With checkpointing, by segments of 3 layers, the activations are those of one segment and an input for each other."""
+    """With checkpointing: the activations of one segment, and the inputs of the others."""
     after, most, end = forward_and_backward(stack(dtype, dropout), tokens, dtype, segment)
     gradients = LAYERS * 2 * RANK * WIDTH * 4
     assert most == peak(tokens, dtype, segment, dropout)
@@ -100,10 +102,11 @@ def test_the_peak_is_the_packed_bytes_and_the_activations_and_no_dense_layer(
         assert after == of_activations(tokens, dtype, LAYERS, dropout)
     else:
         assert after == LAYERS // segment * tokens * WIDTH * dtype.itemsize
-    assert end == gradients + tokens * WIDTH * dtype.itemsize  # and that of x
+    gradient_of_x = tokens * WIDTH * dtype.itemsize
+    assert end == gradients + gradient_of_x
 
 
-def test_a_stack_weighs_its_bits_and_its_adapters_and_two_codebooks_for_all() -> None:
+def test_the_bytes_of_a_stack_are_its_weights_its_adapters_and_two_shared_codebooks() -> None:
     n, adapters, codebooks = WIDTH**2, LAYERS * 2 * RANK * WIDTH * 4, 4 * (16 + 256)
     bits = LAYERS * (4 * n + 8 * n // 64 + 32 * n // (64 * 256) + 32)
     assert held_by(stack(torch.float32)) == bits // 8 + adapters + codebooks
@@ -113,17 +116,19 @@ def test_a_stack_weighs_its_bits_and_its_adapters_and_two_codebooks_for_all() ->
 @pytest.mark.parametrize("segment", [LAYERS, 3])
 def test_a_dense_stack_would_exceed_the_bound(dtype: torch.dtype, segment: int) -> None:
     dense, packed = stack(dtype, codebook=None), stack(dtype)
-    assert held_by(dense) + forward_and_backward(dense, 8, dtype, segment)[1] > held_by(
-        packed
-    ) + peak(8, dtype, segment, 0.0)
+    _, most, _ = forward_and_backward(dense, 8, dtype, segment)
+    assert held_by(dense) + most > held_by(packed) + peak(8, dtype, segment, 0.0)
 
 
 def saved_by(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """What autograd keeps of a forward pass, without the parameters."""
+    """What autograd saves in a forward pass, without the parameters."""
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
-    ):
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(x)
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
     return [tensor for tensor in kept if tensor.data_ptr() not in parameters]
@@ -137,9 +142,8 @@ def test_a_stack_saves_x_and_h_and_the_mask_of_each_layer_and_nothing_dense(
     saved = saved_by(stack(dtype, dropout), torch.ones(8, WIDTH, dtype=dtype))
     assert sum(tensor.nbytes for tensor in saved) == of_activations(8, dtype, LAYERS, dropout)
     assert {tuple(tensor.shape) for tensor in saved} == {(8, WIDTH), (8, RANK)}
-    assert Live(*saved).now() == sum(
-        tensor.nbytes for tensor in saved
-    )  # none is a view of something larger
+    # None is a view of a larger storage.
+    assert Live(*saved).now() == sum(tensor.nbytes for tensor in saved)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -151,11 +155,11 @@ def test_what_is_saved_under_autocast_is_saved_in_its_dtype(dropout: float) -> N
     )
 
 
-# mutants: what the formula must notice
+# mutants that the formula must notice
 
 
 class KeepsTheDenseWeight(LoRAMatmul):
-    """On the context and not among the saved tensors, where no hook sees it."""
+    """Keeps it on ctx and not as a saved tensor, where no hook sees it."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, *others: object) -> Tensor:
@@ -171,13 +175,9 @@ def remembers(
     return x @ (self.dense.T if transposed else self.dense)
 
 
-MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "the autograd function keeps the dense weight": lambda patch: patch.setattr(
-        lora, "LoRAMatmul", KeepsTheDenseWeight
-    ),
-    "the module remembers the dense weight": lambda patch: patch.setattr(
-        FrozenWeight, "matmul", remembers
-    ),
+MUTANTS = {
+    "the autograd function keeps the dense weight": (lora, "LoRAMatmul", KeepsTheDenseWeight),
+    "the module remembers the dense weight": (FrozenWeight, "matmul", remembers),
 }
 
 
@@ -186,6 +186,6 @@ MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 def test_a_dense_weight_that_outlives_its_product_is_noticed(
     mutant: str, segment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    MUTANTS[mutant](monkeypatch)
+    monkeypatch.setattr(*MUTANTS[mutant])
     after, most, _ = forward_and_backward(stack(torch.bfloat16), 8, torch.bfloat16, segment)
     assert most > peak(8, torch.bfloat16, segment, 0.0)

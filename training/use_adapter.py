@@ -127,7 +127,7 @@ def merge_4bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     for layer, names in lora.names_of(model, QLoRALinear).items():
         base = layer.base
         update = layer.update()
-        audit |= dict.fromkeys(names, base.audit(update))
+        audit |= dict.fromkeys(names, lora.audit_merge(base, update))
         merged = base(update.dtype) + update
         layer.base = FrozenWeight(merged, base.block_size, base.double_quant, base.codebook)
         layer.base.dtype = base.dtype  # the dtype in which it decodes

@@ -1,4 +1,4 @@
-"""The laws of dora.py: c, its norm without a dense matrix, what a gradient is, and that PEFT computes the same."""
+"""The laws of dora.py: the norm without a dense matrix, c, the gradients, and PEFT's results."""
 
 import copy
 import json
@@ -38,11 +38,9 @@ from helpers.models import adapted as adapted_llama
 from helpers.models import save_tiny_llama, tiny_llama, trained
 from helpers.strategies import Adapted, TowerWithHead, adapted, same_bits
 from lora import FrozenWeight, QLoRALinear
-from memory import measured as memory
-from training import state as resume
-from training import use_adapter as export
-from variants import dora
-from variants import init as variants
+from memory import measured
+from training import state, use_adapter
+from variants import dora, init
 from variants.dora import DoRALinear
 
 DORA = {"lora_A", "lora_B", "lora_magnitude_vector.weight"}
@@ -53,7 +51,7 @@ def untrained(case: Adapted, dtype: torch.dtype = torch.float32, **settings: obj
 
 
 def adapt(case: Adapted, dtype: torch.dtype = torch.float32, **settings: object) -> DoRALinear:
-    """A layer as training might leave it, its magnitudes too."""
+    """A layer as after some training, with changed magnitudes too."""
     layer = case.trained(untrained(case, dtype, **settings))
     with torch.no_grad():
         layer.lora_magnitude_vector.weight.mul_(1 + 0.3 * case.random(case.out_features, offset=7))
@@ -86,7 +84,7 @@ def test_the_norm_is_that_of_the_rows_of_the_dense_sum(
     layer = adapt(case, dtype, **{"codebook": None} if dense else {})
     with torch.no_grad():
         layer.lora_B.mul_(size)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # which does not reach into it
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # must not change the norm
         norm = layer.row_norm()
     assert norm.dtype == layer.lora_A.dtype and not norm.requires_grad
     assert bound_of_norm(layer).allows(norm, norm_in_float64(layer))
@@ -95,10 +93,9 @@ def test_the_norm_is_that_of_the_rows_of_the_dense_sum(
 def test_a_norm_of_more_rows_than_are_squared_at_once_has_all_of_them() -> None:
     weight = torch.randn(2 * dora.ROWS + 3, 4)
     layer = DoRALinear(FrozenWeight(weight, codebook=None), None, 1, 1)
-    bound = cast(weight.double().norm(dim=1), torch.float32)
-    assert (
-        (layer.lora_magnitude_vector.weight.double() - weight.double().norm(dim=1)).abs() <= bound
-    ).all()
+    norm = weight.double().norm(dim=1)
+    error = (layer.lora_magnitude_vector.weight.double() - norm).abs()
+    assert (error <= cast(norm, torch.float32)).all()
 
 
 @given(adapted, st.sampled_from(MODES))
@@ -111,10 +108,9 @@ def test_an_untrained_layer_gives_the_output_of_its_base_to_the_bit(
     layer, x = untrained(case, compute_dtype=compute_dtype), case.x(x_dtype)
     assert (layer.scale() == 1).all()
     assert same_bits(layer.lora_magnitude_vector.weight, layer.lora_magnitude_vector.base_norm)
+    without = QLoRALinear(layer.base, layer.bias, compute_dtype=compute_dtype)
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        assert same_bits(
-            layer(x), QLoRALinear(layer.base, layer.bias, compute_dtype=compute_dtype)(x)
-        )
+        assert same_bits(layer(x), without(x))
     assert not layer.update().any()
 
 
@@ -130,7 +126,7 @@ def test_a_layer_whose_magnitudes_double_gives_the_double_output_whatever_its_ad
     assert torch.equal(layer(case.x()), before * factor)
 
 
-def test_a_magnitude_that_changes_by_less_than_16_bits_can_tell_from_1_counts() -> None:
+def test_a_change_of_a_magnitude_that_16_bits_cannot_represent_counts() -> None:
     layer, x = untrained(Adapted(64, 64, bias=False)), torch.randn(50, 64).bfloat16()
     before = layer(x)
     with torch.no_grad():
@@ -146,12 +142,12 @@ def test_a_row_of_zeros_is_the_bias_and_can_learn(bias: bool) -> None:
     linear.weight.data[3] = 0
     layer = DoRALinear.from_linear(linear, **case.settings())
     optimizer = torch.optim.SGD([layer.get_parameter(name) for name in DORA], lr=0.1)
-    for learnt in ("lora_B", "lora_magnitude_vector.weight"):
+    for moving in ("lora_B", "lora_magnitude_vector.weight"):
         y = layer(case.x())
         assert torch.equal(y[:, 3], torch.full((5,), layer.bias[3].item() if bias else 0.0))
         y.backward(case.g())
         assert all(layer.get_parameter(name).grad.isfinite().all() for name in DORA)
-        assert layer.get_parameter(learnt).grad[3].any()
+        assert layer.get_parameter(moving).grad[3].any()
         optimizer.step()
         optimizer.zero_grad()
     assert not torch.equal(layer(case.x())[:, 3], y[:, 3]) and norm_in_float64(layer)[3] > 0
@@ -162,7 +158,7 @@ def test_a_row_of_zeros_is_the_bias_and_can_learn(bias: bool) -> None:
 def test_rows_that_the_update_cancels_leave_all_that_is_computed_finite(
     seed: int, size: float
 ) -> None:
-    """Where the square of the norm is no more than rounding, and may come out below zero."""
+    """The square of the norm is only rounding error there, and may come out below zero."""
     layer = DoRALinear.from_linear(nn.Linear(8, 6), r=1, lora_alpha=1, codebook=None)
     case = Adapted(8, 6, 1, seed=seed)
     a, b = (case.random(size, offset=offset).float() for size, offset in ((8, 1), (6, 2)))
@@ -174,9 +170,8 @@ def test_rows_that_the_update_cancels_leave_all_that_is_computed_finite(
     assert bound_of_norm(layer).allows(layer.row_norm(), norm_in_float64(layer))
     y = layer(case.x())
     y.backward(case.g())
-    assert y.isfinite().all() and all(
-        layer.get_parameter(name).grad.isfinite().all() for name in DORA
-    )
+    assert y.isfinite().all()
+    assert all(layer.get_parameter(name).grad.isfinite().all() for name in DORA)
 
 
 # the layer
@@ -188,7 +183,7 @@ def test_rows_that_the_update_cancels_leave_all_that_is_computed_finite(
 def test_output_and_gradients_are_those_of_a_plain_autograd_dora(
     case: Adapted, mode: tuple
 ) -> None:
-    """In float64, with a dense weight, whose norm is a constant; dropout is in the adapter's branch alone."""
+    """In float64 with a dense weight and a constant norm; dropout is on the adapter only."""
     x_dtype, autocast, compute_dtype = mode
     result = autocast or x_dtype
     dtype = compute_dtype or result
@@ -196,13 +191,10 @@ def test_output_and_gradients_are_those_of_a_plain_autograd_dora(
     x, g = case.x(x_dtype).requires_grad_(), case.g(result)
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         y, kept = saved_by(lambda: layer(x))
-    keep = next(
-        (tensor for tensor in kept if tensor.dtype == torch.bool and tensor.dim() == 2), None
-    )
-    assert (keep is not None) == (case.lora_dropout > 0) and (y.dtype, y.shape) == (
-        result,
-        (*case.leading, case.out_features),
-    )
+    masks = [tensor for tensor in kept if tensor.dtype == torch.bool and tensor.dim() == 2]
+    assert len(masks) == (1 if case.lora_dropout else 0)
+    keep = masks[0] if masks else None
+    assert (y.dtype, y.shape) == (result, (*case.leading, case.out_features))
     y.backward(g)
 
     flat, g_flat = x.detach().reshape(-1, case.in_features), g.reshape(-1, case.out_features)
@@ -220,14 +212,12 @@ def test_output_and_gradients_are_those_of_a_plain_autograd_dora(
     before, norm = lora_forward(*operands, bias, dropping, keep, dtype), bound_of_norm(layer)
     c = dora_scale(parameters[2], norm)
     forward = in_float64(dora_forward(before, c, bias, dtype), 4)
-    assert (forward if result == dtype else forward.to(result)).allows(
-        y.reshape(-1, case.out_features), plain
-    )
+    forward = forward if result == dtype else forward.to(result)
+    assert forward.allows(y.reshape(-1, case.out_features), plain)
     of_y, of_m = dora_backward(g_flat, before, c, norm, bias, dtype)
     of_x, of_A, of_B = lora_backward(of_y, *operands, dropping, keep, dtype)
-    assert (of_x if x_dtype == dtype else of_x.to(x_dtype)).allows(
-        x.grad.reshape(-1, case.in_features), gradients[0]
-    )
+    of_x = of_x if x_dtype == dtype else of_x.to(x_dtype)
+    assert of_x.allows(x.grad.reshape(-1, case.in_features), gradients[0])
     for parameter, bound, gradient in zip(parameters, (of_A, of_B, of_m), gradients[1:]):
         assert parameter.grad.dtype == torch.float32 and bound.allows(parameter.grad, gradient)
 
@@ -239,17 +229,15 @@ def test_the_backward_passes_gradcheck_in_float64_for_a_norm_that_stays(
 ) -> None:
     case = Adapted(6, 5, 2, leading=(4,), lora_dropout=dropout, bias=bias)
     layer = adapt(case, torch.float64)
-    inputs = [
-        case.x(torch.float64).requires_grad_(),
-        *(layer.get_parameter(name) for name in sorted(DORA)),
-    ]
+    x = case.x(torch.float64).requires_grad_()
+    inputs = [x, *(layer.get_parameter(name) for name in sorted(DORA))]
     inputs += [layer.bias.requires_grad_()] if bias else []
     norm = norm_in_float64(layer)
     monkeypatch.setattr(DoRALinear, "row_norm", lambda _: norm)
 
     def seeded(*_: Tensor) -> Tensor:
         torch.manual_seed(5)  # one mask for all evaluations
-        return layer(inputs[0])
+        return layer(x)
 
     assert torch.autograd.gradcheck(seeded, inputs, raise_exception=False)
 
@@ -262,9 +250,9 @@ def test_forward_saves_what_lora_does_and_one_product_and_nothing_dense(dtype: t
     kept, without = saved_by(lambda: layer(x))[1], saved_by(lambda: plain(x))[1]
     assert all(tensor.numel() != 48 * 40 for tensor in kept)
     more = sum(tensor.nbytes for tensor in kept) - sum(tensor.nbytes for tensor in without)
-    assert more == 10 * 40 * dtype.itemsize + 40 * (
-        4 + 4 + 1
-    )  # before c; c, n, and where n is not 0
+    before_c = 10 * 40 * dtype.itemsize
+    c_and_n_and_nonzero = 40 * (4 + 4 + 1)
+    assert more == before_c + c_and_n_and_nonzero
 
 
 @given(adapted, st.sampled_from([torch.float32, torch.bfloat16]))
@@ -275,11 +263,8 @@ def test_a_merged_row_has_the_length_of_its_magnitude_and_the_layer_computes_the
     layer = adapt(case, dtype).eval()
     m = layer.lora_magnitude_vector.weight.detach().double()
     base, n = layer.base(torch.float64), bound_of_norm(layer)
-    update = (
-        Bounded.exact(layer.lora_B)
-        .matmul(Bounded.exact(layer.lora_A), torch.float32)
-        .times(layer.scaling, torch.float32)
-    )
+    update = Bounded.exact(layer.lora_B).matmul(Bounded.exact(layer.lora_A), torch.float32)
+    update = update.times(layer.scaling, torch.float32)
     c = dora_scale(m.float(), n)
     c = Bounded(c.value[:, None], c.error[:, None])
     less = Bounded(c.value - 1, c.error).to(torch.float32)
@@ -305,15 +290,13 @@ def test_a_merged_row_has_the_length_of_its_magnitude_and_the_layer_computes_the
 def test_training_lowers_the_loss_and_moves_the_magnitudes_and_nothing_frozen() -> None:
     torch.manual_seed(0)
     model = lora.attach(TowerWithHead(tied=True), r=4, lora_dropout=0.1, layer_type=DoRALinear)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert {name.partition("up.")[2] or name.partition("down.")[2] for name in trained} == DORA
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {name.partition("up.")[2] or name.partition("down.")[2] for name in trainable} == DORA
     start = copy.deepcopy(model.state_dict())
     before, after = losses_around_ten_steps(model)
     assert after < before
-    assert all(
-        same_bits(tensor, start[name]) != ("lora_" in name)
-        for name, tensor in model.state_dict().items()
-    )
+    for name, tensor in model.state_dict().items():
+        assert same_bits(tensor, start[name]) == ("lora_" not in name)
 
 
 def test_the_norms_of_the_base_are_not_saved() -> None:
@@ -321,17 +304,13 @@ def test_the_norms_of_the_base_are_not_saved() -> None:
 
 
 def test_the_ledger_counts_magnitudes_and_the_norms_of_the_base_among_the_adapters() -> None:
-    rows = {
-        layer_type: memory.ledger(
-            lora.attach(tiny_llama(vocab_size=256), layer_type=layer_type, r=4)
-        )
-        for layer_type in (DoRALinear, QLoRALinear)
-    }
+    dora_model, lora_model = tiny_llama(vocab_size=256), tiny_llama(vocab_size=256)
+    with_dora = measured.ledger(lora.attach(dora_model, layer_type=DoRALinear, r=4))
+    without = measured.ledger(lora.attach(lora_model, r=4))
     outputs = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
-    more = [
-        a - b for a, b in zip(rows[DoRALinear].pop("adapters"), rows[QLoRALinear].pop("adapters"))
-    ]
-    assert more == [outputs, 2 * outputs, 2 * 4 * outputs] and rows[DoRALinear] == rows[QLoRALinear]
+    more = [a - b for a, b in zip(with_dora.pop("adapters"), without.pop("adapters"))]
+    assert more == [outputs, 2 * outputs, 2 * 4 * outputs]
+    assert with_dora == without
 
 
 # files, and PEFT
@@ -342,7 +321,7 @@ def dense_base() -> nn.Module:
 
 
 def moved(model: nn.Module) -> nn.Module:
-    """The model, with magnitudes as training might leave them."""
+    """The model with changed magnitudes, as after some training."""
     for name, parameter in model.named_parameters():
         if "lora_magnitude_vector" in name:
             with torch.no_grad():
@@ -366,7 +345,7 @@ def test_peft_loads_our_adapter_and_computes_the_same(tmp_path: Path, settings: 
 
 
 def attached(model: nn.Module, like: nn.Module) -> nn.Module:
-    """The model with adapters that do nothing yet, on the same layers."""
+    """The model with untrained adapters on the same layers."""
     for name, layer in checkpoint.adapted_layers(like).items():
         lora.attach(model, [name], type(layer), r=layer.r, codebook=None)
     return model
@@ -401,11 +380,12 @@ def test_an_untrained_adapter_that_was_saved_and_loaded_still_changes_no_bit(
     tmp_path: Path,
 ) -> None:
     model = tiny_llama(torch.bfloat16, vocab_size=256)
-    checkpoint.save_adapter(lora.attach(copy.deepcopy(model), r=4, layer_type=DoRALinear), tmp_path)
-    without = checkpoint.load_adapter(
-        lora.attach(copy.deepcopy(model), r=4, layer_type=DoRALinear), tmp_path
+    saved = lora.attach(copy.deepcopy(model), layer_type=DoRALinear, r=4)
+    checkpoint.save_adapter(saved, tmp_path)
+    loaded = checkpoint.load_adapter(
+        lora.attach(copy.deepcopy(model), layer_type=DoRALinear, r=4), tmp_path
     )
-    assert torch.equal(logits(checkpoint.load_adapter(model, tmp_path)), logits(without))
+    assert torch.equal(logits(checkpoint.load_adapter(model, tmp_path)), logits(loaded))
     for layer in checkpoint.adapted_layers(model).values():
         x = torch.randn(5, layer.in_features, dtype=torch.bfloat16)
         assert same_bits(layer(x), QLoRALinear(layer.base, None)(x))
@@ -421,9 +401,8 @@ def test_adapters_of_both_kinds_are_not_saved_and_one_is_not_loaded_onto_the_oth
         same, other = (DoRALinear, QLoRALinear) if use_dora else (QLoRALinear, DoRALinear)
         folder = tmp_path / str(use_dora)
         checkpoint.save_adapter(adapted_llama(layer_type=same), folder)
-        with pytest.raises(
-            ValueError, match=f"has use_dora {use_dora}, and the model's adapter has not"
-        ):
+        message = f"has use_dora {use_dora}, and the model's adapter has not"
+        with pytest.raises(ValueError, match=message):
             checkpoint.load_adapter(adapted_llama(layer_type=other), folder)
     path = tmp_path / "True" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": False}))
@@ -443,43 +422,38 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(tmp_path: Pa
     torch.manual_seed(2)
     resumed = adapted_llama(layer_type=DoRALinear, lora_dropout=0.3)
     second = optimizer_of(resumed)
-    resume.load_state(resumed, second, resume.latest_state(tmp_path))
+    state.load_state(resumed, second, state.latest_state(tmp_path))
     take_steps(resumed, second, 2, start=2)
-    pairs = checkpoint.adapter_tensors(resumed), checkpoint.adapter_tensors(whole)
-    assert len(pairs[0]) == 3 * 14 and all(
-        torch.equal(pairs[0][name], tensor) for name, tensor in pairs[1].items()
-    )
+    tensors, expected = checkpoint.adapter_tensors(resumed), checkpoint.adapter_tensors(whole)
+    assert len(tensors) == 3 * 14
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_with_another_start_the_magnitudes_are_those_of_base_and_adapter_and_c_is_1(
     shape: tuple[int, int],
 ) -> None:
-    """On a dense base, which PiSSA leaves as PEFT does, they are PEFT's."""
+    """On the dense base of PiSSA they are those of PEFT."""
     weight = weight_of(shape)
     for start in ("pissa", "loftq"):
-        layer = variants.maker(start, {"r": 4, "layer_type": DoRALinear}, {})(weight, None)
+        layer = init.maker(start, {"r": 4, "layer_type": DoRALinear}, {})(weight, None)
         assert (layer.scale() == 1).all() and layer.lora_B.any()
-        assert bound_of_norm(layer).allows(
-            layer.lora_magnitude_vector.weight, norm_in_float64(layer)
-        )
+        magnitude = layer.lora_magnitude_vector.weight
+        assert bound_of_norm(layer).allows(magnitude, norm_in_float64(layer))
     model = nn.Sequential(nn.Linear(*shape[::-1], bias=False))
     model[0].weight.data = weight.clone()
     config = LoraConfig(
         r=4, lora_alpha=16, init_lora_weights="pissa", target_modules=["0"], use_dora=True
     )
     theirs = get_peft_model(model, config).base_model.model[0]
-    ours = variants.maker("pissa", {"r": 4, "layer_type": DoRALinear}, {"codebook": None})(
-        weight, None
-    )
+    make = init.maker("pissa", {"r": 4, "layer_type": DoRALinear}, {"codebook": None})
+    ours = make(weight, None)
     assert same_bits(ours.lora_A, theirs.lora_A["default"].weight)
-    distance = (
-        ours.lora_magnitude_vector.weight - theirs.lora_magnitude_vector["default"].weight
-    ).abs()
-    both = 2 * bound_of_norm(ours).error + gamma(shape[1] + 8) * weight.double().norm(
-        dim=1
-    )  # and of their dense float32 sums
-    assert (distance <= both).all()
+    our_magnitude = ours.lora_magnitude_vector.weight
+    their_magnitude = theirs.lora_magnitude_vector["default"].weight
+    their_error = gamma(shape[1] + 8) * weight.double().norm(dim=1)  # of dense float32 sums
+    both = 2 * bound_of_norm(ours).error + their_error
+    assert ((our_magnitude - their_magnitude).abs() <= both).all()
 
 
 def test_a_run_with_use_dora_is_merged_as_peft_merges_it(
@@ -487,78 +461,52 @@ def test_a_run_with_use_dora_is_merged_as_peft_merges_it(
 ) -> None:
     tiny, out, book = save_tiny_llama(tmp_path / "model"), tmp_path / "out", tmp_path / "book.txt"
     book.write_text(" ".join(f"The {n}th of the numbers is {n}." for n in range(400)))
-    flags = [
-        "--model",
-        str(tiny),
-        "--output-dir",
-        str(out),
-        "--max-steps",
-        "3",
-        "--batch-size",
-        "2",
-        "--dtype",
-        "float32",
-    ]
-    assert (
-        train.main(
-            [*flags, "--data", str(book), "--max-seq-len", "32", "--use-dora", "--save-every", "2"]
-        )
-        == 0
-    )
-    assert (
-        sum(
-            name.endswith("lora_magnitude_vector")
-            for name in load_file(out / "adapter_model.safetensors")
-        )
-        == 14
-    )
-    assert train.main([*flags, "--data", str(book), "--max-seq-len", "32", "--resume"]) == 1
+    flags = ["--model", str(tiny), "--output-dir", str(out), "--data", str(book)]
+    flags += "--max-seq-len 32 --max-steps 3 --batch-size 2 --dtype float32".split()
+    assert train.main([*flags, "--use-dora", "--save-every", "2"]) == 0
+    names = load_file(out / "adapter_model.safetensors").keys()
+    assert sum(name.endswith("lora_magnitude_vector") for name in names) == 14
+    assert train.main([*flags, "--resume"]) == 1
     assert "use_dora was True, is False" in capsys.readouterr().err
     assert train.main(["--adapter", str(out), "--merge", str(tmp_path / "merged")]) == 0
     assert train.main(["--adapter", str(out), "--merge-4bit", str(tmp_path / "merged-4bit")]) == 0
     assert "A merge into 4 bits keeps" in capsys.readouterr().out
-    ours, _ = export.load_adapted_model(out, None, torch.float32, "cpu")
+    ours, _ = use_adapter.load_adapted_model(out, None, torch.float32, "cpu")
     dense = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
     for name, layer in checkpoint.adapted_layers(ours).items():
         dense.get_submodule(name).weight.data = layer.base(torch.float64)
     theirs = PeftModel.from_pretrained(dense, out).merge_and_unload()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     for name, layer in checkpoint.adapted_layers(ours).items():
-        weight, their = (model.get_submodule(name).weight for model in (merged, theirs))
-        most = 8 * (
-            their.abs() + layer.base(torch.float64).abs()
-        )  # roundings of numbers that are no larger
-        assert weight.dtype == torch.bfloat16 and not torch.equal(
-            weight.double(), layer.base().double()
-        )
-        assert (
-            (weight.double() - their).abs()
-            <= cast(their.abs(), torch.bfloat16) + cast(most, torch.float32)
-        ).all(), name
+        weight, base = merged.get_submodule(name).weight, layer.base(torch.float64)
+        their = theirs.get_submodule(name).weight
+        assert weight.dtype == torch.bfloat16 and not torch.equal(weight.double(), base)
+        # At most 8 float32 roundings of numbers no larger than these, and the cast.
+        sums = cast(8 * (their.abs() + base.abs()), torch.float32)
+        error = (weight.double() - their).abs()
+        assert (error <= cast(their.abs(), torch.bfloat16) + sums).all(), name
 
 
 def test_a_row_of_zeros_is_finite_where_peft_makes_it_nan() -> None:
     plain = nn.Sequential(nn.Linear(8, 4))
     plain[0].weight.data[2] = 0
-    ours, x = (
-        lora.attach(copy.deepcopy(plain), r=2, layer_type=DoRALinear, codebook=None),
-        torch.randn(3, 8),
-    )
+    ours = lora.attach(copy.deepcopy(plain), layer_type=DoRALinear, r=2, codebook=None)
+    x = torch.randn(3, 8)
     assert same_bits(ours(x), plain(x))
     theirs = get_peft_model(plain, LoraConfig(r=2, target_modules=["0"], use_dora=True))
-    assert theirs(x)[:, 2].isnan().all()  # the day this fails, the exception can go
+    assert theirs(x)[:, 2].isnan().all()  # if this fails, PEFT is fixed: remove the exception
 
 
-def test_dropout_leaves_the_frozen_branch_alone_where_that_of_peft_drops_its_inputs_too() -> None:
-    """B is zero, so that nothing but the frozen branch is left, and m is doubled."""
+def test_dropout_leaves_the_frozen_branch_alone_where_peft_drops_its_inputs_too() -> None:
+    """B is zero, so only the frozen branch is left, and m is doubled."""
     plain, x = nn.Sequential(nn.Linear(8, 4, bias=False)), torch.randn(3, 8)
-    ours = lora.attach(
-        copy.deepcopy(plain), r=2, layer_type=DoRALinear, codebook=None, lora_dropout=0.5
-    ).train()
+    settings = {"layer_type": DoRALinear, "r": 2, "codebook": None, "lora_dropout": 0.5}
+    ours = lora.attach(copy.deepcopy(plain), **settings).train()
     config = LoraConfig(r=2, target_modules=["0"], use_dora=True, lora_dropout=0.5)
     theirs = get_peft_model(copy.deepcopy(plain), config).train()
     with torch.no_grad():
         for model in (ours, theirs):
             next(p for name, p in model.named_parameters() if "magnitude" in name).mul_(2)
     assert torch.equal(ours(x), 2 * plain(x))
-    assert not torch.equal(theirs(x), ours(x))  # the day this fails, the exception can go
+    # If this fails, PEFT leaves the frozen branch alone too: remove the exception.
+    assert not torch.equal(theirs(x), ours(x))
