@@ -19,10 +19,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from bench import loading_peak
 from checkpoints import base_model as streaming
 from checkpoints import checkpoint
 from frozen import FrozenWeight
-from helpers import peak
 from helpers.strategies import same_bits
 from lora import QLoRALinear, attach
 
@@ -277,9 +277,11 @@ def test_loading_takes_no_more_than_the_4_bit_model_its_largest_tensor_and_300_m
     tmp_path: Path,
 ) -> None:
     """In float32 on disk, where the whole of it would not fit into the bound."""
-    largest = peak.write_checkpoint(peak.shape(1024, 16, 2000), torch.float32, tmp_path)
-    got = peak.measure(tmp_path)
-    bound = got["kept"] + largest + peak.ALLOWED
+    largest = loading_peak.write_checkpoint(
+        loading_peak.shape(1024, 16, 2000), torch.float32, tmp_path
+    )
+    got = loading_peak.measure(tmp_path)
+    bound = got["kept"] + largest + loading_peak.ALLOWED
     assert (
         got["peak"] - got["before"]
         <= bound

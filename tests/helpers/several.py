@@ -5,7 +5,7 @@
     alike      1, 2 and 3 processes, by DDP and by FSDP2, that share out the same batches
     moments    one of two processes is killed at 10 random moments; the other must end by itself, and any number of them go on
     apart      what differs between processes, or goes wrong in one of them
-    traffic    bytes that each of two processes sends in a step, computed and counted (tests/traffic.py)
+    traffic    bytes that each of two processes sends in a step, computed and counted (bench/traffic.py)
 
 Prints, as JSON, what happened.
 """
@@ -23,12 +23,10 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ |= {"QLORA_KERNELS": "reference", "OMP_NUM_THREADS": "1"}
 sys.path[:0] = [str(Path(__file__).parents[level]) for level in (1, 2)]
+from bench import traffic
 from checkpoints import io as files
 from data import dataset as data
-from helpers import (
-    killed,  # first: it sets the number of threads
-    traffic,
-)
+from helpers import killed  # it sets the number of threads
 from lora import attach
 from training import report
 from training import sharding as parallel

@@ -15,10 +15,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import train
+from bench import traffic
 from checkpoints import checkpoint
 from checkpoints import io as files
 from data import dataset as data
-from helpers import bounds, models, traffic
+from helpers import bounds, models
+from helpers.pages import text_of_pages
 from kernels.dtensor import full_tensor
 from lora import attach
 from memory.measured import ledger
@@ -225,7 +227,7 @@ def test_what_is_sent_in_a_step_is_what_was_computed(seen: dict, way: str) -> No
 
 
 def test_the_table_of_the_readme_is_what_is_computed() -> None:
-    assert traffic.of_the_papers_models() in (traffic.ROOT / "README.md").read_text()
+    assert traffic.of_the_papers_models() in text_of_pages()
 
 
 def test_all_bytes_of_a_model_are_in_its_blocks_or_not() -> None:
