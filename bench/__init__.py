@@ -1,1 +1,1 @@
-"""Every number about speed, beside the peers."""
+"""Every number about speed, next to the peers."""

@@ -1,63 +1,62 @@
-"""The numbers of a GPU, beside bitsandbytes and dense bfloat16 on the same card: bench.py --device cuda, in four parts.
+"""The numbers of a GPU, next to bitsandbytes and dense bfloat16 on the same card, in four parts.
 
-    ops       dequantize, quantize, and products of few rows and of many
-    optim     an AdamW step, with its state in unified memory and in ordinary memory, and torch's own
-    step      a training step on the shapes of LLaMA-7B, 16 x 512 tokens, beside PEFT + bitsandbytes
-    sizes     7B to 65B in 48 GB of the card (paper/memory_65b.py)
+    ops       dequantize, quantize, and matmuls of few rows and of many
+    optim     an AdamW step, with its state in unified and in ordinary memory, and torch's own
+    step      a training step of LLaMA-7B's shapes, 16 x 512 tokens, also by PEFT + bitsandbytes
+    sizes     7B to 65B in 48 GB of the card (capped_run.py)
 
-What makes a figure fair here:
+What makes the comparison fair:
 
-    events       the GPU's own clock, before and after; the host waits for nothing in between
-    rotation     as many sets of buffers as it takes that no cache holds what the next call reads
-    graphs       a product of few rows is shorter than its launch, so a CUDA graph of all sets is replayed
-    turns        contenders take turns, and a ratio is the median of the ratios of one turn
-    ceilings     a large copy and a large product on the same card, by torch: what bytes and operations cost at least
+    events       the GPU's own clock, before and after; the host does not wait in between
+    rotation     so many sets of buffers that no cache holds what the next call reads
+    graphs       a matmul of few rows is shorter than its launch: one CUDA graph launches all sets
+    turns        peers take turns (turns.py); ratios are medians of the ratios of one turn
+    ceilings     torch's copy and matmul of large tensors on the same card: the minimum for bytes
+                 and for operations
 
-Without a GPU the same code runs with the host's clock and tiny shapes. That measures nothing: it is how it is rehearsed.
+Without a GPU the same code runs with the host's clock and tiny shapes, so that tests can run it;
+its numbers then mean nothing.
 """
 
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from bench import peers_cuda as contenders_cuda
-from bench import random_llama
-from bench.peers_cuda import Layer, Work
-from memory import formula as predict
-from memory.weigh import peak_of
+from bench import capped_run, peers_cuda, random_llama
+from bench.capped_run import RANK, TINY
+from bench.peers import trainable
+from bench.peers_cuda import Layer
+from bench.turns import Work, host_seconds, ours_to_this, take_turns
+from memory.formula import SHAPES
+from memory.measured import measure_peak
 from paged_optim import PagedAdamW
-from paper import memory_65b
 
-SHAPES = [
-    (28672, 8192),
-    (4096, 4096),
-]  # (out, in): the largest layers of a 70B model, and a square one of a 7B
-TINY = [(128, 64), (64, 64)]
+# (out, in): the largest layers of a 70B model, and a square one of a 7B
+LAYERS = [(28672, 8192), (4096, 4096)]
+TINY_LAYERS = [(128, 64), (64, 64)]
 FEW = [1, 2, 4, 8, 16, 32, 64]
 MANY = 2048
-DEVICE = "cuda"
 
 
 class Clock:
     """Seconds by the GPU's events; by the host's clock where there is no GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.on_gpu = device, device.type == "cuda"
-        self.cache = (
-            torch.cuda.get_device_properties(device).L2_cache_size if self.on_gpu else 0
-        )  # bytes
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self.cache = 0  # bytes of the L2 cache
+        if self.on_gpu:
+            self.cache = torch.cuda.get_device_properties(device).L2_cache_size
 
     def seconds(self, work: Work) -> float:
         if not self.on_gpu:
-            began = time.perf_counter()
-            work()
-            return time.perf_counter() - began
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            return host_seconds(work)
+        before = torch.cuda.Event(enable_timing=True)
+        after = torch.cuda.Event(enable_timing=True)
         before.record()
         work()
         after.record()
@@ -65,7 +64,10 @@ class Clock:
         return before.elapsed_time(after) / 1e3
 
     def graph(self, work: Work) -> Work:
-        """The kernels of this work as one launch. It must have run before: a graph can neither compile nor wait."""
+        """The kernels of `work` as one launch.
+
+        `work` must have run before: a graph can neither compile nor wait.
+        """
         if not self.on_gpu:
             return work
         graph = torch.cuda.CUDAGraph()
@@ -74,31 +76,26 @@ class Clock:
         return graph.replay
 
     def sets(self, nbytes: float) -> int:
-        """How many sets of so many bytes are four times what the cache holds; at least two."""
+        """How many sets of `nbytes` are four times the size of the cache; at least two."""
         return max(2, math.ceil(4 * self.cache / nbytes))
 
 
 def race(
     sets: list[dict[str, Work]], clock: Clock, turns: int, graphed: bool = False
 ) -> dict[str, dict]:
-    """Seconds a call of each contender, and the ratio of ours to theirs: medians of turns of one call on each set."""
-    names, runs = list(sets[0]), {}
-    for name in names:
-        runs[name] = partial(call_all, [works[name] for works in sets])
-        runs[name]()  # compiles, and asks for memory
-        runs[name] = clock.graph(runs[name]) if graphed else runs[name]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(turns + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            took = clock.seconds(runs[name]) / len(sets)
-            seconds[name] += [took] if turn else []  # the first warms up
+    """Seconds per call of each peer, and ours relative to it; a turn is one call on each set."""
+    runs: dict[str, Work] = {}
+    for name in sets[0]:
+        run = partial(call_all, [works[name] for works in sets])
+        run()  # compiles, and allocates
+        runs[name] = clock.graph(run) if graphed else run
+    all_turns = take_turns(runs, turns + 1, lambda run: clock.seconds(run) / len(sets))
+    seconds = {name: times[1:] for name, times in all_turns.items()}  # the first turn warms up
     return {
         name: {
             "seconds": statistics.median(times),
             "range": [min(times), max(times)],
-            "ours_to_this": statistics.median(
-                mine / other for mine, other in zip(seconds["ours"], times)
-            ),
+            "ours_to_this": ours_to_this(seconds, name),
         }
         for name, times in seconds.items()
     }
@@ -110,14 +107,14 @@ def call_all(works: list[Work]) -> None:
 
 
 def ceilings(clock: Clock, quick: bool) -> dict[str, float]:
-    """What torch reaches here: bytes a second of a copy, read and written ones, and operations a second of a product."""
+    """What torch reaches: bytes per second, read and written, and operations per second."""
     source = torch.randn(2**12 if quick else 2**28, device=clock.device)
-    target, side = torch.empty_like(source), 64 if quick else 8192
-    a, b = (torch.randn(side, side, device=clock.device).bfloat16() for _ in range(2))
-    copy, product = (
-        race([{"ours": work}] * 4, clock, 5)["ours"]["seconds"]
-        for work in (partial(target.copy_, source), partial(torch.mm, a, b))
-    )
+    target = torch.empty_like(source)
+    side = 64 if quick else 8192
+    a = torch.randn(side, side, device=clock.device).bfloat16()
+    b = torch.randn(side, side, device=clock.device).bfloat16()
+    copy = race([{"ours": partial(target.copy_, source)}] * 4, clock, 5)["ours"]["seconds"]
+    product = race([{"ours": partial(torch.mm, a, b)}] * 4, clock, 5)["ours"]["seconds"]
     return {
         "bytes_per_second": 2 * source.nbytes / copy,
         "operations_per_second": 2 * side**3 / product,
@@ -125,56 +122,51 @@ def ceilings(clock: Clock, quick: bool) -> dict[str, float]:
 
 
 def ops(clock: Clock, quick: bool) -> dict:
-    """Of each row: seconds of each contender, and the bytes or operations that no contender can do without."""
+    """Rows of seconds of each peer, and the bytes or operations that no peer can do without."""
     rows: dict[str, dict] = {}
-
-    def row(name: str, sets: list[dict[str, Work]], graphed: bool = False, **least: float) -> None:
-        rows[name] = race(sets, clock, 3 if quick else 20, graphed)
-        times = (f"{who} {1e6 * entry['seconds']:.1f} us" for who, entry in rows[name].items())
-        print(f"{name:36}", *times, sep="   ", flush=True)
-        rows[name] |= least
-
-    for shape in TINY if quick else SHAPES:
-        (height, width), n = shape, math.prod(shape)
-        packed, where = n / 2 + n / 64 + n / 64 / 64, f"{height} x {width}"
-        layers = [Layer(shape, clock.device) for _ in range(clock.sets(packed))]
-        if height != width:
-            row(
-                f"dequantize {where}",
-                [layer.dequantizing() for layer in layers],
-                bytes=packed + 2 * n,
-            )
-            row(
-                f"quantize {where}",
-                [layer.quantizing() for layer in layers],
-                bytes=2 * n + n / 2 + n / 16,
-            )
-        for rows_of_x in FEW:
-            sets = [layer.multiplying(rows_of_x) for layer in layers]
-            row(
-                f"matmul {rows_of_x}, {where}",
-                sets,
-                True,
-                bytes=packed + 2 * rows_of_x * (height + width),
-            )
-        many = 4 if quick else MANY
-        row(
-            f"forward + backward {MANY}, {where}",
-            [layer.both_ways(many) for layer in layers],
-            operations=4 * many * n,
-        )
+    for shape in TINY_LAYERS if quick else LAYERS:
+        rows |= layer_ops(shape, clock, quick)
     return {"ceilings": ceilings(clock, quick), "rows": rows}
 
 
+def layer_ops(shape: tuple[int, int], clock: Clock, quick: bool) -> dict[str, dict]:
+    """The rows of one layer (out, in)."""
+    rows: dict[str, dict] = {}
+
+    def measure(
+        name: str, sets: list[dict[str, Work]], graphed: bool = False, **least: float
+    ) -> None:
+        row = race(sets, clock, 3 if quick else 20, graphed)
+        times = (f"{who} {1e6 * entry['seconds']:.1f} us" for who, entry in row.items())
+        print(f"{name:36}", *times, sep="   ", flush=True)
+        rows[name] = row | least
+
+    n_out, n_in = shape
+    where = f"{n_out} x {n_in}"
+    n = n_out * n_in
+    packed = n / 2 + n / 64 + n / 64 / 64  # bytes of the codes and their constants
+    layers = [Layer(shape, clock.device) for _ in range(clock.sets(packed))]
+    if n_out != n_in:
+        dequantizing = [layer.dequantizing() for layer in layers]
+        measure(f"dequantize {where}", dequantizing, bytes=packed + 2 * n)
+        quantizing = [layer.quantizing() for layer in layers]
+        measure(f"quantize {where}", quantizing, bytes=2 * n + n / 2 + n / 16)
+    for m in FEW:
+        multiplying = [layer.multiplying(m) for layer in layers]
+        least = packed + 2 * m * (n_out + n_in)
+        measure(f"matmul {m}, {where}", multiplying, graphed=True, bytes=least)
+    many = 4 if quick else MANY
+    both_ways = [layer.both_ways(many) for layer in layers]
+    measure(f"forward + backward {MANY}, {where}", both_ways, operations=4 * many * n)
+    return rows
+
+
 def optim(clock: Clock, quick: bool) -> dict:
-    """28 bytes an element: parameter, gradient and moments are read, and all but the gradient are written."""
+    """28 bytes per element: parameter, gradient, moments read; all but the gradient written."""
     count = 2**10 if quick else 2**27
-    rows = race([contenders_cuda.updating(count, clock.device)], clock, 3 if quick else 10)
-    print(
-        "optim   "
-        + "   ".join(f"{who} {1e3 * entry['seconds']:.2f} ms" for who, entry in rows.items()),
-        flush=True,
-    )
+    rows = race([peers_cuda.updating(count, clock.device)], clock, 3 if quick else 10)
+    times = (f"{who} {1e3 * entry['seconds']:.2f} ms" for who, entry in rows.items())
+    print("optim", *times, sep="   ", flush=True)
     return {
         "ceilings": ceilings(clock, quick),
         "parameters": count,
@@ -184,48 +176,45 @@ def optim(clock: Clock, quick: bool) -> dict:
 
 
 def step(clock: Clock, quick: bool) -> dict:
-    """Tokens a second and the peak, of one contender after the other, because memory is what they differ in."""
-    shape = memory_65b.TINY if quick else predict.SHAPES["llama-7b"]
-    ids = torch.randint(0, shape.vocabulary, (2, 16) if quick else (16, 512), device=clock.device)
+    """Tokens per second and the peak, one peer after the other, since memory is compared too."""
+    shape = TINY if quick else SHAPES["llama-7b"]
+    size = (2, 16) if quick else (16, 512)
+    ids = torch.randint(0, shape.vocabulary, size, device=clock.device)
+    repeats = 2 if quick else 5
     rows = {}
-    for who in ("ours", "PEFT + bitsandbytes"):
-        torch.manual_seed(0)
+
+    def measure(who: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if who == "ours":
-            model = random_llama.build(shape, memory_65b.RANK, clock.device)
-            optimizer = PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-            work = partial(memory_65b.step, model, optimizer, ids, len(ids))
+            work = partial(capped_run.train_step, model, optimizer, ids, len(ids))
         else:
-            model = contenders_cuda.peft_model(shape, memory_65b.RANK, clock.device)
-            optimizer = torch.optim.AdamW(
-                [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True
-            )
-            work = partial(contenders_cuda.peft_step, model, optimizer, ids)
-        work()  # compiles, and makes the moments
-        _, peak = peak_of(work, model, optimizer, clock.device)
-        seconds = statistics.median(clock.seconds(work) for _ in range(2 if quick else 5))
-        rows[who] = {
-            "seconds": seconds,
-            "tokens_per_second": ids.numel() / seconds,
-            "peak_bytes": peak,
-        }
-        print(
-            f"step {who}   {rows[who]['tokens_per_second']:.0f} tokens/s   {peak / 1e9:.2f} GB",
-            flush=True,
-        )
-        del model, optimizer, work
-        gc.collect()
+            work = partial(peers_cuda.peft_step, model, optimizer, ids)
+        work()  # compiles, and creates the moments
+        _, peak = measure_peak(work, model, optimizer, clock.device)
+        seconds = statistics.median(clock.seconds(work) for _ in range(repeats))
+        speed = ids.numel() / seconds
+        rows[who] = {"seconds": seconds, "tokens_per_second": speed, "peak_bytes": peak}
+        print(f"step {who}   {speed:.0f} tokens/s   {peak / 1e9:.2f} GB", flush=True)
+
+    torch.manual_seed(0)
+    model = random_llama.build(shape, RANK, clock.device)
+    measure("ours", model, PagedAdamW(trainable(model), lr=1e-4))
+    del model
+    gc.collect()  # the optimizer refers to itself
+    torch.manual_seed(0)
+    model = peers_cuda.peft_model(shape, RANK, clock.device)
+    fused = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
+    measure("PEFT + bitsandbytes", model, fused)
     return {"batch": ids.shape[0], "length": ids.shape[1], "rows": rows}
 
 
 def sizes(clock: Clock, quick: bool) -> dict:
     """Every size of the paper that fits the card."""
-    names = ["tiny"] if quick else list(predict.SHAPES)
     rows = []
-    for name in names:
-        for batch in memory_65b.BATCHES:
+    for name in ["tiny"] if quick else SHAPES:
+        for batch in capped_run.BATCHES:
             try:
-                rows.append(memory_65b.compare(name, batch, clock.device))
-            except ValueError as error:  # the card is smaller than 48 GB
+                rows.append(capped_run.compare(name, batch, clock.device))
+            except ValueError as error:  # the card has less than 48 GB
                 print(f"{name}: {error}", flush=True)
     return {"rows": rows}
 
@@ -239,8 +228,8 @@ PARTS: dict[str, Callable[[Clock, bool], dict]] = {
 
 
 def parts() -> dict[str, Callable[[bool], dict]]:
-    """PARTS on the card that torch has chosen, as bench.py takes them."""
-    clock = Clock(torch.device(DEVICE))
+    """PARTS on the card that torch has chosen, with the arguments of those of cpu.py."""
+    clock = Clock(torch.device("cuda"))
     return {name: partial(part, clock) for name, part in PARTS.items()}
 
 

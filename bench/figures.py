@@ -1,4 +1,8 @@
-"""What bench.py measured, as people read it: the tables of the README, between markers, and the plots in results/."""
+"""Writes what was measured into the documentation: tables between markers, and plots.
+
+A table stands in README.md or docs/*.md between <!-- bench: part --> and <!-- /bench -->; the plots
+are in bench/results/.
+"""
 
 import re
 from pathlib import Path
@@ -6,7 +10,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
+import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)
+from matplotlib.axes import Axes  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 OPS = ["ours", "bitsandbytes", "torchao", "dense"]  # the columns
@@ -14,50 +19,55 @@ COLORS = {"ours": "tab:blue", "bitsandbytes": "tab:orange", "torchao": "tab:gree
 
 
 def write(found: dict) -> None:
-    """Tables and plots of all the parts that there are."""
-    for part, table in {
-        "ops": ops_table,
-        "optim": optim_table,
-        "step": step_table,
-        "growth": growth_table,
-    }.items():
+    """Writes tables and plots of the parts measured on a CPU."""
+    tables = {"ops": ops_table, "optim": optim_table, "step": step_table, "growth": growth_table}
+    for part, table in tables.items():
         if part in found:
-            fill(ROOT / "README.md", part, table(found[part]) + conditions(found[part]["machine"]))
+            fill(part, table(found[part]) + conditions(found[part]["machine"]))
+    results = ROOT / "bench" / "results"
     if "ops" in found:
-        plot_rows(found["ops"]["rows"], ROOT / "bench/results" / "rows.png")
+        plot_rows(found["ops"]["rows"], results / "rows.png")
     if "growth" in found:
-        plot_growth(found["growth"]["rows"], ROOT / "bench/results" / "growth.png")
+        plot_growth(found["growth"]["rows"], results / "growth.png")
 
 
 def write_cuda(found: dict) -> None:
-    """The tables of a GPU, one below the other."""
-    made = {
+    """Writes the tables of a GPU, one below the other."""
+    tables = {
         "ops": cuda_ops_table,
         "optim": cuda_optim_table,
         "step": cuda_step_table,
         "sizes": cuda_sizes_table,
     }
-    tables = [table(found[part]) for part, table in made.items() if part in found]
+    texts = [table(found[part]) for part, table in tables.items() if part in found]
     machine = next(iter(found.values()))["machine"]
-    fill(
-        ROOT / "README.md",
-        "cuda",
-        "\n".join(tables) + f"\n{machine['card']}." + conditions(machine),
-    )
+    fill("cuda", "\n".join(texts) + f"\n{machine['card']}." + conditions(machine))
 
 
-def fill(path: Path, part: str, text: str) -> None:
-    """Put `text` between <!-- bench: part --> and <!-- /bench -->. Raises: ValueError if the markers are not there."""
+def pages() -> list[Path]:
+    """The pages that may have a table: README.md and docs/*.md."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fill(part: str, text: str) -> None:
+    """Puts `text` between the markers of a part, on the page that has them.
+
+    Raises: ValueError if no page has them.
+    """
     marked = re.compile(rf"(<!-- bench: {part} -->\n).*?(<!-- /bench -->)", re.DOTALL)
-    old = path.read_text()
-    if not marked.search(old):
-        raise ValueError(
-            f"{path.name} must have the markers <!-- bench: {part} --> and <!-- /bench --> around the table"
-        )
-    path.write_text(marked.sub(lambda found: found[1] + text + found[2], old))
+    filled = False
+    for page in pages():
+        old = page.read_text()
+        if marked.search(old):
+            page.write_text(marked.sub(lambda found: found[1] + text + found[2], old))
+            filled = True
+    if not filled:
+        markers = f"<!-- bench: {part} --> and <!-- /bench -->"
+        raise ValueError(f"README.md or a page of docs/ must have the markers {markers}")
 
 
 def conditions(machine: dict) -> str:
+    """The line below a table: machine, commit, versions."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     computer = f"{machine['cpu']}, {machine['threads']} threads, {machine['capability']}"
     return f"\n*{computer}; commit {machine['commit']}; {versions}.*\n"
@@ -67,51 +77,56 @@ def row(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |\n"
 
 
+def header(*cells: str) -> str:
+    """The first two lines of a table whose first column is text, the others numbers."""
+    return row(*cells) + row("---", *["---:"] * (len(cells) - 1))
+
+
 def ops_table(part: dict) -> str:
-    """Milliseconds, and ours over theirs, the best other 4-bit library and dense torch."""
-    rows, speed = part["rows"], part["rows"]["copy"]["bytes_per_second"]
-    table = row(
-        f"{part['side']} × {part['side']}, double-quantized",
-        *OPS,
-        "bitsandbytes / ours",
-        "ours / dense",
-    )
-    table += row("---", *["---:"] * 6)
-    for name, entry in rows.items():
+    """Milliseconds of each library; bitsandbytes relative to ours, ours relative to dense torch."""
+    side = part["side"]
+    title = f"{side} × {side}, double-quantized"
+    table = header(title, *OPS, "bitsandbytes / ours", "ours / dense")
+    for name, entry in part["rows"].items():
         if name == "copy":
             continue
         cells = [f"{1e3 * entry[who]['seconds']:.2f}" if who in entry else "–" for who in OPS]
-        against = [f"{1 / entry['bitsandbytes']['ours_to_this']:.1f} ×"]
-        against += [f"{entry['dense']['ours_to_this']:.2f}" if "dense" in entry else "–"]
-        kind, _, rest = name.rpartition(" ")
-        name = f"{kind}, {rest} row{'s' * (rest != '1')}" if rest.isdigit() else name
-        table += row(name, *cells, *against)
-    entry = rows["dequantize bfloat16"]
-    alone, in_turn = (
-        100 * entry["bytes"] / seconds / speed
-        for seconds in (entry["alone"], entry["ours"]["seconds"])
-    )
+        cells.append(f"{1 / entry['bitsandbytes']['ours_to_this']:.1f} ×")
+        cells.append(f"{entry['dense']['ours_to_this']:.2f}" if "dense" in entry else "–")
+        table += row(op_title(name), *cells)
+    return table + ops_notes(part)
+
+
+def op_title(name: str) -> str:
+    """The name of a row as people read it: "forward float32, 4 rows"."""
+    kind, _, rows = name.rpartition(" ")
+    if not rows.isdigit():
+        return name
+    return f"{kind}, {rows} row" if rows == "1" else f"{kind}, {rows} rows"
+
+
+def ops_notes(part: dict) -> str:
+    """The paragraph below the table: bandwidth, and memory of forward + backward."""
+    rows = part["rows"]
+    speed = rows["copy"]["bytes_per_second"]
+    dequantize = rows["dequantize bfloat16"]
+    alone = 100 * dequantize["bytes"] / dequantize["alone"] / speed
+    in_turns = 100 * dequantize["bytes"] / dequantize["ours"]["seconds"] / speed
     extra = rows["forward + backward bfloat16 256"]["extra_bytes"]
-    table += (
-        f"\nMilliseconds, medians. A plain copy, again and again, moves {speed / 1e9:.0f} GB/s here; dequantizing to "
-        f"bfloat16, again and again, reaches {alone:.0f} % of that, and {in_turn:.0f} % in turns, where the caches are "
-        "full of others' numbers. Memory beyond what is there before and what is returned, at the peak of "
-        "forward + backward of 256 rows: "
-        + ", ".join(f"{who} {extra[who] / 1e6:.1f} MB" for who in OPS)
-    )
+    memory = ", ".join(f"{who} {extra[who] / 1e6:.1f} MB" for who in OPS)
+    product = 256 * part["side"] * 2 / 1e6
     return (
-        table
-        + f"; the product itself, kept meanwhile, has {256 * part['side'] * 2 / 1e6:.1f} MB of each.\n"
+        f"\nMedians in milliseconds. In a loop, a plain copy moves {speed / 1e9:.0f} GB/s and "
+        f"dequantizing to bfloat16 reaches {alone:.0f} % of that; in turns, where the peers fill "
+        f"the caches, {in_turns:.0f} %. Memory at the peak of forward + backward of 256 rows, "
+        f"beyond what existed before and what is returned: {memory}; each includes the product, "
+        f"{product:.1f} MB.\n"
     )
 
 
 def optim_table(part: dict) -> str:
-    table = row(
-        f"AdamW, {part['parameters'] / 1e6:.0f} M parameters, all pages resident",
-        "ms",
-        "ours / this",
-    )
-    table += row("---", "---:", "---:")
+    count = f"{part['parameters'] / 1e6:.0f} M parameters"
+    table = header(f"AdamW, {count}, all pages resident", "ms", "ours / this")
     for name, entry in part["rows"].items():
         table += row(name, f"{1e3 * entry['seconds']:.0f}", f"{entry['ours_to_this']:.2f}")
     return table
@@ -128,132 +143,98 @@ NAMES = {
 
 def step_table(part: dict) -> str:
     title = f"a step of {part['batch']} × {part['length']} tokens"
-    table = row(
-        title, "s", "peak GB", "this / ours", "s, checkpointing", "peak GB", "this / ours"
-    ) + row("---", *["---:"] * 6)
+    plain = ["s", "peak GB", "this / ours"]
+    table = header(title, *plain, "s, checkpointing", "peak GB", "this / ours")
     for name in part["rows"]["plain"]:
         cells = []
         for kind in ("plain", "checkpointing"):
             entry = part["rows"][kind][name]
-            cells += [
-                f"{entry['seconds']:.2f}",
-                f"{entry['peak_bytes'] / 1e9:.2f}",
-                f"{1 / entry['ours_to_this']:.2f}",
-            ]
+            cells.append(f"{entry['seconds']:.2f}")
+            cells.append(f"{entry['peak_bytes'] / 1e9:.2f}")
+            cells.append(f"{1 / entry['ours_to_this']:.2f}")
         table += row(NAMES[name], *cells)
     return table
 
 
 def growth_table(part: dict) -> str:
-    table = row("batch × length", "s", "peak GB", "s, checkpointing", "peak GB") + row(
-        "---", *["---:"] * 4
-    )
+    table = header("batch × length", "s", "peak GB", "s, checkpointing", "peak GB")
     rows = part["rows"]
-    for plain, checkpointed in zip(rows[::2], rows[1::2]):
-        cells = [
-            f(entry)
-            for entry in (plain, checkpointed)
-            for f in (lambda e: f"{e['seconds']:.1f}", lambda e: f"{e['peak_bytes'] / 1e9:.2f}")
-        ]
+    for plain, checkpointing in zip(rows[::2], rows[1::2]):
+        cells = []
+        for entry in (plain, checkpointing):
+            cells.append(f"{entry['seconds']:.1f}")
+            cells.append(f"{entry['peak_bytes'] / 1e9:.2f}")
         table += row(f"{plain['batch']} × {plain['length']}", *cells)
     return table
 
 
 def cuda_ops_table(part: dict) -> str:
-    """Microseconds; the share of the card's ceiling that ours reaches; and how much longer the others take."""
-    copy, product = part["ceilings"]["bytes_per_second"], part["ceilings"]["operations_per_second"]
-    table = row(
-        "double-quantized NF4, bfloat16",
-        "µs",
-        "of the ceiling",
-        "bitsandbytes / ours",
-        "dense / ours",
-    )
-    table += row("---", *["---:"] * 4)
+    """Microseconds, the share of the card's ceiling, and the peers' times relative to ours."""
+    copy = part["ceilings"]["bytes_per_second"]
+    product = part["ceilings"]["operations_per_second"]
+    titles = ["µs", "of the ceiling", "bitsandbytes / ours", "dense / ours"]
+    table = header("double-quantized NF4, bfloat16", *titles)
     for name, entry in part["rows"].items():
         ours = entry["ours"]["seconds"]
         least = entry["bytes"] / copy if "bytes" in entry else entry["operations"] / product
-        others = (
-            f"{1 / entry[who]['ours_to_this']:.2f}" if who in entry else ""
-            for who in ("bitsandbytes", "dense")
-        )
-        table += row(name, f"{1e6 * ours:.1f}", f"{100 * least / ours:.0f} %", *others)
+        cells = [f"{1e6 * ours:.1f}", f"{100 * least / ours:.0f} %"]
+        for who in ("bitsandbytes", "dense"):
+            cells.append(f"{1 / entry[who]['ours_to_this']:.2f}" if who in entry else "")
+        table += row(name, *cells)
     return table + (
-        f"\nMedians. The ceiling is a plain copy's, {copy / 1e9:.0f} GB/s; of forward + backward, that of a large "
-        f"product in bfloat16, {product / 1e12:.0f} TFLOP/s.\n"
+        f"\nMedians. The ceiling is a plain copy, {copy / 1e9:.0f} GB/s; for forward + backward a "
+        f"large bfloat16 matmul, {product / 1e12:.0f} TFLOP/s.\n"
     )
 
 
 def cuda_optim_table(part: dict) -> str:
     copy = part["ceilings"]["bytes_per_second"]
-    table = row(
-        f"AdamW, {part['parameters'] / 1e6:.0f} M parameters, resident",
-        "ms",
-        "of a copy's bandwidth",
-        "ours / this",
-    )
-    table += row("---", *["---:"] * 3)
+    title = f"AdamW, {part['parameters'] / 1e6:.0f} M parameters, resident"
+    table = header(title, "ms", "of a copy's bandwidth", "ours / this")
     for name, entry in part["rows"].items():
         share = part["bytes"] / entry["seconds"] / copy
-        table += row(
-            name,
-            f"{1e3 * entry['seconds']:.2f}",
-            f"{100 * share:.0f} %",
-            f"{entry['ours_to_this']:.2f}",
-        )
+        milliseconds = f"{1e3 * entry['seconds']:.2f}"
+        table += row(name, milliseconds, f"{100 * share:.0f} %", f"{entry['ours_to_this']:.2f}")
     return table
 
 
 def cuda_step_table(part: dict) -> str:
-    title = f"a step of LLaMA-7B's shapes, {part['batch']} × {part['length']} tokens, r 64, checkpointing"
-    table = row(title, "tokens/s", "peak GB")
-    table += row("---", "---:", "---:")
+    tokens = f"{part['batch']} × {part['length']} tokens"
+    title = f"a step of LLaMA-7B's shapes, {tokens}, r 64, checkpointing"
+    table = header(title, "tokens/s", "peak GB")
     for name, entry in part["rows"].items():
         table += row(name, f"{entry['tokens_per_second']:.0f}", f"{entry['peak_bytes'] / 1e9:.2f}")
     return table
 
 
 def cuda_sizes_table(part: dict) -> str:
-    table = row(
-        "in at most 48 GiB", "in passes of", "predicted GB", "peak GB", "off", "tokens/s"
-    ) + row("---", *["---:"] * 5)
+    titles = ["in passes of", "predicted GB", "peak GB", "off", "tokens/s"]
+    table = header("in at most 48 GiB", *titles)
     for entry in part["rows"]:
-        predicted, peak, speed = (
-            entry["predicted"]["peak"],
-            entry["measured"]["peak"],
-            entry["measured"]["tokens_per_second"],
-        )
+        predicted = entry["predicted"]["peak"]
+        peak = entry["measured"]["peak"]
         table += row(
             f"{entry['model']}, {entry['batch']} × {entry['length']} tokens",
             str(entry["passes_of"]),
             f"{predicted / 1e9:.2f}",
             f"{peak / 1e9:.2f}",
             f"{100 * (predicted / peak - 1):+.1f} %",
-            f"{speed:.0f}",
+            f"{entry['measured']['tokens_per_second']:.0f}",
         )
     return table
 
 
 def plot_rows(rows: dict, picture: Path) -> None:
-    """Time of forward + backward against the number of rows, in both dtypes."""
+    """Plots the time of forward + backward against the number of rows, in both dtypes."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, dtype in zip(axes, ("bfloat16", "float32")):
         names = [name for name in rows if name.startswith(f"forward + backward {dtype}")]
+        counts = [int(name.rpartition(" ")[2]) for name in names]
         for who in OPS:
-            counts = [int(name.rpartition(" ")[2]) for name in names]
-            axis.plot(
-                counts,
-                [1e3 * rows[name][who]["seconds"] for name in names],
-                "o-",
-                color=COLORS[who],
-                label=who,
-            )
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="rows of x (tokens)",
-            title=f"forward + backward, {dtype}",
-        )
+            milliseconds = [1e3 * rows[name][who]["seconds"] for name in names]
+            axis.plot(counts, milliseconds, "o-", color=COLORS[who], label=who)
+        axis.set(xscale="log", yscale="log", xlabel="rows of x (tokens)")
+        axis.set_title(f"forward + backward, {dtype}")
         axis.set_xticks(counts, counts)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("milliseconds")
@@ -263,34 +244,38 @@ def plot_rows(rows: dict, picture: Path) -> None:
 
 
 def plot_growth(rows: list[dict], picture: Path) -> None:
-    """Peak memory and time of a training step against length and batch."""
+    """Plots peak memory and time of a training step against length and batch."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained", sharey="row")
-    for column, (x, fixed, value) in enumerate((("length", "batch", 1), ("batch", "length", 256))):
-        for checkpointing in (False, True):
-            chosen = sorted(
-                (r for r in rows if r[fixed] == value and r["checkpointing"] == checkpointing),
-                key=lambda r: r[x],
-            )
-            color, label = (
-                ("tab:green", "checkpointing") if checkpointing else ("tab:blue", "plain")
-            )
-            style = {"color": color, "label": label}
-            axes[0, column].plot(
-                [r[x] for r in chosen], [r["peak_bytes"] / 1e9 for r in chosen], "o-", **style
-            )
-            axes[1, column].plot(
-                [r[x] for r in chosen], [r["seconds"] for r in chosen], "o-", **style
-            )
-        axes[0, column].set(title=f"{fixed} {value}")
-        axes[1, column].set(xlabel="tokens a sequence" if x == "length" else "sequences")
-        for axis in axes[:, column]:
-            axis.grid(alpha=0.3)
-            axis.set_xticks([r[x] for r in chosen])
-            axis.tick_params("x", rotation=45)
-    for axis in axes.flat:  # now that all that share an axis are drawn
-        axis.set_ylim(0)
+    by_length = [row for row in rows if row["batch"] == 1]
+    by_batch = [row for row in rows if row["length"] == 256]
+    plot_column(axes[:, 0], by_length, "length")
+    plot_column(axes[:, 1], by_batch, "batch")
+    axes[0, 0].set_title("batch 1")
+    axes[0, 1].set_title("length 256")
+    axes[1, 0].set_xlabel("tokens a sequence")
+    axes[1, 1].set_xlabel("sequences")
     axes[0, 0].set_ylabel("peak GB")
     axes[1, 0].set_ylabel("seconds a step")
     axes[0, 0].legend()
+    for axis in axes.flat:  # after everything on a shared axis is drawn
+        axis.set_ylim(0)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def plot_column(axes: list[Axes], rows: list[dict], x: str) -> None:
+    """Plots peaks above and seconds below, with and without checkpointing, against column x."""
+    above, below = axes
+    for checkpointing in (False, True):
+        chosen = [row for row in rows if row["checkpointing"] == checkpointing]
+        chosen.sort(key=lambda row: row[x])
+        color = "tab:green" if checkpointing else "tab:blue"
+        label = "checkpointing" if checkpointing else "plain"
+        values = [row[x] for row in chosen]
+        peaks = [row["peak_bytes"] / 1e9 for row in chosen]
+        above.plot(values, peaks, "o-", color=color, label=label)
+        below.plot(values, [row["seconds"] for row in chosen], "o-", color=color, label=label)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.set_xticks(sorted({row[x] for row in rows}))
+        axis.tick_params("x", rotation=45)

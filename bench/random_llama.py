@@ -1,8 +1,9 @@
-"""A Llama with the shape of a real one and random numbers, for what depends on sizes alone: memory, and time.
+"""A Llama with the sizes of a real one and random weights, to measure memory and time.
 
-A weight in 4 bits is packed bytes and constants, and neither memory nor time cares which. So it is made of random bytes, layer
-by layer: no dense weight ever exists, and a model of 65B parameters is there in seconds, on a card that could never hold it in
-16 bits. The constants lie around 0.05, so that weights are as large as trained ones and nothing overflows.
+Memory and time depend on sizes alone, so a 4-bit weight may be random bytes. No dense weight ever
+exists, and a model of 65B parameters is built in seconds on a card that could not hold it in 16
+bits. The constants are around 0.05, so weights have the magnitude of trained ones and nothing
+overflows.
 """
 
 from collections.abc import Callable
@@ -17,20 +18,21 @@ from memory.formula import Shape
 from nf4 import NF4, Quantized
 
 
-def random_weight(out: int, width: int, device: torch.device) -> FrozenWeight:
+def random_weight(n_out: int, n_in: int, device: torch.device) -> FrozenWeight:
     """A double-quantized NF4 weight of random bytes."""
-    n = out * width
+    n = n_out * n_in
+    blocks = -(-n // 64)
     packed = torch.randint(0, 256, ((n + 1) // 2, 1), dtype=torch.uint8, device=device)
-    codes = torch.randint(0, 256, (-(-n // 64),), dtype=torch.uint8, device=device)
-    nested = torch.full((-(-codes.numel() // 256),), 0.01, device=device)
-    q = Quantized(packed, codes, NF4.to(device), torch.Size((out, width)), torch.bfloat16, 64)
-    return FrozenWeight.from_quantized(
-        q, DoubleQuantized(codes, nested, torch.full((1,), 0.05, device=device))
-    )
+    codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device)
+    nested = torch.full((-(-blocks // 256),), 0.01, device=device)
+    mean = torch.full((1,), 0.05, device=device)
+    shape = torch.Size((n_out, n_in))
+    q = Quantized(packed, codes, NF4.to(device), shape, torch.bfloat16, 64)
+    return FrozenWeight.from_quantized(q, DoubleQuantized(codes, nested, mean))
 
 
-def described(shape: Shape) -> nn.Module:
-    """A Llama of this shape on the meta device: shapes and no memory."""
+def skeleton(shape: Shape) -> nn.Module:
+    """A Llama of this shape on the meta device, which takes no memory."""
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -49,26 +51,29 @@ def described(shape: Shape) -> nn.Module:
 def fill(
     model: nn.Module, make: Callable[[int, int], nn.Module], device: torch.device
 ) -> nn.Module:
-    """Replace the linear layers by make(out, in), one at a time, and give the rest numbers; the head stays dense."""
+    """Replaces each linear layer but the head by make(out, in); the rest gets random values."""
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and linear is not model.get_output_embeddings():
             model.set_submodule(name, make(linear.out_features, linear.in_features))
-    for name, parameter in [each for each in model.named_parameters() if each[1].is_meta]:
-        value = torch.ones_like(parameter, device=device)  # a norm's weight
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        value = torch.ones_like(parameter, device=device)
+        if value.dim() > 1:  # not the weight of a norm, which stays 1
+            value.normal_(std=0.02)
         module, _, attribute = name.rpartition(".")
-        value = value if value.dim() == 1 else value.normal_(std=0.02)
         setattr(model.get_submodule(module), attribute, nn.Parameter(value, requires_grad=False))
-    with device:  # the rotation's buffers are no parameters, and no random ones will do
+    with device:  # the buffers of the rotation are computed, not random
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model.train()
 
 
 def build(shape: Shape, r: int, device: torch.device) -> nn.Module:
-    """A Llama of this shape as lora.attach leaves it, with checkpointing."""
+    """A Llama of this shape after lora.attach, with checkpointing."""
 
-    def layer(out: int, width: int) -> QLoRALinear:
-        return QLoRALinear(random_weight(out, width, device), None, r, lora_alpha=16)
+    def layer(n_out: int, n_in: int) -> QLoRALinear:
+        return QLoRALinear(random_weight(n_out, n_in, device), None, r, lora_alpha=16)
 
-    model = fill(described(shape), layer, device)
+    model = fill(skeleton(shape), layer, device)
     model.activation_checkpointing_enable()
     return model

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from data.dataset import Batch
-from kernels.page_store import Managed
+from kernels.page_store import Managed, Page
 from lora import FrozenWeight
 from memory.formula import StepSettings, predict_step
 from paged_optim import PagedAdamW
@@ -263,7 +263,7 @@ def is_masked(batch: Batch) -> bool:
     return batch.position_ids is not None or not bool(batch.attention_mask.all())
 
 
-def pages_of(optimizer: Optimizer) -> list:
+def pages_of(optimizer: Optimizer) -> list[Page]:
     """The pages of a PagedAdamW; none of another optimizer."""
     if not isinstance(optimizer, PagedAdamW):
         return []

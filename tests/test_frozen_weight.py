@@ -15,7 +15,7 @@ import double_quant
 import nf4
 from helpers.bounds import Bounded, both_quantized, in_float64, is_tight, operand
 from helpers.strategies import DTYPES, PATTERNS, Recipe, recipes, same_bits
-from kernels.packed_weight import decoded
+from kernels.packed_weight import with_decoded_absmax
 from lora import FrozenWeight
 
 CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -102,7 +102,7 @@ def test_a_finite_weight_is_decoded_to_finite_numbers_of_its_dtype(dtype: torch.
     weight[2::2] = torch.finfo(dtype).max  # the constants: 0 once, the largest number five times
     frozen = FrozenWeight(weight, 2)
     assert frozen().isfinite().all()
-    assert nf4.dequantize(decoded(*frozen.packed_state())).isfinite().all()
+    assert nf4.dequantize(with_decoded_absmax(*frozen.packed_state())).isfinite().all()
 
 
 @given(moderate.filter(lambda recipe: recipe.pattern in ("zero blocks", "zeros", "one-hot")))

@@ -1,4 +1,4 @@
-"""The benchmark: contenders take turns, do the same work, and what was measured is what the README shows."""
+"""The benchmark of a CPU: peers do the same work in turns, and the pages show the results."""
 
 import itertools
 import json
@@ -9,81 +9,75 @@ import torch
 from torch import Tensor
 
 import nf4
-from bench import cpu as bench
-from bench import figures
-from bench import peers as contenders
+from bench import __main__ as command
+from bench import cpu, figures, peers, turns
 from helpers.bounds import Bounded
-from kernels.packed_weight import decoded
+from kernels.packed_weight import with_decoded_absmax
 from lora import FrozenWeight
 
-SHAPE = (256, 128)  # as torchao wants it, a multiple of 64 * 256
+SHAPE = (256, 128)  # torchao needs a multiple of 64 * 256
 
 
 def weight() -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) * 0.05
 
 
-def test_contenders_take_turns_and_the_first_call_does_not_count() -> None:
+def test_peers_take_turns_and_the_first_call_is_not_timed() -> None:
     calls: list[str] = []
     works = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = bench.race(works, 4)
+    seconds = cpu.race(works, 4)
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"
     assert all(len(times) == 4 and min(times) >= 0 for times in seconds.values())
 
 
 def test_a_ratio_is_the_median_of_the_ratios_of_one_turn() -> None:
-    seconds = {
-        "ours": [1.0, 20.0, 3.0],
-        "other": [2.0, 10.0, 12.0],
-    }  # a machine ten times slower in the second turn
-    result = bench.summary(seconds)
+    # a machine that is ten times slower in the second turn
+    seconds = {"ours": [1.0, 20.0, 3.0], "other": [2.0, 10.0, 12.0]}
+    result = cpu.summary(seconds)
     assert result["other"]["ours_to_this"] == 0.5 and result["ours"]["ours_to_this"] == 1
     assert result["ours"]["seconds"] == 3.0
 
 
 def test_a_copy_is_counted_in_bytes_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(clock)))
-    assert bench.bandwidth(3) == 2 * 2**28  # one second a copy
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: float(next(clock)))
+    assert cpu.bandwidth(3) == 2 * 2**28  # one second per copy
 
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_contenders_multiply_by_the_same_weight(dtype: torch.dtype, backward: bool) -> None:
-    """torchao's levels are other ones (tests/test_peers.py), so of it only the kind of the result is compared."""
+def test_all_peers_multiply_by_the_same_weight(dtype: torch.dtype, backward: bool) -> None:
+    """torchao's levels differ (tests/test_peers.py), so only its shape and dtype are compared."""
     torch.manual_seed(0)
-    x, g = torch.randn(5, SHAPE[1]).to(dtype), torch.randn(5, SHAPE[0]).to(dtype)
-    base = FrozenWeight(weight().to(dtype))
-    for name, work in contenders.multiplying(weight(), x, g if backward else None).items():
-        result, exact = work(), weight().to(dtype) if name == "dense" else base(torch.float32)
-        assert result.shape == (5, SHAPE[1] if backward else SHAPE[0]) and result.dtype == dtype, (
-            name
-        )
-        matrix = Bounded.exact(exact).to(dtype)  # few rows are multiplied unrounded, many rounded
-        product = (
-            Bounded.exact(g).matmul(matrix, dtype)
-            if backward
-            else Bounded.exact(x).matmul(matrix.T, dtype)
-        )
+    x = torch.randn(5, SHAPE[1]).to(dtype)
+    g = torch.randn(5, SHAPE[0]).to(dtype)
+    decoded = FrozenWeight(weight().to(dtype))(torch.float32)
+    for name, work in peers.multiplying(weight(), x, g if backward else None).items():
+        result = work()
+        assert result.shape == (5, SHAPE[1] if backward else SHAPE[0]), name
+        assert result.dtype == dtype, name
+        exact = weight().to(dtype) if name == "dense" else decoded
+        matrix = Bounded.exact(exact).to(dtype)  # few rows multiply it unrounded, many rounded
+        if backward:
+            product = Bounded.exact(g).matmul(matrix, dtype)
+        else:
+            product = Bounded.exact(x).matmul(matrix.T, dtype)
         assert name == "torchao" or product.allows(result), name
 
 
-def test_all_contenders_quantize_and_dequantize_the_same_numbers() -> None:
-    ours = contenders.quantizing(weight())
-    assert list(ours) == ["ours", "reference", "bitsandbytes", "torchao"]
-    packed = {name: work() for name, work in ours.items()}
+def test_all_peers_quantize_and_dequantize_the_same_numbers() -> None:
+    works = peers.quantizing(weight())
+    assert list(works) == ["ours", "reference", "bitsandbytes", "torchao"]
+    packed = {name: work() for name, work in works.items()}
     assert torch.equal(packed["ours"].packed, packed["reference"].packed)
     assert torch.equal(packed["ours"].packed, packed["bitsandbytes"][0])
-    dense = {
-        name: work() for name, work in contenders.dequantizing(weight(), torch.bfloat16).items()
-    }
-    assert torch.equal(dense["ours"], dense["reference"]) and torch.equal(
-        dense["ours"], dense["ours, allocating"]
-    )
-    assert torch.equal(
-        dense["ours"],
-        nf4.dequantize(decoded(*FrozenWeight(weight().bfloat16()).packed_state()), torch.bfloat16),
-    )
+
+    works = peers.dequantizing(weight(), torch.bfloat16)
+    dense = {name: work() for name, work in works.items()}
+    q = with_decoded_absmax(*FrozenWeight(weight().bfloat16()).packed_state())
+    expected = nf4.dequantize(q, torch.bfloat16)
+    for name in ("ours", "reference", "ours, allocating"):
+        assert torch.equal(dense[name], expected), name
     assert {tuple(tensor.shape) for tensor in dense.values()} == {SHAPE}
 
 
@@ -94,38 +88,49 @@ def test_the_memory_of_a_call_is_what_it_takes_beyond_what_it_returns() -> None:
         extra = torch.ones(size, dtype=torch.uint8)
         return extra + 1
 
-    page = 2**20  # the system counts in pages, and batches its counts
-    assert abs(contenders.extra_bytes(holds_one_more) - size) <= page
+    page = 2**20  # the system counts in pages, and updates its counts in batches
+    assert abs(peers.extra_bytes(holds_one_more) - size) <= page
 
 
-def test_the_table_between_the_markers_is_replaced_and_nothing_else(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(
-        "before\n<!-- bench: ops -->\nold\n<!-- /bench -->\nafter\n<!-- bench: step -->\nkept\n<!-- /bench -->\n"
-    )
+@pytest.mark.parametrize("name", ["README.md", "docs/speed.md"])
+def test_only_the_table_between_the_markers_is_replaced_on_the_page_that_has_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("nothing here\n")
+    kept = "after\n<!-- bench: step -->\nkept\n<!-- /bench -->\n"
+    page = tmp_path / name
+    page.write_text(f"before\n<!-- bench: ops -->\nold\n<!-- /bench -->\n{kept}")
     for text in ("new \\1\n", "newer\n"):
-        figures.fill(page, "ops", text)
-        assert page.read_text() == (
-            f"before\n<!-- bench: ops -->\n{text}<!-- /bench -->\nafter\n"
-            "<!-- bench: step -->\nkept\n<!-- /bench -->\n"
-        )
-    with pytest.raises(ValueError, match="must have the markers"):
-        figures.fill(page, "optim", "text")
+        figures.fill("ops", text)
+        assert page.read_text() == (f"before\n<!-- bench: ops -->\n{text}<!-- /bench -->\n{kept}")
+    with pytest.raises(ValueError, match="must have the markers <!-- bench: optim -->"):
+        figures.fill("optim", "text")
 
 
-def test_the_tables_and_plots_of_the_readme_are_those_of_the_results(
+def test_an_unknown_part_is_refused_with_the_known_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["sizes"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("no part sizes on cpu: choose from ops, optim, step, growth")
+
+
+def test_the_tables_and_plots_of_the_pages_are_those_of_the_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is committed in results/cpu.json is what README.md says."""
-    found = json.loads((bench.RESULTS / "cpu.json").read_text())
-    readme = (bench.ROOT / "README.md").read_text()
-    (tmp_path / "README.md").write_text(readme)
-    (tmp_path / "bench/results").mkdir(parents=True)
+    """The pages show what is committed in results/cpu.json."""
+    found = json.loads((command.RESULTS / "cpu.json").read_text())
+    committed = {path.relative_to(figures.ROOT): path.read_text() for path in figures.pages()}
+    for path, text in committed.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    (tmp_path / "bench" / "results").mkdir(parents=True)
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     figures.write(found)
-    assert set(found) == set(bench.PARTS)
-    assert (tmp_path / "README.md").read_text() == readme
-    assert sorted(path.name for path in (tmp_path / "bench/results").iterdir()) == [
-        "growth.png",
-        "rows.png",
-    ]
+    assert set(found) == set(cpu.PARTS)
+    assert {path: (tmp_path / path).read_text() for path in committed} == committed
+    plots = sorted(path.name for path in (tmp_path / "bench" / "results").iterdir())
+    assert plots == ["growth.png", "rows.png"]

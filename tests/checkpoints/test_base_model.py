@@ -23,8 +23,9 @@ from transformers import (
 )
 
 import checkpoints
+from bench import loading_peak
 from checkpoints import base_model
-from helpers import models, peak
+from helpers import models
 from helpers.strategies import same_bits
 from lora import FrozenWeight, QLoRALinear, attach
 
@@ -303,9 +304,11 @@ def test_loading_takes_no_more_than_the_4_bit_model_its_largest_tensor_and_300_m
     tmp_path: Path,
 ) -> None:
     """The files are in float32, so their sum is larger than the bound."""
-    largest = peak.write_checkpoint(peak.shape(1024, 16, 2000), torch.float32, tmp_path)
-    got = peak.measure(tmp_path)
-    bound = got["kept"] + largest + peak.ALLOWED
+    largest = loading_peak.write_checkpoint(
+        loading_peak.shape(1024, 16, 2000), torch.float32, tmp_path
+    )
+    got = loading_peak.measure(tmp_path)
+    bound = got["kept"] + largest + loading_peak.ALLOWED
     assert (
         got["peak"] - got["before"]
         <= bound

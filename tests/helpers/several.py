@@ -26,9 +26,10 @@ if __name__ == "__main__":
 sys.path[:0] = [str(Path(__file__).parents[level]) for level in (1, 2)]
 
 import train  # noqa: E402 (after the number of threads is set)
+from bench import traffic  # noqa: E402
 from checkpoints import base_model, io  # noqa: E402
 from data import dataset  # noqa: E402
-from helpers import killed, traffic  # noqa: E402
+from helpers import killed  # noqa: E402
 from lora import attach  # noqa: E402
 from training import report, sharding, state  # noqa: E402
 

@@ -15,9 +15,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import train
+from bench import traffic
 from checkpoints import io, peft_adapter
 from data import dataset
-from helpers import bounds, models, traffic
+from helpers import bounds, models
+from helpers.pages import text_of_pages
 from kernels.dtensor import full_tensor
 from lora import attach
 from memory.measured import ledger
@@ -192,7 +194,7 @@ def test_the_bytes_sent_in_a_step_are_those_computed(seen: dict, way: str) -> No
 
 
 def test_the_table_of_the_readme_is_the_computed_one() -> None:
-    assert traffic.of_the_papers_models() in (traffic.ROOT / "README.md").read_text()
+    assert traffic.of_the_papers_models() in text_of_pages()
 
 
 def test_the_blocks_and_the_rest_are_all_bytes_of_a_model() -> None:
