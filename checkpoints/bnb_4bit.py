@@ -24,7 +24,7 @@ from torch import Tensor
 import nf4
 from checkpoints import io
 from double_quant import DoubleQuantized
-from frozen import FrozenWeight
+from lora import FrozenWeight
 
 CODES = {"nf4": nf4.NF4, "fp4": nf4.FP4}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

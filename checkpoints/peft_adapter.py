@@ -36,8 +36,7 @@ from torch import Tensor, nn
 import nf4
 from checkpoints import io
 from checkpoints.bnb_4bit import DTYPES
-from frozen import FrozenWeight
-from lora import QLoRALinear, adapt, names_of, unadapted
+from lora import FrozenWeight, QLoRALinear, adapt, names_of, unadapted
 
 PREFIX = "base_model.model."
 DEFAULTS = {  # PEFT's
@@ -58,7 +57,6 @@ UNSUPPORTED = """
 """.split()
 # Other values of init_lora_weights change the base, so the adapter would need that base.
 SUPPORTED_INITS = (True, False, "gaussian", "orthogonal", "eva")
-SHARED_SETTINGS = ("lora_dropout", "use_rslora", "use_dora")  # one value for all layers
 
 MOST_REPETITIONS = 3  # in a pattern
 LONGEST_PATTERN = 1000  # characters
@@ -75,11 +73,16 @@ def adapted_layers(model: nn.Module) -> dict[str, QLoRALinear]:
     return {names[0]: layer for layer, names in layers.items() if layer.r}
 
 
+def uses_dora(layer: QLoRALinear) -> bool:
+    """Whether the adapter of a layer is DoRA's."""
+    return layer.use_dora
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Maps PEFT's name to the parameter, for every adapter of the model."""
     tensors = {}
     for layer_name, layer in adapted_layers(model).items():
-        for ours, peft_name in tensor_names(layer_name, layer.use_dora).items():
+        for ours, peft_name in tensor_names(layer_name, uses_dora(layer)).items():
             tensors[peft_name] = layer.get_parameter(ours)
     return tensors
 
@@ -117,10 +120,7 @@ def save_adapter(
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("the model has no adapters: add them with lora.attach")
-    config = _config_of(layers) | {
-        "target_modules": _target_modules(model),
-        "base_model_name_or_path": getattr(model, "name_or_path", None),
-    }
+    config = _config_of(model, layers)
     folder.mkdir(parents=True, exist_ok=True)
     first_layer = next(iter(layers.values()))
     io.write_tensors(
@@ -131,14 +131,14 @@ def save_adapter(
     io.write_text(json.dumps(config, indent=2), folder / "adapter_config.json")
 
 
-def _config_of(layers: dict[str, QLoRALinear]) -> dict:
-    """Describes the settings of all layers as PEFT's LoraConfig does."""
+def _config_of(model: nn.Module, layers: dict[str, QLoRALinear]) -> dict:
+    """Describes the adapters of a model as PEFT's LoraConfig does."""
     first = next(iter(layers.values()))
-    shared = {name: getattr(first, name) for name in SHARED_SETTINGS}
+    shared = _shared_settings(first)
     rank_pattern = {}
     alpha_pattern = {}
     for name, layer in layers.items():
-        if any(getattr(layer, key) != value for key, value in shared.items()):
+        if _shared_settings(layer) != shared:
             raise ValueError(
                 "the adapters differ in lora_dropout, use_rslora or use_dora: "
                 "PEFT's format has one value for all"
@@ -154,11 +154,22 @@ def _config_of(layers: dict[str, QLoRALinear]) -> dict:
         "r": first.r,
         "lora_alpha": first.lora_alpha,
         **shared,
+        "target_modules": _target_modules(model),
+        "base_model_name_or_path": getattr(model, "name_or_path", None),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
+    }
+
+
+def _shared_settings(layer: QLoRALinear) -> dict:
+    """The settings for which PEFT's config has one value for all layers."""
+    return {
+        "lora_dropout": layer.lora_dropout,
+        "use_rslora": layer.use_rslora,
+        "use_dora": uses_dora(layer),
     }
 
 
@@ -207,13 +218,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         layers = {names[0]: model.get_submodule(names[0]) for names in new}
     settings = {name: settings_of(name, config) for name in layers}
     if not new:
-        _check_settings(layers, settings, folder)
-    io.check_like(tensors, _expected_tensors(layers, settings), path)
+        _check_settings(layers, config, settings, folder / "adapter_config.json")
+    io.check_like(tensors, _expected_tensors(layers, config, settings), path)
     if not layers:
         raise ValueError(f"{path} has no adapter for any layer of the model")
     # As float32, because a float64 in the file may be beyond its range.
     io.require_finite({name: tensor.float() for name, tensor in tensors.items()}, path)
-    adapt(model, [(names, settings[names[0]]) for names in new])
+    dora = {"use_dora": config["use_dora"]}
+    adapt(model, [(names, settings[names[0]] | dora) for names in new])
     for name, layer in adapted_layers(model).items():
         layer.lora_alpha = settings[name]["lora_alpha"]
         layer.use_rslora = settings[name]["use_rslora"]
@@ -222,20 +234,19 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _check_settings(
-    layers: dict[str, QLoRALinear], settings: dict[str, dict], folder: Path
+    layers: dict[str, QLoRALinear], config: dict, settings: dict[str, dict], path: Path
 ) -> None:
-    """Compares rank and use_dora of a model's adapters with the settings of a config."""
-    path = folder / "adapter_config.json"
+    """Raises a ValueError if a config has another rank or use_dora than a model's adapters."""
     for name, layer in layers.items():
-        r, use_dora = settings[name]["r"], settings[name]["use_dora"]
+        r, use_dora = settings[name]["r"], config["use_dora"]
         if layer.r != r:
             raise ValueError(f"{path} gives {name} rank {r}, and the model's adapter has {layer.r}")
-        if layer.use_dora != use_dora:
+        if uses_dora(layer) != use_dora:
             raise ValueError(f"{path} has use_dora {use_dora}, and the model's adapter has not")
 
 
 def _expected_tensors(
-    layers: dict[str, nn.Linear | QLoRALinear], settings: dict[str, dict]
+    layers: dict[str, nn.Linear | QLoRALinear], config: dict, settings: dict[str, dict]
 ) -> dict[str, Tensor]:
     """Creates the tensors that the file must hold, on the meta device."""
     expected = {}
@@ -246,7 +257,7 @@ def _expected_tensors(
             "lora_B": (layer.out_features, r),
             "lora_magnitude_vector.weight": (layer.out_features,),
         }
-        for ours, peft_name in tensor_names(name, settings[name]["use_dora"]).items():
+        for ours, peft_name in tensor_names(name, config["use_dora"]).items():
             expected[peft_name] = torch.empty(shapes[ours], device="meta")
     return expected
 
@@ -258,11 +269,12 @@ def layers_of(tensors: dict[str, Tensor]) -> set[str]:
 
 
 def settings_of(layer: str, config: dict) -> dict:
-    """Looks up the settings of a layer in a config, as QLoRALinear.from_linear takes them."""
+    """Looks up the settings of a layer in a config, but for use_dora, as `adapt` takes them."""
     return {
         "r": _first_match(config["rank_pattern"], layer, config["r"]),
         "lora_alpha": _first_match(config["alpha_pattern"], layer, config["lora_alpha"]),
-        **{name: config[name] for name in SHARED_SETTINGS},
+        "lora_dropout": config["lora_dropout"],
+        "use_rslora": config["use_rslora"],
     }
 
 

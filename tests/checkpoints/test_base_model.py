@@ -24,10 +24,9 @@ from transformers import (
 
 import checkpoints
 from checkpoints import base_model
-from frozen import FrozenWeight
 from helpers import models, peak
 from helpers.strategies import same_bits
-from lora import QLoRALinear, attach
+from lora import FrozenWeight, QLoRALinear, attach
 
 SMALL = {
     "vocab_size": 256,

@@ -26,10 +26,9 @@ import checkpoints
 import lora
 import nf4
 from checkpoints import bnb_4bit, peft_adapter
-from frozen import FrozenWeight
 from helpers import models
 from helpers.strategies import same_bits
-from lora import QLoRALinear
+from lora import FrozenWeight, QLoRALinear
 
 IDS = torch.arange(5, 25)[None]
 NAMES = ["config.json", "generation_config.json", "model.safetensors"]
