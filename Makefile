@@ -4,7 +4,7 @@
 # make mutate  break the code, line by line, and see that the tests notice (about an hour)
 # make gpu     check the kernels on this machine's NVIDIA GPU and measure them; ARGS="-k managed" checks some of them
 # make bench   measure everything about speed beside the peers, and write the README's tables; ARGS="ops --quick"
-# make lint    style
+# make lint    ruff: check and format
 # make figures draw the pictures of the README
 # make clean   remove the virtual environment, the model and the output
 
@@ -20,10 +20,11 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 train: $(VENV)/run
 	$(BIN)/python train.py $(ARGS)
 
-# The whole suite must also reach every line; a part of it need not.
+# The whole suite must also reach every line; a part of it need not. The tests of a file stay in one
+# process (loadfile), so that what they share is made once. At most 8, for the memory of each.
 test: $(VENV)/dev
 ifeq ($(ARGS),)
-	$(BIN)/coverage run -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --cov --cov-report=
 	@$(BIN)/python tests/covered.py
 else
 	$(BIN)/python -m pytest $(ARGS)
@@ -49,6 +50,7 @@ bench: $(VENV)/dev
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 figures: $(VENV)/run
 	$(BIN)/python paper/nf4_levels.py

@@ -1,36 +1,251 @@
-"""LoRA on a frozen 4-bit layer: train a small update beside weights that never change.
+"""LoRA on a frozen 4-bit weight: the weight, the adapter next to it, and the product of both.
 
-A linear layer's weight W (out, in) is frozen in NF4. Beside it stand two thin matrices, A (r, in) random and B (out, r)
-zero, so that training starts exactly at the pretrained model (paper, section 3, equations 3 and 5; LoRA, arXiv 2106.09685):
+The weight W (out, in) of a linear layer is quantized once and never changes. Training updates two
+thin matrices, A (r, in) and B (out, r). B starts at zero, so training starts at the output of the
+quantized model (paper, section 3, equations 3 and 5; LoRA, arXiv 2106.09685):
 
-    y = x W'^T + b + s (d(x) A^T) B^T        W' = the dequantized weight,  s = lora_alpha / r,  d = dropout
+    y = x W'^T + b + s (d(x) A^T) B^T       s = lora_alpha / r,  d = dropout
 
-lora_matmul.py has the product and its gradients, dora.py a variant; here are the layer, a model of them, and the way back.
+W' is the dequantized weight. Its constants are quantized too (equation 6):
 
-Differs from PEFT: a merge goes to a dense weight and says what a 4-bit merge would have lost; unmerging is exact, because the
-codes are never touched.
+    W' = dequantize(dequantize(nested_absmax, absmax), packed)
+
+With g = dL/dy and h = d(x) A^T (tokens, r), the chain rule gives the backward pass:
+
+    dL/dB = s g^T h      dL/dh = s g B      dL/dA = (dL/dh)^T d(x)
+    dL/dx = g W' + d'((dL/dh) A)
+
+W needs no gradient, so x is saved only for dL/dA, and W' is needed only during a product: each
+product decodes it again, piece by piece. The forward pass saves x (tokens, in), h (tokens, r), A
+and B, and with dropout a mask of one bool per element of x.
+
+Layout of a FrozenWeight of n elements. The names of the buffers are those of bitsandbytes:
+
+    packed          uint8 (ceil(n/2), 1)
+    absmax          uint8 (ceil(n/64),); float32 without double quantization
+    nested_absmax   float32 (ceil(n/64/256),)       with double quantization only
+    nested_offset   float32 (1,)                    with double quantization only
+    weight          the dense tensor and no other buffer, with codebook=None (16-bit LoRA)
+
+This is 4 + 8/64 + 32/(64 * 256) = 4.127 bits per element and one mean per weight. All layers share
+the codebooks, which are constants of the format: they are neither saved nor counted.
+
+Error. |w - w'| <= h absmax + e plus rounding: h is half the widest gap between the levels (nf4.py),
+e the error of the decoded constant (double_quant.py).
+
+Differs from bitsandbytes: the 4-bit state is in ordinary buffers, so state_dict, .to() and deepcopy
+work on them unchanged; .half() and other casts do not round the float32 constants.
+Differs from PEFT: base and adapter are one autograd function, which chooses what it saves; a merge
+gives a dense weight and reports what a merge into 4 bits would lose.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from frozen import FrozenWeight, MergeAudit
-from lora_matmul import LoRAMatmul
-from nf4 import NF4, check_finite
-from variants.dora import Magnitude, Scaled
+from double_quant import DoubleQuantized
+from double_quant import quantize as quantize_constants
+from kernels import dispatch
+from nf4 import NF4, Quantized, check_finite
+
+
+class MergeAudit(NamedTuple):
+    """How much of an update survives when it is merged into the 4 bits of a weight.
+
+    `realized` is the change of the decoded weight, `update` the change that was wanted.
+    """
+
+    update_norm: float  # the Frobenius norm of the update
+    kept: float  # <realized, update> / <update, update>: 1 keeps it all, 0 loses it to rounding
+    cosine: float  # between realized and update: 1 if the change has the right direction
+
+
+class FrozenWeight(nn.Module):
+    """A weight of any shape in 4 bits, or dense with codebook=None. Calling it dequantizes.
+
+    The caller frees the result right after its use, so the dense weights of a model never exist at
+    the same time.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        block_size: int = 64,
+        double_quant: bool = True,
+        codebook: Tensor | None = NF4,
+    ) -> None:
+        """Raises: ValueError as `nf4.quantize`, such as for NaN or a bad block size."""
+        super().__init__()
+        if codebook is None:
+            self.shape = weight.shape
+            self.dtype = weight.dtype
+            self.double_quant = False
+            self.register_buffer("weight", weight.detach())
+            self.register_buffer("codebook", None)
+            return
+        q = dispatch.quantize(weight, block_size, codebook)
+        constants = None
+        if double_quant:
+            constants = quantize_constants(q.absmax, quantizer=dispatch.quantize)
+        self._register(q, constants)
+
+    @classmethod
+    def from_quantized(cls, q: Quantized, constants: DoubleQuantized | None) -> "FrozenWeight":
+        """Make a weight from quantized tensors. `constants`, if given, replace q.absmax."""
+        frozen = cls.__new__(cls)  # without __init__, which would quantize
+        nn.Module.__init__(frozen)
+        frozen._register(q, constants)
+        return frozen
+
+    def _register(self, q: Quantized, constants: DoubleQuantized | None) -> None:
+        self.shape = q.shape
+        self.dtype = q.dtype
+        self.block_size = q.block_size
+        self.double_quant = constants is not None
+        self.register_buffer("packed", q.packed)
+        self.register_buffer("absmax", q.absmax if constants is None else constants.codes)
+        self.register_buffer("codebook", q.codebook, persistent=False)
+        if constants is not None:
+            self.nested_block_size = constants.block_size
+            self.register_buffer("nested_absmax", constants.absmax)
+            self.register_buffer("nested_offset", constants.offset)
+            self.register_buffer("nested_codebook", constants.codebook, persistent=False)
+
+    def packed_state(self) -> tuple[Quantized, DoubleQuantized | None]:
+        """The weight as it is in memory: with double quantization, q.absmax holds 8-bit codes."""
+        q = Quantized(
+            self.packed, self.absmax, self.codebook, self.shape, self.dtype, self.block_size
+        )
+        if not self.double_quant:
+            return q, None
+        constants = DoubleQuantized(
+            self.absmax,
+            self.nested_absmax,
+            self.nested_offset,
+            self.nested_block_size,
+            self.nested_codebook,
+        )
+        return q, constants
+
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight in `dtype`, by default its original one. A copy, unless it is dense."""
+        if self.codebook is None:
+            return self.weight.to(dtype or self.dtype)
+        q, constants = self.packed_state()
+        return dispatch.dequantize(q, dtype, constants)
+
+    def matmul(self, x: Tensor, transposed: bool = True, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias for x (tokens, in), or x W for x (tokens, out) if not `transposed`."""
+        if self.codebook is None:
+            weight = self.weight.to(x.dtype)
+            return F.linear(x, weight, bias) if transposed else x @ weight
+        q, constants = self.packed_state()
+        return dispatch.matmul(x, q, constants, transposed, bias)
+
+    def audit(self, update: Tensor) -> MergeAudit:
+        """Quantize weight + update, and compare the change of the decoded weight with update."""
+        before = self(update.dtype)
+        merged = FrozenWeight(before + update, self.block_size, self.double_quant, self.codebook)
+        realized = (merged() - before).flatten()
+        wanted = update.flatten()
+        wanted_norm = wanted.norm().item()
+        realized_norm = realized.norm().item()
+        if wanted_norm == 0:
+            return MergeAudit(update_norm=0.0, kept=1.0, cosine=1.0)
+        dot = (realized @ wanted).item()
+        cosine = dot / (wanted_norm * realized_norm) if realized_norm else 0.0
+        return MergeAudit(wanted_norm, dot / wanted_norm**2, cosine)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the weight without codebooks; of all processes, if it is sharded."""
+        buffers = [buffer for name, buffer in self.named_buffers() if not name.endswith("codebook")]
+        return sum(tensor.nbytes for tensor in [*buffers, *self.parameters()])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move the buffers for .to(), .half(), .cuda() and the like, but never cast 4-bit ones."""
+        exact = {} if self.codebook is None else dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            changed = getattr(self, name)
+            if changed.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(changed.device))
+        return self
+
+    def extra_repr(self) -> str:
+        bits = 8 * self.nbytes / max(self.shape.numel(), 1)
+        return f"{tuple(self.shape)}, {bits:.3f} bits an element"
+
+
+class LoRAMatmul(torch.autograd.Function):
+    """y = x W'^T + b + s (d(x) A^T) B^T, with the backward pass of the module docstring.
+
+    `keep` is the dropout mask; the caller divides `scaling` by 1 - p.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        keep: Tensor | None,
+        scaling: float,
+        base: FrozenWeight,
+    ) -> Tensor:
+        """x (tokens, in), A (r, in), B (out, r), bias (out,), keep bool (tokens, in) -> y."""
+        with torch.autocast(x.device.type, enabled=False):
+            y = base.matmul(x, bias=bias)  # (tokens, out)
+            h = F.linear(_drop(x, keep), lora_A.to(x.dtype))  # (tokens, r)
+            y.addmm_(h, lora_B.to(x.dtype).T, alpha=scaling)
+        needs_A, needs_B = ctx.needs_input_grad[1:3]
+        ctx.save_for_backward(x if needs_A else None, h if needs_B else None, keep, lora_A, lora_B)
+        ctx.scaling = scaling
+        ctx.base = base
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+        """g (tokens, out) -> the gradients of x, A, B and bias. A second derivative raises."""
+        x, h, keep, lora_A, lora_B = ctx.saved_tensors
+        needs_x, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:4]
+        dx = dA = dB = dbias = None
+        with torch.autocast(g.device.type, enabled=False):
+            dh = (g @ lora_B.to(g.dtype)).mul_(ctx.scaling)  # (tokens, r)
+            if needs_B:
+                dB = (g.T @ h).mul_(ctx.scaling).to(lora_B.dtype)  # (out, r)
+            if needs_A:
+                dA = (dh.T @ _drop(x, keep)).to(lora_A.dtype)  # (r, in)
+            if needs_x:
+                dx = ctx.base.matmul(g, transposed=False)  # (tokens, in)
+                A = lora_A.to(g.dtype)
+                if keep is None:
+                    dx.addmm_(dh, A)
+                else:
+                    dx.add_((dh @ A).mul_(keep))
+            if needs_bias:
+                dbias = g.sum(0)  # (out,)
+        return dx, dA, dB, dbias, None, None, None
+
+
+def _drop(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else x * keep
 
 
 class QLoRALinear(nn.Module):
-    """A frozen 4-bit linear layer with a trainable adapter. Made by `from_linear` or, for a whole model, by `attach`.
+    """A frozen 4-bit linear layer with a trainable adapter; see `from_linear` and `attach`.
 
-    base: FrozenWeight (out, in). lora_A (r, in), lora_B (out, r): float32, cast for the products. bias (out,): frozen, or None.
-    lora_magnitude_vector: with use_dora, the trained length of each row of the weight, or None.
-    Made by `QLoRALinear(base, bias)` it has no adapter yet, which is an adapter of rank 0: the layers of a 4-bit checkpoint.
+    base: FrozenWeight (out, in). lora_A (r, in) and lora_B (out, r): float32, or float64 on such a
+    base; the products cast them. bias (out,): frozen, or None.
+    `QLoRALinear(base, bias)` has rank 0, which means no adapter: the layers of a 4-bit checkpoint.
     """
 
     def __init__(
@@ -42,37 +257,31 @@ class QLoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         compute_dtype: torch.dtype | None = None,
         use_rslora: bool = False,
-        use_dora: bool = False,
     ) -> None:
         super().__init__()
-        self.base, (self.out_features, self.in_features) = base, base.shape
-        self.r, self.lora_alpha, self.use_rslora, self.use_dora = (
-            r,
-            lora_alpha,
-            use_rslora,
-            use_dora,
-        )
-        self.lora_dropout, self.compute_dtype = lora_dropout, compute_dtype
-        kind = {
-            "dtype": torch.promote_types(base.dtype, torch.float32),
-            "device": next(base.buffers()).device,
-        }
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **kind), requires_grad=r > 0)
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **kind), requires_grad=r > 0)
+        self.base = base
+        self.out_features, self.in_features = base.shape
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.compute_dtype = compute_dtype
+        self.use_rslora = use_rslora
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        device = next(base.buffers()).device
+        A = torch.empty(r, self.in_features, dtype=dtype, device=device)
+        B = torch.zeros(self.out_features, r, dtype=dtype, device=device)
         if r:
-            nn.init.kaiming_uniform_(
-                self.lora_A, a=math.sqrt(5)
-            )  # as the authors of LoRA, and PEFT, do
-        self.lora_magnitude_vector = (
-            Magnitude(base, self.lora_A, self.lora_B, self.scaling) if use_dora else None
-        )
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as the code of LoRA and PEFT do
+        self.lora_A = nn.Parameter(A, requires_grad=r > 0)
+        self.lora_B = nn.Parameter(B, requires_grad=r > 0)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.register_buffer("merged", None, persistent=False)
 
     @property
     def scaling(self) -> float:
-        """s = lora_alpha / r; lora_alpha / sqrt(r) with use_rslora, under which a larger r does not learn more slowly."""
-        return self.lora_alpha / ((math.sqrt(self.r) if self.use_rslora else self.r) or 1)
+        """s = lora_alpha / r; lora_alpha / sqrt(r) with use_rslora, for large ranks."""
+        if self.r == 0:
+            return 0.0
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @classmethod
     def from_linear(
@@ -86,14 +295,14 @@ class QLoRALinear(nn.Module):
         codebook: Tensor | None = NF4,
         compute_dtype: torch.dtype | None = None,
         use_rslora: bool = False,
-        use_dora: bool = False,
     ) -> "QLoRALinear":
-        """Quantize a dense layer; codebook=None keeps it dense, for 16-bit LoRA. A layer in 4 bits keeps its base.
+        """Quantize a dense layer and add an adapter. A QLoRALinear keeps its base.
 
-        Raises: ValueError for what `nf4.quantize` refuses, and an r, lora_alpha or lora_dropout out of range.
+        codebook=None keeps the weight dense, for 16-bit LoRA. compute_dtype: see `forward`.
+        Raises: ValueError for an r, lora_alpha or lora_dropout out of range, and as `nf4.quantize`.
         """
         if type(r) is not int or r < 1:
-            raise ValueError(f"r must be a whole number >= 1, such as 8; got {r}")
+            raise ValueError(f"r must be an integer >= 1, such as 8; got {r}")
         if not 0 < lora_alpha < math.inf:
             raise ValueError(
                 f"lora_alpha must be positive and finite, often 2 * r; got {lora_alpha}"
@@ -101,118 +310,117 @@ class QLoRALinear(nn.Module):
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout is a probability, 0 <= p < 1; got {lora_dropout}")
         if isinstance(linear, QLoRALinear):
-            base, compute_dtype = linear.base, compute_dtype or linear.compute_dtype
+            base = linear.base
+            compute_dtype = compute_dtype or linear.compute_dtype
         else:
             base = FrozenWeight(linear.weight, block_size, double_quant, codebook)
-        return cls(
-            base, linear.bias, r, lora_alpha, lora_dropout, compute_dtype, use_rslora, use_dora
-        ).train(linear.training)
+        layer = cls(base, linear.bias, r, lora_alpha, lora_dropout, compute_dtype, use_rslora)
+        return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in autocast's dtype where it is on, else in x's; computed in compute_dtype if given."""
+        """x (..., in) -> (..., out) in autocast's dtype, or in that of x without autocast.
+
+        The products are computed in compute_dtype if it is set, else in the dtype of the result.
+        """
         device = x.device.type
-        result = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        flat = x.to(self.compute_dtype or result).reshape(-1, self.in_features)  # (tokens, in)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        flat = x.to(self.compute_dtype or dtype).reshape(-1, self.in_features)  # (tokens, in)
         bias = None if self.bias is None else self.bias.to(flat.dtype)
-        if self.merged is not None or not self.r:
-            with torch.autocast(device, enabled=False):
-                merged = None if self.merged is None else self.merged.to(flat.dtype)
-                y = (
-                    self.base.matmul(flat, bias=bias)
-                    if merged is None
-                    else F.linear(flat, merged, bias)
-                )
-        else:
-            p = self.lora_dropout if self.training else 0.0
-            keep = torch.rand(flat.shape, device=x.device) >= p if p else None
-            y = LoRAMatmul.apply(
-                flat, self.lora_A, self.lora_B, bias, keep, self.scaling / (1 - p), self.base
-            )
-            if self.use_dora:
-                y = Scaled.apply(
-                    y,
-                    self.lora_magnitude_vector(self.base, self.lora_A, self.lora_B, self.scaling),
-                    bias,
-                )
-        return y.reshape(*x.shape[:-1], self.out_features).to(result)
+        with torch.autocast(device, enabled=False):
+            y = self.matmul(flat, bias)  # (tokens, out)
+        return y.reshape(*x.shape[:-1], self.out_features).to(dtype)
+
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (tokens, in) -> base and adapter applied to x, plus bias (tokens, out)."""
+        if self.r == 0:
+            return self.base.matmul(x, bias=bias)
+        p = self.lora_dropout if self.training else 0.0
+        keep = torch.rand(x.shape, device=x.device) >= p if p else None
+        scaling = self.scaling / (1 - p)
+        return LoRAMatmul.apply(x, self.lora_A, self.lora_B, bias, keep, scaling, self.base)
 
     def update(self) -> Tensor:
-        """What the adapter adds to the weight: s B A (out, in), with use_dora c (W' + s B A) - W'; in the adapter's dtype."""
+        """What the adapter adds to the weight: s B A (out, in), in the dtype of the adapter."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            update = (self.lora_B @ self.lora_A).detach() * self.scaling
-        if not self.use_dora:
-            return update
-        c = self.lora_magnitude_vector(self.base, self.lora_A, self.lora_B, self.scaling).detach()[
-            :, None
-        ]  # (out, 1)
-        return (c - 1) * self.base(update.dtype) + c * update
-
-    def merge(self) -> None:
-        """From now on compute with base + update, one dense weight in the base's original dtype. The base is kept."""
-        self.merged = (self.base(self.lora_A.dtype) + self.update()).to(self.base.dtype)
-
-    def unmerge(self) -> None:
-        """Drop the merged weight: the layer is bit for bit what it was."""
-        self.merged = None
+            return (self.lora_B @ self.lora_A).detach() * self.scaling
 
 
 def attach(
-    model: nn.Module, targets: str | Iterable[str] = "all-linear", **settings: object
+    model: nn.Module,
+    targets: str | Iterable[str] = "all-linear",
+    layer_type: type[QLoRALinear] = QLoRALinear,
+    **settings: object,
 ) -> nn.Module:
-    """Freeze a model and give its linear layers a 4-bit base and an adapter, in place, one layer at a time.
+    """Freeze a model, and quantize and adapt its linear layers in place, one at a time.
 
-    Every nn.Linear takes part but the output head (adapters on all of them are what it takes to match 16-bit fine-tuning:
-    paper, section 4), or those whose name is, or ends in, one of `targets`; and layers in 4 bits, which keep their base.
-    `settings`: see QLoRALinear.from_linear.
-    Raises: ValueError if there is no such layer, or naming the one that cannot be quantized; nothing is changed then.
+    "all-linear" adapts every nn.Linear except the output head, as it takes to match 16-bit
+    fine-tuning (paper, section 4). Otherwise the layers whose dotted name is, or ends in, one of
+    `targets`. Layers that are in 4 bits already keep their base. settings: as `from_linear`.
+    Raises: ValueError if no layer matches, or naming the layer that cannot be quantized. The model
+    is unchanged then.
     """
     groups = unadapted(model)
     if not groups:
         raise ValueError(
-            "the model has no nn.Linear besides its output head: nothing to adapt (has it been adapted already?)"
+            "the model has no nn.Linear besides its output head, so there is nothing to adapt; "
+            "is it adapted already?"
         )
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    ends = ("",) if targets == "all-linear" else tuple(f".{target}" for target in wanted)
-    chosen = [names for names in groups if any(f".{name}".endswith(ends) for name in names)]
-    if not chosen:
-        known = sorted({name.rpartition(".")[2] for names in groups for name in names})
-        raise ValueError(
-            f"no linear layer is named {' or '.join(wanted) or 'by no target'}; there are {', '.join(known)}"
-        )
-    before, after = adapt(model, [(names, settings) for names in chosen])
+    chosen = groups if targets == "all-linear" else _matching(groups, targets)
+    layers = [(names, settings) for names in chosen]
+    bytes_before, bytes_now = adapt(model, layers, layer_type)
     print(
         f"adapters of rank {model.get_submodule(chosen[0][0]).r} on {len(chosen)} linear layers; "
-        f"their frozen weights: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now"
+        f"their frozen weights: {bytes_before / 1e6:.1f} MB before, {bytes_now / 1e6:.1f} MB now"
     )
     return model
 
 
-def adapt(model: nn.Module, layers: list[tuple[list[str], dict]]) -> tuple[int, int]:
-    """Adapt layers, each given by its names and settings, all or none. -> bytes of their weights before, and now"""
-    for (name, *_), _ in layers:
-        linear = model.get_submodule(name)
+def _matching(groups: list[list[str]], targets: str | Iterable[str]) -> list[list[str]]:
+    """The layers, each a list of its names, of which a name ends in a target."""
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    endings = tuple(f".{target}" for target in wanted)
+    chosen = [names for names in groups if any(f".{name}".endswith(endings) for name in names)]
+    if not chosen:
+        known = sorted({name.rpartition(".")[2] for names in groups for name in names})
+        raise ValueError(f"targets {wanted} match no linear layer; there are {', '.join(known)}")
+    return chosen
+
+
+def adapt(
+    model: nn.Module,
+    layers: list[tuple[list[str], dict]],
+    layer_type: type[QLoRALinear] = QLoRALinear,
+) -> tuple[int, int]:
+    """Adapt all given layers, or none if one is refused. layers: (names, settings) of each.
+
+    Returns the bytes of their weights before and now.
+    """
+    for names, _ in layers:
+        linear = model.get_submodule(names[0])
         if isinstance(linear, nn.Linear):
-            with naming(name):
-                check_finite(linear.weight.detach().float().flatten(), linear.weight.shape)
-    before = after = 0
+            weight = linear.weight.detach()
+            with naming(names[0]):
+                check_finite(weight.float().flatten(), weight.shape)
+    bytes_before = 0
+    bytes_now = 0
     for names, settings in layers:
         linear = model.get_submodule(names[0])
         with naming(names[0]):
-            layer = QLoRALinear.from_linear(linear, **settings)
+            layer = layer_type.from_linear(linear, **settings)
         for name in names:
             model.set_submodule(name, layer)
-        before += layer.base.shape.numel() * layer.base.dtype.itemsize
-        after += layer.base.nbytes
+        bytes_before += layer.base.shape.numel() * layer.base.dtype.itemsize
+        bytes_now += layer.base.nbytes
     model.requires_grad_(False)
-    for layer in names_of(model, QLoRALinear):  # those of an earlier call too
+    for layer in names_of(model, QLoRALinear):  # including those of an earlier call
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(layer.r > 0 and name != "bias")
-    return before, after
+    return bytes_before, bytes_now
 
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Let a ValueError say which layer it is about."""
+    """Put the name of the layer in front of the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -220,44 +428,46 @@ def naming(name: str) -> Iterator[None]:
 
 
 def unadapted(model: nn.Module) -> list[list[str]]:
-    """The linear layers without an adapter, but for the output head, each as the list of its names in the model."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    """The linear layers without an adapter, except the output head, each as a list of its names."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    dense = [
-        names
-        for module, names in names_of(model, nn.Linear).items()
-        if module is not head and module.weight not in tied
-    ]
-    return dense + [names for layer, names in names_of(model, QLoRALinear).items() if not layer.r]
+    groups = []
+    for module, names in names_of(model, nn.Linear).items():
+        # A subclass of nn.Linear may compute something else, so it stays as it is.
+        is_head = module is head or module.weight in tied
+        if type(module) is nn.Linear and not is_head:
+            groups.append(names)
+    groups += [names for layer, names in names_of(model, QLoRALinear).items() if layer.r == 0]
+    return groups
 
 
-def names_of(model: nn.Module, kind: type[nn.Module]) -> dict[nn.Module, list[str]]:
-    """Every module of exactly this class in a model, with all the names under which the model uses it."""
+def names_of(model: nn.Module, layer_type: type[nn.Module]) -> dict[nn.Module, list[str]]:
+    """Every submodule of a class, with all the names under which the model uses it."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is kind and name:
+        if isinstance(module, layer_type) and name:
             found.setdefault(module, []).append(name)
     return found
 
 
 def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
-    """Replace every adapted layer, in place, by a dense nn.Linear of base + update in the base's original dtype.
+    """Replace each QLoRALinear, in place, by a dense nn.Linear of base + update.
 
-    The audit says, by layer, what a merge into 4 bits would do instead: quantize base + update, and compare the change that is
-    realised with the one that was wanted. An update is small beside the gaps between levels, so rounding swallows much of it.
+    The weight has the original dtype of the base, and is rounded to it once.
+    Returns the model and, for each 4-bit layer, what a merge into 4 bits would keep: an update is
+    small compared with the gaps between levels, so rounding removes much of it.
     """
     audit = {}
     for layer, names in names_of(model, QLoRALinear).items():
-        frozen, update = layer.base, layer.update()
-        if frozen.codebook is not None:
-            audit |= dict.fromkeys(names, frozen.audit(update))
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(
-            layer.training
-        )
-        linear.weight, linear.bias = (
-            nn.Parameter((frozen(update.dtype) + update).to(frozen.dtype), False),
-            layer.bias,
-        )
+        base = layer.base
+        update = layer.update()
+        if base.codebook is not None:
+            audit |= dict.fromkeys(names, base.audit(update))
+        weight = (base(update.dtype) + update).to(base.dtype)
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = layer.bias
+        linear.train(layer.training)
         for name in names:
             model.set_submodule(name, linear)
     return model, audit

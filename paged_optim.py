@@ -1,32 +1,46 @@
-"""AdamW whose state lives in pages, so that it can make room on the device (paper, section 3, "Paged Optimizers").
+"""AdamW over pages, and the pager that keeps a byte budget of them on the device.
 
-The arithmetic is that of torch.optim.AdamW (Loshchilov and Hutter, 2019): for t = 1, 2, ... and a gradient g,
+AdamW keeps two moments for every trainable element but needs only a few of them at a time. When a
+long batch makes the activations peak, the moments should make room, or the run is out of memory
+(paper, section 3, "Paged Optimizers"). For t = 1, 2, ... and a gradient g, the update is that of
+torch.optim.AdamW (Loshchilov and Hutter, 2019):
 
     p <- p - lr * weight_decay * p
-    m <- m + (1 - beta1) * (g - m)                                      exp_avg, the first moment
-    v <- beta2 * v + (1 - beta2) * g^2                                  exp_avg_sq, the second
+    m <- m + (1 - beta1) * (g - m)                  exp_avg, the first moment
+    v <- beta2 * v + (1 - beta2) * g^2              exp_avg_sq, the second moment
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-Each element is updated by itself. So a flattened parameter may be cut into runs and updated run by run, with only one
-run's moments at hand. Those are a page, (2, k) for a run of k elements, at most page_bytes big:
+Each element is updated independently of the others. So a flattened parameter can be cut into runs
+and updated run by run. The moments of a run of k elements are a page, (2, k):
 
-    parameter    [ 0 1 2 3 | 4 5 6 7 | 8 9 ]
-    pages        [ m m m m | m m m m | m m ]    where each is, on the device or in the store, is the business
-                 [ v v v v | v v v v | v v ]    of the pager (pager.py); on a GPU, of CUDA's unified memory too (stores.py)
+    parameter    [ 0 1 2 3 | 4 5 6 7 | 8 9 ]        not paged; a strided one is copied to be updated
+    pages        [ m m m m | m m m m | m m ]        exp_avg: page 0, page 1, page 2
+                 [ v v v v | v v v v | v v ]        exp_avg_sq
+    resident     page 2, page 1                     at most a budget, least recently used first
+    store        [ page 0 | page 1 | page 2 ]       a place for each page (kernels/page_store.py)
 
-Parameters and gradients stay put; one that is not contiguous is copied for its update. Error: none. For any page size
-and budget the bits are torch.optim.AdamW's (foreach=False, fused=False) with square roots that are rounded to nearest:
-torch's float32 roots, where it was built with Intel's MKL, are on some processors a unit off. Excepted are a NaN's payload
-and, where 1 - beta1 rounds to 1, a zero's sign. `adamw_` below says what a run's update is; where there is a kernel, with
-the same bits, dispatch.py has it do the work.
+    hit          the page is resident
+    fault        the page is not resident: make room and load it, with its value if it has one
+    evict        the least recently used page leaves; it is written if the store has an older value
 
-Of a parameter that is sharded (a DTensor), each process has the pages of its own rows, and needs no other for an update.
+A step sweeps over all pages in a fixed order, which is the worst case for this rule: the page that
+leaves is the one needed next. If the pages exceed the budget by any amount, every page faults in
+every step, and all bytes move out and in. The counters show it. CUDA's driver has the same rule.
 
-Differs from the paper and bitsandbytes: they page large parameters only, here all are.
+Of a sharded parameter (a DTensor) each process pages the moments of its own rows only.
+
+Error: none. A page moves bit by bit. For any page size and budget the bits are those of
+torch.optim.AdamW (foreach=False, fused=False) with square roots rounded to nearest: float32 roots
+of torch with Intel's MKL are one unit off on some processors. Exceptions are the payload of a NaN
+and, where 1 - beta1 rounds to 1, the sign of a zero.
+
+Differs from the paper and bitsandbytes: they page large parameters only, and the CUDA driver moves
+memory, uncounted, when the device is full. Here all parameters are paged, the budget is explicit,
+moves are counted, and no GPU is needed; on a GPU the driver moves pages as well.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,53 +48,138 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from kernels import dispatch
 from kernels.dtensor import from_local_shard, local_shard, shard_like
-from pager import Page, Pager, require
+from kernels.page_store import Page, assign_places, new_store
+
+
+class Pager:
+    """Keeps at most `budget` bytes of pages resident and the others in a store.
+
+    Two pages of 8 bytes with room for one. The last fetch loads the first page again:
+
+    >>> first, second = (Page((2,), torch.float32, torch.device("cpu")) for _ in range(2))
+    >>> pager = Pager(budget=8)
+    >>> pager.reserve_store([first, second])
+    >>> for page in (first, second, first):
+    ...     moments = pager.fetch(page, write=True)
+    >>> pager.counters
+    {'hits': 0, 'faults': 3, 'evictions': 2, 'bytes_in': 8, 'bytes_out': 16, 'prefetches': 0}
+    """
+
+    def __init__(self, budget: float) -> None:
+        self.budget = budget  # bytes
+        self.resident = 0  # bytes
+        self.peak = 0  # the most bytes that were resident so far
+        self.cache: OrderedDict[Page, Tensor] = OrderedDict()  # least recently used first
+        names = ("hits", "faults", "evictions", "bytes_in", "bytes_out", "prefetches")
+        self.counters = dict.fromkeys(names, 0)
+
+    def reserve_store(self, pages: list[Page]) -> None:
+        """Assign a place in a store to each page that needs one and has none.
+
+        Raises: ValueError or OSError; no page has a new place then.
+        """
+        largest = max((page.nbytes for page in pages), default=0)
+        if largest > self.budget:
+            raise ValueError(
+                f"the budget must hold each page, got {self.budget}; give {largest} or more"
+            )
+        fits = sum(page.nbytes for page in pages) <= self.budget
+        bounded = self.budget < float("inf")
+        new_pages: dict[torch.device, list[Page]] = {}
+        for page in pages:
+            if page.store is None:
+                new_pages.setdefault(page.device, []).append(page)
+        stores = [  # all of them before the first page gets its place
+            new_store(device, sum(page.nbytes for page in on_device), fits, bounded)
+            for device, on_device in new_pages.items()
+        ]
+        for store, on_device in zip(stores, new_pages.values()):
+            assign_places(on_device, store)
+
+    def fetch(self, page: Page, write: bool = False) -> Tensor:
+        """Return the resident tensor of a page, valid until the next fetch.
+
+        Changes to it may be lost unless `write` is set.
+        """
+        if page in self.cache:
+            self.counters["hits"] += 1
+            self.cache.move_to_end(page)
+        else:
+            self.counters["faults"] += 1
+            self._load(page)
+        if write:
+            page.saved = False
+        return self.cache[page]
+
+    def _load(self, page: Page) -> None:
+        while self.resident + page.nbytes > self.budget:
+            self._evict()
+        self.cache[page] = page.store.load(page) if page.store else page.empty()
+        self.resident += page.nbytes
+        self.peak = max(self.peak, self.resident)
+        if page.saved:
+            self.counters["bytes_in"] += page.nbytes
+
+    def _evict(self) -> None:
+        page, tensor = self.cache.popitem(last=False)
+        page.store.evict(page, tensor)
+        if not page.saved:
+            page.saved = True
+            self.counters["bytes_out"] += page.nbytes
+        self.resident -= page.nbytes
+        self.counters["evictions"] += 1
+
+    def prefetch(self, pages: list[Page]) -> None:
+        """Tell the store that the pages of one parameter are needed soon."""
+        if pages and pages[0].store:
+            self.counters["prefetches"] += pages[0].store.prefetch(pages, self.cache)
 
 
 def adamw_(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: StateDict) -> None:
-    """Update a run of a parameter, (k,), and its moments, (2, k), in place; the first step is 1."""
-    exp_avg, exp_avg_sq = (moments if step > 1 else moments.zero_()).unbind()
-    (beta1, beta2), lr, weight_decay = group["betas"], float(group["lr"]), group["weight_decay"]
-    # Each operation must treat an element alike wherever it stands in its run; add_(alpha=) of halves does not.
+    """Update a run of a parameter (k,) and its moments (2, k) in place; steps count from 1.
+
+    The kernels that dispatch.adamw chooses give the same bits.
+    """
+    if step == 1:
+        moments.zero_()
+    exp_avg, exp_avg_sq = moments.unbind()
+    beta1, beta2 = group["betas"]
+    lr = float(group["lr"])
+    weight_decay = group["weight_decay"]
+    # The result for an element must not depend on its place in the run. add_(alpha=) in half
+    # precision does depend on it.
     if weight_decay:
         param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     if 1 - beta1 >= 1 - 2**-25:
-        exp_avg.add_(
-            0.0
-        )  # a lerp_ whose weight rounds to 1 gives a zero its sign by place: make it +0
+        # With a weight that rounds to 1, lerp_ gives a zero a sign that depends on its place.
+        exp_avg.add_(0.0)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denom = root(exp_avg_sq).div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+    denom = sqrt(exp_avg_sq).div_((1 - beta2**step) ** 0.5).add_(group["eps"])
     param.addcdiv_(exp_avg, denom, value=-lr / (1 - beta1**step))
 
 
-def update_run(
-    flat: Tensor, flat_grad: Tensor, step: int, group: StateDict, start: int, moments: Tensor
-) -> None:
-    """The same for the run of a flat parameter that begins at `start` and is as long as its moments."""
-    run = slice(start, start + moments.shape[1])
-    adamw_(flat[run], flat_grad[run], moments, step, group)
+def sqrt(x: Tensor) -> Tensor:
+    """The square root, in float32 rounded to nearest.
 
-
-def root(x: Tensor) -> Tensor:
-    """The square root, of float32 rounded to nearest: no root of one is so near a midpoint that float64 could mistake it."""
+    No root of a float32 number is so near a midpoint that rounding it from float64 could err.
+    """
     return x.double().sqrt_().float() if x.dtype == torch.float32 else x.sqrt()
 
 
-def by_page(pages: list[Page], moments: Tensor) -> Iterable[tuple[Page, Tensor]]:
-    """Each page of a parameter with its part of the moments, (2, n); views."""
-    return zip(pages, moments.split(pages[0].shape[1], dim=-1) if pages else [])
-
-
 class PagedAdamW(Optimizer):
-    """torch.optim.AdamW, of whose state at most resident_bytes stay on the device (None: all of it).
+    """torch.optim.AdamW with at most resident_bytes of its state on the device (None: all of it).
 
-    On a GPU that shares pages with the host all state is unified memory, and None means: as much as the driver leaves there.
+    On a GPU that shares pages with the host all state is in unified memory; None then means as
+    much as the driver leaves on the device.
+
+    Three pages, two of which may be resident. The first step starts all three and evicts one; the
+    second loads and evicts three:
 
     >>> weight = torch.nn.Parameter(torch.ones(6))
-    >>> optimizer = PagedAdamW([weight], page_bytes=16, resident_bytes=32)  # three pages, two of which may stay
+    >>> optimizer = PagedAdamW([weight], page_bytes=16, resident_bytes=32)
     >>> for weight.grad in torch.ones(2, 6):
-    ...     optimizer.step()  # the first starts three pages and evicts one, the second reads and evicts three
+    ...     optimizer.step()
     >>> optimizer.counters
     {'hits': 0, 'faults': 6, 'evictions': 4, 'bytes_in': 48, 'bytes_out': 64, 'prefetches': 0}
     """
@@ -95,183 +194,178 @@ class PagedAdamW(Optimizer):
         page_bytes: int = 2**21,
         resident_bytes: int | None = None,
     ) -> None:
-        require(
-            "page_bytes must be an int",
-            type(page_bytes) is int,
-            page_bytes,
-            "give a whole number of bytes",
-        )
+        if type(page_bytes) is not int:
+            raise ValueError(
+                f"page_bytes must be an int, got {page_bytes}; give a whole number of bytes"
+            )
         budget = float("inf") if resident_bytes is None else resident_bytes
-        require(
-            "resident_bytes must hold a page",
-            budget >= page_bytes,
-            budget,
-            f"give {page_bytes} or more, or None",
-        )
-        self.page_bytes, self.pages, self.pager = (
-            page_bytes,
-            dict[Tensor, list[Page]](),
-            Pager(budget),
-        )
+        if not budget >= page_bytes:
+            raise ValueError(
+                f"resident_bytes must hold a page, got {budget}; give {page_bytes} or more, or None"
+            )
+        self.page_bytes = page_bytes
+        self.pages: dict[Tensor, list[Page]] = {}
+        self.pager = Pager(budget)
         self.counters = self.pager.counters
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: StateDict) -> None:
-        """Cut the group's state into pages. Raises: ValueError or OSError; the group is not added then."""
+        """Cut the state of a group into pages.
+
+        Raises: ValueError or OSError; the group is not added then.
+        """
         super().add_param_group(param_group)
-        group = (
-            self.param_groups.pop()
-        )  # it comes back once it is known to be good and has its pages
+        group = self.param_groups.pop()  # it returns once it is valid and has its pages
         for name in ("lr", "eps", "weight_decay"):
-            require(f"{name} must be at least 0", group[name] >= 0, group[name], "give 0 or more")
-        require(
-            "betas must lie in [0, 1)",
-            all(0 <= b < 1 for b in group["betas"]),
-            group["betas"],
-            "try (0.9, 0.999)",
-        )
+            if not group[name] >= 0:
+                raise ValueError(f"{name} must be at least 0, got {group[name]}; give 0 or more")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas must lie in [0, 1), got {group['betas']}; try (0.9, 0.999)")
         pages = self.pages | {param: self._cut(param) for param in group["params"]}
         self.pager.reserve_store([page for cut in pages.values() for page in cut])
         self.param_groups.append(group)
         self.pages = pages
 
     def _cut(self, param: Tensor) -> list[Page]:
-        require(
-            "parameters must be real floating point",
-            param.is_floating_point(),
-            param.dtype,
-            "convert it",
-        )
-        n, width, k = (
-            local_shard(param).numel(),
-            2 * param.element_size(),
-            self.page_bytes // (2 * param.element_size()),
-        )
-        require(
-            "page_bytes must hold an element's moments",
-            k > 0,
-            self.page_bytes,
-            f"give {width} or more",
-        )
+        """The pages of a parameter: its moments in runs of at most page_bytes."""
+        if not param.is_floating_point():
+            raise ValueError(
+                f"parameters must be real floating point, got {param.dtype}; convert them"
+            )
+        n = local_shard(param).numel()
+        element_bytes = 2 * param.element_size()  # both moments of an element
+        k = self.page_bytes // element_bytes
+        if k < 1:
+            raise ValueError(
+                f"page_bytes must hold an element's moments, got {self.page_bytes}; "
+                f"give {element_bytes} or more"
+            )
         return [Page((2, min(k, n - start)), param.dtype, param.device) for start in range(0, n, k)]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update each parameter that has a gradient, one after the other; return the closure's loss."""
+        """Update each parameter that has a gradient; returns the loss of the closure."""
         with torch.enable_grad():
             loss = closure() if closure else None
-        turns = [
+        updates = [
             (param, group)
             for group in self.param_groups
             for param in group["params"]
             if param.grad is not None
         ]
-        for layout in (param.grad.layout for param, _ in turns):
-            require("gradients must be dense", layout == torch.strided, layout, "call to_dense()")
-        for (param, group), next_pages in zip(
-            turns, [*(self.pages[param] for param, _ in turns[1:]), []]
-        ):
-            self.pager.prefetch(next_pages)
+        for param, _ in updates:
+            if param.grad.layout != torch.strided:
+                raise ValueError(
+                    f"gradients must be dense, got {param.grad.layout}; call to_dense()"
+                )
+        for index, (param, group) in enumerate(updates):
+            if index + 1 < len(updates):
+                next_param, _ = updates[index + 1]
+                self.pager.prefetch(self.pages[next_param])
             self._update(param, group)
         return loss
 
     def _update(self, param: Tensor, group: StateDict) -> None:
-        self.state[param]["step"] = step = self.state[param].get("step", 0) + 1
-        here, grad = local_shard(param.detach()), local_shard(param.grad)
-        flat, flat_grad = here.contiguous().view(-1), grad.contiguous().view(-1)
-        update = dispatch.adamw(flat, flat_grad, step, group) or partial(
-            update_run, flat, flat_grad, step, group
-        )
+        step = self.state[param].get("step", 0) + 1
+        self.state[param]["step"] = step
+        shard = local_shard(param.detach())
+        flat = shard.contiguous().view(-1)  # (n,)
+        flat_grad = local_shard(param.grad).contiguous().view(-1)  # (n,)
+        kernel = dispatch.adamw(flat, flat_grad, step, group)
         start = 0
         for page in self.pages[param]:
-            update(start, self.pager.fetch(page, write=True))
-            start += page.shape[1]
-        if not here.is_contiguous():
-            here.copy_(flat.view_as(here))
+            moments = self.pager.fetch(page, write=True)  # (2, k)
+            end = start + page.shape[1]
+            if kernel:
+                kernel(start, moments)
+            else:
+                adamw_(flat[start:end], flat_grad[start:end], moments, step, group)
+            start = end
+        if not shard.is_contiguous():
+            shard.copy_(flat.view_as(shard))
 
     def state_dict(self) -> StateDict:
-        """In torch.optim.AdamW's layout, with copies of the moments on the host. Fetches count as in a step.
+        """The state in torch.optim.AdamW's layout, with copies of the moments on the host.
 
-        Those of a sharded parameter are sharded like it, and on its device.
+        Moments of a sharded parameter are sharded like it, on its device. Fetches are counted.
         """
         packed = super().state_dict()
-        for index, (param, pages) in enumerate(self.pages.items()):
+        for index, param in enumerate(self.pages):
             if index in packed["state"]:
-                here = local_shard(param)
-                moments = torch.empty(2, here.numel(), dtype=param.dtype)
-                for page, run in by_page(pages, moments):
-                    run.copy_(self.pager.fetch(page))
-                exp_avg, exp_avg_sq = (
-                    from_local_shard(moment.clone().view(here.shape), param) for moment in moments
-                )
-                step = torch.tensor(float(self.state[param]["step"]))
+                exp_avg, exp_avg_sq = self._read_moments(param)
                 packed["state"][index] = {
-                    "step": step,
+                    "step": torch.tensor(float(self.state[param]["step"])),
                     "exp_avg": exp_avg,
                     "exp_avg_sq": exp_avg_sq,
                 }
         return packed
 
+    def _read_moments(self, param: Tensor) -> list[Tensor]:
+        shard = local_shard(param)
+        moments = torch.empty(2, shard.numel(), dtype=param.dtype)  # (2, n)
+        for page, run in self._runs(param, moments):
+            run.copy_(self.pager.fetch(page))
+        # Cloned, because safetensors does not write tensors that share a storage.
+        return [from_local_shard(moment.clone().view(shard.shape), param) for moment in moments]
+
+    def _runs(self, param: Tensor, moments: Tensor) -> Iterable[tuple[Page, Tensor]]:
+        """Each page of a parameter with its view (2, k) of the parameter's moments (2, n)."""
+        pages = self.pages[param]
+        return zip(pages, moments.split([page.shape[1] for page in pages], dim=1))
+
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Continue from a state_dict of this class or torch.optim.AdamW. Raises: ValueError; then nothing changed."""
-        slots = self._checked(state_dict)
+        """Continue from a state_dict of this class or of torch.optim.AdamW.
+
+        Raises: ValueError; nothing has changed then.
+        """
+        loaded = self._checked_state(state_dict)
         super().load_state_dict({**state_dict, "state": {}})
-        for param, slot in slots.items():
-            self.state[param]["step"] = int(slot["step"])
-            moments = torch.stack(
-                [
-                    local_shard(shard_like(slot[key], param)).flatten()
-                    for key in ("exp_avg", "exp_avg_sq")
-                ]
-            )  # (2, n)
-            for page, run in by_page(self.pages[param], moments):
+        for param, state in loaded.items():
+            self.state[param]["step"] = int(state["step"])
+            exp_avg, exp_avg_sq = (
+                local_shard(shard_like(state[name], param)).flatten()
+                for name in ("exp_avg", "exp_avg_sq")
+            )
+            for page, run in self._runs(param, torch.stack([exp_avg, exp_avg_sq])):
                 self.pager.fetch(page, write=True).copy_(run)
 
-    def _checked(self, state_dict: StateDict) -> dict[Tensor, StateDict]:
-        """What a state_dict knows about each parameter, if it is an AdamW's and fits."""
+    def _checked_state(self, state_dict: StateDict) -> dict[Tensor, StateDict]:
+        """The state of each parameter in a state_dict, if that is an AdamW's and fits."""
+        indices = []
         for group in state_dict["param_groups"]:
             missing = [name for name in self.defaults if name not in group]
-            require(
-                "no hyperparameter may be missing",
-                not missing,
-                missing,
-                "load the state of an AdamW",
-            )
+            if missing:
+                raise ValueError(
+                    f"no hyperparameter may be missing, got none for {missing}; "
+                    "load the state of an AdamW"
+                )
             variants = [name for name in ("amsgrad", "maximize") if group.get(name)]
-            require(
-                "amsgrad and maximize must be off",
-                not variants,
-                variants,
-                "continue with torch.optim.AdamW",
-            )
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        slots = {
-            param: state_dict["state"][i]
-            for param, i in zip(self.pages, indices)
-            if state_dict["state"].get(i)
+            if variants:
+                raise ValueError(
+                    f"amsgrad and maximize must be off, got {variants}; "
+                    "continue with torch.optim.AdamW"
+                )
+            indices += group["params"]
+        states = {
+            param: state_dict["state"][index]
+            for param, index in zip(self.pages, indices)
+            if state_dict["state"].get(index)
         }
-        for param, slot in slots.items():
-            for name, shape in {
-                "step": (),
-                "exp_avg": param.shape,
-                "exp_avg_sq": param.shape,
-            }.items():
-                got = (
-                    "nothing"
-                    if slot.get(name) is None
-                    else tuple(torch.as_tensor(slot[name]).shape)
-                )
-                require(
-                    f"{name} must have shape {tuple(shape)}",
-                    got == shape,
-                    got,
-                    "load AdamW's state of this model",
-                )
-        return slots
+        for param, state in states.items():
+            shapes = {"step": (), "exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
+            for name, shape in shapes.items():
+                value = state.get(name)
+                found = "nothing" if value is None else tuple(torch.as_tensor(value).shape)
+                if found != shape:
+                    raise ValueError(
+                        f"{name} must have shape {shape}, got {found}; "
+                        "load AdamW's state of this model"
+                    )
+        return states
 
     def __getstate__(self) -> StateDict:
         raise TypeError(
-            "a PagedAdamW cannot be copied or pickled: its store has no name; save state_dict() instead"
+            "a PagedAdamW cannot be copied or pickled, because its store has no name; "
+            "save state_dict() instead"
         )

@@ -4,114 +4,207 @@ python train.py                                    SmolLM2-135M learns to turn s
 python train.py --data my.jsonl --model my/model   your data, your model
 python train.py --adapter out --prompt "..."       ask the result
 torchrun --nproc-per-node 4 train.py               four processes, on as many GPUs or on none
-python train.py --help                             the rest
+python train.py --help                             all flags
 """
 
-import json
+from training.options import QUANT_BITS, Options, parse_args
+
+if __name__ == "__main__":
+    parse_args(description=__doc__)  # answer --help and wrong flags before the slow imports
+
 import math
-import os
-import sys
 import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from torch import nn
+from torch.optim import Optimizer
 
-from checkpoints import base_model
-from checkpoints import io as files
-from checkpoints import peft_adapter as checkpoint
-from checkpoints import sources as pretrained
-from checkpoints.base_model import PreTrainedModel
-from checkpoints.sources import PreTrainedTokenizerBase
-from data import dataset as data
+from checkpoints.base_model import PreTrainedModel, load_with_adapters
 from data import packing
-from memory import measured as memory
-from memory import weigh
+from data.dataset import Batch, batches_of_step
+from lora import QLoRALinear
+from memory.measured import measure_step, rss_bytes
 from nf4 import normal_float
 from paged_optim import PagedAdamW
-from training import distributed as processes
-from training import dtypes as precision
-from training import preflight as plan
-from training import report
-from training import sharding as parallel
-from training import state as resume
-from training import use_adapter as export
-from training.loss_and_eval import LabelLoss, measure
-from training.options import QUANT, Options, parse_args
+from training import distributed, sharding
+from training.dtypes import dtype_table, resolve_device_and_dtype
+from training.exit_status import exit_status
+from training.loss_and_eval import LabelLoss, evaluate
+from training.preflight import Job, base_folder, describe, preflight, preview, step_settings
+from training.report import metrics_of, print_report, summarize, write_report
+from training.run_folder import RunFolder
+from training.state import StopAfterStep, load_state, seed_batch
+from training.use_adapter import save_4bit, use_adapter
+from variants.dora import DoRALinear
 
 
-def adapted_model(args: Options, quant: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base, frozen and quantized layer by layer as it is read, with adapters that start from the seed.
+def main(argv: list[str] | None = None) -> int:
+    """Run the program. Returns the exit status; an error is one line on stderr."""
+    args = parse_args(argv, __doc__)
+    return exit_status(partial(run, args), args, argv)
 
-    With --shard it is read into the host's memory, and goes to the device once it is only this process's share.
-    """
-    kept = args.save_4bit if args.resume else None  # the very base that the run had
-    folder = kept or pretrained.find_model(args.model or pretrained.DEFAULT_MODEL)
-    tokenizer = pretrained.load_tokenizer(folder)
-    codebook = normal_float(QUANT[quant]) if QUANT[quant] else None
-    base = {
+
+def run(args: Options) -> None:
+    """Do what the flags ask for."""
+    resolve_device_and_dtype(args)
+    distributed.init_distributed(args.device)  # without torchrun: one process
+    if args.adapter is not None:  # --prompt, --merge, --merge-4bit
+        use_adapter(args)
+    elif args.preview:
+        print(preview(args))
+    elif args.dry_run:
+        print(describe(preflight(args), args))
+    else:
+        report = finetune(args)
+        write_report(report, args.output_dir)
+        if args.compare:
+            report["compare"] = metrics_of(finetune(args.in_16_bits()))
+            write_report(report, args.output_dir)
+        print_report(report, args.output_dir)
+
+
+def finetune(args: Options) -> dict:
+    """One run, from the base to its adapter in args.output_dir. Returns the report."""
+    job = preflight(args)  # finds what can be wrong before a weight is read
+    turn = distributed.local_rank() if args.shard else 0  # sharded, one at a time: less host memory
+    model = distributed.all_or_none(partial(load_model, args, job), turn)
+    print(f"\n{dtype_table(model, args.dtype)}\n")
+    optimizer = make_optimizer(model, args)
+    folder = RunFolder(args, job, model, optimizer)
+    if job.state:
+        start, before = job.state.step, job.state.before
+        load_state(model, optimizer, job.state)
+    else:
+        start, before = 0, evaluate_model(model, job, args, "before")
+    folder.begin(start, before)
+    memory = train(model, optimizer, job, start, folder, args)
+    folder.save_adapter()
+    after = evaluate_model(model, job, args, "after")
+    return summarize(args, job, model, optimizer, before, after, memory)
+
+
+def load_model(args: Options, job: Job) -> PreTrainedModel:
+    """The frozen base with adapters: each nn.Linear is quantized as it is read."""
+    bits = QUANT_BITS[args.quant]
+    quantization = {
         "block_size": args.block_size,
         "double_quant": not args.no_double_quant,
-        "codebook": codebook,
+        "codebook": normal_float(bits) if bits else None,  # None: 16-bit LoRA
     }
-    adapter = {"r": args.lora_r}
-    adapter |= {
-        name: getattr(args, name)
-        for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    adapter = {
+        "layer_type": DoRALinear if args.use_dora else QLoRALinear,
+        "r": args.lora_r,
+        "lora_alpha": args.lora_alpha,
+        "lora_dropout": args.lora_dropout,
+        "use_rslora": args.use_rslora,
     }
-    device = "cpu" if args.shard else args.device
-    model = base_model.load_with_adapters(
-        folder, args.dtype, device, "default" if kept else args.lora_start, args.seed, adapter, base
-    )
-    model.name_or_path = args.model or str(folder)  # which the adapter's config will name
-    if args.save_4bit and processes.first():  # which is then what it names
-        export.save_4bit(model, tokenizer, args.save_4bit)
+    folder, start = base_folder(args)
+    device = "cpu" if args.shard else args.device  # sharded, it moves block by block
+    model = load_with_adapters(folder, args.dtype, device, start, args.seed, adapter, quantization)
+    model.name_or_path = args.model or str(folder)  # the base that adapter_config.json names
+    if args.save_4bit and distributed.is_main():
+        save_4bit(model, job.tokenizer, args.save_4bit)
     if args.packing:
         packing.check(model)
     if args.grad_checkpoint:
         model.activation_checkpointing_enable()
     if args.shard:
-        parallel.shard(model, args.device)
-    return model, tokenizer
+        sharding.shard_model(model, args.device)
+    return model
 
 
-def learning_rate(step: int, args: Options) -> float:
-    """Linear warm-up over the first tenth of the steps, then half a cosine down to a tenth of --lr."""
-    warm_up = max(1, args.max_steps // 10)
-    if step < warm_up:
-        return args.lr * (step + 1) / warm_up
-    return args.lr * (
-        0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / max(1, args.max_steps - warm_up))
-    )
+def make_optimizer(model: nn.Module, args: Options) -> Optimizer:
+    """AdamW for the adapters: paged, or torch's own, with the same bits."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if args.optim == "adamw":
+        return torch.optim.AdamW(trainable, weight_decay=0.0)
+    resident = None if args.resident_mb is None else int(args.resident_mb * 2**20)
+    return PagedAdamW(trainable, weight_decay=0.0, resident_bytes=resident)
+
+
+def evaluate_model(
+    model: PreTrainedModel, job: Job, args: Options, when: str | None = None
+) -> list:
+    """The metric on the held-out rows, and on phrasings that training never sees."""
+    return evaluate(model, job.tokenizer, job.task, args.batch_size, args.dtype, when)
+
+
+def train(
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    job: Job,
+    start: int,
+    folder: RunFolder,
+    args: Options,
+) -> dict[str, dict[str, int | None]]:
+    """Take the steps start + 1 to args.max_steps. Returns the bytes of one step, predicted and measured.
+
+    Raises: KeyboardInterrupt after a signal, once the state is saved.
+    """
+    losses = sharding.wrap_ddp(LabelLoss(model.train(), args.dtype))
+    measured_step = min(start + 1, args.max_steps - 1)  # the second: AdamW has its moments by then
+    world_size = distributed.world_size()
+    memory = {}
+    with StopAfterStep() as stop, folder.progress(start) as steps:
+        for step in steps:
+            began = time.perf_counter()
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+            batches = batches_of_step(
+                job.task.train,
+                step,
+                args.batch_size,
+                args.grad_accum * world_size,
+                args.seed,
+                job.tokenizer.eos_token_id,
+                args.group_by_length,
+            )
+            work = partial(train_step, losses, optimizer, batches, step, args)
+            if step == measured_step and not args.shard:
+                mine = batches[distributed.rank() :: world_size]
+                (loss, norm), memory = measure_step(
+                    work, model, optimizer, mine, step_settings(args), world_size
+                )
+            else:
+                loss, norm = work()
+            tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+            seconds = time.perf_counter() - began
+            line = {"step": step + 1, "loss": loss, "tokens": tokens, "seconds": seconds, "lr": lr}
+            line |= {"grad_norm": norm, "rss_bytes": rss_bytes()}
+            is_last = step + 1 == args.max_steps
+            if is_due(step, args.eval_every) and not is_last:
+                line["eval"] = evaluate_model(model, job, args)
+                model.train()
+            folder.log(line)
+            [stop_requested] = distributed.all_reduce_sum(stop.requested)  # all stop together
+            if is_due(step, args.save_every) or is_last or stop_requested:
+                folder.save_state(step + 1)
+            if stop_requested and not is_last:
+                raise KeyboardInterrupt
+    return memory
 
 
 def train_step(
-    losses: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: list[data.Batch],
-    step: int,
-    args: Options,
+    losses: nn.Module, optimizer: Optimizer, batches: list[Batch], step: int, args: Options
 ) -> tuple[float, float]:
-    """Forward, backward and update, on every Nth batch if there are N processes.
+    """Forward, backward and update. Of N processes, each works on every Nth batch.
 
-    losses: a batch -> the sum of its losses. -> the mean loss over all labels of the step, and the norm of the gradient
+    `losses` maps a batch to the sum of its cross entropies. Returns the mean loss over all labels of
+    the step and the norm of the gradient.
     """
-    labels, world, loss = sum(batch.n_labels for batch in batches), processes.world(), 0.0
-    mine = range(processes.rank(), len(batches), world)
+    world_size = distributed.world_size()
+    n_labels = sum(batch.n_labels for batch in batches)
+    mine = range(distributed.rank(), len(batches), world_size)
+    loss = 0.0
     for number in mine:
-        resume.reseed(args.seed, step * len(batches) + number)
-        with parallel.sending(losses, number == mine[-1]):
-            share = losses(batches[number].to(args.device)) / (
-                labels / world
-            )  # of which the gradients are averaged
-            share.backward()
-        loss += share.item() / world
-    norm, (loss,) = (
-        parallel.clip_gradients(optimizer.param_groups[0]["params"], args.max_grad_norm),
-        processes.total(loss),
-    )
+        seed_batch(args.seed, step * len(batches) + number)
+        with sharding.gradient_sync(losses, number == mine[-1]):
+            # DDP and FSDP2 average the gradients of all processes: times world_size, it is their sum.
+            batch_loss = losses(batches[number].to(args.device)) / (n_labels / world_size)
+            batch_loss.backward()
+        loss += batch_loss.item() / world_size
+    [loss] = distributed.all_reduce_sum(loss)
+    norm = sharding.clip_grad_norm(optimizer.param_groups[0]["params"], args.max_grad_norm)
     if not math.isfinite(norm):
         raise ValueError(
             f"the gradient is not finite (loss {loss}): lower --lr or use --dtype float32"
@@ -121,223 +214,19 @@ def train_step(
     return loss, norm
 
 
-def train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    task: data.Task,
-    start: int,
-    save: Callable[[int], None],
-    metrics: Path,
-    args: Options,
-) -> dict[str, dict[str, int | None]]:
-    """Steps start + 1 to max_steps, each a line in `metrics`. -> what a step weighs, if there was any (weigh.py)
-
-    Raises: KeyboardInterrupt after a signal, the state saved.
-    """
-    losses, world = parallel.parallel(LabelLoss(model.train(), args.dtype)), processes.world()
-    weighed, weights = (
-        min(start + 1, args.max_steps - 1),
-        {},
-    )  # the second step, in which AdamW has its moments, if it comes
-    bar = tqdm(
-        range(start, args.max_steps),
-        initial=start,
-        total=args.max_steps,
-        dynamic_ncols=True,
-        mininterval=1,
-        disable=not processes.first(),
-    )
-    with (
-        resume.StopAfterStep() as stop,
-        open(metrics if processes.first() else os.devnull, "a", encoding="utf-8") as log,
-    ):
-        for step in bar:
-            began = time.perf_counter()
-            batches = data.batches_of_step(
-                task.train,
-                step,
-                args.batch_size,
-                args.grad_accum * world,
-                args.seed,
-                tokenizer.eos_token_id,
-                args.group_by_length,
-            )
-            optimizer.param_groups[0]["lr"] = lr = learning_rate(step, args)
-            work = partial(train_step, losses, optimizer, batches, step, args)
-            if step == weighed and not args.shard:
-                (loss, norm), weights = weigh.step(
-                    work, model, optimizer, batches[processes.rank() :: world], args
-                )
-            else:
-                loss, norm = work()
-            tokens, seconds = (
-                sum(int(b.attention_mask.sum()) for b in batches),
-                time.perf_counter() - began,
-            )
-            line = {
-                "step": step + 1,
-                "loss": loss,
-                "tokens": tokens,
-                "seconds": seconds,
-                "lr": lr,
-                "grad_norm": norm,
-                "rss_bytes": memory.rss_bytes(),
-            }
-            last = step + 1 == args.max_steps
-            if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
-                line["eval"] = measure(model, tokenizer, task, args.batch_size, args.dtype)
-                bar.write(f"step {step + 1}: {task.metric} {line['eval'][0]:.4f}")
-                model.train()
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            if "eval" in line and processes.first():
-                report.plot_loss(metrics, metrics.with_name("loss.png"), task.metric)
-            seen = f"loss {loss:.4f}, {tokens / seconds:.0f} tokens/s, {line['rss_bytes'] / 1e9:.2f} GB"
-            bar.set_postfix_str(seen, refresh=False)
-            (asked,) = processes.total(stop.asked)  # of any process: all stop after the same step
-            if asked or last or (args.save_every and (step + 1) % args.save_every == 0):
-                if processes.first():
-                    os.fsync(log.fileno())  # a state must not outlive the lines before it
-                save(step + 1)
-            if asked and not last:
-                raise KeyboardInterrupt
-    return weights
+def learning_rate(step: int, args: Options) -> float:
+    """Linear warm-up over the first tenth of the steps, then half a cosine down to a tenth of --lr."""
+    warm_up = max(1, args.max_steps // 10)
+    if step < warm_up:
+        return args.lr * (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, args.max_steps - warm_up)
+    return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def finetune(args: Options, quant: str, folder: Path) -> dict:
-    """One run from the base to its adapter in `folder`. -> its report"""
-    began = time.perf_counter()
-    number = processes.local_rank()
-    planned = processes.together(
-        lambda: plan.make(args, folder), turn=min(number, 1)
-    )  # the first may fetch the model
-    _, tokenizer, task, settings, state = planned
-    processes.refuse_differences(settings | {"step to go on from": state.step if state else 0})
-    model, _ = processes.together(
-        lambda: adapted_model(args, quant), turn=number if args.shard else 0
-    )
-    print(f"\n{precision.table(model, args.dtype)}\n")
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    copies = (
-        2 * 4 + (args.save_total_limit + 1) * 12
-    )  # bytes: adapter, and states with both moments, and a new one of each
-    processes.in_first(
-        lambda: files.prepare_folder(folder, copies * sum(p.numel() for p in parameters))
-    )
-    if args.optim == "paged_adamw":
-        resident = None if args.resident_mb is None else int(args.resident_mb * 2**20)
-        optimizer = PagedAdamW(parameters, weight_decay=0.0, resident_bytes=resident)
-    else:
-        optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    if state:
-        start, before = state.step, state.before
-        resume.load_state(model, optimizer, state)
-    else:
-        start, before = 0, measure(model, tokenizer, task, args.batch_size, args.dtype, "before")
-    metrics = folder / "metrics.jsonl"
-    processes.in_first(
-        lambda: (
-            resume.tidy(folder, state, args.save_total_limit),
-            report.keep_metrics(metrics, start),
-        )
-    )
-
-    def save(step: int) -> None:
-        tensors = resume.tensors_of(model, optimizer)
-        processes.in_first(
-            lambda: resume.save(tensors, settings, step, before, folder, args.save_total_limit)
-        )
-
-    if not start:
-        save(start)
-    weights = train(model, tokenizer, optimizer, task, start, save, metrics, args)
-    adapter = parallel.whole(checkpoint.adapter_tensors(model))
-    processes.in_first(
-        lambda: (
-            checkpoint.save_adapter(model, folder, adapter),
-            report.plot_loss(metrics, folder / "loss.png", task.metric),
-        )
-    )
-    after = measure(model, tokenizer, task, args.batch_size, args.dtype, "after")
-    pager = getattr(
-        optimizer,
-        "counters",
-        dict.fromkeys(("hits", "faults", "evictions", "bytes_in", "bytes_out"), 0),
-    )
-    return {
-        "processes": processes.world(),
-        "model_bytes_per_process": parallel.bytes_here(model),
-        "metric": task.metric,
-        "quant": quant,
-        "before": before[0],
-        "after": after[0],
-        "before_unseen": before[1],
-        "after_unseen": after[1],
-        **report.totals(metrics),
-        "seconds_total": time.perf_counter() - began,
-        "peak_rss_bytes": memory.peak_rss_bytes(),
-        **memory.summary(model),
-        "memory": weights,
-        "pager": dict(pager),
-        "seed": args.seed,
-    }
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv, __doc__)
-    processes.begin(args.device)
-    args.resume |= processes.attempt() > 0 and bool(
-        resume.states(args.output_dir)
-    )  # torchrun has started us anew
-    try:
-        if args.adapter is not None:
-            return export.use(args)
-        if args.preview:
-            _, tokenizer = pretrained.load_config_and_tokenizer(
-                args.model or pretrained.DEFAULT_MODEL
-            )
-            task = data.load(
-                args.data,
-                tokenizer,
-                args.max_seq_len,
-                args.seed,
-                args.train_on_prompt,
-                args.packing,
-            )
-            print(data.preview(task, tokenizer, sys.stdout.isatty()))
-            return 0
-        if args.dry_run:
-            print(plan.describe(plan.make(args, args.output_dir), args, args.output_dir))
-            return 0
-        result = finetune(args, args.quant, args.output_dir)
-        processes.in_first(lambda: report.write_report(result, args.output_dir))
-        if args.compare:
-            args.lora_start, args.save_4bit = "default", None
-            other = finetune(args, "none", args.output_dir / "16-bit")
-            result["compare"] = {
-                key: other[key] for key in ("before", "after", "before_unseen", "after_unseen")
-            }
-            processes.in_first(lambda: report.write_report(result, args.output_dir))
-        print(
-            f"\n{report.table(result)}\n\nadapter, metrics and report are in {args.output_dir}/; ask it with\n"
-            f"  {report.command(['--adapter', str(args.output_dir), '--prompt', 'your question'])}"
-        )
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, RuntimeError) as error:
-        lost = processes.lost_another(error)
-        if not lost and isinstance(error, RuntimeError):
-            raise
-        words = [word for word in (argv or sys.argv[1:]) if word != "--resume"] + ["--resume"]
-        again = f"; go on with\n  {report.command(words, processes.on_this_machine())}"
-        rest = again if resume.states(args.output_dir) else " before anything was saved"
-        if lost or processes.first():
-            print(f"\n{lost or 'stopped'}{rest}", file=sys.stderr)
-        return 130
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every N steps (0: never) happens after this one."""
+    return every > 0 and (step + 1) % every == 0
 
 
 if __name__ == "__main__":
-    processes.leave(main())
+    distributed.exit_process(main())

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from checkpoints import base_model
 from checkpoints import sources as pretrained
 from data import dataset as data
-from frozen import FrozenWeight
 from kernels import dispatch
-from lora import QLoRALinear
+from lora import FrozenWeight, QLoRALinear
 from memory import measured as memory
 from paged_optim import PagedAdamW
 from training.dtypes import autocast
@@ -73,7 +72,7 @@ def dequantizing(weight: Tensor, dtype: torch.dtype) -> dict[str, Work]:
     from torchao.quantization import to_nf4
 
     weight = weight.to(dtype)
-    (q, constants), out = FrozenWeight(weight).stored(), torch.empty_like(weight)
+    (q, constants), out = FrozenWeight(weight).packed_state(), torch.empty_like(weight)
     packed, state = bnb.quantize_4bit(
         weight, blocksize=64, quant_type="nf4", compress_statistics=True
     )

@@ -18,9 +18,9 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from bench import random_llama
-from frozen import FrozenWeight
 from kernels import dispatch
 from kernels import page_store as stores
+from lora import FrozenWeight
 from memory.formula import Shape
 from paged_optim import PagedAdamW
 from training.dtypes import autocast
@@ -48,7 +48,7 @@ class Layer:
 
     def dequantizing(self) -> dict[str, Work]:
         """Double-quantized NF4 -> bfloat16, into memory that is there already."""
-        q, constants = self.base.stored()
+        q, constants = self.base.packed_state()
         out = (
             self.out if self.out.is_cuda else None
         )  # elsewhere bitsandbytes always takes new memory
@@ -98,7 +98,7 @@ def updating(count: int, device: torch.device) -> dict[str, Work]:
         return make([parameter], **settings).step
 
     def ordinary(*arguments: object, **settings: object) -> PagedAdamW:
-        with mock.patch.object(stores.managed, "driver_of", return_value=None):
+        with mock.patch.object(stores.unified_memory, "driver_of", return_value=None):
             return PagedAdamW(*arguments, **settings)
 
     large = 2**26  # bytes of a page: its update is then much longer than its launch

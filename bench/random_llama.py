@@ -12,8 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from double_quant import DoubleQuantized
-from frozen import FrozenWeight
-from lora import QLoRALinear
+from lora import FrozenWeight, QLoRALinear
 from memory.formula import Shape
 from nf4 import NF4, Quantized
 

@@ -58,7 +58,7 @@ def pack(base: FrozenWeight, name: str, storage: torch.dtype = torch.uint8) -> d
             f"{name} cannot be saved in bitsandbytes' format: it is {got}; the format has nf4 and "
             f"fp4 in blocks of {', '.join(map(str, BLOCK_SIZES))} and dtypes of 16 or 32 bits"
         )
-    q, constants = base.quantized()
+    q, constants = base.packed_state()
     state = {
         "quant_type": kind,
         "blocksize": q.block_size,

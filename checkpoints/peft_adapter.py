@@ -37,6 +37,7 @@ import nf4
 from checkpoints import io
 from checkpoints.bnb_4bit import DTYPES
 from lora import FrozenWeight, QLoRALinear, adapt, names_of, unadapted
+from variants.dora import DoRALinear
 
 PREFIX = "base_model.model."
 DEFAULTS = {  # PEFT's
@@ -73,16 +74,11 @@ def adapted_layers(model: nn.Module) -> dict[str, QLoRALinear]:
     return {names[0]: layer for layer, names in layers.items() if layer.r}
 
 
-def uses_dora(layer: QLoRALinear) -> bool:
-    """Whether the adapter of a layer is DoRA's."""
-    return layer.use_dora
-
-
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Maps PEFT's name to the parameter, for every adapter of the model."""
     tensors = {}
     for layer_name, layer in adapted_layers(model).items():
-        for ours, peft_name in tensor_names(layer_name, uses_dora(layer)).items():
+        for ours, peft_name in tensor_names(layer_name, isinstance(layer, DoRALinear)).items():
             tensors[peft_name] = layer.get_parameter(ours)
     return tensors
 
@@ -165,11 +161,11 @@ def _config_of(model: nn.Module, layers: dict[str, QLoRALinear]) -> dict:
 
 
 def _shared_settings(layer: QLoRALinear) -> dict:
-    """The settings for which PEFT's config has one value for all layers."""
+    """The settings for which PEFT's format has one value for all layers."""
     return {
         "lora_dropout": layer.lora_dropout,
         "use_rslora": layer.use_rslora,
-        "use_dora": uses_dora(layer),
+        "use_dora": isinstance(layer, DoRALinear),
     }
 
 
@@ -218,14 +214,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         layers = {names[0]: model.get_submodule(names[0]) for names in new}
     settings = {name: settings_of(name, config) for name in layers}
     if not new:
-        _check_settings(layers, config, settings, folder / "adapter_config.json")
-    io.check_like(tensors, _expected_tensors(layers, config, settings), path)
+        _check_settings(layers, settings, config["use_dora"], folder)
+    io.check_like(tensors, _expected_tensors(layers, settings, config["use_dora"]), path)
     if not layers:
         raise ValueError(f"{path} has no adapter for any layer of the model")
     # As float32, because a float64 in the file may be beyond its range.
     io.require_finite({name: tensor.float() for name, tensor in tensors.items()}, path)
-    dora = {"use_dora": config["use_dora"]}
-    adapt(model, [(names, settings[names[0]] | dora) for names in new])
+    layer_type = DoRALinear if config["use_dora"] else QLoRALinear
+    adapt(model, [(names, settings[names[0]]) for names in new], layer_type)
     for name, layer in adapted_layers(model).items():
         layer.lora_alpha = settings[name]["lora_alpha"]
         layer.use_rslora = settings[name]["use_rslora"]
@@ -234,19 +230,20 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _check_settings(
-    layers: dict[str, QLoRALinear], config: dict, settings: dict[str, dict], path: Path
+    layers: dict[str, QLoRALinear], settings: dict[str, dict], use_dora: bool, folder: Path
 ) -> None:
     """Raises a ValueError if a config has another rank or use_dora than a model's adapters."""
+    path = folder / "adapter_config.json"
     for name, layer in layers.items():
-        r, use_dora = settings[name]["r"], config["use_dora"]
+        r = settings[name]["r"]
         if layer.r != r:
             raise ValueError(f"{path} gives {name} rank {r}, and the model's adapter has {layer.r}")
-        if uses_dora(layer) != use_dora:
+        if isinstance(layer, DoRALinear) != use_dora:
             raise ValueError(f"{path} has use_dora {use_dora}, and the model's adapter has not")
 
 
 def _expected_tensors(
-    layers: dict[str, nn.Linear | QLoRALinear], config: dict, settings: dict[str, dict]
+    layers: dict[str, nn.Linear | QLoRALinear], settings: dict[str, dict], use_dora: bool
 ) -> dict[str, Tensor]:
     """Creates the tensors that the file must hold, on the meta device."""
     expected = {}
@@ -257,7 +254,7 @@ def _expected_tensors(
             "lora_B": (layer.out_features, r),
             "lora_magnitude_vector.weight": (layer.out_features,),
         }
-        for ours, peft_name in tensor_names(name, config["use_dora"]).items():
+        for ours, peft_name in tensor_names(name, use_dora).items():
             expected[peft_name] = torch.empty(shapes[ours], device="meta")
     return expected
 
@@ -269,7 +266,7 @@ def layers_of(tensors: dict[str, Tensor]) -> set[str]:
 
 
 def settings_of(layer: str, config: dict) -> dict:
-    """Looks up the settings of a layer in a config, but for use_dora, as `adapt` takes them."""
+    """Looks up the settings of a layer in a config, as `from_linear` of its type takes them."""
     return {
         "r": _first_match(config["rank_pattern"], layer, config["r"]),
         "lora_alpha": _first_match(config["alpha_pattern"], layer, config["lora_alpha"]),

@@ -1,1 +1,1 @@
-"""Rows of people's files as token ids and labels."""
+"""Turns rows of data files into token ids and labels."""

@@ -1,39 +1,46 @@
-"""From turns to token ids, by the model's own chat template, and which of these tokens are learnt: the answers, nothing else.
+"""Encodes conversations with the model's chat template; only the answers are in the loss.
 
-A template is a program that writes turns as text. Hardly any says where an answer begins and ends, so that is found out by
-letting it write growing prefixes of the conversation. For the answer in turn k,
+A chat template is a program that writes turns as text. Most templates do not mark where an answer
+begins and ends. So the template renders growing prefixes of the conversation. For the answer in
+turn k,
 
-    asked    = turns before k, and the header of an answer to come    <|user|>2 + 2?<|end|><|assistant|>
-    answered = turns up to k                                          <|user|>2 + 2?<|end|><|assistant|>4<|end|>
+    prompt   = turns before k, and the header of an answer    <|user|>2 + 2?<|end|><|assistant|>
+    answered = turns up to and including k      <|user|>2 + 2?<|end|><|assistant|>4<|end|>
 
-`asked` must be how `answered` begins; what `answered` has more is the answer. `answered` must be how the whole begins; else the
-template rewrites earlier turns (Qwen 3's forgets what was thought in them), and each answer becomes a sequence of its own,
-in which it comes last. Learnt is up to the last special token of an answer, its end; the line break after it is nobody's.
+`answered` must start with `prompt`; the rest of `answered` is the answer. The rendered
+conversation must start with `answered`. Otherwise the template rewrites earlier turns (Qwen 3's
+removes the thoughts from them), and each answer gets a sequence of its own, in which it is the last
+turn.
 
-The ids of `asked` alone are how the ids of the whole must begin, for they are what the model sees when it is asked. Where a
-tokenizer would draw the last letter of a question and the first of an answer into one token, the rest is encoded by itself.
+In the loss are the tokens of an answer up to and including its last special token, which ends it.
+The line break that many templates write after that token is not in the loss.
 
-Without a template, a turn is a line, and an end token follows each answer.
+The ids of the first `prompt` must be the first ids of the sequence, because generation starts from
+exactly these ids. Where a tokenizer would merge the last character of a question and the first
+character of an answer into one token, the answer is tokenized separately.
+
+Without a chat template, each turn is a line, and an EOS token follows each answer.
 """
 
 import hashlib
 from array import array
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from data.rows import BRIEFLY, BadRow, Turn, is_learnt, question
+from data.rows import BadRow, Turn, is_default_system_message, is_in_loss, question_turns
 
-IGNORE = -100  # the label that cross entropy leaves out
+IGNORE_INDEX = -100  # the label that cross entropy skips
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence: its token ids, and as many labels: the id where it is learnt, else IGNORE; the texts it came from.
+    """One sequence: token ids, one label per id, and the first question and answer in it as text.
 
-    starts: where documents begin in it, more than one if it is packed.
+    labels: the id itself where the token is in the loss, else IGNORE_INDEX.
+    starts: the index at which each document begins; a packed sequence has more than one.
     """
 
     ids: list[int]
@@ -44,22 +51,23 @@ class Example:
 
     @property
     def n_prompt(self) -> int:
-        """How many tokens come before the first that is learnt."""
-        return next(
-            (place for place, label in enumerate(self.labels) if label != IGNORE), len(self.labels)
-        )
+        """The number of tokens before the first token in the loss."""
+        for index, label in enumerate(self.labels):
+            if label != IGNORE_INDEX:
+                return index
+        return len(self.labels)
 
     def cut(self, start: int, end: int) -> "Example":
+        """The tokens from index `start` up to, but not including, `end`."""
         return Example(self.ids[start:end], self.labels[start:end], self.prompt, self.answer)
 
 
 def fingerprint(examples: list[Example]) -> str:
-    """A hash of the examples' token ids, of which of them are learnt, and of their order: what training sees of the data."""
+    """A hash of all that training sees of the data: ids, labels, document starts and order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(
-            array("q", [len(example.ids), *example.ids, *example.labels, *example.starts])
-        )
+        numbers = [len(example.ids), *example.ids, *example.labels, *example.starts]
+        digest.update(array("q", numbers))
     return digest.hexdigest()[:16]
 
 
@@ -67,127 +75,164 @@ class Template:
     """The chat template of a tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer, self.name = tokenizer, f"the chat template of {tokenizer.name_or_path}"
-        self.ends = {
-            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        self.ends.add(tokenizer.eos_token_id)
-        first = tokenizer("").input_ids[:1]
-        self.begin = (
-            first if first == [tokenizer.bos_token_id] else []
-        )  # what this tokenizer puts before every text
+        self.tokenizer = tokenizer
+        self.name = f"the chat template of {tokenizer.name_or_path}"
+        added = tokenizer.added_tokens_decoder
+        special_ids = {token_id for token_id, token in added.items() if token.special}
+        self.end_ids = special_ids | {tokenizer.eos_token_id}
+        first_ids = tokenizer("").input_ids[:1]
+        adds_bos = first_ids == [tokenizer.bos_token_id]
+        self.bos_ids = first_ids if adds_bos else []
+        # A chat template writes BOS itself.
+        self.rendered_prefix = self.bos_ids if tokenizer.chat_template is None else []
 
-    def ask(self, prompt: str) -> list[int]:
+    def encode_prompt(self, prompt: str) -> list[int]:
         """The ids of a question, up to where its answer begins."""
-        return self._ids(self._write(question(prompt), asks=True))
+        text = self._render(question_turns(prompt), add_generation_prompt=True)
+        return self._tokenize_rendered(text)
 
-    def document(self, text: str) -> Example:
-        """A text that is learnt whole, with the end of it."""
-        ids = self.begin + self._ids(text, bare=True) + [self.tokenizer.eos_token_id]
+    def encode_document(self, text: str) -> Example:
+        """A plain text and an EOS token, all of them in the loss."""
+        ids = self.bos_ids + self._tokenize(text) + [self.tokenizer.eos_token_id]
         return Example(ids, ids)
 
-    def conversation(self, turns: list[Turn]) -> list[Example]:
-        """One example, or one an answer where the template rewrites earlier turns.
+    def encode_conversation(self, turns: list[Turn]) -> list[Example]:
+        """One example, or one per answer if the template rewrites earlier turns.
 
-        Raises: BadRow if the template refuses these turns; ValueError if it never shows where an answer begins or ends.
+        Raises: BadRow if the template refuses these turns; ValueError if the template never shows
+        where an answer begins or ends.
         """
-        answers = [place for place, turn in enumerate(turns) if is_learnt(turn)]
+        answers = [index for index, turn in enumerate(turns) if is_in_loss(turn)]
         try:
-            whole, spans = self._write(turns), [self._span(turns, place) for place in answers]
+            text = self._render(turns)
+            prefixes = [self._render_prompt_and_answer(turns, index) for index in answers]
         except TemplateError as error:
             raise BadRow(f"{self.name} refuses it ({error})") from None
-        texts = [(turns[place - 1]["content"], turns[place]["content"]) for place in answers]
-        if all(whole.startswith(answered) for _, answered in spans):
-            return [
-                self._example(
-                    whole, [(len(asked), len(answered)) for asked, answered in spans], *texts[0]
-                )
-            ]
-        return [
-            self._example(answered, [(len(asked), len(answered))], *text)
-            for (asked, answered), text in zip(spans, texts)
-        ]
 
-    def _span(self, turns: list[Turn], place: int) -> tuple[str, str]:
-        """What is written up to the answer in turn `place`, and with it."""
-        asked, answered = self._write(turns[:place], asks=True), self._write(turns[: place + 1])
-        if not answered.startswith(asked):
+        if all(text.startswith(answered) for _, answered in prefixes):
+            spans = [(len(prompt), len(answered)) for prompt, answered in prefixes]
+            return [self._encode_spans(text, spans, turns, answers[0])]
+        examples = []
+        for index, (prompt, answered) in zip(answers, prefixes):
+            spans = [(len(prompt), len(answered))]
+            examples.append(self._encode_spans(answered, spans, turns, index))
+        return examples
+
+    def _render_prompt_and_answer(self, turns: list[Turn], index: int) -> tuple[str, str]:
+        """The text before the answer in turn `index`, and the same text with the answer."""
+        prompt = self._render(turns[:index], add_generation_prompt=True)
+        answered = self._render(turns[: index + 1])
+        if not answered.startswith(prompt):
             raise ValueError(
-                f"{self.name} asks for an answer with {asked[-40:]!r}, but does not write a given one after that: "
-                "its tokens cannot be told; give the tokenizer a template that does"
+                f"{self.name} ends a prompt with {prompt[-40:]!r}, but does not write a given "
+                "answer after these characters, so the tokens of the answer cannot be found: "
+                "give the tokenizer a template that does"
             )
-        return asked, answered
+        return prompt, answered
 
-    def _example(
-        self, text: str, spans: list[tuple[int, int]], prompt: str, answer: str
+    def _encode_spans(
+        self, text: str, spans: list[tuple[int, int]], turns: list[Turn], answer: int
     ) -> Example:
-        """Encode a text of which spans are answers, up to the end of the last: what follows teaches nothing."""
-        ids, labels = [], []
-        cuts = [0, *(cut for span in spans for cut in span)]  # given, answer, given, ..., answer
-        for number, (start, end) in enumerate(pairwise(cuts)):
-            whole = self._ids(text[:end])
-            new = (
-                whole[len(ids) :]
-                if whole[: len(ids)] == ids
-                else self._ids(text[start:end], bare=True)
-            )
-            ids = ids + new
-            learnt = self._up_to_its_end(new) if number % 2 else 0
-            labels += new[:learnt] + [IGNORE] * (len(new) - learnt)
-        end = len(new) - learnt
-        return Example(ids, labels, prompt, answer).cut(0, len(ids) - end)
+        """Encode a text up to the end of its last answer.
 
-    def _up_to_its_end(self, ids: list[int]) -> int:
-        ends = [place for place, token in enumerate(ids) if token in self.ends]
+        spans: the first character of each answer and the character after its last.
+        answer: the index of the first answer in `turns`.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        previous_end = 0
+        for start, end in spans:
+            prompt_ids = self._next_ids(ids, text, previous_end, start)
+            ids += prompt_ids
+            labels += [IGNORE_INDEX] * len(prompt_ids)
+
+            answer_ids = self._next_ids(ids, text, start, end)
+            n_in_loss = self._length_with_end(answer_ids)
+            last_end = len(ids) + n_in_loss
+            ids += answer_ids
+            labels += answer_ids[:n_in_loss]
+            labels += [IGNORE_INDEX] * (len(answer_ids) - n_in_loss)
+            previous_end = end
+        question = turns[answer - 1]["content"]
+        return Example(ids, labels, question, turns[answer]["content"]).cut(0, last_end)
+
+    def _next_ids(self, ids: list[int], text: str, start: int, end: int) -> list[int]:
+        """The ids of text[start:end], where `ids` are those of text[:start]."""
+        all_ids = self._tokenize_rendered(text[:end])
+        if all_ids[: len(ids)] == ids:
+            return all_ids[len(ids) :]
+        return self._tokenize(text[start:end])  # one token would span `start`
+
+    def _length_with_end(self, answer_ids: list[int]) -> int:
+        """The number of tokens up to and including the last special token."""
+        ends = [index for index, token in enumerate(answer_ids) if token in self.end_ids]
         if not ends:
             raise ValueError(
-                f"{self.name} puts no special token after an answer, so no end would be learnt: give it a "
-                "template that writes eos_token there"
+                f"{self.name} writes no special token after an answer, so the model would not be "
+                "trained to end its answers: give it a template that writes eos_token there"
             )
         return ends[-1] + 1
 
-    def _write(self, turns: list[Turn], asks: bool = False) -> str:
-        """The turns as text, and with `asks` the header under which an answer is to be written."""
+    def _render(self, turns: list[Turn], add_generation_prompt: bool = False) -> str:
+        """The turns as text; add_generation_prompt: and the header of the answer that follows."""
         if self.tokenizer.chat_template is None:
-            end = {"assistant": self.tokenizer.eos_token}
-            return "".join(
-                turn["content"] + end.get(turn["role"], "\n")
-                for turn in turns
-                if turn is not BRIEFLY
-            )
+            return self._render_lines(turns)
         try:
             return self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=asks, tokenize=False
+                turns, add_generation_prompt=add_generation_prompt, tokenize=False
             )
         except TemplateError:
-            if turns[0] is not BRIEFLY:
-                raise
-            return self._write(turns[1:], asks)  # a template without system messages, as Gemma's
+            # Some templates, such as Gemma's, refuse system messages.
+            if is_default_system_message(turns[0]):
+                return self._render(turns[1:], add_generation_prompt)
+            raise
 
-    def _ids(self, text: str, bare: bool = False) -> list[int]:
-        """The ids of a text that the template wrote, or bare: of one to which nothing is added."""
-        begin = [] if bare or self.tokenizer.chat_template is not None else self.begin
-        return begin + self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    def _render_lines(self, turns: list[Turn]) -> str:
+        text = ""
+        for turn in turns:
+            if is_default_system_message(turn):
+                continue
+            end = self.tokenizer.eos_token if turn["role"] == "assistant" else "\n"
+            text += turn["content"] + end
+        return text
+
+    def _tokenize_rendered(self, text: str) -> list[int]:
+        """The ids of a text that starts with the first turn, with BOS where it is needed."""
+        return self.rendered_prefix + self._tokenize(text)
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def shown(example: Example, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
-    """A sequence as text, what is learnt in it marked."""
+def show_example(example: Example, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+    """A sequence as text, with the tokens in the loss marked."""
     parts = []
-    for learnt, run in groupby(
-        zip(example.ids, example.labels), key=lambda pair: pair[1] != IGNORE
-    ):
-        text = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
-        # A control character in the data is shown, not obeyed by the terminal.
-        text = "".join(
-            letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1]
-            for letter in text
-        )
-        parts.append(
-            marked(text, colour) if learnt else f"\033[2m{text}\033[0m" if colour else text
-        )
+    pairs = zip(example.ids, example.labels)
+    for in_loss, run in groupby(pairs, key=_has_label):
+        ids = [token for token, _ in run]
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text = "".join(map(_escape_control_character, text))
+        if in_loss:
+            parts.append(mark_in_loss(text, colour))
+        elif colour:
+            parts.append(f"\033[2m{text}\033[0m")
+        else:
+            parts.append(text)
     return "".join(parts)
 
 
-def marked(text: str, colour: bool) -> str:
-    """Learnt text, green or in brackets."""
+def mark_in_loss(text: str, colour: bool) -> str:
+    """Marks text that is in the loss, by green colour or by brackets."""
     return f"\033[32m{text}\033[0m" if colour else f"⟦{text}⟧"
+
+
+def _has_label(pair: tuple[int, int]) -> bool:
+    _, label = pair
+    return label != IGNORE_INDEX
+
+
+def _escape_control_character(character: str) -> str:
+    """Escapes it, so that the terminal prints a control character of the data and does not obey."""
+    if character.isprintable() or character == "\n":
+        return character
+    return repr(character)[1:-1]

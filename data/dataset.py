@@ -1,41 +1,48 @@
-"""Data sets, as token ids and a mask of which of them are learnt.
+"""Data sets as token ids and labels, and the batches of each training step.
 
-    orders, roman   generated, see tasks.py; text: the reference pages of Python's own help(), as plain text
-    a file          .txt as plain text; .jsonl and .json as rows of the formats of formats.py
-    a hub id        owner/name of a data set on the Hugging Face hub, of such rows
+    orders, roman   generated, see toy_tasks.py
+    text            the reference pages of Python's own help(), as plain text
+    a file          .txt as plain text; .jsonl and .json as rows in the formats of rows.py
+    a hub id        owner/name of a data set on the Hugging Face hub with such rows
 
-Only answers and their end tokens are learnt (template.py), and documents whole. Padding is told from text by its position,
-never by its id: pad and end are the same token in many models, and an end that is masked away is never learnt.
+In the loss are the answers and their end tokens (chat_template.py), and every token of a document.
+Padding is masked by its position, never by its id: many models use one token for padding and for
+EOS, and masking EOS by id would drop it from the loss.
 """
 
 import random
 import re
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from checkpoints import io as files
-from data import packing
-from data import rows as formats
-from data import toy_tasks as tasks
-from data.chat_template import IGNORE, Example, Template, marked, shown
+from checkpoints import io
+from data import packing, rows, toy_tasks
+from data.chat_template import IGNORE_INDEX, Example, Template, mark_in_loss, show_example
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.txt)")
+BATCHES_PER_WINDOW = 50  # whose sequences by_length sorts together
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on and what is measured. `metric` is "exact match" of generated answers, or "perplexity"."""
+    """The examples to train on and to evaluate on.
+
+    metric: "exact match" of generated answers, or "perplexity".
+    unseen: examples in phrasings that do not occur in training.
+    """
 
     metric: str
     train: list[Example]
     test: list[Example]
-    unseen: list[Example] = field(default_factory=list)  # phrasings kept out of training
+    unseen: list[Example] = field(default_factory=list)
 
 
-def load(
+def load_task(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     max_seq_len: int,
@@ -43,45 +50,40 @@ def load(
     train_on_prompt: bool = False,
     packed: bool = False,
 ) -> Task:
-    """The data set of that name, or in that file. Prints how many rows were too long, and what became of them.
+    """Loads a data set by its name, file or hub id; prints how many rows were too long.
 
-    train_on_prompt: learn every token, not the answers alone. packed: several examples a sequence, as packing.py has it.
-    Raises: ValueError for an unknown name, rows that cannot be used (all of them, with their lines), or too few of them.
+    train_on_prompt: all tokens of the training examples are in the loss, not the answers alone.
+    packed: packs the training examples (packing.py).
+    Raises: ValueError for an unknown name, for bad rows (all of them, with their lines), and for
+    fewer than two rows.
     """
     template = Template(tokenizer)
-    if name in ("orders", "roman"):
-        parts = getattr(tasks, name)(random.Random(seed))
-        task = Task(
-            "exact match",
-            *([template.conversation(formats.pair(*pair))[0] for pair in part] for part in parts),
-        )
-        longest = max(len(example.ids) for example in task.train + task.test + task.unseen)
-        if longest > max_seq_len:
-            raise ValueError(
-                f"the longest of {name} has {longest} tokens, more than --max-seq-len {max_seq_len}: raise it"
-            )
+    path = Path(name)
+    if name in toy_tasks.TASKS:
+        task = _toy_task(name, template, max_seq_len, seed)
     elif name == "text":
-        from pydoc_data.topics import topics  # the pages behind help("for"), help("yield"), ...
-
-        task = _split(
-            _text(template, "\n\n".join(topics[key] for key in sorted(topics)), max_seq_len)
-        )
-    elif Path(name).suffix == ".txt" and Path(name).is_file():
-        task = _split(_text(template, files.read_text(Path(name)), max_seq_len))
+        task = _split(_encode_text(_help_pages(), template, max_seq_len))
+    elif path.suffix == ".txt" and path.is_file():
+        task = _split(_encode_text(io.read_text(path), template, max_seq_len))
     else:
-        rows = _fit(_encode(name, template), max_seq_len, name)
-        random.Random(seed).shuffle(rows)
-        task = _split(rows)
+        encoded = _fit(_encode_rows(name, template), max_seq_len, name)
+        random.Random(seed).shuffle(encoded)
+        task = _split(encoded)
+
+    train = task.train
     if train_on_prompt:
-        task = replace(task, train=[replace(example, labels=example.ids) for example in task.train])
-    return replace(task, train=packing.pack(task.train, max_seq_len)) if packed else task
+        train = [replace(example, labels=example.ids) for example in train]
+    if packed:
+        train = packing.pack(train, max_seq_len)
+    return replace(task, train=train)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples side by side, padded on the right: input_ids, attention_mask and labels, each int64 (B, T).
+    """Examples padded on the right to one length: each tensor is int64 (B, T).
 
-    position_ids, where examples are packed: the place of each token in its document. They say where a document ends, too.
+    position_ids: of packed examples, the index of each token in its document; else None. The model
+    also derives from it where a document ends.
     """
 
     input_ids: Tensor
@@ -91,43 +93,39 @@ class Batch:
 
     @property
     def n_labels(self) -> int:
-        """How many tokens are predicted: the first of a sequence never is."""
-        return int((self.labels[:, 1:] != IGNORE).sum())
+        """The number of predicted tokens; the first token of a sequence is never predicted."""
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What the model is called with. Transformers looks for packed documents where there is no attention_mask."""
-        seen = (
-            {"attention_mask": self.attention_mask}
-            if self.position_ids is None
-            else {"position_ids": self.position_ids}
-        )
-        return {"input_ids": self.input_ids} | seen
+        """The arguments of the model.
+
+        Transformers detects packed documents only where there is no attention_mask.
+        """
+        if self.position_ids is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids}
 
     def to(self, device: str) -> "Batch":
-        return Batch(
-            **{
-                name: tensor if tensor is None else tensor.to(device)
-                for name, tensor in vars(self).items()
-            }
-        )
+        tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return Batch(**{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def collate(examples: list[Example], pad_id: int) -> Batch:
-    """Pad examples to the longest of them."""
-    shape = len(examples), max(len(example.ids) for example in examples)
-    ids, mask, labels = (
-        torch.full(shape, pad_id),
-        torch.zeros(shape, dtype=torch.int64),
-        torch.full(shape, IGNORE),
-    )
+    """Pads examples to the length of the longest and stacks them."""
+    shape = (len(examples), max(len(example.ids) for example in examples))  # (B, T)
+    input_ids = torch.full(shape, pad_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX)
     for row, example in enumerate(examples):
         n = len(example.ids)
-        ids[row, :n] = torch.tensor(example.ids)
-        mask[row, :n] = 1
+        input_ids[row, :n] = torch.tensor(example.ids)
+        attention_mask[row, :n] = 1
         labels[row, :n] = torch.tensor(example.labels)
-    packed = any(len(example.starts) > 1 for example in examples)
-    return Batch(ids, mask, labels, packing.positions(examples, shape) if packed else None)
+    position_ids = None
+    if any(len(example.starts) > 1 for example in examples):
+        position_ids = packing.position_ids(examples, shape)
+    return Batch(input_ids, attention_mask, labels, position_ids)
 
 
 def batches_of_step(
@@ -139,133 +137,189 @@ def batches_of_step(
     pad_id: int,
     by_length: bool = False,
 ) -> list[Batch]:
-    """The `count` batches of a step: they follow from step and seed alone, so a resumed run sees what it would have seen.
+    """The `count` batches of a step.
 
-    by_length: 50 batches at a time of an epoch's order are filled anew, each with sequences of similar length.
+    They depend on step and seed alone, so a resumed run gets the batches of an uninterrupted run.
+    by_length: within each window of 50 batches, sequences of similar length share a batch.
     """
-    n, places, size = (
-        len(examples),
-        range(step * batch_size * count, (step + 1) * batch_size * count),
-        50 * batch_size,
-    )
-    epochs = {place // n for place in places}
-    order = {
-        epoch: torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-        for epoch in epochs
-    }
-    for epoch, start in {(place // n, place % n // size * size) for place in places if by_length}:
-        window = sorted(
-            order[epoch][start : start + size],
-            key=lambda number: len(examples[number].ids),
-            reverse=True,
-        )
-        batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-        random.Random(f"{seed} {epoch} {start}").shuffle(batches)
-        order[epoch][start : start + size] = [number for batch in batches for number in batch]
-    chosen = [examples[order[place // n][place % n]] for place in places]
-    return [collate(chosen[i : i + batch_size], pad_id) for i in range(0, len(chosen), batch_size)]
+    n = len(examples)
+    per_step = batch_size * count
+    positions = range(step * per_step, (step + 1) * per_step)
+    places = [divmod(position, n) for position in positions]  # (epoch, index in its order)
+    epochs = {epoch for epoch, _ in places}
+    orders = {epoch: _shuffled_indices(n, seed + epoch) for epoch in epochs}
+    if by_length:
+        size = BATCHES_PER_WINDOW * batch_size
+        windows = {(epoch, index // size * size) for epoch, index in places}
+        for epoch, start in windows:
+            window = orders[epoch][start : start + size]
+            batches = _batches_by_length(window, examples, batch_size)
+            random.Random(f"{seed} {epoch} {start}").shuffle(batches)
+            orders[epoch][start : start + size] = chain.from_iterable(batches)
+
+    chosen = [examples[orders[epoch][index]] for epoch, index in places]
+    return [collate(chosen[i : i + batch_size], pad_id) for i in range(0, per_step, batch_size)]
 
 
-def chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def _shuffled_indices(n: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def _batches_by_length(
+    indices: list[int], examples: list[Example], batch_size: int
+) -> list[list[int]]:
+    """The indices in batches of examples of similar length, the longest first."""
+    ordered = sorted(indices, key=lambda index: len(examples[index].ids), reverse=True)
+    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """The ids of a question in the model's chat template, up to where its answer begins."""
-    return Template(tokenizer).ask(prompt)
+    return Template(tokenizer).encode_prompt(prompt)
 
 
 def preview(task: Task, tokenizer: PreTrainedTokenizerBase, colour: bool, count: int = 3) -> str:
-    """The first sequences to train on as text, what is learnt in it marked."""
+    """The first sequences to train on as text, with the tokens in the loss marked."""
+    marked = mark_in_loss("this", colour)
     lines = [
-        f"{len(task.train)} sequences to train on, {len(task.test)} held out; learnt is {marked('this', colour)}"
+        f"{len(task.train)} sequences to train on, {len(task.test)} held out; "
+        f"{marked} is in the loss"
     ]
     for number, example in enumerate(task.train[:count], 1):
-        lines.append(
-            f"--- {number}: {len(example.ids)} tokens, {sum(label != IGNORE for label in example.labels[1:])} learnt"
-        )
-        documents = [example.cut(*place) for place in pairwise([*example.starts, len(example.ids)])]
-        lines.append("\n- - -\n".join(shown(document, tokenizer, colour) for document in documents))
+        n_in_loss = sum(label != IGNORE_INDEX for label in example.labels[1:])
+        lines.append(f"--- {number}: {len(example.ids)} tokens, {n_in_loss} in the loss")
+        bounds = pairwise([*example.starts, len(example.ids)])
+        documents = [example.cut(start, end) for start, end in bounds]
+        texts = [show_example(document, tokenizer, colour) for document in documents]
+        lines.append("\n- - -\n".join(texts))
     return "\n".join(lines)
 
 
-def _text(template: Template, text: str, length: int) -> list[list[Example]]:
-    """Plain text as sequences of `length` tokens, all learnt."""
-    ids = template.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return _pieces(Example(ids, ids), length)
-
-
-def _pieces(example: Example, length: int) -> list[list[Example]]:
-    """Rows of at most `length` tokens; a single token left over would teach nothing."""
-    return [[example.cut(i, i + length)] for i in range(0, len(example.ids) - 1, length)]
-
-
-def _encode(name: str, template: Template) -> list[tuple[formats.Row, list[Example]]]:
-    """The rows of a file or a hub data set, each with its examples. Raises: ValueError with every row that makes none."""
-    path = Path(name)
-    if path.is_file() and path.suffix not in (".json", ".jsonl"):
+def _toy_task(name: str, template: Template, max_seq_len: int, seed: int) -> Task:
+    parts = []
+    for pairs in toy_tasks.TASKS[name](random.Random(seed)):
+        turns = [rows.pair_turns(prompt, answer) for prompt, answer in pairs]
+        parts.append([template.encode_conversation(each)[0] for each in turns])
+    longest = max(len(example.ids) for part in parts for example in part)
+    if longest > max_seq_len:
         raise ValueError(
-            f"--data {name} ends neither in .txt nor in .jsonl or .json: rename it to what it is"
+            f"the longest example of {name} has {longest} tokens, more than --max-seq-len "
+            f"{max_seq_len}: raise it"
         )
-    if not path.is_file() and not re.fullmatch(
-        r"[\w-][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.txt)", name
-    ):
-        raise ValueError(f"--data {name} is not a file, nor one of orders, roman, text")
-    rows, encoded, faults = formats.read(path) if path.is_file() else formats.read_hub(name), [], []
-    for row in rows:
+    return Task("exact match", *parts)
+
+
+def _help_pages() -> str:
+    """The pages of help("for"), help("yield") and so on."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def _encode_text(text: str, template: Template, length: int) -> list[list[Example]]:
+    """Plain text as sequences of `length` tokens, all in the loss; each is a row of its own."""
+    ids = template.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return [[piece] for piece in _cut_document(Example(ids, ids), length)]
+
+
+def _cut_document(example: Example, length: int) -> list[Example]:
+    """Pieces of at most `length` tokens; a last single token is dropped: it has no label."""
+    return [example.cut(i, i + length) for i in range(0, len(example.ids) - 1, length)]
+
+
+def _encode_rows(name: str, template: Template) -> list[tuple[rows.Row, list[Example]]]:
+    """The rows of a file or of a hub data set, each with its examples.
+
+    Raises: ValueError with every row that has none.
+    """
+    encoded = []
+    faults = []
+    found = _read_rows(name)
+    for row in found:
         try:
-            if row.fault:
-                raise formats.BadRow(row.fault)
-            encoded.append(
-                (
-                    row,
-                    template.conversation(row.turns)
-                    if row.turns
-                    else [template.document(row.text)],
-                )
-            )
-        except formats.BadRow as error:
+            encoded.append((row, _encode_row(row, template)))
+        except rows.BadRow as error:
             faults.append(f"{row.where}: {error}")
-    formats.refuse(faults, len(rows), name)
+    rows.raise_if_any(faults, len(found), name)
     return encoded
 
 
-def _fit(
-    rows: list[tuple[formats.Row, list[Example]]], length: int, name: str
-) -> list[list[Example]]:
-    """The examples of each row in at most `length` tokens; says how many are cut or dropped.
+def _read_rows(name: str) -> list[rows.Row]:
+    path = Path(name)
+    if path.is_file():
+        if path.suffix in (".json", ".jsonl"):
+            return rows.read_file(path)
+        raise ValueError(
+            f"--data {name} must end in .txt, .jsonl or .json: rename it to the format it has"
+        )
+    if HUB_ID.fullmatch(name):
+        return rows.read_hub(name)
+    raise ValueError(f"--data {name} is not a file, nor one of orders, roman, text")
 
-    A document goes on in another sequence. A conversation loses its end, and is dropped if no answer begins before that.
+
+def _encode_row(row: rows.Row, template: Template) -> list[Example]:
+    if row.fault:
+        raise rows.BadRow(row.fault)
+    if row.turns:
+        return template.encode_conversation(row.turns)
+    return [template.encode_document(row.text)]
+
+
+def _fit(
+    encoded: list[tuple[rows.Row, list[Example]]], length: int, name: str
+) -> list[list[Example]]:
+    """The examples of each row in at most `length` tokens; prints which rows were longer.
+
+    The rest of a long document becomes another sequence. A long conversation loses its end, and is
+    dropped if no answer begins before that.
     """
-    fitting, long, dropped = [], [], 0
-    for row, examples in rows:
+    fitting = []
+    long_rows = []
+    n_dropped = 0
+    for row, examples in encoded:
         longest = max(len(example.ids) for example in examples)
         if longest > length:
-            long.append(f"{row.where} has {longest}")
+            long_rows.append(f"{row.where} has {longest}")
         if row.text:
             [document] = examples
-            fitting.append([piece for [piece] in _pieces(document, length)])
+            fitting.append(_cut_document(document, length))
             continue
-        kept = [example.cut(0, length) for example in examples]
-        kept = [example for example in kept if set(example.labels[1:]) - {IGNORE}]
-        dropped += len(examples) - len(kept)
+        cut = [example.cut(0, length) for example in examples]
+        kept = [example for example in cut if _has_labels(example)]
+        n_dropped += len(examples) - len(kept)
         fitting.append(kept)
-    if long:
-        shown = ", ".join(long[: formats.SHOWN]) + ", ..." * (len(long) > formats.SHOWN)
-        print(
-            f"{len(long)} of {len(rows)} rows of {name} exceed --max-seq-len {length}: documents go on in another\n"
-            f"sequence, conversations are cut, and {dropped} of their sequences dropped, with no answer left: {shown}"
-        )
+    if long_rows:
+        _print_long_rows(long_rows, len(encoded), n_dropped, length, name)
     return [examples for examples in fitting if examples]
 
 
-def _split(rows: list[list[Example]]) -> Task:
-    """Hold out the last tenth of the rows, to be measured in perplexity."""
-    held_out = max(1, len(rows) // 10)
-    if len(rows) < 2:
-        raise ValueError(
-            f"the data make {len(rows)} sequences; at least 2 are needed, one to train on and one to hold out"
-        )
-    return Task(
-        "perplexity",
-        *(
-            [example for row in part for example in row]
-            for part in (rows[:-held_out], rows[-held_out:])
-        ),
+def _has_labels(example: Example) -> bool:
+    return any(label != IGNORE_INDEX for label in example.labels[1:])
+
+
+def _print_long_rows(
+    long_rows: list[str], n_rows: int, n_dropped: int, length: int, name: str
+) -> None:
+    shown = long_rows[: rows.MAX_ROWS_SHOWN]
+    if len(long_rows) > rows.MAX_ROWS_SHOWN:
+        shown.append("...")
+    print(
+        f"{len(long_rows)} of {n_rows} rows of {name} exceed --max-seq-len {length}: documents "
+        "continue in another sequence,\n"
+        f"conversations are cut, and {n_dropped} sequences with no answer left are dropped: "
+        + ", ".join(shown)
     )
+
+
+def _split(encoded: list[list[Example]]) -> Task:
+    """Holds out the last tenth of the rows, to measure perplexity."""
+    if len(encoded) < 2:
+        raise ValueError(
+            f"the data make {len(encoded)} sequences; at least 2 are needed, one to train on and "
+            "one to hold out"
+        )
+    n_test = max(1, len(encoded) // 10)
+    train = list(chain.from_iterable(encoded[:-n_test]))
+    test = list(chain.from_iterable(encoded[-n_test:]))
+    return Task("perplexity", train, test)

@@ -1,18 +1,21 @@
-"""Rows of people's files, told apart by their keys -> conversations and plain texts.
+"""Reads rows of data files; the keys of a row tell its format.
 
-    {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}     OpenAI's chat
-    {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]}         ShareGPT's
-    {"prompt": "2 + 2?", "completion": "4"}                                                          a question, its answer
-    {"question": "2 + 2?", "answer": "4"}                                                            the same
-    {"instruction": "Add.", "input": "2, 2", "output": "4"}                                          Alpaca's; input may lack
-    {"text": "Two and two are four."}                                                                a document
+    {"messages": [{"role": "user", "content": "2 + 2?"},
+                  {"role": "assistant", "content": "4"}]}             OpenAI's chat format
+    {"conversations": [{"from": "human", "value": "2 + 2?"},
+                       {"from": "gpt", "value": "4"}]}                ShareGPT's format
+    {"prompt": "2 + 2?", "completion": "4"}                           a question and its answer
+    {"question": "2 + 2?", "answer": "4"}                             the same
+    {"instruction": "Add.", "input": "2, 2", "output": "4"}           Alpaca's; input is optional
+    {"text": "Two and two are four."}                                 a document
 
-The rows stand one a line (JSONL), or in a list (JSON), or in the train split of a data set on the Hugging Face hub. A row with
-the keys of several formats is read as the first of them. Other keys are nobody's business, with one exception: a message of
-weight 0 is not learnt, as OpenAI has it.
+The rows are the lines of a JSONL file, the list in a JSON file, or the train split of a data set on
+the Hugging Face hub. A row with the keys of several formats is read as the first of them. Other
+keys are ignored, with one exception: a message of weight 0 is not in the loss, as in OpenAI's
+format.
 
-A data set has more than one bad row if it has any, so that none is raised: each is reported by its place, for all to be mended
-at once.
+A data set with one bad row often has many. So a bad row raises no error by itself: all of them are
+collected with their lines, and reported together.
 """
 
 import json
@@ -21,12 +24,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoints import io as files
+from checkpoints import io
 
-Turn = dict[
-    str, str | int
-]  # role: system, user or assistant; content; weight, where a row gives one
-BRIEFLY: Turn = {"role": "system", "content": "Answer briefly."}
+Turn = dict[str, str | int]  # role: system, user or assistant; content; weight, if it is 0
+BRIEF_SYSTEM_MESSAGE: Turn = {"role": "system", "content": "Answer briefly."}
 SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -34,15 +35,17 @@ SPEAKERS = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
-PAIRS = [("prompt", "completion"), ("question", "answer"), ("instruction", "output")]
-KEYS = "messages; conversations; prompt, completion; question, answer; instruction, output; text"
-BLANK = re.compile(r"[ \t\r\n]*")
-SHOWN = 20  # bad rows, of all there are
+PAIR_KEYS = [("prompt", "completion"), ("question", "answer"), ("instruction", "output")]
+FORMAT_KEYS = (
+    "messages; conversations; prompt, completion; question, answer; instruction, output; text"
+)
+JSON_WHITESPACE = re.compile(r"[ \t\r\n]*")
+MAX_ROWS_SHOWN = 20  # in a message about bad or long rows
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example, as turns or as text; or what is wrong with it. `where` is its file and line."""
+    """One row: its turns, or its text, or what is wrong with it; `where` is its file and line."""
 
     where: str
     turns: list[Turn] = field(default_factory=list)
@@ -51,166 +54,214 @@ class Row:
 
 
 class BadRow(ValueError):
-    """What is wrong with one row, and not with all of them."""
+    """An error in one row, which says nothing about the other rows."""
 
 
-def question(prompt: str) -> list[Turn]:
-    """A bare question as turns: with an instruction, without which a small model tends to ramble."""
-    return [BRIEFLY, {"role": "user", "content": prompt}]
+def question_turns(prompt: str) -> list[Turn]:
+    """A single question as turns, with a system message, as small models tend to ramble."""
+    return [BRIEF_SYSTEM_MESSAGE, {"role": "user", "content": prompt}]
 
 
-def pair(prompt: str, answer: str) -> list[Turn]:
-    return [*question(prompt), {"role": "assistant", "content": answer}]
+def pair_turns(prompt: str, answer: str) -> list[Turn]:
+    """A single question and its answer as turns."""
+    return [*question_turns(prompt), {"role": "assistant", "content": answer}]
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a .jsonl or .json file, good and bad ones in their order."""
+def is_default_system_message(turn: Turn) -> bool:
+    """Whether question_turns added this turn; an equal message that a row gives is kept."""
+    return turn is BRIEF_SYSTEM_MESSAGE
+
+
+def is_in_loss(turn: Turn) -> bool:
+    """Whether a turn is an answer to train on."""
+    return turn["role"] == "assistant" and turn.get("weight") != 0
+
+
+def read_file(path: Path) -> list[Row]:
+    """The rows of a .jsonl or .json file in their order, the bad ones included."""
     rows = []
-    for line, text in _values(files.read_text(path)):
+    for line, text in _json_values(io.read_text(path)):
+        where = f"{path}:{line}"
         try:
-            rows.append(_row_or_fault(files.parse_json(text.encode()), f"{path}:{line}"))
+            row = parse_row(io.parse_json(text.encode()), where)
         except json.JSONDecodeError as error:
-            fault = f"not JSON ({error.msg} at column {error.colno})"
-            rows.append(Row(f"{path}:{line + error.lineno - 1}", fault=fault))
+            where = f"{path}:{line + error.lineno - 1}"
+            row = Row(where, fault=f"not JSON ({error.msg} at column {error.colno})")
         except ValueError as error:
-            rows.append(Row(f"{path}:{line}", fault=str(error)))
+            row = Row(where, fault=str(error))
+        rows.append(row)
     return rows
 
 
 def read_hub(name: str) -> list[Row]:
-    """The rows of the train split of a data set on the hub. Raises: ValueError where it, or the library, is not to be had."""
+    """The rows of the train split of a data set on the hub.
+
+    Raises: ValueError if the data set cannot be loaded or `datasets` is not installed.
+    """
     try:
         import datasets
     except ImportError:
         raise ValueError(
-            f"--data {name} is no file, and as a hub data set needs a library: pip install datasets"
+            f"--data {name} is not a file, and a hub data set needs a library: pip install datasets"
         ) from None
     try:
         table = datasets.load_dataset(name, split="train")
-    except Exception as error:  # of whichever network or file library it uses
+    except Exception as error:  # its network and file libraries raise errors of many types
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"--data {name} is no file, nor a hub data set within reach ({reason})"
+            f"--data {name} is not a file, and cannot be loaded as a hub data set ({reason})"
         ) from None
-    return [_row_or_fault(row, f"{name}, row {number}") for number, row in enumerate(table, 1)]
+    return [parse_row(row, f"{name}, row {number}") for number, row in enumerate(table, 1)]
 
 
-def refuse(faults: list[str], rows: int, name: str) -> None:
-    """Raise a ValueError that shows the first bad rows and counts them all, if there are any."""
-    if faults:
-        shown = faults[:SHOWN] + ["..."] * (len(faults) > SHOWN)
-        raise ValueError(
-            "\n  ".join(
-                [
-                    f"{len(faults)} of {rows} rows of {name} cannot be used: mend or remove them",
-                    *shown,
-                ]
-            )
-        )
+def raise_if_any(faults: list[str], n_rows: int, name: str) -> None:
+    """Raises a ValueError that counts the bad rows and shows the first of them, if there are any.
 
-
-def _values(text: str) -> Iterator[tuple[int, str]]:
-    """Each JSON value of a file with the line it starts in: the elements of a list, or one a line."""
-    start = BLANK.match(text).end()
-    if not text.startswith("[", start):
-        # Not splitlines(): it also cuts at U+2028 and five other characters that may stand in a JSON string.
-        yield from (
-            (number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()
-        )
+    faults: one line for each bad row.
+    """
+    if not faults:
         return
-    decoder, line, seen, place = json.JSONDecoder(), 1, 0, BLANK.match(text, start + 1).end()
-    while not text.startswith("]", place):
-        line, seen = line + text.count("\n", seen, place), place
+    lines = [f"{len(faults)} of {n_rows} rows of {name} cannot be used: fix or remove them"]
+    lines += faults[:MAX_ROWS_SHOWN]
+    if len(faults) > MAX_ROWS_SHOWN:
+        lines.append("...")
+    raise ValueError("\n  ".join(lines))
+
+
+def _json_values(text: str) -> Iterator[tuple[int, str]]:
+    """Each JSON value of a file with the number of its first line."""
+    start = _skip_whitespace(text, 0)
+    if text.startswith("[", start):
+        return _list_elements(text, start + 1)
+    return _nonempty_lines(text)
+
+
+def _nonempty_lines(text: str) -> Iterator[tuple[int, str]]:
+    # Not splitlines(): it also splits at U+2028 and five other characters, which a JSON string may
+    # contain.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def _list_elements(text: str, start: int) -> Iterator[tuple[int, str]]:
+    """Each element of a JSON list; start: the index after the opening bracket.
+
+    From the first syntax error on, the rest of the file is one element, and its parser reports why.
+    """
+    decoder = json.JSONDecoder()
+    line = 1
+    counted = 0  # line breaks before this index are counted in `line`
+    position = _skip_whitespace(text, start)
+    while not text.startswith("]", position):
+        line += text.count("\n", counted, position)
+        counted = position
         try:
-            end = decoder.raw_decode(text, place)[1]
-        except (ValueError, RecursionError):  # where the next element would begin is not known
+            _, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError):
             end = len(text)
-        after = BLANK.match(text, end).end()
-        if not text.startswith((",", "]"), after):
-            yield line, "[" + text[place:]  # which is no list: the parser will say why
+        delimiter = _skip_whitespace(text, end)
+        if not text.startswith((",", "]"), delimiter):
+            yield line, "[" + text[position:]
             return
-        yield line, text[place:end]
-        place = BLANK.match(text, after + 1).end() if text[after] == "," else after
-    if rest := text[place + 1 :].strip():
+        yield line, text[position:end]
+        if text[delimiter] == ",":
+            position = _skip_whitespace(text, delimiter + 1)
+        else:
+            position = delimiter
+    rest = text[position + 1 :].strip()
+    if rest:
         yield line, rest
 
 
-def _row_or_fault(row: dict, where: str) -> Row:
+def _skip_whitespace(text: str, position: int) -> int:
+    return JSON_WHITESPACE.match(text, position).end()
+
+
+def parse_row(row: dict, where: str) -> Row:
+    """The turns or the text of a row, or what is wrong with it."""
     try:
-        return _row(row, where)
+        return _parse_valid_row(row, where)
     except ValueError as error:
         return Row(where, fault=str(error))
 
 
-def _row(row: dict, where: str) -> Row:
-    """Raises: ValueError if it is in no format, or not what its format says."""
+def _parse_valid_row(row: dict, where: str) -> Row:
+    """Raises: ValueError if the row is in no format, or breaks the rules of its format."""
     for key in ("messages", "conversations"):
         if key in row:
-            return Row(where, _turns(row[key], key, row.get("system")))
-    for asked, answered in PAIRS:
-        if asked in row and answered in row:
-            prompt, more = _string(row[asked], asked), _string(row.get("input") or "", "input")
-            if asked == "instruction" and more:
-                prompt += "\n\n" + more
-            return Row(where, pair(prompt, _not_empty(row[answered], answered)))
+            return Row(where, _parse_turns(row[key], key, row.get("system")))
+    for prompt_key, answer_key in PAIR_KEYS:
+        if prompt_key in row and answer_key in row:
+            prompt = _string(row[prompt_key], prompt_key)
+            extra = _string(row.get("input") or "", "input")
+            if prompt_key == "instruction" and extra:
+                prompt += "\n\n" + extra
+            answer = _nonempty_string(row[answer_key], answer_key)
+            return Row(where, pair_turns(prompt, answer))
     if "text" in row:
-        return Row(where, text=_not_empty(row["text"], "text"))
+        return Row(where, text=_nonempty_string(row["text"], "text"))
     raise ValueError(
-        f"its keys are {', '.join(map(repr, row)) or 'none'}; a row has those of one format: {KEYS}"
+        f"its keys are {_list_keys(row)}; a row has those of one format: {FORMAT_KEYS}"
     )
 
 
-def _turns(turns: object, key: str, system: object) -> list[Turn]:
-    """The turns of a chat, OpenAI's or ShareGPT's; a system message may stand beside them."""
+def _parse_turns(turns: object, key: str, system: object) -> list[Turn]:
+    """The turns of a chat; system: the system message where the row gives it in a separate key."""
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{key} is a list of turns that is not empty, not {_kind(turns)}")
-    found = [{"role": "system", "content": _string(system, "system")}] if system else []
+        raise ValueError(f"{key} must be a list of at least one turn, not {_describe(turns)}")
+    parsed = []
+    if system:
+        parsed.append({"role": "system", "content": _string(system, "system")})
     for number, turn in enumerate(turns, 1):
         try:
-            found.append(_turn(turn))
+            parsed.append(_parse_turn(turn))
         except ValueError as error:
             raise ValueError(f"turn {number} of {key}: {error}") from None
-    roles = [turn["role"] for turn in found]
+    _check_order(parsed, key)
+    return parsed
+
+
+def _check_order(turns: list[Turn], key: str) -> None:
+    roles = [turn["role"] for turn in turns]
     if "assistant" not in roles or "user" not in roles[: roles.index("assistant")]:
         raise ValueError(
-            f"{key} has no answer to learn, or one before any question: its roles are {', '.join(roles)}"
+            f"{key} has no answer to train on, or one before the first question: its roles are "
+            + ", ".join(roles)
         )
     if "system" in roles[1:]:
-        raise ValueError(f"{key}: a system message comes first or not at all")
-    if not any(map(is_learnt, found)):
-        raise ValueError(f"{key} has no answer to learn: each has weight 0")
-    return found
+        raise ValueError(f"{key}: a system message must come first")
+    if not any(map(is_in_loss, turns)):
+        raise ValueError(f"{key} has no answer to train on: each has weight 0")
 
 
-def _turn(turn: object) -> Turn:
+def _parse_turn(turn: object) -> Turn:
     if not isinstance(turn, dict):
-        raise ValueError(f"it is an object, not {_kind(turn)}")
-    who, what = ("from", "value") if "from" in turn else ("role", "content")
-    if who not in turn or what not in turn:
+        raise ValueError(f"it must be an object, not {_describe(turn)}")
+    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
+    if role_key not in turn or content_key not in turn:
         raise ValueError(
-            f"its keys are {', '.join(map(repr, turn)) or 'none'}; needed are role, content or from, value"
+            f"its keys are {_list_keys(turn)}; required are role, content or from, value"
         )
-    speaker = turn[who]
+    speaker = turn[role_key]
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        raise ValueError(f"{who} is one of {', '.join(SPEAKERS)}, not {speaker!r:.50}")
-    role = SPEAKERS[speaker]
+        raise ValueError(f"{role_key} must be one of {', '.join(SPEAKERS)}, not {speaker!r:.50}")
     weight = turn.get("weight")
     if weight not in (None, 0, 1):
-        raise ValueError(f"weight is 0 or 1, not {weight!r:.50}")
-    content = (
-        _not_empty(turn[what], f"the answer ({what})")
-        if role == "assistant"
-        else _string(turn[what], what)
-    )
-    return {"role": role, "content": content} | ({"weight": weight} if weight == 0 else {})
+        raise ValueError(f"weight must be 0 or 1, not {weight!r:.50}")
+
+    role = SPEAKERS[speaker]
+    if role == "assistant":
+        content = _nonempty_string(turn[content_key], f"the answer ({content_key})")
+    else:
+        content = _string(turn[content_key], content_key)
+    parsed = {"role": role, "content": content}
+    if weight == 0:
+        parsed["weight"] = weight
+    return parsed
 
 
-def is_learnt(turn: Turn) -> bool:
-    """Whether a turn is an answer that training should see."""
-    return turn["role"] == "assistant" and turn.get("weight") != 0
-
-
-def _not_empty(value: object, key: str) -> str:
+def _nonempty_string(value: object, key: str) -> str:
     if not _string(value, key).strip():
         raise ValueError(f"{key} is empty")
     return value
@@ -218,19 +269,25 @@ def _not_empty(value: object, key: str) -> str:
 
 def _string(value: object, key: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{key} is a string, not {_kind(value)}")
+        raise ValueError(f"{key} must be a string, not {_describe(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{key} has half of a surrogate pair at character {error.start}, which is no text"
+            f"{key} has half of a surrogate pair at character {error.start}, which is not text"
         ) from None
     return value
 
 
-def _kind(value: object) -> str:
-    return {
-        "NoneType": "null",
-        "dict": "an object",
-        "list": "a list" if value else "an empty list",
-    }.get(type(value).__name__, f"{value!r:.50}")
+def _list_keys(row: dict) -> str:
+    return ", ".join(map(repr, row)) or "none"
+
+
+def _describe(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return f"{value!r:.50}"

@@ -1,21 +1,31 @@
-"""Tasks made up by a seeded generator: pairs of a prompt and its answer, no two prompts alike.
+"""Tasks from a seeded generator: pairs of a prompt and its answer; no prompt occurs twice.
 
-orders   a sentence in, the order in it as JSON out; 12 phrasings to train on and 4 that training never sees
-roman    a number in, its Roman numeral out: an honest failure, the tokenizer cuts digits and letters against the task
+orders   a sentence in, the order in it as JSON out; 12 phrasings to train on and 4 that training
+         never sees
+roman    a number in, its Roman numeral out: a task that a small model fails, because the tokenizer
+         splits digits and letters in a way that does not fit it
 """
 
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 
-Pairs = list[tuple[str, str]]  # (prompt, answer)
+Pair = tuple[str, str]  # (prompt, answer)
 
-NAMES = "Alice Bob Carla Dmitri Elena Farid Grace Hiro Ines Jack Keiko Liam Maria Noah Olga Priya Quinn Rosa Sam Tara".split()
-CITIES = "Paris Oslo Lima Cairo Tokyo Quito Rome Delhi Boston Lagos Sydney Berlin Madrid Toronto Nairobi Seoul".split()
+NAMES = (
+    "Alice Bob Carla Dmitri Elena Farid Grace Hiro Ines Jack Keiko Liam Maria Noah Olga Priya "
+    "Quinn Rosa Sam Tara"
+).split()
+CITIES = (
+    "Paris Oslo Lima Cairo Tokyo Quito Rome Delhi Boston Lagos Sydney Berlin Madrid Toronto "
+    "Nairobi Seoul"
+).split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 ITEMS = (
-    "apples, blue pens, coffee mugs, desk lamps, erasers, folding chairs, green notebooks, headphones, ink cartridges, "
-    "keyboards, light bulbs, monitors, napkins, oranges, paper clips, rulers, staplers, tea bags, wine"
+    "apples, blue pens, coffee mugs, desk lamps, erasers, folding chairs, green notebooks, "
+    "headphones, ink cartridges, keyboards, light bulbs, monitors, napkins, oranges, paper clips, "
+    "rulers, staplers, tea bags, wine"
 ).split(", ")
 PHRASINGS = [
     "{name} from {city} wants {quantity} {item} by {day}.",
@@ -39,27 +49,35 @@ UNSEEN_PHRASINGS = [
 ]
 
 
-def orders(rng: random.Random) -> tuple[Pairs, ...]:
-    """4000 sentences to train on, 100 held out of the same 12 phrasings, 50 of the 4 others. No sentence occurs twice."""
-
-    def order(phrasings: list[str]) -> tuple[str, str]:
-        fields = {
-            "name": rng.choice(NAMES),
-            "item": rng.choice(ITEMS),
-            "quantity": rng.randrange(2, 99),
-            "city": rng.choice(CITIES),
-            "day": rng.choice(DAYS),
-        }
-        return "Extract the order as JSON: " + rng.choice(phrasings).format(**fields), json.dumps(
-            fields
-        )
-
-    known = distinct(lambda: order(PHRASINGS), 4100)
-    return known[100:], known[:100], distinct(lambda: order(UNSEEN_PHRASINGS), 50)
+def orders(rng: random.Random) -> tuple[list[Pair], ...]:
+    """4000 pairs to train on, 100 held out with the same 12 phrasings, 50 with the 4 others."""
+    known = _distinct_pairs(partial(_random_order, rng, PHRASINGS), 4100)
+    unseen = _distinct_pairs(partial(_random_order, rng, UNSEEN_PHRASINGS), 50)
+    return known[100:], known[:100], unseen
 
 
-def roman(rng: random.Random) -> tuple[Pairs, ...]:
-    """1899 numbers below 2000 to train on and the 100 others held out."""
+def _random_order(rng: random.Random, phrasings: list[str]) -> Pair:
+    fields = {
+        "name": rng.choice(NAMES),
+        "item": rng.choice(ITEMS),
+        "quantity": rng.randrange(2, 99),
+        "city": rng.choice(CITIES),
+        "day": rng.choice(DAYS),
+    }
+    sentence = rng.choice(phrasings).format(**fields)
+    return f"Extract the order as JSON: {sentence}", json.dumps(fields)
+
+
+def _distinct_pairs(make: Callable[[], Pair], count: int) -> list[Pair]:
+    pairs: dict[str, str] = {}
+    while len(pairs) < count:
+        prompt, answer = make()
+        pairs.setdefault(prompt, answer)
+    return list(pairs.items())
+
+
+def roman(rng: random.Random) -> tuple[list[Pair], ...]:
+    """The numbers below 2000: 1899 to train on and 100 held out."""
     numbers = rng.sample(range(1, 2000), 1999)
     pairs = [(f"Write {n} as a Roman numeral.", roman_numeral(n)) for n in numbers]
     return pairs[100:], pairs[:100]
@@ -78,8 +96,4 @@ def roman_numeral(n: int) -> str:
     return numeral
 
 
-def distinct(make: Callable[[], tuple[str, str]], count: int) -> Pairs:
-    pairs: dict[str, str] = {}
-    while len(pairs) < count:
-        pairs.setdefault(*make())
-    return list(pairs.items())
+TASKS = {"orders": orders, "roman": roman}

@@ -1,1 +1,1 @@
-"""Between the method and the machine: which kernel runs, what it is given, where pages wait."""
+"""Between the method and the machine: the choice of kernel, its arguments, and where pages wait."""

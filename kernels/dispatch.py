@@ -1,13 +1,17 @@
-"""Which kernel runs where: the only file that knows.
+"""Chooses the reference, CPU or CUDA kernel; no other module does.
 
-`quantize` and `dequantize` are nf4's, by the fastest kernel there is for the device, from kernels/cpu or cuda_kernels; `matmul`
-multiplies by a weight that stays in 4 bits. Both packages have a file that takes tensors, cpu/launch.py and
-launch_cuda.py, and these have the same functions. Whatever has no kernel there (a dtype, a shape, levels in no order)
-goes to the reference, as any other device does, and gives the same result: bit for bit where no sum is reordered.
-QLORA_KERNELS=reference in the environment sends everything there.
+`quantize` and `dequantize` compute what nf4's functions compute, by the fastest kernel for the
+device; `matmul` multiplies by a weight that stays in 4 bits. kernels/cpu/launch.py and
+kernels/launch_cuda.py take tensors and have the same functions. What has no kernel (a dtype, a
+shape, levels that do not ascend, another device) goes to the reference. Results are the same bit
+for bit, except where a kernel adds in another order. QLORA_KERNELS=reference in the environment
+sends everything to the reference.
 
-Two are operators of torch.library, so torch.compile takes them as they are instead of tracing through Numba. The derivative of
-y = x W^T is g W, and that of g W is x W^T.
+Numba and the kernels are imported when the first tensor of their device comes, so importing this
+module is cheap.
+
+`matmul` and `dequantize_` are operators of torch.library, so torch.compile calls them and does not
+trace into Numba. The derivative of y = x W^T is g W, and that of g W is x W^T.
 """
 
 import importlib
@@ -23,25 +27,33 @@ from torch.autograd.function import FunctionCtx
 
 import nf4
 from double_quant import DoubleQuantized
-from kernels.cpu import launch as host
-from kernels.packed_weight import SCHEMA, Stored, fits, product, restored, stored
+from kernels.packed_weight import (
+    SCHEMA,
+    PackedWeight,
+    dense_matmul,
+    flatten,
+    is_valid_on,
+    unflatten,
+)
 from nf4 import NF4, Quantized
 
 LIBRARY = torch.library.Library("qlora", "DEF")
 
 
 def quantize(weight: Tensor, block_size: int = 64, codebook: Tensor = NF4) -> Quantized:
-    """What nf4.quantize gives, or raises."""
+    """Quantize as nf4.quantize does: the same result, or the same ValueError."""
     nf4.check_arguments(weight, block_size, codebook)
-    kernels, made = _kernels(weight), None
+    kernels = _kernels(weight)
     if kernels and weight.numel() and (codebook[1:] > codebook[:-1]).all():
         codebook = codebook.to(weight.device)
-        made = kernels.quantize(weight.detach().contiguous().view(-1), block_size, codebook)
-    if made is None or not made[1].isfinite().all():
-        return nf4.quantize(
-            weight, block_size, codebook
-        )  # which says what is not finite, and where
-    return Quantized(*made, codebook, weight.shape, weight.dtype, block_size)
+        flat = weight.detach().contiguous().view(-1)
+        result = kernels.quantize(flat, block_size, codebook)
+        if result is not None:
+            packed, absmax = result
+            if absmax.isfinite().all():
+                return Quantized(packed, absmax, codebook, weight.shape, weight.dtype, block_size)
+    # If a number is not finite, the reference raises an error with the count and the first index.
+    return nf4.quantize(weight, block_size, codebook)
 
 
 def dequantize(
@@ -50,11 +62,13 @@ def dequantize(
     constants: DoubleQuantized | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """What nf4.dequantize gives. `constants`, where given, stand for q.absmax; the result goes into `out`, where given."""
-    out = (
-        torch.empty(q.shape, dtype=dtype or q.dtype, device=q.packed.device) if out is None else out
-    )
-    torch.ops.qlora.dequantize_(out, *stored(q, constants))
+    """Dequantize as nf4.dequantize does.
+
+    constants: if given, they are decoded and replace q.absmax. out: if given, it gets the result.
+    """
+    if out is None:
+        out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.packed.device)
+    torch.ops.qlora.dequantize_(out, *flatten(q, constants))
     return out
 
 
@@ -65,74 +79,89 @@ def matmul(
     transposed: bool = True,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + bias (tokens, out) for x (tokens, in); not transposed, x W (tokens, in) for x (tokens, out). W is (out, in).
+    """x W^T + bias (tokens, out) for x (tokens, in), or x W (tokens, in) for x (tokens, out).
 
-    The bias, of x's dtype, is added before the sum is rounded to that.
+    W is (out, in); `transposed` chooses x W^T. The bias has the dtype of x and is added before the
+    sum is rounded to that dtype.
     """
-    return torch.ops.qlora.matmul(x, bias, *stored(q, constants), transposed)
+    return torch.ops.qlora.matmul(x, bias, *flatten(q, constants), transposed)
 
 
 def adamw(
     param: Tensor, grad: Tensor, step: int, group: dict
 ) -> Callable[[int, Tensor], None] | None:
-    """What updates a flat parameter from element `start` on, as far as `moments` go, as paged_optim.adamw_ does.
+    """Returns update(start, moments), which does what paged_optim.adamw_ does, or None.
 
-    None if there is no kernel for it.
+    It updates moments.shape[1] elements of the flat parameter, from element `start` on. None means
+    that there is no kernel for this parameter.
     """
     kernels = _kernels(param)
-    beta1, beta2, lr, weight_decay, eps = map(
-        float, (*group["betas"], group["lr"], group["weight_decay"], group["eps"])
-    )
+    if kernels is None or not param.dtype == grad.dtype == torch.float32:
+        return None
+    beta1, beta2 = map(float, group["betas"])
+    lr = float(group["lr"])
     step_size = lr / (1 - beta1**step)
-    suits = (
-        param.dtype == grad.dtype == torch.float32 and step_size <= torch.finfo(torch.float32).max
-    )  # else refused
-    if not suits or kernels is None:
+    if not step_size <= torch.finfo(torch.float32).max:  # the reference raises an error for these
         return None
     scalars = (
         step == 1,
-        1 - lr * weight_decay,
+        1 - lr * float(group["weight_decay"]),
         1 - beta1,
         beta2,
         1 - beta2,
         (1 - beta2**step) ** 0.5,
-        eps,
+        float(group["eps"]),
         -step_size,
     )
     return kernels.adamw(param, grad, scalars)
 
 
 def _kernels(tensor: Tensor) -> ModuleType | None:
-    """What has the kernels of a tensor's device, if they may run."""
+    """The module that launches kernels on the tensor's device; None where the reference runs."""
     if os.environ.get("QLORA_KERNELS") == "reference":
         return None
     if tensor.device.type == "cpu":
-        host.follow_torch()
-        return host
-    return _launch() if tensor.is_cuda else None
+        kernels = _launch_cpu()
+        kernels.follow_torch()
+        return kernels
+    return _launch_cuda() if tensor.is_cuda else None
 
 
 @cache
-def _launch() -> ModuleType | None:
-    """The GPU's, imported when its first tensor comes; None without their compiler."""
+def _launch_cpu() -> ModuleType:
+    """kernels/cpu/launch.py, imported when the first CPU tensor comes."""
+    return importlib.import_module("kernels.cpu.launch")
+
+
+@cache
+def _launch_cuda() -> ModuleType | None:
+    """kernels/launch_cuda.py, imported when the first CUDA tensor comes.
+
+    None without numba-cuda, which compiles its kernels.
+    """
     return importlib.import_module("kernels.launch_cuda") if find_spec("numba_cuda") else None
 
 
 def _dequantize_(out: Tensor, *pieces: object) -> None:
-    s, kernels = Stored(*pieces), _kernels(out)
-    suits = out.is_contiguous() and out.shape == tuple(s.shape) and fits(s, out.device)
-    if not (kernels and suits and kernels.dequantize(s, out)):
-        out.copy_(nf4.dequantize(restored(s), out.dtype))
+    weight = PackedWeight(*pieces)
+    kernels = _kernels(out)
+    fits = out.is_contiguous() and out.shape == tuple(weight.shape)
+    has_kernel = kernels and fits and is_valid_on(weight, out.device)
+    if not (has_kernel and kernels.dequantize(weight, out)):
+        out.copy_(nf4.dequantize(unflatten(weight), out.dtype))
 
 
 def _matmul(x: Tensor, bias: Tensor | None, *pieces_and_transposed: object) -> Tensor:
     *pieces, transposed = pieces_and_transposed
-    height, width = (s := Stored(*pieces)).shape
-    suits = x.shape[1:] == (width if transposed else height,) and fits(s, x.device)
-    kernels, y = _kernels(x), None
-    if kernels and suits:
-        y = kernels.matmul(x, s, transposed, bias)
-    return product(x, nf4.dequantize(restored(s), x.dtype), transposed, bias) if y is None else y
+    weight = PackedWeight(*pieces)
+    height, width = weight.shape
+    kernels = _kernels(x)
+    fits = x.shape[1:] == (width if transposed else height,)
+    if kernels and fits and is_valid_on(weight, x.device):
+        y = kernels.matmul(x, weight, transposed, bias)
+        if y is not None:
+            return y
+    return dense_matmul(x, nf4.dequantize(unflatten(weight), x.dtype), transposed, bias)
 
 
 LIBRARY.define(f"dequantize_(Tensor(a!) out, {SCHEMA}) -> ()")
@@ -144,7 +173,8 @@ LIBRARY.impl("matmul", _matmul, "CompositeExplicitAutograd")
 @torch.library.register_fake("qlora::matmul", lib=LIBRARY)
 def _shape_of_matmul(x: Tensor, bias: Tensor | None, *pieces_and_transposed: object) -> Tensor:
     *pieces, transposed = pieces_and_transposed
-    return x.new_empty(x.shape[0], Stored(*pieces).shape[0 if transposed else 1])
+    height, width = PackedWeight(*pieces).shape
+    return x.new_empty(x.shape[0], height if transposed else width)
 
 
 def _keep_weight(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -153,12 +183,10 @@ def _keep_weight(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 def _gradient_of_matmul(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
     *pieces, transposed = ctx.pieces_and_transposed
-    of_bias = g.sum(0) if ctx.needs_input_grad[1] else None
-    return (
-        torch.ops.qlora.matmul(g, None, *pieces, not transposed),
-        of_bias,
-        *[None] * (len(pieces) + 1),
-    )
+    grad_x = torch.ops.qlora.matmul(g, None, *pieces, not transposed)
+    grad_bias = g.sum(0) if ctx.needs_input_grad[1] else None
+    no_grads = [None] * len(ctx.pieces_and_transposed)
+    return grad_x, grad_bias, *no_grads
 
 
 torch.library.register_autograd(

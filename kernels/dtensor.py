@@ -1,14 +1,14 @@
-"""A tensor that may be sharded over several processes (a DTensor of FSDP2): its local rows, and the way back.
+"""A tensor that may be sharded over processes (a DTensor of FSDP2): to its local rows and back.
 
-Without sharding every function returns its argument. torch.distributed is imported only once there is a DTensor, so an
-optimizer that is used in one process does not load it.
+Each function returns an ordinary tensor unchanged. torch.distributed is imported at the first
+DTensor only, so an optimizer in a single process does not load it.
 """
 
 from torch import Tensor
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is sharded, without importing DTensor: no other tensor has `to_local`."""
+    """Whether a tensor is a DTensor: only those have `to_local`."""
     return hasattr(tensor, "to_local")
 
 
@@ -18,14 +18,17 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def from_local_shard(rows: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor sharded like `parameter`, made of the rows that each process holds."""
+    """A tensor sharded like `parameter`, made from the rows that each process holds."""
     if not is_dtensor(parameter):
         return rows
     from torch.distributed.tensor import DTensor
 
-    mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(
-        rows, mesh, placements, shape=parameter.shape, stride=parameter.stride()
+        rows,
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
     )
 
 
@@ -35,10 +38,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor that every process holds whole, sharded like `parameter`. Nothing is sent."""
+    """Shard a tensor, of which every process has all rows, like `parameter`. Sends nothing."""
     if not is_dtensor(parameter) or is_dtensor(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)
+    mesh = parameter.device_mesh
+    on_mesh = tensor.to(mesh.device_type)
+    return distribute_tensor(on_mesh, mesh, parameter.placements, src_data_rank=None)

@@ -26,7 +26,7 @@ from cuda_kernels import dequantize as ladder
 from cuda_kernels import matmul as products
 from cuda_kernels import quantize as quantizer
 from cuda_kernels.device import Kernel
-from kernels.packed_weight import Stored, largest, product
+from kernels.packed_weight import PackedWeight, dense_matmul, largest_absmax
 
 MOST = (
     2**32 - 2**16
@@ -157,7 +157,7 @@ def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, T
     return packed, absmax
 
 
-def weight(s: Stored) -> tuple | None:
+def weight(s: PackedWeight) -> tuple | None:
     """A stored weight, whose sizes fit, as the arguments device.WEIGHT of a kernel."""
     if math.prod(s.shape) > MOST or s.codebook.numel() > 16:
         return None
@@ -177,14 +177,14 @@ def weight(s: Stored) -> tuple | None:
         codes,
         levels8,
         offset,
-        largest(s.dtype),
+        largest_absmax(s.dtype),
         shift,
         shift8,
         int(double),
     )
 
 
-def dequantize(s: Stored, out: Tensor) -> bool:
+def dequantize(s: PackedWeight, out: Tensor) -> bool:
     """Decode a stored weight into contiguous `out`, of its shape; False if there is no kernel for it."""
     n, device, arguments = out.numel(), out.device, weight(s)
     if arguments is None or not supports(device, out.dtype):
@@ -199,7 +199,7 @@ def dequantize(s: Stored, out: Tensor) -> bool:
     return True
 
 
-def few_rows(x: Tensor, s: Stored, bias: Tensor | None = None) -> Tensor | None:
+def few_rows(x: Tensor, s: PackedWeight, bias: Tensor | None = None) -> Tensor | None:
     """x W^T + bias for x (m, width), W stored: (m, height) in x's dtype, rounded once; None if there is no kernel."""
     x, (m, width), (height, _), device = x.contiguous(), x.shape, s.shape, x.device
     cores = x.dtype != torch.float32 and capability(device) >= (8, 0)
@@ -243,7 +243,7 @@ def widest(height: int, tiles: int, device: torch.device) -> int:
     return groups
 
 
-def matmul(x: Tensor, s: Stored, transposed: bool, bias: Tensor | None) -> Tensor | None:
+def matmul(x: Tensor, s: PackedWeight, transposed: bool, bias: Tensor | None) -> Tensor | None:
     """x W^T + bias or, not transposed, x W, in x's dtype, for x (m, ...) and a stored weight; None if there is no kernel.
 
     With many rows, W is made dense for as long as it takes: torch's allocator gives each layer the same memory for it.
@@ -252,7 +252,7 @@ def matmul(x: Tensor, s: Stored, transposed: bool, bias: Tensor | None) -> Tenso
     if y is not None:
         return y
     dense = x.new_empty(*s.shape)
-    return product(x, dense, transposed, bias) if dequantize(s, dense) else None
+    return dense_matmul(x, dense, transposed, bias) if dequantize(s, dense) else None
 
 
 def adamw(param: Tensor, grad: Tensor, scalars: tuple) -> Callable[[int, Tensor], None]:

@@ -1,8 +1,9 @@
-"""A weight in 4 bits as operators take it: piece by piece, and looked over before a kernel reads it.
+"""Flattens a quantized weight into the arguments of an operator, and validates them.
 
-An operator of torch.library takes tensors and numbers, no dataclasses. So nf4's Quantized, and double_quant's DoubleQuantized
-where there is one, are laid side by side on the way in (`stored`) and put together again where the reference is to run
-(`restored`). Nothing is copied but levels that lie on another device.
+An operator of torch.library takes tensors and numbers, no dataclasses. So `flatten` lists the
+fields of nf4.Quantized and, where there is one, of double_quant.DoubleQuantized side by side, and
+`unflatten` rebuilds the weight for the reference. Nothing is copied, except levels that are on
+another device.
 """
 
 import math
@@ -21,8 +22,11 @@ SCHEMA = (
 )
 
 
-class Stored(NamedTuple):
-    """A weight, in the order of SCHEMA. `absmax` is the codes of the constants, if there are `nested_...`."""
+class PackedWeight(NamedTuple):
+    """A weight in 4 bits, in the order of SCHEMA.
+
+    With double quantization `absmax` holds 8-bit codes, and the `nested_...` tensors decode them.
+    """
 
     packed: Tensor
     absmax: Tensor
@@ -36,83 +40,78 @@ class Stored(NamedTuple):
     nested_block_size: int
 
 
-def stored(q: Quantized, constants: DoubleQuantized | None) -> Stored:
-    """The pieces, with the levels on the device of the codes."""
+def flatten(q: Quantized, constants: DoubleQuantized | None) -> PackedWeight:
+    """The weight as a tuple, with the levels on the device of the codes."""
+    absmax = q.absmax
+    nested = (None, None, None)
+    nested_block_size = 1
+    if constants is not None:
+        absmax = constants.codes
+        nested = (constants.absmax, constants.offset, constants.codebook.to(q.packed.device))
+        nested_block_size = constants.block_size
     codebook = q.codebook.to(q.packed.device)
-    if constants is None:
-        return Stored(
-            q.packed, q.absmax, codebook, None, None, None, q.shape, q.dtype, q.block_size, 1
-        )
-    return Stored(
-        q.packed,
-        constants.codes,
-        codebook,
-        constants.absmax,
-        constants.offset,
-        constants.codebook.to(q.packed.device),
-        q.shape,
-        q.dtype,
-        q.block_size,
-        constants.block_size,
+    layout = (q.shape, q.dtype, q.block_size, nested_block_size)
+    return PackedWeight(q.packed, absmax, codebook, *nested, *layout)
+
+
+def unflatten(w: PackedWeight) -> Quantized:
+    """The weight as nf4.dequantize takes it, with its constants decoded to float32."""
+    shape = torch.Size(w.shape)
+    q = Quantized(w.packed, w.absmax, w.codebook, shape, w.dtype, w.block_size)
+    if w.nested_absmax is None:
+        return q
+    constants = DoubleQuantized(
+        w.absmax, w.nested_absmax, w.nested_offset, w.nested_block_size, w.nested_codebook
     )
+    return with_decoded_absmax(q, constants)
 
 
-def restored(s: Stored) -> Quantized:
-    """The way back, with the constants decoded."""
-    constants = None
-    if s.nested_absmax is not None:
-        constants = DoubleQuantized(
-            s.absmax, s.nested_absmax, s.nested_offset, s.nested_block_size, s.nested_codebook
-        )
-    return decoded(
-        Quantized(s.packed, s.absmax, s.codebook, torch.Size(s.shape), s.dtype, s.block_size),
-        constants,
-    )
-
-
-def decoded(q: Quantized, constants: DoubleQuantized | None) -> Quantized:
-    """The same weight with its constants in float32."""
+def with_decoded_absmax(q: Quantized, constants: DoubleQuantized | None) -> Quantized:
+    """The same weight with its constants decoded to float32."""
     if constants is None:
         return q
-    # No constant was larger than its weight's dtype can hold, and 0.7 % more would make the largest ones infinite.
-    absmax = double_quant.dequantize(constants).clamp_(max=largest(q.dtype))
+    # A constant never exceeds the largest number of its weight's dtype. Decoding may add 0.7 %,
+    # which would make the largest weights infinite.
+    absmax = double_quant.dequantize(constants).clamp_(max=largest_absmax(q.dtype))
     return Quantized(q.packed, absmax, q.codebook, q.shape, q.dtype, q.block_size)
 
 
-def largest(dtype: torch.dtype) -> float:
-    """The largest constant that a weight of this dtype has."""
+def largest_absmax(dtype: torch.dtype) -> float:
+    """The largest constant that a weight of this dtype can have."""
     return min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
 
 
-def fits(s: Stored, device: torch.device) -> bool:
-    """Whether the pieces are of one weight that kernels can read, on this device: kernels check no index."""
-    n, double = math.prod(s.shape), s.nested_absmax is not None
-    pieces = [
-        (s.packed.flatten(), torch.uint8, (n + 1) // 2),
-        (s.codebook, torch.float32, min(s.codebook.numel(), 16)),
-        (s.absmax, torch.uint8 if double else torch.float32, -(-n // s.block_size)),
+def is_valid_on(w: PackedWeight, device: torch.device) -> bool:
+    """Whether kernels on this device can read the weight: they check no index themselves."""
+    n = math.prod(w.shape)
+    is_double = w.nested_absmax is not None
+    absmax_dtype = torch.uint8 if is_double else torch.float32
+    expected = [  # (tensor, dtype, number of elements)
+        (w.packed.flatten(), torch.uint8, (n + 1) // 2),
+        (w.codebook, torch.float32, min(w.codebook.numel(), 16)),
+        (w.absmax, absmax_dtype, -(-n // w.block_size)),
     ]
-    if double:
-        pieces += [
-            (s.nested_absmax, torch.float32, -(-s.absmax.numel() // s.nested_block_size)),
-            (s.nested_offset, torch.float32, 1),
-            (s.nested_codebook, torch.float32, 256),
+    if is_double:
+        nested_blocks = -(-w.absmax.numel() // w.nested_block_size)
+        expected += [
+            (w.nested_absmax, torch.float32, nested_blocks),
+            (w.nested_offset, torch.float32, 1),
+            (w.nested_codebook, torch.float32, 256),
         ]
-    powers = all(size > 0 and not size & (size - 1) for size in (s.block_size, s.nested_block_size))
-    side_by_side = s.packed.is_contiguous() and all(piece.is_contiguous() for piece, _, _ in pieces)
-    return (
-        n > 0
-        and powers
-        and side_by_side
-        and all(
-            piece.dtype == dtype and piece.shape == (count,) and piece.device == device
-            for piece, dtype, count in pieces
-        )
-    )
+    for piece, dtype, count in expected:
+        has_layout = piece.dtype == dtype and piece.shape == (count,) and piece.is_contiguous()
+        if not has_layout or piece.device != device:
+            return False
+    block_sizes = (w.block_size, w.nested_block_size)
+    are_powers_of_two = all(size > 0 and size & (size - 1) == 0 for size in block_sizes)
+    return n > 0 and are_powers_of_two and w.packed.is_contiguous()
 
 
-def product(x: Tensor, dense: Tensor, transposed: bool, bias: Tensor | None) -> Tensor:
-    """x W^T + bias or, not transposed, x W, for a dense W: torch's, which with `out` autocast leaves alone."""
+def dense_matmul(x: Tensor, dense: Tensor, transposed: bool, bias: Tensor | None) -> Tensor:
+    """x W^T + bias or, not transposed, x W, for a dense W (out, in).
+
+    Autocast casts no operand of a product that has `out`.
+    """
     dense = dense.T if transposed else dense
     y = x.new_empty(len(x), dense.shape[1])
     return torch.mm(x, dense, out=y) if bias is None else torch.addmm(bias, x, dense, out=y)

@@ -115,7 +115,7 @@ def predicted(
             model.config,
             args,
             *batch.input_ids.shape,
-            number > 0 or processes.world() > 1,
+            number > 0 or processes.world_size() > 1,
             batch.n_labels,
             is_masked(batch),
             batch.position_ids is not None,

@@ -1,4 +1,4 @@
-"""The laws of double_quant.py: the 8-bit code, and constants that come back near, never negative and never infinite."""
+"""The laws of double_quant.py: the 8-bit code, the error, and decoded constants in range."""
 
 import copy
 import dataclasses
@@ -20,7 +20,7 @@ blocks_of = st.sampled_from(BLOCK_SIZES)
 
 
 def nested_absmax_of(dq: double_quant.DoubleQuantized) -> Tensor:
-    """One nested absmax a constant, in the shape of the constants."""
+    """The nested absmax of each constant, in the shape of the constants."""
     return dq.absmax.repeat_interleave(dq.block_size)[: dq.codes.numel()].reshape(dq.codes.shape)
 
 
@@ -66,10 +66,8 @@ def test_codes_nested_constants_and_offset_have_the_documented_layout(
     absmax = recipe.tensor()
     dq = double_quant.quantize(absmax, block_size)
     assert (dq.codes.dtype, dq.codes.shape) == (torch.uint8, absmax.shape)
-    assert (dq.absmax.dtype, dq.absmax.shape) == (
-        torch.float32,
-        (-(-absmax.numel() // block_size),),
-    )
+    n_blocks = -(-absmax.numel() // block_size)
+    assert (dq.absmax.dtype, dq.absmax.shape) == (torch.float32, (n_blocks,))
     assert (dq.offset.dtype, dq.offset.shape, dq.block_size) == (torch.float32, (1,), block_size)
     decoded = double_quant.dequantize(dq)
     assert (decoded.dtype, decoded.shape) == (torch.float32, absmax.shape)
@@ -82,12 +80,11 @@ def test_the_offset_is_the_mean_even_where_the_float32_sum_overflows(recipe: Con
     assume(absmax.numel() > 0)
     mean = absmax.double().mean().item()
     offset = double_quant.quantize(absmax).offset.item()
-    assert abs(offset - mean) <= gamma(absmax.numel()) * mean + cast(
-        mean, torch.float32
-    )  # n - 1 additions, one division
+    n_operations = absmax.numel()  # n - 1 additions and one division
+    assert abs(offset - mean) <= gamma(n_operations) * mean + cast(mean, torch.float32)
 
 
-def test_the_mean_is_taken_off_so_that_equal_constants_come_back_exactly() -> None:
+def test_the_mean_is_subtracted_so_that_equal_constants_come_back_exactly() -> None:
     absmax = torch.full((512,), 0.75)
     dq = double_quant.quantize(absmax)
     assert dq.absmax.eq(0).all() and same_bits(double_quant.dequantize(dq), absmax)
@@ -99,9 +96,8 @@ def test_every_constant_takes_its_nearest_8_bit_level(recipe: Constants, block_s
     dq = double_quant.quantize(absmax, block_size)
     centred = (absmax - dq.offset).double().reshape(-1)  # the subtraction is float32's
     nested = nested_absmax_of(dq).double().reshape(-1)
-    distance = (
-        torch.where(nested > 0, centred / nested, 0.0)[:, None] - double_quant.DYNAMIC.double()
-    ).abs()
+    normalised = torch.where(nested > 0, centred / nested, 0.0)
+    distance = (normalised[:, None] - double_quant.DYNAMIC.double()).abs()  # (n, 256)
     chosen = distance.gather(1, dq.codes.reshape(-1, 1).long())[:, 0]
     assert (chosen <= distance.amin(1) + decision_slack()).all()
 
@@ -118,7 +114,7 @@ def test_a_decoded_constant_is_never_negative_nor_infinite(
 
 
 def test_a_constant_that_would_decode_to_less_than_zero_is_clamped() -> None:
-    """Zero, less the mean, lies between two levels, and for some means the nearer is the lower one."""
+    """Zero minus the mean is between two levels, and for some means the lower one is nearer."""
     negative = []
     for zero_at in torch.linspace(0.01, 1, 100).tolist():
         dq = double_quant.quantize(torch.tensor([0.0, 0.0, 3.0, zero_at]))
@@ -144,14 +140,8 @@ def test_the_input_is_not_modified(recipe: Constants) -> None:
 
 @pytest.mark.parametrize("negative", [-1.5, -(2.0**-149)])
 def test_a_negative_constant_is_refused(negative: float) -> None:
-    with pytest.raises(ValueError, match=f"magnitudes >= 0, got {negative}"):
+    with pytest.raises(ValueError, match=f"must be >= 0, got {negative}"):
         double_quant.quantize(torch.tensor([1.0, negative, 2.0]))
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nan_and_infinity_are_refused(bad: float) -> None:
-    with pytest.raises(ValueError, match="NaN, infinite"):
-        double_quant.quantize(torch.tensor([1.0, 2.0, bad, 3.0, bad]))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -168,16 +158,13 @@ def test_a_block_size_that_is_no_power_of_two_is_refused(block_size: object) -> 
 
 @given(st.integers(0, 2**31), st.sampled_from([256, 1000, 2560]))
 def test_decoding_equals_that_of_bitsandbytes(seed: int, n: int) -> None:
-    """Its CPU code chooses the second-nearest level now and then, so the codes are ours; the values must agree."""
+    """For our codes, because its CPU code sometimes takes the second-nearest level."""
     absmax = Constants((n,), seed=seed).tensor()
     dq = double_quant.quantize(absmax)
-    theirs = (
-        bnb.dequantize_blockwise(
-            dq.codes, absmax=dq.absmax, code=double_quant.DYNAMIC, blocksize=256
-        )
-        + dq.offset
+    theirs = bnb.dequantize_blockwise(
+        dq.codes, absmax=dq.absmax, code=double_quant.DYNAMIC, blocksize=256
     )
-    assert torch.equal(double_quant.dequantize(dq), theirs)
+    assert torch.equal(double_quant.dequantize(dq), theirs + dq.offset)
     _, state = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
     assert same_bits(dq.absmax, state.absmax)
 
@@ -188,7 +175,7 @@ def test_block_size_and_code_that_are_not_given_are_those_of_quantize() -> None:
     assert same_bits(double_quant.dequantize(unsaid), double_quant.dequantize(dq))
 
 
-def test_what_is_double_quantized_cannot_be_changed_and_equals_itself_alone() -> None:
+def test_double_quantized_constants_cannot_be_changed_and_equal_only_themselves() -> None:
     dq = double_quant.quantize(torch.ones(4))
     with pytest.raises(dataclasses.FrozenInstanceError):
         dq.block_size = 128

@@ -1,8 +1,8 @@
 """The laws of lora.py: the hand-derived backward, what it keeps, how a model is adapted, and what a merge says and does."""
 
-import copy
 import gc
 import math
+import re
 import weakref
 from collections.abc import Callable
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import double_quant
 import lora
 import nf4
-from frozen import FrozenWeight
 from helpers.bounds import (
     Bounded,
     both_quantized,
@@ -31,7 +30,7 @@ from helpers.bounds import (
     of_a_mean,
 )
 from helpers.strategies import Adapted, Tower, TowerWithHead, adapted, same_bits
-from lora import QLoRALinear
+from lora import FrozenWeight, QLoRALinear
 
 # dtype of x, dtype of autocast or None, compute_dtype
 MODES = [
@@ -288,35 +287,6 @@ def test_only_the_gradient_that_is_wanted_is_made_and_it_is_the_same(
     assert all(same_bits(a, b) for a, b, need in zip(everything, some, needs, strict=True) if need)
 
 
-# merging one layer
-
-
-@given(adapted, st.sampled_from(MODES))
-@example(Adapted(), MODES[4])
-def test_merge_and_unmerge_restore_every_bit(case: Adapted, mode: tuple) -> None:
-    x_dtype, autocast, compute_dtype = mode
-    result = autocast or x_dtype
-    dtype = compute_dtype or result
-    layer, x = adapt(case, compute_dtype=compute_dtype).eval(), case.x(x_dtype)
-    before = copy.deepcopy(layer.state_dict())
-    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        y = layer(x)
-    layer.merge()
-    layer.merge()  # from the base again, not on top
-    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        merged = layer(x)
-        assert layer.state_dict().keys() == before.keys()
-        layer.unmerge()
-        assert same_bits(layer(x), y)
-    flat, scaling = x.reshape(-1, case.in_features), case.lora_alpha / case.r
-    bound = merged_forward(
-        flat, layer.base(), layer.lora_A, layer.lora_B, layer.bias, scaling, torch.float32, dtype
-    )
-    bound = bound if result == dtype else bound.to(result)
-    assert merged.dtype == result and bound.allows(merged.reshape(-1, case.out_features))
-    assert all(same_bits(tensor, before[name]) for name, tensor in layer.state_dict().items())
-
-
 def test_the_update_is_made_in_the_dtype_of_the_adapter_within_autocast_too() -> None:
     layer = adapt(Adapted())
     update = layer.update()
@@ -387,19 +357,20 @@ def test_targets_are_names_or_the_ends_of_names(targets: object, expected: list[
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        ("own", "own"),
-        ("wn", "wn"),
-        ("lm_head", "lm_head"),
-        ("blocks", "blocks"),
-        (["q_proj", "v_proj"], "q_proj or v_proj"),
-        ([], "by no target"),
-        ("", "by no target"),
+        ("own", "['own']"),
+        ("wn", "['wn']"),
+        ("lm_head", "['lm_head']"),
+        ("blocks", "['blocks']"),
+        (["q_proj", "v_proj"], "['q_proj', 'v_proj']"),
+        ([], "[]"),
+        ("", "['']"),
     ],
 )
 def test_a_target_that_names_no_layer_is_refused_with_the_names_that_there_are(
     targets: object, said: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"no linear layer is named {said}; there are down, up"):
+    message = f"targets {said} match no linear layer; there are down, up"
+    with pytest.raises(ValueError, match=re.escape(message)):
         lora.attach(TowerWithHead(), targets, r=3)
 
 
@@ -418,10 +389,8 @@ def test_a_model_that_is_adapted_already_is_refused() -> None:
 
 
 @pytest.mark.parametrize("r", [-1, 0, 2.0, "8", True])
-def test_a_rank_that_is_no_whole_number_from_1_is_refused_with_the_layer(r: object) -> None:
-    with pytest.raises(
-        ValueError, match=f"layer blocks.0.up: r must be a whole number >= 1.*got {r}"
-    ):
+def test_a_rank_that_is_no_integer_from_1_is_refused_with_the_layer(r: object) -> None:
+    with pytest.raises(ValueError, match=f"layer blocks.0.up: r must be an integer >= 1.*got {r}"):
         lora.attach(TowerWithHead(), r=r)
 
 
@@ -718,19 +687,16 @@ def test_an_adapted_layer_is_in_the_mode_of_the_layer_it_replaces(training: bool
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_merged_weight_is_rounded_once(dtype: torch.dtype) -> None:
-    """To the dtype of its base, after the sum was made in float32; by the layer and by the model alike."""
+    """To the dtype of its base, after the sum was made in float32."""
     case = Adapted(48, 40, 3)
     layer = case.trained(QLoRALinear.from_linear(case.linear(dtype), **case.settings()))
     update = Bounded.exact(layer.lora_B).matmul(Bounded.exact(layer.lora_A), torch.float32)
     total = update.times(layer.scaling, torch.float32).plus(
         Bounded.exact(layer.base(torch.float32)), torch.float32
     )
-    layer.merge()
     merged, _ = lora.merge(nn.Sequential(layer))
-    for weight in (layer.merged, merged[0].weight):
-        assert weight.dtype == dtype and (
-            total if dtype == torch.float32 else total.to(dtype)
-        ).allows(weight)
+    assert merged[0].weight.dtype == dtype
+    assert (total if dtype == torch.float32 else total.to(dtype)).allows(merged[0].weight)
 
 
 def test_attaching_changes_no_dtype_of_what_it_does_not_quantize() -> None:

@@ -56,23 +56,20 @@ codebooks = st.sampled_from(
 
 
 def codes_of(q: nf4.Quantized) -> Tensor:
-    """(n,) int64, read off the packed bytes one nibble at a time."""
-    n, packed = math.prod(q.shape), q.packed.reshape(-1).tolist()
-    codes = (
-        packed
-        if q.codebook.numel() > 16
-        else [nibble for byte in packed for nibble in (byte >> 4, byte & 15)]
-    )
-    return torch.tensor(codes[:n], dtype=torch.int64)
+    """(n,) int64, read from the packed bytes one nibble at a time."""
+    codes = q.packed.reshape(-1).tolist()
+    if q.codebook.numel() <= 16:
+        codes = [nibble for byte in codes for nibble in (byte >> 4, byte & 15)]
+    return torch.tensor(codes[: math.prod(q.shape)], dtype=torch.int64)
 
 
 def per_element(q: nf4.Quantized, values: Tensor) -> Tensor:
-    """One value a block -> one an element, in the shape of the weight."""
+    """One value per block -> one per element, in the shape of the weight."""
     return values.repeat_interleave(q.block_size)[: math.prod(q.shape)].reshape(q.shape)
 
 
 def in_blocks(weight: Tensor, block_size: int) -> Tensor:
-    """(n_blocks, block_size) in float64 of what float32 sees, the last block filled with zeros."""
+    """(n_blocks, block_size) float64, rounded to float32; zeros fill the last block."""
     flat = weight.contiguous().reshape(-1).float().double()
     blocks = torch.zeros(-(-flat.numel() // block_size) * block_size, dtype=torch.float64)
     blocks[: flat.numel()] = flat
@@ -80,9 +77,7 @@ def in_blocks(weight: Tensor, block_size: int) -> Tensor:
 
 
 def dequantized_by_peer(packed: Tensor, state: bnb.QuantState) -> Tensor:
-    with torch.compiler.set_stance(
-        "force_eager"
-    ):  # the peer compiles some of its paths, for seconds each
+    with torch.compiler.set_stance("force_eager"):  # the peer would compile some of its paths
         return bnb.dequantize_4bit(packed, state)
 
 
@@ -90,9 +85,8 @@ def dequantized_by_peer(packed: Tensor, state: bnb.QuantState) -> Tensor:
 
 
 def test_the_nf4_levels_are_the_published_ones_bit_for_bit() -> None:
-    assert [
-        f"{word & 0xFFFFFFFF:08x}" for word in nf4.NF4.view(torch.int32).tolist()
-    ] == PUBLISHED.split()
+    words = nf4.NF4.view(torch.int32).tolist()
+    assert [f"{word & 0xFFFFFFFF:08x}" for word in words] == PUBLISHED.split()
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -142,16 +136,10 @@ def test_roundtrip_into_another_dtype_is_within_half_gap_and_the_cast(
 @pytest.mark.parametrize("wanted", DTYPES)
 def test_half_gap_is_reached_in_every_dtype(wanted: torch.dtype) -> None:
     gap = int((nf4.NF4[1:] - nf4.NF4[:-1]).argmax())
-    upper = nf4.NF4[gap + 1].item()
+    midpoint = (nf4.NF4[gap].item() + nf4.NF4[gap + 1].item()) / 2
     ratios = []
-    for absmax in torch.linspace(
-        1, 2, 1025
-    ).tolist():  # the cast to 16 bits is at its worst for some of them
-        for side in (
-            math.nextafter,
-            lambda middle, _: middle,
-        ):  # just above the midpoint, and on it
-            middle = side((nf4.NF4[gap].item() + upper) / 2, 0.0)
+    for absmax in torch.linspace(1, 2, 1025).tolist():  # for some the cast to 16 bits is worst
+        for middle in (midpoint, math.nextafter(midpoint, 0.0)):
             weight = torch.tensor([absmax, middle * absmax])
             q = nf4.quantize(weight, 2)
             error = (weight.double() - nf4.dequantize(q, wanted).double()).abs()[1]
@@ -167,9 +155,8 @@ def test_the_mean_error_on_a_normal_is_the_one_that_order_statistics_predict(
     assert round(predicted, 4) == round(PUBLISHED_ERRORS[block_size], 4)
     weight = torch.randn(256, 4096, generator=torch.Generator().manual_seed(block_size))
     error = (weight - nf4.dequantize(nf4.quantize(weight, block_size))).abs()
-    by_block = (
-        error.reshape(-1, block_size).double().mean(1)
-    )  # blocks are independent, numbers in a block are not
+    # Blocks are independent, numbers in a block are not.
+    by_block = error.reshape(-1, block_size).double().mean(1)
     assert abs(by_block.mean().item() - predicted) <= of_a_mean(by_block)
 
 
@@ -194,16 +181,15 @@ def test_every_number_takes_its_nearest_level(recipe: Recipe, codebook: Tensor) 
 
 
 def test_a_wrong_decision_costs_at_most_its_slack_and_can_cost_nearly_that() -> None:
-    """All roundings conspire for some numbers near a midpoint just below 1, with an absmax a little below a power of two."""
+    """All roundings add up for numbers near a midpoint just below 1, if absmax is just below 2."""
     absmax = 2 - torch.arange(110_000, 118_000) * 2.0**-23
     codebook = torch.tensor([-1.0, 1 - 153 * 2.0**-24, 1.0])
     middle = (codebook[1:].double().sum() / 2).item()
     worst = 0.0
     for ulps in range(-4, 5):
         x = ((middle * absmax.double()).float().view(torch.int32) + ulps).view(torch.float32)
-        codes = codes_of(nf4.quantize(torch.stack([absmax, x], 1), 2, codebook)).reshape(-1, 2)[
-            :, 1:
-        ]
+        q = nf4.quantize(torch.stack([absmax, x], 1), 2, codebook)
+        codes = codes_of(q).reshape(-1, 2)[:, 1:]
         distance = ((x.double() / absmax.double())[:, None] - codebook.double()).abs()
         worst = max(worst, (distance.gather(1, codes)[:, 0] - distance.amin(1)).max().item())
     assert is_tight(worst, decision_slack())
@@ -211,9 +197,8 @@ def test_a_wrong_decision_costs_at_most_its_slack_and_can_cost_nearly_that() -> 
 
 @given(seeds, st.sampled_from(BLOCK_SIZES[1:]))
 def test_a_tie_takes_the_lower_code(seed: int, block_size: int) -> None:
-    weight = Recipe(
-        shape=(4 * block_size,), block_size=block_size, pattern="ties", seed=seed
-    ).tensor()
+    recipe = Recipe((4 * block_size,), block_size=block_size, pattern="ties", seed=seed)
+    weight = recipe.tensor()
     codes = codes_of(nf4.quantize(weight, block_size, uniform_code()))
     lower = {tie: index for index, tie in enumerate(TIES)} | {1.0: 4}
     assert codes.tolist() == [lower[x] for x in weight.tolist()]
@@ -221,10 +206,8 @@ def test_a_tie_takes_the_lower_code(seed: int, block_size: int) -> None:
 
 @pytest.mark.parametrize("code", range(15))
 def test_a_float32_midpoint_takes_the_lower_code_and_the_next_number_the_upper(code: int) -> None:
-    midpoint = ((nf4.NF4[code].numpy() + nf4.NF4[code + 1].numpy()) / np.float32(2)).astype(
-        np.float32
-    )
-    weight = torch.tensor([1.0, midpoint.item(), np.nextafter(midpoint, np.float32(2)).item()])
+    midpoint = (nf4.NF4[code] + nf4.NF4[code + 1]) / 2
+    weight = torch.stack([torch.tensor(1.0), midpoint, midpoint.nextafter(torch.tensor(2.0))])
     assert codes_of(nf4.quantize(weight, 4)).tolist() == [15, code, code + 1]
 
 
@@ -236,11 +219,8 @@ def test_a_number_is_multiplied_by_the_float32_reciprocal_of_absmax(recipe: Reci
     absmax = np.abs(blocks).max(1, keepdims=True)
     reciprocal = np.divide(np.float32(1), absmax, out=np.zeros_like(absmax), where=absmax > 0)
     midpoints = ((nf4.NF4[1:] + nf4.NF4[:-1]) / 2).numpy()
-    expected = (
-        (np.multiply(blocks, reciprocal)[..., None] > midpoints)
-        .sum(-1)
-        .reshape(-1)[: weight.numel()]
-    )
+    products = np.multiply(blocks, reciprocal).reshape(-1)[: weight.numel()]
+    expected = (products[:, None] > midpoints).sum(1)
     assert codes_of(nf4.quantize(weight, recipe.block_size)).tolist() == expected.tolist()
 
 
@@ -248,10 +228,8 @@ def test_where_division_would_choose_another_level_the_reciprocal_decides() -> N
     middle = ((nf4.NF4[1:] + nf4.NF4[:-1]) / 2)[9].item()
     absmax = torch.linspace(1, 2, 4001)[1:-1]
     weight = torch.stack([absmax, absmax * middle], 1)
-    by_division, by_reciprocal = (
-        weight[:, 1] / absmax > middle,
-        weight[:, 1] * (1 / absmax) > middle,
-    )
+    by_division = weight[:, 1] / absmax > middle
+    by_reciprocal = weight[:, 1] * (1 / absmax) > middle
     assert (by_division != by_reciprocal).any()
     assert torch.equal(codes_of(nf4.quantize(weight, 2)).reshape(-1, 2)[:, 1] == 10, by_reciprocal)
 
@@ -266,7 +244,7 @@ def test_where_division_would_choose_another_level_the_reciprocal_decides() -> N
 def test_requantizing_a_dequantized_tensor_gives_the_same_codes(
     recipe: Recipe, codebook: Tensor
 ) -> None:
-    """True unless the steps of a subnormal block are wide beside its absmax, or the dtype is too coarse for the code."""
+    """Except in a subnormal block with steps too wide, or in a dtype too coarse, for the code."""
     q = nf4.quantize(recipe.tensor(), recipe.block_size, codebook)
     again = nf4.quantize(nf4.dequantize(q), recipe.block_size, codebook)
     safe = requantizing_is_safe(q.absmax, codebook, recipe.dtype)
@@ -289,26 +267,23 @@ def test_requantizing_a_block_of_five_subnormal_steps_may_change_a_code() -> Non
 @example(Recipe(), -149)
 @example(Recipe(pattern="outliers"), 113)
 def test_scaling_by_a_power_of_two_leaves_codes_unchanged(recipe: Recipe, k: int) -> None:
-    """True if the scaling itself is exact, that is, if no number overflows and none loses bits as a subnormal."""
+    """If the scaling is exact: no number overflows, and none loses bits as a subnormal."""
     weight = recipe.tensor().float()
     wanted = weight.double() * 2.0**k
     scaled = wanted.float()
-    exact = (
-        in_blocks(scaled.double() == wanted, recipe.block_size)
-        + (in_blocks(weight, recipe.block_size) == 0)
-        > 0
-    )
     assume(scaled.isfinite().all())
-    whole = exact.all(1)
-    q, q_scaled = nf4.quantize(weight, recipe.block_size), nf4.quantize(scaled, recipe.block_size)
-    numbers = per_element(q, whole).reshape(-1)
+    rounded = in_blocks(scaled.double() != wanted, recipe.block_size).bool()
+    exact = ~rounded.any(1)  # (n_blocks,)
+    q = nf4.quantize(weight, recipe.block_size)
+    q_scaled = nf4.quantize(scaled, recipe.block_size)
+    numbers = per_element(q, exact).reshape(-1)
     assert torch.equal(codes_of(q_scaled)[numbers], codes_of(q)[numbers])
-    assert torch.equal(q_scaled.absmax[whole].double(), q.absmax[whole].double() * 2.0**k)
+    assert torch.equal(q_scaled.absmax[exact].double(), q.absmax[exact].double() * 2.0**k)
 
 
 @pytest.mark.parametrize("k", [-120, -100, -64, 63, 64, 100, 126])
 def test_scaling_by_a_power_of_two_leaves_the_closest_decisions_unchanged(k: int) -> None:
-    """Beside a midpoint one lost bit of 1/absmax is another code: so it never leaves float32's normal range."""
+    """Near a midpoint one lost bit of 1/absmax changes a code, so it must stay a normal number."""
     middle = ((nf4.NF4[1:] + nf4.NF4[:-1]) / 2)[9].item()
     absmax = torch.linspace(1, 2, 4001)[1:-1]
     weight = torch.stack([absmax, absmax * middle], 1)
@@ -336,9 +311,8 @@ def test_zero_stays_exactly_zero_and_never_becomes_minus_zero(
         q = nf4.quantize(weight, recipe.block_size, codebook)
         zeros = nf4.dequantize(q)[weight.float() == 0]
         assert same_bits(zeros, torch.zeros_like(zeros))
-        codes = codes_of(q)[
-            weight.float().reshape(-1) == 0
-        ]  # its code says zero, whatever becomes of absmax
+        # The code itself means zero, so that any absmax decodes it to zero.
+        codes = codes_of(q)[weight.float().reshape(-1) == 0]
         assert (codebook[codes] == 0).all()
 
 
@@ -370,11 +344,9 @@ def test_any_shape_and_stride_gives_the_layout_that_is_documented(recipe: Recipe
 @example(Recipe(shape=(3, 5), layout="transposed"))
 def test_a_strided_tensor_gives_the_bytes_of_its_contiguous_copy(recipe: Recipe) -> None:
     weight = recipe.tensor()
-    strided, packed = (
-        nf4.quantize(weight, recipe.block_size),
-        nf4.quantize(weight.contiguous(), recipe.block_size),
-    )
-    assert same_bits(strided.packed, packed.packed) and same_bits(strided.absmax, packed.absmax)
+    strided = nf4.quantize(weight, recipe.block_size)
+    copied = nf4.quantize(weight.contiguous(), recipe.block_size)
+    assert same_bits(strided.packed, copied.packed) and same_bits(strided.absmax, copied.absmax)
 
 
 def test_an_expanded_tensor_gives_the_bytes_of_its_copy() -> None:
@@ -397,7 +369,8 @@ def test_up_to_sixteen_levels_share_a_byte_and_more_take_one_each(levels: int) -
     codebook = torch.linspace(-1, 1, levels)
     weight = codebook.repeat(3)[: 3 * levels - 1]
     q = nf4.quantize(weight, 1024, codebook)
-    assert q.packed.shape == ((-(-weight.numel() // 2) if levels <= 16 else weight.numel()), 1)
+    n = weight.numel()
+    assert q.packed.shape == (math.ceil(n / 2) if levels <= 16 else n, 1)
     assert codes_of(q).tolist() == [*range(levels), *range(levels), *range(levels - 1)]
     assert same_bits(nf4.dequantize(q), weight)
 
@@ -421,7 +394,7 @@ def test_the_input_is_not_modified(recipe: Recipe) -> None:
     assert same_bits(weight, before) and same_bits(q.packed, packed) and same_bits(q.absmax, absmax)
 
 
-def test_a_weight_that_wants_a_gradient_is_quantized_without_one() -> None:
+def test_a_weight_that_requires_grad_is_quantized_without_a_gradient() -> None:
     q = nf4.quantize(torch.randn(4, 8, requires_grad=True))
     assert not q.absmax.requires_grad and not nf4.dequantize(q).requires_grad
 
@@ -493,23 +466,20 @@ def test_a_codebook_with_an_infinite_level_is_refused() -> None:
 @example(Recipe((3, 40), torch.bfloat16, block_size=64))
 def test_bytes_constants_and_decoded_values_equal_those_of_bitsandbytes(recipe: Recipe) -> None:
     weight = recipe.tensor()
-    assume(
-        (in_blocks(weight, recipe.block_size).abs().amax(1) > 0).all()
-    )  # it stores 1e-38 for some blocks of zeros
+    # bitsandbytes stores 1e-38 for some blocks of zeros.
+    assume((in_blocks(weight, recipe.block_size).abs().amax(1) > 0).all())
     packed, state = bnb.quantize_4bit(weight, blocksize=recipe.block_size, quant_type="nf4")
     q = nf4.quantize(weight, recipe.block_size)
     assert same_bits(q.absmax, state.absmax)
     whole = weight.numel() // recipe.block_size * recipe.block_size
     theirs = nf4.Quantized(packed, state.absmax, nf4.NF4, q.shape, q.dtype, q.block_size)
     assert torch.equal(codes_of(q)[:whole], codes_of(theirs)[:whole])
-    last = weight.reshape(-1)[
-        whole:
-    ].float()  # in a ragged last block it divides by absmax: see the next test
+    # In a shorter last block it divides by absmax; see the test of the ragged last block.
+    last = weight.reshape(-1)[whole:].float()
     by_division = torch.bucketize(last / state.absmax[-1], (nf4.NF4[1:] + nf4.NF4[:-1]) / 2)
     assert torch.equal(codes_of(theirs)[whole:], by_division)
-    assert torch.equal(
-        nf4.dequantize(theirs), dequantized_by_peer(packed, state).reshape(weight.shape)
-    )
+    decoded = dequantized_by_peer(packed, state).reshape(weight.shape)
+    assert torch.equal(nf4.dequantize(theirs), decoded)
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES[5:])
@@ -520,11 +490,9 @@ def test_a_weight_of_whole_blocks_equals_that_of_bitsandbytes_in_everything(
     weight = Recipe((3, 4096), dtype, block_size=block_size, exponent=-5).tensor()
     packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
     q = nf4.quantize(weight, block_size)
-    assert (
-        same_bits(q.packed, packed)
-        and same_bits(q.absmax, state.absmax)
-        and same_bits(q.codebook, state.code)
-    )
+    assert same_bits(q.packed, packed)
+    assert same_bits(q.absmax, state.absmax)
+    assert same_bits(q.codebook, state.code)
     assert torch.equal(nf4.dequantize(q), dequantized_by_peer(packed, state))
 
 
@@ -536,11 +504,10 @@ def test_a_ragged_last_block_is_normalised_like_all_others_where_bitsandbytes_di
     ragged = torch.tensor([absmax[first], x[first]])
     whole = torch.nn.functional.pad(ragged, (0, 62))
     assert nf4.quantize(ragged).packed[0] == nf4.quantize(whole).packed[0]
-    theirs = [
-        bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64)[0][0]
-        for weight in (ragged, whole)
-    ]
-    assert theirs[0] != theirs[1] == nf4.quantize(whole).packed[0]
+    their_ragged, _ = bnb.quantize_4bit(ragged, quant_type="nf4", blocksize=64)
+    their_whole, _ = bnb.quantize_4bit(whole, quant_type="nf4", blocksize=64)
+    assert their_whole[0] == nf4.quantize(whole).packed[0]
+    assert their_ragged[0] != their_whole[0]
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (33, 64), (40, 16)])
@@ -548,21 +515,21 @@ def test_a_ragged_last_block_is_normalised_like_all_others_where_bitsandbytes_di
 def test_rows_that_are_no_whole_blocks_are_decoded_right_where_bitsandbytes_may_be_wrong(
     dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
-    """On AVX-512 bitsandbytes 0.50.2 takes a wrong absmax if 16 divides the row, the block does not, and is below 2048."""
+    """With AVX-512, bitsandbytes 0.50.2 may take the absmax of another block.
+
+    It does if 16 divides the row, the block size does not, and the block size is below 2048.
+    """
     block_size = 128
     weight = Recipe(shape, dtype).tensor()
     packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
     q = nf4.quantize(weight, block_size)
-    assert same_bits(q.packed, packed) and same_bits(
-        q.absmax, state.absmax
-    )  # what it stores is right
+    assert same_bits(q.packed, packed) and same_bits(q.absmax, state.absmax)  # stored right
     error = (weight.double() - nf4.dequantize(q).double()).abs()
     assert (error <= per_element(q, roundtrip(q.absmax, nf4.NF4, dtype, dtype))).all()
     theirs = dequantized_by_peer(packed, state)
     if torch.backends.cpu.get_cpu_capability() == "AVX512" and bitsandbytes.__version__ == "0.50.2":
-        assert not torch.equal(
-            nf4.dequantize(q), theirs
-        )  # the day this fails, the exception can go
+        # If this fails, bitsandbytes is fixed, and this exception can go.
+        assert not torch.equal(nf4.dequantize(q), theirs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -572,9 +539,7 @@ def test_the_layouts_of_the_strategies_hold_the_same_values(layout: str) -> None
     assert laid_out(values, layout).is_contiguous() == (layout == "contiguous")
 
 
-def test_the_levels_of_a_code_may_stand_in_any_order_and_the_first_of_two_equal_ones_is_used() -> (
-    None
-):
+def test_levels_may_be_in_any_order_and_the_first_of_two_equal_ones_is_used() -> None:
     codebook = torch.tensor([0.5, -1.0, 0.0, 1.0, 0.0])
     weight = torch.tensor([1.0, 0.2, -0.2, 0.0, -0.6, 0.4, -0.5, 0.75])  # the last two are ties
     q = nf4.quantize(weight, 8, codebook)
@@ -590,7 +555,7 @@ def test_the_half_gap_of_nf4_is_the_documented_one() -> None:
     assert round(half_gap(nf4.NF4), 7) == 0.1519036
 
 
-def test_a_quantized_tensor_cannot_be_changed_and_equals_itself_alone() -> None:
+def test_a_quantized_tensor_cannot_be_changed_and_equals_only_itself() -> None:
     q = nf4.quantize(torch.ones(4))
     with pytest.raises(dataclasses.FrozenInstanceError):
         q.block_size = 32

@@ -17,12 +17,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import pager as module
+import paged_optim
 from helpers.strategies import DTYPES
-from kernels.page_store import map_nameless_file
-from pager import Page, Pager
+from kernels.page_store import Page, map_unnamed_file
+from paged_optim import Pager
 
-ROOT = Path(module.__file__).parent
+ROOT = Path(paged_optim.__file__).parent
 CPU = torch.device("cpu")
 
 
@@ -277,7 +277,7 @@ def test_the_space_of_the_store_is_really_reserved(
 
     seen: list[tuple[int, bool, int]] = []
     monkeypatch.setattr(mmap, "mmap", Measured)
-    assert map_nameless_file(nbytes)[:] == bytes(nbytes)
+    assert map_unnamed_file(nbytes)[:] == bytes(nbytes)
     assert seen == [(nbytes, True, 0)]
 
 
@@ -296,7 +296,7 @@ def first_in_first_out(self: Pager, page: Page, write: bool = False) -> torch.Te
 
 
 def forgets_a_second_write(self: Pager, page: Page, write: bool = False) -> torch.Tensor:
-    return fetch(self, page, write and not page.stored)
+    return fetch(self, page, write and not page.saved)
 
 
 def writes_clean_pages_too(self: Pager, page: Page, write: bool = False) -> torch.Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from bitsandbytes.cextension import lib
 from bitsandbytes.nn import Linear4bit, Params4bit
 from bitsandbytes.optim import AdamW8bit
 from hypothesis import example, given
@@ -27,7 +28,6 @@ import double_quant
 import lora
 import nf4
 from checkpoints import peft_adapter as checkpoint
-from frozen import FrozenWeight
 from helpers import models, naive
 from helpers.bounds import (
     UNIT_ROUNDOFF,
@@ -41,15 +41,16 @@ from helpers.bounds import (
     table_error,
 )
 from helpers.strategies import BLOCK_SIZES, HALF_AND_SINGLE, Constants, Recipe, same_bits
+from lora import FrozenWeight
 from paged_optim import PagedAdamW
 
 CODE8 = bnb.create_dynamic_map()
 TABLE = 2**16  # points of the table in which bitsandbytes looks 8-bit codes up on a CPU
 PEER_BLOCKS = [size for size in BLOCK_SIZES if size >= 32]
 CODEBOOKS = {"nf4": nf4.NF4, "fp4": nf4.FP4}
-REPACKS = bool(
-    bnb.has_avx512bf16()
-)  # whether bitsandbytes repacks weights when it evaluates, which it decides by the CPU
+# bitsandbytes asks its library which instructions the processor has.
+REPACKS = bool(bnb.has_avx512bf16())  # repacks weights for evaluation
+AVX512 = bool(getattr(lib, "has_avx512f_cpu", bool)())  # decodes 4 bits by AVX-512, else one by one
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -135,20 +136,41 @@ def codes_of(packed: Tensor) -> Tensor:
     return torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten()
 
 
+def decoded_levels(kind: str) -> Tensor:
+    """The number that bitsandbytes decodes each code to: ours, but for the sign of FP4's zero.
+
+    Code 8 of FP4 is minus zero. The table of its AVX-512 kernel holds +0.0 there, and so does the
+    table in functional.py; the table of its scalar kernel holds -0.0.
+    """
+    levels = CODEBOOKS[kind].clone()
+    if kind == "fp4" and not AVX512:
+        levels[8] = -0.0
+    return levels
+
+
 def assert_first_level_is_equal(
     weight: Tensor, block_size: int, kind: str
-) -> tuple[nf4.Quantized, Tensor]:
-    """Every byte but that of minus zero, every constant, every decoded number. -> ours, their packed codes"""
-    q = nf4.quantize(weight, block_size, CODEBOOKS[kind])
+) -> tuple[nf4.Quantized, nf4.Quantized]:
+    """Every byte except minus zero, every constant, every decoded number.
+
+    Returns ours, and ours with the packed codes and the levels of bitsandbytes.
+    """
+    ours = nf4.quantize(weight, block_size, CODEBOOKS[kind])
     packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type=kind)
-    ours, theirs = codes_of(q.packed), codes_of(packed)
-    assert q.packed.shape == packed.shape and torch.equal(
-        ours, theirs.where((theirs != 8) | (kind == "nf4"), 0)
-    )
-    assert kind == "nf4" or (ours != 8).all()
-    assert same_bits(q.absmax, state.absmax) and same_bits(q.codebook, state.code)
-    assert same_bits(nf4.dequantize(q), bnb.dequantize_4bit(packed, state))
-    return q, packed
+    theirs = replace(ours, packed=packed, codebook=decoded_levels(kind))
+    assert packed.shape == ours.packed.shape
+    our_codes = codes_of(ours.packed)
+    their_codes = codes_of(packed)
+    if kind == "fp4":
+        assert (our_codes != 8).all()
+        their_codes[their_codes == 8] = 0
+    assert torch.equal(our_codes, their_codes)
+    assert same_bits(ours.absmax, state.absmax)
+    assert same_bits(ours.codebook, state.code)
+    decoded = bnb.dequantize_4bit(packed, state)
+    assert same_bits(nf4.dequantize(theirs), decoded)
+    assert torch.equal(nf4.dequantize(ours), decoded)  # to torch.equal, -0.0 is 0.0
+    return ours, theirs
 
 
 @pytest.mark.parametrize("block_size", PEER_BLOCKS)
@@ -159,24 +181,23 @@ def test_both_levels_equal_those_of_bitsandbytes_but_for_its_table(
 ) -> None:
     """20 to 2560 constants: less than a nested block, whole ones, and a ragged last one."""
     weight = Recipe((20, 4096), dtype, block_size=block_size, exponent=-5).tensor()
-    q, plain = assert_first_level_is_equal(weight, block_size, kind)
+    q, theirs = assert_first_level_is_equal(weight, block_size, kind)
     dq = double_quant.quantize(q.absmax)
     packed, state = bnb.quantize_4bit(
         weight, blocksize=block_size, quant_type=kind, compress_statistics=True
     )
     nested = state.state2
-    assert same_bits(packed, plain)
+    assert same_bits(packed, theirs.packed)
     assert same_bits(dq.offset[0], state.offset) and same_bits(dq.absmax, nested.absmax)
     assert same_bits(dq.codebook, nested.code) and dq.block_size == nested.blocksize
     assert dq.codes.shape == state.absmax.shape and dq.codes.dtype == state.absmax.dtype
     assert_nearest_and_nearly(dq, q.absmax, state.absmax)
-    for codes in (
-        dq.codes,
-        state.absmax,
-    ):  # decoded by either, ours and theirs are the same numbers
-        ours = replace(q, absmax=double_quant.dequantize(replace(dq, codes=codes)))
+    for codes in (dq.codes, state.absmax):
+        absmax = double_quant.dequantize(replace(dq, codes=codes))
         state.absmax = codes
-        assert same_bits(nf4.dequantize(ours), bnb.dequantize_4bit(packed, state))
+        decoded = bnb.dequantize_4bit(packed, state)
+        assert same_bits(nf4.dequantize(replace(theirs, absmax=absmax)), decoded)
+        assert torch.equal(nf4.dequantize(replace(q, absmax=absmax)), decoded)
 
 
 def cells() -> tuple[Tensor, Tensor]:
@@ -267,6 +288,25 @@ def test_minus_zero_in_fp4_is_written_by_bitsandbytes_and_not_by_us() -> None:
     packed, _ = bnb.quantize_4bit(weight, quant_type="fp4")
     assert codes_of(nf4.quantize(weight, codebook=nf4.FP4).packed).tolist() == [3, 0, 0, 0] * 16
     assert (codes_of(packed) == 8).any()  # the day this fails, the exception can go
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("kind", CODEBOOKS)
+def test_bitsandbytes_decodes_minus_zero_in_fp4_to_minus_zero_unless_by_avx512(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """Its CPU kernels disagree: +0.0 with AVX-512, -0.0 without. Ours never decodes to -0.0."""
+    pairs = [16 * code + code + 1 for code in range(0, 16, 2)]
+    packed = torch.tensor(pairs * 4, dtype=torch.uint8)[:, None]
+    decoded = torch.ops.bitsandbytes.dequantize_4bit(
+        packed, torch.ones(1), 64, kind, (1, 64), dtype
+    )
+    levels = CODEBOOKS[kind].to(dtype)
+    assert not (levels.signbit() & (levels == 0)).any()
+    assert torch.equal(decoded[0], levels.repeat(4))
+    unlike = (decoded[0].signbit() != levels.repeat(4).signbit()).nonzero().flatten()
+    expected = [8, 24, 40, 56] if kind == "fp4" and not AVX512 else []
+    assert unlike.tolist() == expected  # the day this fails, decoded_levels needs no exception
 
 
 # bitsandbytes: 8 bits
@@ -560,24 +600,6 @@ def test_an_update_arrives_whole_where_peft_rounds_it_to_4_bits_as_the_audit_for
     assert abs(audit["proj"].cosine - dot / (length * moved)) <= in_float64
     assert abs(audit["proj"].kept - dot / length**2) <= in_float64 * moved / length
     assert abs(audit["proj"].update_norm - length) <= in_float64 * length
-
-
-@pytest.mark.parametrize("double", [False, True])
-def test_unmerging_restores_every_bit_where_peft_keeps_the_traces_of_two_roundings(
-    double: bool,
-) -> None:
-    weight = normal(64, 128, std=0.02)
-    theirs, ours = with_adapter(weight, double, 2.0**-10)
-    before = by_hand(weight, double=double)
-    ours.merge()
-    ours.unmerge()
-    assert same_bits(ours.base(), before)
-    merged_by_peft(theirs)
-    with pytest.warns(UserWarning, match="rounding errors"):
-        theirs.unmerge()
-    assert not torch.equal(
-        dense(theirs.get_base_layer()), before
-    )  # the day this fails, the exception can go
 
 
 # PEFT: memory, and files

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora
-from frozen import FrozenWeight
-from lora import LoRAMatmul, QLoRALinear
+from lora import FrozenWeight, LoRAMatmul, QLoRALinear
 from memory.measured import Live
 
 LAYERS, WIDTH, RANK, BLOCK = 12, 256, 8, 64

@@ -24,6 +24,7 @@ from helpers.bounds import OF_A_PEAK
 from lora import QLoRALinear, attach
 from training import loss_and_eval as evaluate
 from training import use_adapter as export
+from training.dtypes import resolve_device_and_dtype
 
 REPORT_KEYS = {
     "metric",
@@ -55,13 +56,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold out 4 + 2 questions instead of 150: generation is most of a short run."""
-    whole = data.load
+    whole = data.load_task
 
     def load(*args: object) -> data.Task:
         task = whole(*args)
         return data.Task(task.metric, task.train, task.test[:4], task.unseen[:2])
 
-    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(data, "load_task", load)
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -203,7 +204,7 @@ def test_resuming_under_other_settings_says_which(
     adapter = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert run(tiny, tmp_path, "--resume", "--lr", "0.5", "--lora-alpha", "4") == 1
     assert (
-        "lora_alpha was 16.0, is 4.0; lr was 0.001, is 0.5. Give what was, or --resume-anyway"
+        "lora_alpha was 16.0, is 4.0; lr was 0.001, is 0.5. Use the old settings or --resume-anyway"
         in capsys.readouterr().err
     )
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == adapter
@@ -223,9 +224,9 @@ def test_checkpointing_changes_no_gradient_and_accumulation_divides_by_the_label
             "--grad-accum",
             "2",
         ]
-        args = train.parse_args(["--model", str(tiny), *shape, *flags])
+        args = resolve_device_and_dtype(train.parse_args(["--model", str(tiny), *shape, *flags]))
         model, tokenizer = train.adapted_model(args, "nf4")
-        task = data.load("orders", tokenizer, 256, 0)
+        task = data.load_task("orders", tokenizer, 256, 0)
         batches = data.batches_of_step(task.train, 0, args.batch_size, args.grad_accum, 0, 2)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         kept = []
@@ -316,11 +317,13 @@ def test_an_adapter_answers_a_prompt_word_by_word(
     ]
     assert train.main(asked) == 0
     streamed = capsys.readouterr().out
-    model, tokenizer = export.load(tmp_path, None, torch.float32, "cpu")
+    model, tokenizer = export.load_adapted_model(tmp_path, None, torch.float32, "cpu")
     assert {layer.base.codebook.numel() for layer in checkpoint.adapted_layers(model).values()} == {
         8
     }
-    whole = evaluate.answers(model, tokenizer, [data.chat(tokenizer, "Who?")], 8, torch.float32)
+    whole = evaluate.generate_answers(
+        model, tokenizer, [data.encode_prompt(tokenizer, "Who?")], 8, torch.float32
+    )
     assert streamed.strip() == whole[0] != ""
 
 
@@ -356,7 +359,7 @@ def test_a_start_that_changes_the_base_keeps_it_and_goes_on_from_it(
     theirs = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "whole"
     )
-    ours, _ = export.load(tmp_path / "whole", None, torch.float32, "cpu")
+    ours, _ = export.load_adapted_model(tmp_path / "whole", None, torch.float32, "cpu")
     assert ours.name_or_path == str(tmp_path / "base")
     for name, layer in checkpoint.adapted_layers(ours).items():
         their = theirs.base_model.model.get_submodule(name)
@@ -512,13 +515,13 @@ def test_a_nan_in_a_weight_is_named_by_layer_count_and_index(
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_adapter(
     tiny: Path,
 ) -> None:
-    args = train.parse_args(["--model", str(tiny), "--dtype", "float32"])
+    args = resolve_device_and_dtype(train.parse_args(["--model", str(tiny), "--dtype", "float32"]))
     model, tokenizer = train.adapted_model(args, "nf4")
     layer = next(layer for layer in model.modules() if isinstance(layer, QLoRALinear))
     torch.nn.init.constant_(layer.lora_B, float("inf"))
     before = layer.lora_A.detach().clone()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    batches = data.batches_of_step(data.load("orders", tokenizer, 256, 0).train, 0, 2, 1, 0, 2)
+    batches = data.batches_of_step(data.load_task("orders", tokenizer, 256, 0).train, 0, 2, 1, 0, 2)
     with pytest.raises(ValueError, match="the gradient is not finite"):
         train.train_step(evaluate.LabelLoss(model, args.dtype), optimizer, batches, 0, args)
     assert torch.equal(layer.lora_A, before)

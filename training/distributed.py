@@ -1,14 +1,15 @@
-"""Several processes make one run: who is who, what they tell each other, and what is done by one for all.
+"""Several processes make one run: ranks, the collectives between them, and errors that stop all.
 
     torchrun --nproc-per-node 4 train.py
 
-starts train.py four times, and gives each process its number in the environment. All run the same program on the same data;
-what differs by number is only which part of the work they do. So each knows without asking what the others are at, and they
-talk only to add up numbers, to move gradients and weights (parallel.py), and to fail together: whatever is wrong in one of
-them, a row, a file, a full disk, is said once, and all end.
+starts train.py four times and gives each process a rank, 0 to 3, in the environment. All ranks
+run the same program on the same data. Only the part of the work differs: rank i takes every
+fourth item, starting at item i. So a rank needs no message to know what the others do. The ranks
+communicate only to sum numbers, to exchange gradients and weights (sharding.py), and to fail
+together: an error in one rank (a row, a file, a full disk) is printed once and ends all of them.
 
-What is said, written or measured is so once: printed and saved by the first process, and measured by all, each its part.
-Without torchrun there is one process, and every function here is what it is then: sums of one number, work that is just done.
+Rank 0 prints and saves. All ranks evaluate, each on its part. Without torchrun there is one
+process with rank 0 and world size 1: a sum is the number itself, and work is just done.
 """
 
 import os
@@ -21,34 +22,33 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-Result, Item = TypeVar("Result"), TypeVar("Item")
+from training.options import launched_by_torchrun
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
-def launched() -> bool:
-    """Whether torchrun or its like has started this process as one of a number."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+def init_distributed(device: str) -> None:
+    """Join the process group if torchrun started this process. Ranks above 0 stop printing.
 
-
-def begin(device: str) -> None:
-    """Join the other processes, if this is one of several; from now on the first one alone is heard.
-
-    On GPUs, "cuda" is from now on the one that has the process's number on its machine.
+    On GPUs "cuda" then means the GPU with this process's local rank.
     """
-    if not launched() or dist.is_initialized():
+    if not launched_by_torchrun() or dist.is_initialized():
         return
-    if device.startswith("cuda"):
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
         torch.cuda.set_device(local_rank())
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     store, number, count = next(rendezvous("env://"))
-    # torchrun's store outlives a restart, and what the lost processes have written there would be taken for the new ones'.
-    store = dist.PrefixStore(f"attempt {attempt()}", store)
+    # torchrun's store survives a restart. A prefix hides the keys of the processes before it.
+    store = dist.PrefixStore(f"attempt {restart_count()}", store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
-    if not first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
 
-def leave(status: int) -> NoReturn:
-    """End this process. One of several ends at once: on Python's way out it meets gloo's threads, and now and then aborts."""
+def exit_process(status: int) -> NoReturn:
+    """End this process; one of several skips Python's teardown, where gloo's threads can abort."""
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -57,16 +57,18 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def attempt() -> int:
-    """How often torchrun --max-restarts has started the processes anew, after one of them was lost."""
+def restart_count() -> int:
+    """How often torchrun --max-restarts has restarted the processes after it lost one of them."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def rank() -> int:
+    """The number of this process, 0 to world_size - 1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
+    """The number of processes on all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -75,95 +77,104 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def on_this_machine() -> int:
-    """How many of the processes this machine has."""
+def local_world_size() -> int:
+    """The number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
 
 
-def first() -> bool:
+def is_main() -> bool:
+    """Whether this process prints and saves."""
     return rank() == 0
 
 
-def total(*numbers: float) -> list[float]:
-    """Sums over all processes, in float64; the same bits in each of them."""
+def all_reduce_sum(*numbers: float) -> list[float]:
+    """The sum of each number over all ranks, in float64; every rank gets the same bits."""
     if not dist.is_initialized():
         return list(numbers)
-    sums = torch.tensor(numbers, dtype=torch.float64)  # on the host, also beside GPUs
+    sums = torch.tensor(numbers, dtype=torch.float64)  # on the host, also in a run on GPUs
     dist.all_reduce(sums)
     return sums.tolist()
 
 
-def gather(thing: Item) -> list[Item]:
-    """What each process has, in their order."""
+def all_gather(item: Item) -> list[Item]:
+    """The items of all ranks, in the order of the ranks."""
     if not dist.is_initialized():
-        return [thing]
-    things: list[Item] = [thing] * world()
-    dist.all_gather_object(things, thing)
-    return things
+        return [item]
+    items: list[Item] = [item] * world_size()
+    dist.all_gather_object(items, item)
+    return items
 
 
-def together(work: Callable[[], Result], turn: int = 0) -> Result:
-    """The result of `work`, which each process does in its turn, 0 first; or none goes on.
+def all_or_none(work: Callable[[], Result], turn: int = 0) -> Result:
+    """The result of `work` on this rank, if it succeeds on all ranks; else every rank stops.
 
-    Raises: ValueError in the first process if `work` raises a ValueError or OSError in any; the others end quietly.
+    Ranks with the same `turn` work at the same time, those with turn 0 first.
+    Raises: ValueError on rank 0 if any rank raises ValueError or OSError; SystemExit on the others.
     """
     if not dist.is_initialized():
         return work()
-    result, error = None, ""
-    for now in range(max(gather(turn)) + 1):
-        if now == turn:
+    result = None
+    error = ""
+    for current in range(max(all_gather(turn)) + 1):
+        if current == turn:
             try:
                 result = work()
             except (ValueError, OSError) as fault:
                 error = str(fault)
-        total(0)  # until all have come here
-    errors = gather(error)
+        all_reduce_sum(0)  # a barrier: the next turn starts when this one has ended
+    errors = all_gather(error)
     if any(errors):
-        if not first():
-            raise SystemExit(1)
-        number = next(number for number, error in enumerate(errors) if error)
-        raise ValueError(
-            errors[number] + (f" (in process {number} of {world()})" if number else "")
-        )
+        raise_on_main(errors)
     return result
 
 
-def in_first(work: Callable[[], object]) -> None:
-    """Let the first process do it, and the others wait."""
-    together(work if first() else lambda: None)
+def raise_on_main(errors: list[str]) -> NoReturn:
+    """Raise the first error of all ranks on rank 0, and end the other ranks without output."""
+    if not is_main():
+        raise SystemExit(1)
+    failed = next(number for number, error in enumerate(errors) if error)
+    place = f" (in process {failed} of {world_size()})" if failed else ""
+    raise ValueError(errors[failed] + place)
 
 
-def lost_another(error: BaseException) -> str:
-    """Where an error says that a connection to another process has broken: this, in words; else nothing."""
+def run_on_main(work: Callable[[], object]) -> None:
+    """Call `work` on rank 0 while the other ranks wait. Raises: see all_or_none."""
+    all_or_none(work if is_main() else lambda: None)
+
+
+def describe_lost_process(error: BaseException) -> str:
+    """One line for an error that means a broken connection to another rank; "" for other errors."""
     reason = str(error).partition("\n")[0]
-    if not dist.is_initialized() or not re.search(
-        "gloo|nccl|connection|peer", reason, re.IGNORECASE
-    ):
+    broken = re.search("gloo|nccl|connection|peer", reason, re.IGNORECASE)
+    if not broken or not dist.is_initialized():
         return ""
-    plain = re.sub(r"^\[[^]]*\] *", "", reason).partition(". ")[
-        0
-    ]  # without the place in gloo's source, and its advice
-    return f"train.py: process {rank()} of {world()} has lost another one ({plain})"
+    without_source = re.sub(r"^\[[^]]*\] *", "", reason)  # [/src/gloo/tcp/pair.cc:537]
+    cause = without_source.partition(". ")[0]  # without gloo's advice
+    return f"train.py: process {rank()} of {world_size()} has lost another one ({cause})"
 
 
-def refuse_differences(facts: Mapping[str, object]) -> None:
-    """Raises: ValueError in the first process, naming the fact, if processes differ in one; the others end quietly."""
+def require_same_on_all(facts: Mapping[str, object]) -> None:
+    """Stop all ranks if a fact differs between them. Raises: ValueError on rank 0 that names it."""
+    facts_by_rank = all_gather(dict(facts))
 
     def check() -> None:
-        for number, theirs in enumerate(everyones):
+        for number, theirs in enumerate(facts_by_rank):
             for name, value in theirs.items():
                 if value != facts[name]:
-                    raise ValueError(
-                        f"process {number} of {world()} has another {name}: {value}, not {facts[name]}"
-                    )
+                    other = f"process {number} of {world_size()} has another {name}"
+                    raise ValueError(f"{other}: {value}, not {facts[name]}")
 
-    everyones = gather(dict(facts))
-    in_first(check)
+    run_on_main(check)
 
 
-def part(items: list[Item]) -> tuple[list[Item], int]:
-    """This process's share of what is worked on together, and how many of it count: all have as many, some of them again."""
-    n, size = len(items), -(-len(items) // world())
-    return [items[place % n] for place in range(rank(), size * world(), world())], len(
-        range(rank(), n, world())
-    )
+def split_among_ranks(items: list[Item]) -> tuple[list[Item], int]:
+    """This rank's items, every world_size-th, and how many of them count.
+
+    All ranks get equally many, because all must join every collective: where items run out, a rank
+    gets one from the start again, which does not count.
+    """
+    n = len(items)
+    each = -(-n // world_size())  # rounded up
+    places = range(rank(), each * world_size(), world_size())
+    counted = len(range(rank(), n, world_size()))
+    return [items[place % n] for place in places], counted

@@ -1,20 +1,21 @@
-"""Which numbers are kept in which precision, and computed in which: said at the start of a run, as seen in the model itself.
+"""Chooses the dtypes of a run, and shows which numbers are stored and computed in which dtype.
 
-The paper tells two dtypes apart, one to store weights in and one to compute in (section 3). A run has more of each:
+The paper has two dtypes, one to store weights and one to compute in (section 3). A run has more:
 
-    frozen weights     stored in 4 bits, decoded to the dtype of the products where they are multiplied
-    adapters           float32, for an update of less than 1/512 of a number can round to nothing in bfloat16; they are cast
-                       for the products, and their gradients are cast back
-    norms, head        as the model has them. Architectures differ: a norm that says float32 in its own code (Llama's) computes
-                       in it whatever its weight is, and torch's LayerNorm is for autocast to decide, which has one list of
-                       operations for GPUs and another for processors
-    loss               float32, a few rows of logits at a time (evaluate.py)
+    frozen weights   stored in 4 bits, decoded to the compute dtype for each matmul
+    adapters         float32, because an update below 1/512 of a number can round to nothing in
+                     bfloat16; they are cast for the matmuls, and their gradients are cast back
+    norms, head      as the model has them. A norm that casts to float32 in its own code (Llama's)
+                     computes in float32 whatever the dtype of its weight. For torch's LayerNorm
+                     autocast decides, with one list of operations for GPUs and another for CPUs
+    loss             float32, a few rows of logits at a time (loss_and_eval.py)
 
-Nothing of this is taken on trust: two tokens go through the model under autocast, and what every operation gives is written
-down by the kind of module it happens in. What an operation does inside, such as a sum, cannot be seen from there.
+The table is measured, not assumed: two tokens run through the model under autocast, and a dispatch
+mode records the dtype of every result, by the kind of module that computes it. The dtype inside an
+operation, such as the accumulator of a sum, cannot be seen this way.
 
-Differs from PEFT, whose prepare_model_for_kbit_training casts all that is not in 4 bits to float32: norms, embedding and head,
-of which the last two are most of a small model.
+Differs from PEFT, whose prepare_model_for_kbit_training casts everything that is not in 4 bits to
+float32: norms, embedding and head. The embedding and the head are most of a small model.
 """
 
 from contextlib import ExitStack
@@ -25,27 +26,42 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frozen import FrozenWeight
-from lora import QLoRALinear
-from memory import formula as predict
+from lora import FrozenWeight, QLoRALinear
+from memory import formula
+from training.options import Options
 from variants.dora import Magnitude
 
 
+def resolve_device_and_dtype(args: Options) -> Options:
+    """Set args.device to a device that works and args.dtype to a torch.dtype; returns args.
+
+    Raises: ValueError if torch cannot use the device.
+    """
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {args.device} cannot be used ({reason}): try cpu") from error
+    args.dtype = pick_dtype(args.dtype, args.device)
+    return args
+
+
 def pick_dtype(name: str, device: str) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32, unless the user says which."""
+    """The dtype of that name; for "auto", bfloat16 if the hardware multiplies it, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    cpu = torch.cpu.get_capabilities()
-    on_cpu = any(cpu.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
-    return (
-        torch.bfloat16
-        if (torch.cuda.is_bf16_supported() if device.startswith("cuda") else on_cpu)
-        else torch.float32
-    )
+    if device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported()
+    else:
+        cpu = torch.cpu.get_capabilities()
+        native = any(cpu.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Products in `dtype`; nothing to cast for float32."""
+    """The context in which matmuls compute in `dtype`; disabled for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
@@ -58,8 +74,11 @@ class Row(NamedTuple):
     because: str
 
 
-class Watch(TorchDispatchMode):
-    """The float dtypes of what operations give, by the kind of the module that is running, and of what it gives itself."""
+class DtypeRecorder(TorchDispatchMode):
+    """Records the float dtypes of results by the kind of module that runs.
+
+    inside: the results of its operations; output: what the module returns.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,149 +88,143 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
         result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (list, tuple)) else (result,):
+        results = result if isinstance(result, (list, tuple)) else (result,)
+        for tensor in results:
             if self.running and isinstance(tensor, Tensor) and tensor.is_floating_point():
                 self.inside.setdefault(self.running[-1], set()).add(tensor.dtype)
         return result
 
     def enter(self, kind: str, module: nn.Module, inputs: tuple) -> None:
-        """What to call before a module of that kind."""
+        """The forward pre-hook of a module of that kind."""
         self.running.append(kind)
 
     def leave(self, kind: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        """What to call after it."""
+        """The forward hook of a module of that kind."""
         self.running.pop()
         self.output.setdefault(kind, set()).add(output.dtype)
 
     def computed(self, kind: str) -> str:
-        """The widest dtype inside, and the one that comes out if it is another."""
+        """The widest dtype inside, then the output's if it differs."""
         if kind not in self.output:
             return "-"
-        inside, output = (
-            max(dtypes, key=lambda dtype: dtype.itemsize)
-            for dtypes in (self.inside[kind], self.output[kind])
-        )
-        return name(inside) + (f", then {name(output)}" if output != inside else "")
+        inside = widest(self.inside[kind])
+        output = widest(self.output[kind])
+        return name(inside) if inside == output else f"{name(inside)}, then {name(output)}"
 
 
-def kinds(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The modules that have numbers of their own, by what they are. A norm is what has vectors and is nothing else."""
+def modules_by_kind(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The modules with parameters of their own. A norm is any other module with a 1-D parameter."""
     head = model.get_output_embeddings()
     found = {"linear layers": [], "embedding": [], "head": [head], "norms": []}
     for module in model.modules():
         if isinstance(module, (FrozenWeight, Magnitude)):
-            continue  # it belongs to its layer
+            continue  # part of a linear layer
         if isinstance(module, QLoRALinear):
             found["linear layers"].append(module)
         elif isinstance(module, nn.Embedding):
             found["embedding"].append(module)
-        elif module is not head and any(
-            parameter.dim() == 1 for parameter in module.parameters(recurse=False)
-        ):
+        elif module is not head and has_vector(module):
             found["norms"].append(module)
     return found
 
 
+def has_vector(module: nn.Module) -> bool:
+    return any(parameter.dim() == 1 for parameter in module.parameters(recurse=False))
+
+
 @torch.no_grad()
-def watch(model: nn.Module, dtype: torch.dtype) -> Watch:
-    """What is seen while two tokens pass through the model, in evaluation, so that no random number is drawn."""
-    watched, training = Watch(), model.training
+def record(model: nn.Module, dtype: torch.dtype) -> DtypeRecorder:
+    """Run two tokens through the model, in eval mode so that no random number is drawn."""
+    recorder = DtypeRecorder()
+    training = model.training
     with ExitStack() as stack:
-        for kind, modules in kinds(model).items():
+        for kind, modules in modules_by_kind(model).items():
+            before = partial(recorder.enter, kind)
+            after = partial(recorder.leave, kind)
             for module in modules:
-                stack.enter_context(module.register_forward_pre_hook(partial(watched.enter, kind)))
-                stack.enter_context(module.register_forward_hook(partial(watched.leave, kind)))
+                stack.enter_context(module.register_forward_pre_hook(before))
+                stack.enter_context(module.register_forward_hook(after))
         stack.enter_context(autocast(model.device, dtype))
-        ids = torch.tensor([[0, 1]], device=model.device)
-        with watched:
+        ids = torch.tensor([[0, 1]], device=model.device)  # (1, 2)
+        with recorder:
             model.eval()(input_ids=ids, use_cache=False)
     model.train(training)
-    return watched
+    return recorder
 
 
-def rows(model: nn.Module, dtype: torch.dtype) -> list[Row]:
-    """The table of an adapted model whose products are to be in `dtype`."""
-    seen, modules, head = watch(model, dtype), kinds(model), model.get_output_embeddings()
-    frozen, products = (
-        [layer.base for layer in modules["linear layers"]],
-        seen.computed("linear layers"),
-    )
-    trained = names(
-        {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    )
-    [logits] = seen.output["head"]
-    exact = torch.promote_types(logits, torch.float32)  # as evaluate.CrossEntropy does
+def dtype_rows(model: nn.Module, dtype: torch.dtype) -> list[Row]:
+    """The table of an adapted model whose matmuls compute in `dtype`."""
+    recorder = record(model, dtype)
+    modules = modules_by_kind(model)
+    head = model.get_output_embeddings()
+    frozen = [layer.base for layer in modules["linear layers"]]
+    matmuls = recorder.computed("linear layers")
+    trained = names({tensor.dtype for tensor in model.parameters() if tensor.requires_grad})
+    [logits] = recorder.output["head"]
+    loss = torch.promote_types(logits, torch.float32)  # as loss_and_eval.CrossEntropy does
+
+    dense = all(base.codebook is None for base in frozen)
+    weights = "as loaded" if dense else "decoded as they are multiplied, and dropped"
     tied = any(head.weight is embedding.weight for embedding in modules["embedding"])
     norms = " and ".join(sorted({type(norm).__name__ for norm in modules["norms"]}))
-    dense = all(base.codebook is None for base in frozen)
-    few = f"at labels alone, {predict.ROWS} rows at a time"
+    labels = f"at labels alone, {formula.ROWS} rows at a time"
+    if loss != logits:
+        labels += f": the logits never are {name(loss)}"
+
+    def module_row(kind: str, because: str) -> Row:
+        return Row(kind, kept(modules[kind]), recorder.computed(kind), because)
+
     return [
-        Row(
-            "linear layers",
-            stored(frozen),
-            products,
-            "as loaded" if dense else "decoded as they are multiplied, and dropped",
-        ),
-        Row("adapters", trained, products, "small updates would round to nothing in 16 bits"),
-        Row(
-            "embedding",
-            kept(modules["embedding"]),
-            seen.computed("embedding"),
-            "as loaded; rows are looked up",
-        ),
-        Row(
-            "head",
-            kept([head]),
-            seen.computed("head"),
-            "the embedding, once more" if tied else "as loaded",
-        ),
-        Row(
-            "norms",
-            kept(modules["norms"]),
-            seen.computed("norms"),
-            f"not cast by us: {norms} and autocast decide",
-        ),
-        Row(
-            "loss",
-            name(logits),
-            name(exact),
-            few if exact == logits else f"{few}: the logits never are {name(exact)}",
-        ),
-        Row("gradients", trained, products, "products as in forward, cast before they add up"),
+        Row("linear layers", stored(frozen), matmuls, weights),
+        Row("adapters", trained, matmuls, "small updates would round to nothing in 16 bits"),
+        module_row("embedding", "as loaded; rows are looked up"),
+        module_row("head", "the embedding, once more" if tied else "as loaded"),
+        module_row("norms", f"not cast by us: {norms} and autocast decide"),
+        Row("loss", name(logits), name(loss), labels),
+        Row("gradients", trained, matmuls, "products as in forward, cast before they add up"),
         Row("optimizer state", trained, trained, "as the adapters"),
     ]
 
 
-def table(model: nn.Module, dtype: torch.dtype) -> str:
-    """The rows as text."""
-    lines = [Row("precision", "kept in", "computed in", "because"), *rows(model, dtype)]
-    widths = [max(map(len, column)) + 2 for column in zip(*lines)]
-    return "\n".join(
-        "".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
-    )
+def dtype_table(model: nn.Module, dtype: torch.dtype) -> str:
+    """The rows as text in columns."""
+    lines = [Row("precision", "kept in", "computed in", "because"), *dtype_rows(model, dtype)]
+    widths = [max(len(cell) for cell in column) + 2 for column in zip(*lines)]
+    text = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+        text.append("".join(cells).rstrip())
+    return "\n".join(text)
 
 
 def stored(frozen: list[FrozenWeight]) -> str:
-    """How frozen weights are kept, and what an element costs, read off their tensors."""
+    """How frozen weights are stored, and bits per weight, measured on their tensors."""
+    found = set()
+    for base in frozen:
+        if base.codebook is None:
+            found.add(name(base.weight.dtype))
+        else:
+            constants = f"{8 * base.absmax.element_size()}-bit constants"
+            found.add(f"{base.codebook.numel()} levels, {constants}")
+    text = " and ".join(sorted(found))
+    if all(base.codebook is None for base in frozen):
+        return text
     bits = 8 * sum(base.nbytes for base in frozen) / sum(base.shape.numel() for base in frozen)
-    dense = {name(base.weight.dtype) for base in frozen if base.codebook is None}
-    coded = {
-        f"{base.codebook.numel()} levels, {8 * base.absmax.element_size()}-bit constants"
-        for base in frozen
-        if base.codebook is not None
-    }
-    return f"{' and '.join(sorted(dense | coded))}" + f" ({bits:.3f} bits)" * bool(coded)
+    return f"{text} ({bits:.3f} bits)"
 
 
 def kept(modules: list[nn.Module]) -> str:
-    """The dtypes of the modules' own parameters."""
-    return names(
-        {parameter.dtype for module in modules for parameter in module.parameters(recurse=False)}
-    )
+    """The dtypes of the parameters of these modules, without their children's."""
+    own = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    return names({parameter.dtype for parameter in own})
+
+
+def widest(dtypes: set[torch.dtype]) -> torch.dtype:
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def names(dtypes: set[torch.dtype]) -> str:
-    return " and ".join(sorted(map(name, dtypes))) or "-"
+    return " and ".join(sorted(name(dtype) for dtype in dtypes)) or "-"
 
 
 def name(dtype: torch.dtype) -> str:

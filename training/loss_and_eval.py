@@ -1,12 +1,16 @@
-"""What is measured: the loss at the learnt positions, perplexity from it, and the exact match of greedy answers.
+"""Computes the loss at the labels, perplexity, and the exact match of greedy answers.
 
-In a small model the logits are the largest tensor of all, tokens * vocabulary numbers. Only positions whose next token is a
-label need any, so the output head is shown only those; whatever the architecture does to its logits afterwards still happens.
-Their cross entropy, by F.cross_entropy, would hold four tensors more of that size, in float32. Ours holds its gradient alone:
+In a small model the logits are the largest tensor: tokens * vocabulary numbers. Only positions
+whose next token has a label need logits, so the output head gets the hidden states of these
+positions alone. What the architecture does to its logits afterwards still happens.
+
+F.cross_entropy would allocate four more tensors of the size of the logits, in float32. CrossEntropy
+allocates one, its gradient, in the dtype of the logits:
 
     loss = sum_i (log sum_j exp l_ij - l_i,label)        dloss/dl = softmax(l) - onehot(label)
 
-are both known as soon as a few rows of logits are, and what is float32 among them stays as few rows long.
+A row of either follows from a row of logits. So both are computed a few rows at a time, and the
+float32 temporaries have only that many rows.
 """
 
 import math
@@ -17,33 +21,35 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from data import dataset as data
-from training import distributed as processes
-from training import sharding as parallel
+from data.chat_template import IGNORE_INDEX, Example
+from data.dataset import Batch, Task, collate
+from training import distributed, sharding
 from training.dtypes import autocast
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The sum of cross entropies of logits (n, vocabulary), any float dtype, and labels (n,): a scalar, float32 or float64."""
+    """The sum of the cross entropies of logits (n, vocabulary) and labels (n,): a scalar.
 
-    ROWS = 16  # of 49,152 numbers make 3 MB, which stay in the cache
+    The logits may have any float dtype; the sum is float64 for float64 logits, else float32.
+    """
+
+    ROWS = 16  # with 49,152 float32 numbers each they take 3 MB, which stay in the cache
 
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor) -> Tensor:
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        kind = torch.promote_types(logits.dtype, torch.float32)
-        losses = logits.new_empty(len(logits), dtype=kind)
+        compute_dtype = torch.promote_types(logits.dtype, torch.float32)
+        losses = logits.new_empty(len(logits), dtype=compute_dtype)
         for start in range(0, len(logits), CrossEntropy.ROWS):
             rows = slice(start, start + CrossEntropy.ROWS)
-            few, label = logits[rows].to(kind, copy=True), labels[rows, None]
-            normalizer = few.logsumexp(1, keepdim=True)
-            losses[rows] = (normalizer - few.gather(1, label)).squeeze(1)
+            chunk = logits[rows].to(compute_dtype, copy=True)  # (rows, vocabulary)
+            label = labels[rows, None]  # (rows, 1)
+            normalizer = chunk.logsumexp(1, keepdim=True)  # (rows, 1)
+            losses[rows] = (normalizer - chunk.gather(1, label)).squeeze(1)
             if gradient is not None:
-                gradient[rows] = (
-                    few.sub_(normalizer)
-                    .exp_()
-                    .scatter_add_(1, label, few.new_full(label.shape, -1.0))
-                )
+                softmax = chunk.sub_(normalizer).exp_()
+                minus_one = softmax.new_full(label.shape, -1.0)
+                gradient[rows] = softmax.scatter_add_(1, label, minus_one)
         ctx.save_for_backward(gradient)
         return losses.sum()
 
@@ -51,61 +57,64 @@ class CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(
-            g.to(gradient.dtype)
-        ), None  # in place: it is the largest tensor of all, and nobody's but ours
+        # In place, because it is the largest tensor, and no other code holds it.
+        return gradient.mul_(g.to(gradient.dtype)), None
 
 
-def label_loss(model: PreTrainedModel, batch: data.Batch, dtype: torch.dtype) -> Tensor:
-    """Cross entropy, summed over the labels of a batch: a float32 scalar."""
-    labels = batch.labels[:, 1:]  # the token at t + 1 is what t predicts
-    learnt = labels != data.IGNORE  # (B, T - 1)
-    only_learnt = model.get_output_embeddings().register_forward_pre_hook(
-        lambda head, inputs: inputs[0][:, :-1][learnt]
-    )
-    with only_learnt, autocast(learnt.device, dtype):
-        output = model(**batch.inputs, use_cache=False)
-    return CrossEntropy.apply(output.logits, labels[learnt])  # logits (labels, vocabulary)
+def label_loss(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Cross entropy summed over the labels of a batch: a float32 scalar."""
+    labels = batch.labels[:, 1:]  # (B, T - 1): position t predicts token t + 1
+    in_loss = labels != IGNORE_INDEX  # (B, T - 1)
+
+    def select_positions(head: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        return inputs[0][:, :-1][in_loss]  # (labels, hidden)
+
+    head = model.get_output_embeddings()
+    with head.register_forward_pre_hook(select_positions), autocast(in_loss.device, dtype):
+        logits = model(**batch.inputs, use_cache=False).logits  # (labels, vocabulary)
+    return CrossEntropy.apply(logits, labels[in_loss])
 
 
 class LabelLoss(nn.Module):
-    """`label_loss` of a model as a module, which is what DistributedDataParallel takes."""
+    """label_loss of a model as a module, because DistributedDataParallel wraps only modules."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model, self.dtype = model, dtype
+        self.model = model
+        self.dtype = dtype
 
-    def forward(self, batch: data.Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         return label_loss(self.model, batch, self.dtype)
 
 
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel,
-    examples: list[data.Example],
+    examples: list[Example],
     batch_size: int,
     pad_id: int,
     dtype: torch.dtype,
 ) -> float:
-    """exp of the mean loss a label over all examples, of which each process looks at its part."""
+    """exp of the mean loss per label over all examples; each rank computes a share of them."""
     model.eval()
-    mine, counted = processes.part(examples)
-    mine[counted:] = [
-        replace(example, labels=[data.IGNORE] * len(example.ids)) for example in mine[counted:]
-    ]
-    batches = [
-        data.collate(mine[i : i + batch_size], pad_id).to(model.device)
-        for i in range(0, len(mine), batch_size)
-    ]
-    loss, labels = processes.total(
-        sum(label_loss(model, batch, dtype).item() for batch in batches),
-        sum(batch.n_labels for batch in batches),
-    )
-    return math.exp(loss / labels)
+    share, n_own = distributed.split_among_ranks(examples)
+    # All ranks get equally many examples. Those that another rank counts lose their labels.
+    for index in range(n_own, len(share)):
+        no_labels = [IGNORE_INDEX] * len(share[index].ids)
+        share[index] = replace(share[index], labels=no_labels)
+
+    loss = 0.0
+    n_labels = 0
+    for start in range(0, len(share), batch_size):
+        batch = collate(share[start : start + batch_size], pad_id).to(model.device)
+        loss += label_loss(model, batch, dtype).item()
+        n_labels += batch.n_labels
+    loss, n_labels = distributed.all_reduce_sum(loss, n_labels)
+    return math.exp(loss / n_labels)
 
 
 @torch.no_grad()
-def answers(
+def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
@@ -114,79 +123,92 @@ def answers(
     batch_size: int = 100,
     streamer: TextStreamer | None = None,
 ) -> list[str]:
-    """Greedy answers of at most `length` tokens to prompts of token ids, which are padded on the left to end together.
+    """Greedy answers of at most `length` tokens to prompts, which are lists of token ids.
 
-    A streamer shows the answer to a single prompt while it comes.
+    streamer: prints the answer to a single prompt while it is generated.
     """
     model.eval()
-    end, texts = tokenizer.eos_token_id, []
-    greedy = {
+    settings = {
         "max_new_tokens": length,
         "do_sample": False,
-        "pad_token_id": end,
+        "pad_token_id": tokenizer.eos_token_id,
         "streamer": streamer,
-        "synced_gpus": parallel.is_sharded(model),
-    }  # then all go on until the last one has its answers
-    # Torch multiplies a sliced (B, 1, hidden) tensor by copying the head's weight B times; a contiguous one it does not.
-    contiguous = model.get_output_embeddings().register_forward_pre_hook(
-        lambda head, inputs: inputs[0].contiguous()
-    )
-    with contiguous, autocast(model.device, dtype):
-        for i in range(0, len(prompts), batch_size):
-            batch = prompts[i : i + batch_size]
-            width = max(map(len, batch))
-            ids = torch.tensor(
-                [[end] * (width - len(p)) + p for p in batch], device=model.device
-            )  # (B, width)
-            mask = torch.tensor(
-                [[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device
-            )
-            output = model.generate(
-                input_ids=ids, attention_mask=mask, **greedy
-            )  # (B, width + new)
-            texts += tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        "synced_gpus": sharding.is_sharded(model),  # no rank stops before all have their answers
+    }
+
+    def make_contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        # torch multiplies a sliced (B, 1, hidden) tensor by copying the head's weight B times.
+        return inputs[0].contiguous()
+
+    texts = []
+    head = model.get_output_embeddings()
+    with head.register_forward_pre_hook(make_contiguous), autocast(model.device, dtype):
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            ids, mask = _pad_left(batch, tokenizer.eos_token_id, model.device)
+            output = model.generate(input_ids=ids, attention_mask=mask, **settings)
+            new_ids = output[:, ids.shape[1] :]
+            texts += tokenizer.batch_decode(new_ids, skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def _pad_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, int64 (B, T), with the last token of each prompt at the right."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        start = width - len(prompt)
+        ids[row, start:] = torch.tensor(prompt)
+        mask[row, start:] = 1
+    return ids.to(device), mask.to(device)
 
 
 def exact_match(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[data.Example],
+    examples: list[Example],
     dtype: torch.dtype,
     show: int = 0,
 ) -> float | None:
-    """The share of answers that are right to the letter (None without examples); `show` of them are printed.
+    """The fraction of generated answers that equal the expected one, or None without examples.
 
-    Each process asks its part of the questions.
+    Each rank generates a share of the answers. show: how many of them are printed.
     """
     if not examples:
         return None
-    mine, counted = processes.part(examples)
-    length = max(len(e.ids) - e.n_prompt for e in examples)
-    got = answers(model, tokenizer, [e.ids[: e.n_prompt] for e in mine], length, dtype)
-    pairs = list(zip(mine, got))[:counted]
-    for example, text in pairs[:show]:
-        print(
-            f"  asked   {example.prompt}\n  wanted  {example.answer}\n  got     {' '.join(text.split())[:100]}"
-        )
-    (right,) = processes.total(sum(text == example.answer for example, text in pairs))
-    return right / len(examples)
+    share, n_own = distributed.split_among_ranks(examples)
+    prompts = [example.ids[: example.n_prompt] for example in share]
+    length = max(len(example.ids) - example.n_prompt for example in examples)
+    texts = generate_answers(model, tokenizer, prompts, length, dtype)
+
+    n_right = 0
+    for index, (example, text) in enumerate(zip(share[:n_own], texts)):
+        n_right += text == example.answer
+        if index < show:
+            print(f"  asked   {example.prompt}")
+            print(f"  wanted  {example.answer}")
+            print(f"  got     {' '.join(text.split())[:100]}")
+    (n_right,) = distributed.all_reduce_sum(n_right)
+    return n_right / len(examples)
 
 
-def measure(
+def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: data.Task,
+    task: Task,
     batch_size: int,
     dtype: torch.dtype,
     when: str | None = None,
 ) -> list[float | None]:
-    """The task's metric on what was held out, and on phrasings never trained on; with `when`, three answers are shown, too."""
+    """The task's metric on the held-out examples and on the unseen phrasings, if there are any.
+
+    when: "before" or "after" prints a title and three answers; None prints nothing.
+    """
     if task.metric == "perplexity":
         return [perplexity(model, task.test, batch_size, tokenizer.eos_token_id, dtype), None]
     if when:
-        print(
-            f"{when} training, {len(task.test) + len(task.unseen)} held-out questions:", flush=True
-        )
+        n_questions = len(task.test) + len(task.unseen)
+        print(f"{when} training, {n_questions} held-out questions:", flush=True)
     known = exact_match(model, tokenizer, task.test, dtype, show=3 if when else 0)
     return [known, exact_match(model, tokenizer, task.unseen, dtype)]

@@ -1,219 +1,277 @@
-"""The options of train.py: one dataclass, of which command_line.py makes the parser and the help, and --resume what to compare.
+"""The options of train.py: the flags, the parser and the checks of their combinations.
 
-Spellings besides our own are those of Hugging Face's trainers. With `free=True` a flag may have another value on --resume.
-Nothing is loaded before flags make sense, each by itself and all of them together (`wrong_combination`).
+Each field of `Options` is one flag: its type, default, help text and rule. `parse_args` builds the
+parser and the help from these fields. It answers any mistake with one line and exit status 2. An
+underscore in a flag counts as a dash.
+
+This module imports only the standard library, so --help and a wrong flag are answered before torch
+loads. What needs torch, the device and the dtype, follows in dtypes.resolve_device_and_dtype.
+
+Differs from transformers.HfArgumentParser, which also builds a parser from a dataclass: it loads
+transformers, has no rules for values, suggests no flag, and raises a traceback for an unknown one.
 """
 
-from dataclasses import dataclass, fields
+import argparse
+import difflib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn, get_args, get_type_hints
 
-import torch
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"  # equals the name in checkpoints.sources
+LORA_STARTS = ["default", "pissa", "loftq"]  # equals variants.init.STARTS
+DTYPES = ["auto", "bfloat16", "float32"]
+QUANT_BITS = {"nf4": 4, "nf3": 3, "nf2": 2, "none": 0}  # bits of a code; none keeps 16-bit weights
+STEPS = 60  # if neither --max-steps nor --num-train-epochs is given
 
-from checkpoints import sources as pretrained
-from training import distributed as processes
-from training.command_line import flag, parser_of, read, spelling
-from training.dtypes import pick_dtype
-from variants.init import STARTS
+RULES: dict[str, Callable[[float], bool]] = {
+    "above 0": lambda x: 0 < x < math.inf,
+    "0 or more": lambda x: 0 <= x < math.inf,
+    "2 or more, the megabytes of a page": lambda x: 2 <= x < math.inf,
+    "a probability, 0 <= p < 1": lambda x: 0 <= x < 1,
+    "a power of two, 2 or more": lambda x: x >= 2 and x & (x - 1) == 0,
+}
+GROUPS = {  # the first flag of each group of the help
+    "model": "the frozen base",
+    "lora_r": "the adapters",
+    "data": "the data",
+    "max_steps": "training",
+    "output_dir": "saving and resuming",
+    "preview": "before, after and instead of training",
+}
+ALIASES = {  # the names that the trainers of Hugging Face use
+    "model": ["--model-name-or-path"],
+    "data": ["--dataset-name"],
+    "max_seq_len": ["--max-length", "--max-seq-length"],
+    "batch_size": ["--per-device-train-batch-size"],
+    "grad_accum": ["--gradient-accumulation-steps"],
+    "lr": ["--learning-rate"],
+    "grad_checkpoint": ["--gradient-checkpointing"],
+    "eval_every": ["--eval-steps"],
+    "save_every": ["--save-steps"],
+}
+# These may differ when a run resumes. Every other flag must have the value of the state.
+MAY_DIFFER = {"shard", "data", "num_train_epochs", "grad_accum", "optim", "resident_mb"}
+MAY_DIFFER |= {"eval_every", "save_every", "save_total_limit", "output_dir", "resume"}
+MAY_DIFFER |= {"resume_anyway", "preview", "dry_run", "compare"}
+MAY_DIFFER |= {"adapter", "prompt", "merge", "merge_4bit"}
 
-QUANT = {
-    "nf4": 4,
-    "nf3": 3,
-    "nf2": 2,
-    "none": 0,
-}  # bits of the base's code; none leaves it in 16 bits
-STEPS = 60  # that are taken where neither their number nor one of epochs is given
-base, adapters, rows = (
-    partial(flag, group) for group in ("the frozen base", "the adapters", "the data")
-)
-training, saving = partial(flag, "training"), partial(flag, "saving and resuming", free=True)
-instead = partial(flag, "before, after and instead of training", free=True)
+
+def flag(default: object, text: str, rule: str = "", choices: list[str] | None = None) -> Field:
+    """A field of Options, with the help text and the valid values of its flag."""
+    return field(default=default, metadata={"help": text, "rule": rule, "choices": choices})
 
 
 @dataclass
 class Options:
-    """What the command line says. `dtype` is a torch.dtype once `parse_args` has seen the device."""
+    """The values of the flags. dtypes.resolve_device_and_dtype sets `device` and `dtype`."""
 
-    model: str | None = base(
-        None,
-        f"a Hugging Face folder or hub id (default: {pretrained.DEFAULT_MODEL}, from a Python package)",
-        "--model-name-or-path",
-    )
-    quant: str = base(
-        "nf4", "code of the frozen weights; none: they stay in 16 bits", choices=list(QUANT)
-    )
-    no_double_quant: bool = base(False, "keep the quantization constants in float32")
-    block_size: int = base(64, "weights that share a constant", rule="a power of two, 2 or more")
-    save_4bit: Path | None = base(
-        None, "keep the 4-bit base, as transformers and bitsandbytes read it"
-    )
-    dtype: str = base(
-        "auto", "of products; auto: bfloat16 if native", choices=["auto", "bfloat16", "float32"]
-    )
-    device: str = base("cuda" if torch.cuda.is_available() else "cpu", "where the model is")
-    shard: bool = base(
-        False, "under torchrun: each process keeps its share of every tensor (FSDP2)", free=True
-    )
+    model: str | None = flag(None, f"folder or hub id (default: {DEFAULT_MODEL}, from a package)")
+    quant: str = flag("nf4", "code of the frozen weights; none: 16 bits", choices=list(QUANT_BITS))
+    no_double_quant: bool = flag(False, "keep the quantization constants in float32")
+    block_size: int = flag(64, "weights that share a constant", "a power of two, 2 or more")
+    save_4bit: Path | None = flag(None, "save the 4-bit base for transformers and bitsandbytes")
+    dtype: str = flag("auto", "of the matmuls; auto: bfloat16 if native", choices=DTYPES)
+    device: str | None = flag(None, "where the model runs (default: cuda if available, else cpu)")
+    shard: bool = flag(False, "under torchrun: each rank keeps its part of every tensor (FSDP2)")
 
-    lora_r: int = adapters(8, "their rank", rule="above 0")
-    lora_alpha: float = adapters(16.0, "the update is scaled by alpha / r", rule="above 0")
-    lora_dropout: float = adapters(
-        0.0, "dropout before the adapters", rule="a probability, 0 <= p < 1"
-    )
-    use_rslora: bool = adapters(
-        False, "scale by alpha / sqrt(r), so that a larger r does not learn more slowly"
-    )
-    use_dora: bool = adapters(
-        False, "train the length of each row of a weight apart from its direction (dora.py)"
-    )
-    lora_start: str = adapters(
-        "default", "pissa, loftq: see variants.py; with --save-4bit", choices=list(STARTS)
-    )
+    lora_r: int = flag(8, "rank of the update", "above 0")
+    lora_alpha: float = flag(16.0, "the update is scaled by alpha / r", "above 0")
+    lora_dropout: float = flag(0.0, "dropout before the adapters", "a probability, 0 <= p < 1")
+    use_rslora: bool = flag(False, "scale by alpha / sqrt(r): a larger r does not learn slower")
+    use_dora: bool = flag(False, "train the norm of each weight row separately (variants/dora.py)")
+    lora_start: str = flag("default", "see variants/init.py; with --save-4bit", choices=LORA_STARTS)
 
-    data: str = rows(
-        "orders",
-        "orders, text, roman, a .txt, .jsonl or .json file, or a hub id",
-        "--dataset-name",
-        free=True,
-    )
-    max_seq_len: int = rows(
-        256, "tokens in the longest sequence", "--max-length", "--max-seq-length", rule="above 0"
-    )
-    train_on_prompt: bool = rows(False, "learn the questions too, not the answers alone")
-    packing: bool = rows(False, "several examples a sequence, none of which sees another")
-    group_by_length: bool = rows(
-        False, "sequences of similar length share a batch, so that less of it is padding"
-    )
+    data: str = flag("orders", "orders, text, roman, a .txt, .jsonl or .json file, or a hub id")
+    max_seq_len: int = flag(256, "tokens in the longest sequence", "above 0")
+    train_on_prompt: bool = flag(False, "put the prompts in the loss too, not only the answers")
+    packing: bool = flag(False, "several examples in one sequence; none attends to another")
+    group_by_length: bool = flag(False, "batch sequences of similar length: less padding")
 
-    max_steps: int | None = training(None, f"optimizer steps (default: {STEPS})", rule="above 0")
-    num_train_epochs: float | None = training(
-        None, "instead of --max-steps: passes over the data", rule="above 0", free=True
+    max_steps: int | None = flag(None, f"optimizer steps (default: {STEPS})", "above 0")
+    num_train_epochs: float | None = flag(None, "epochs, instead of --max-steps", "above 0")
+    batch_size: int = flag(4, "sequences in one forward pass of one process", "above 0")
+    grad_accum: int = flag(1, "forward passes per optimizer step", "above 0")
+    lr: float = flag(1e-3, "learning rate after warm-up", "above 0")
+    max_grad_norm: float = flag(1.0, "clip the gradient to this norm", "above 0")
+    optim: str = flag("paged_adamw", "both give the same bits", choices=["paged_adamw", "adamw"])
+    resident_mb: float | None = flag(
+        None, "MB of state kept on the device (default: all)", "2 or more, the megabytes of a page"
     )
-    batch_size: int = training(
-        4,
-        "sequences in one forward pass of a process",
-        "--per-device-train-batch-size",
-        rule="above 0",
-    )
-    grad_accum: int = training(
-        1, "forward passes a step", "--gradient-accumulation-steps", rule="above 0", free=True
-    )
-    lr: float = training(1e-3, "learning rate after warm-up", "--learning-rate", rule="above 0")
-    max_grad_norm: float = training(1.0, "clip the gradient to this norm", rule="above 0")
-    optim: str = training(
-        "paged_adamw", "the same bits from either", choices=["paged_adamw", "adamw"], free=True
-    )
-    resident_mb: float | None = training(
-        None,
-        "megabytes of optimizer state that may stay on the device (default: all)",
-        rule="2 or more, the megabytes of a page",
-        free=True,
-    )
-    grad_checkpoint: bool = training(
-        False, "keep only each block's input: less memory, more time", "--gradient-checkpointing"
-    )
-    seed: int = training(0, "of adapters, dropout and the order of the data", rule="0 or more")
-    eval_every: int = training(
-        0,
-        "measure every N steps too; 0: only before and after training",
-        "--eval-steps",
-        rule="0 or more",
-        free=True,
-    )
+    grad_checkpoint: bool = flag(False, "keep only the input of each block: less memory, more time")
+    seed: int = flag(0, "of the adapters, dropout and the order of the data", "0 or more")
+    eval_every: int = flag(0, "evaluate every N steps too; 0: before and after only", "0 or more")
 
-    output_dir: Path = saving(Path("out"), "where adapter, metrics and report go")
-    save_every: int = saving(
-        0,
-        "save the state every N steps; 0: before the first and after the last",
-        "--save-steps",
-        rule="0 or more",
-    )
-    save_total_limit: int = saving(2, "how many states to keep, the last ones", rule="above 0")
-    resume: bool = saving(False, "go on from the last whole state in --output-dir")
-    resume_anyway: bool = saving(
-        False, "with --resume: go on although flags or data are not those of the state"
-    )
+    output_dir: Path = flag(Path("out"), "folder for the adapter, the metrics and the report")
+    save_every: int = flag(0, "save the state every N steps; 0: at start and end", "0 or more")
+    save_total_limit: int = flag(2, "how many states to keep, the newest ones", "above 0")
+    resume: bool = flag(False, "continue from the newest valid state in --output-dir")
+    resume_anyway: bool = flag(False, "with --resume: accept other flags or data than the state's")
 
-    preview: bool = instead(
-        False, "show the first sequences, what is learnt in them marked, and stop"
-    )
-    dry_run: bool = instead(
-        False,
-        "check flags, model, data, folder and memory, say what a run would be, and train nothing",
-    )
-    compare: bool = instead(False, "then train 16-bit LoRA from the same seed")
-    adapter: Path | None = instead(None, "a trained adapter, for one of the following")
-    prompt: str | None = instead(None, "a question to --adapter")
-    merge: Path | None = instead(None, "write base and --adapter as one model in 16 bits")
-    merge_4bit: Path | None = instead(
-        None, "the same in 4 bits, which loses most of a small update"
-    )
+    preview: bool = flag(False, "show the first sequences, mark the tokens in the loss, and exit")
+    dry_run: bool = flag(False, "check flags, model, data, folder and memory; print a plan; exit")
+    compare: bool = flag(False, "then train 16-bit LoRA from the same seed")
+    adapter: Path | None = flag(None, "a trained adapter, for --prompt, --merge or --merge-4bit")
+    prompt: str | None = flag(None, "a question to --adapter")
+    merge: Path | None = flag(None, "write the base with --adapter merged, as a 16-bit model")
+    merge_4bit: Path | None = flag(None, "the same in 4 bits, which loses most of a small update")
+
+    def in_16_bits(self) -> "Options":
+        """The same run with 16-bit LoRA, in a folder of its own: the other run of --compare."""
+        folder = self.output_dir / "16-bit"
+        has_begun = any(folder.glob("state-*"))
+        return replace(
+            self,
+            quant="none",
+            lora_start="default",
+            save_4bit=None,
+            output_dir=folder,
+            resume=self.resume and has_begun,
+        )
 
     def settings(self) -> dict[str, str]:
-        """What a resumed run must have been started with."""
-        return {
-            each.name: str(getattr(self, each.name))
-            for each in fields(self)
-            if not each.metadata["free"]
-        }
+        """The flags that must be the same when a run resumes, as text."""
+        names = [option.name for option in fields(self) if option.name not in MAY_DIFFER]
+        return {name: str(getattr(self, name)) for name in names}
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> Options:
-    """The options that a command line gives. Exits with one line and status 2 if it makes no sense."""
-    parser = parser_of(Options, description)
-    options = Options(**vars(read(parser, argv)))
-    problem = wrong_combination(options) or unusable(options.device)
-    if problem:
-        parser.error(problem)
-    if not options.num_train_epochs:
-        options.max_steps = options.max_steps or STEPS
-    options.dtype = pick_dtype(options.dtype, options.device)
+    """The options of a command line, sys.argv by default. Error: one line, exit status 2."""
+    words = sys.argv[1:] if argv is None else argv
+    parser = make_parser(description)
+    values, unknown = parser.parse_known_args([with_dashes(word) for word in words])
+    if unknown:
+        usage_error(f"{unknown[0]} is not a flag: {suggestion(unknown[0])}")
+    options = Options(**vars(values))
+    mistake = next(mistakes(options), None)
+    if mistake:
+        usage_error(mistake)
+    if options.max_steps is None and options.num_train_epochs is None:
+        options.max_steps = STEPS
     return options
 
 
-def wrong_combination(options: Options) -> str | None:
-    """What is wrong with flags that are right by themselves, and what to do; None if nothing is."""
-    given = {each.name for each in fields(Options) if getattr(options, each.name) != each.default}
-    together = "{} does nothing without {}: give both, or neither".format
-    for one, other in [
-        ("prompt", "adapter"),
-        ("merge", "adapter"),
-        ("merge_4bit", "adapter"),
-        ("resume_anyway", "resume"),
-    ]:
-        if one in given and other not in given:
-            return together(spelling(one), spelling(other))
-    if "adapter" in given and not given & {"prompt", "merge", "merge_4bit"}:
-        return "--adapter does nothing without --prompt, --merge or --merge-4bit: give one of them"
-    if "shard" in given and not processes.launched():
-        return "--shard shares a model out among processes: start them with torchrun --nproc-per-node N train.py --shard"
-    if "adapter" in given and processes.launched():
-        return "--adapter is for one process: leave torchrun out"
-    if options.device.startswith("cuda:") and processes.launched():
-        return f"--device {options.device} would be the same GPU for all processes: give --device cuda, and each takes its own"
-    if "lora_start" in given and ("save_4bit" not in given or options.quant != "nf4"):
-        return f"--lora-start {options.lora_start} changes the base: give --save-4bit FOLDER too, and --quant nf4"
-    exclusive = [
-        ("max_steps", "num_train_epochs"),
-        ("group_by_length", "packing"),
-        *(("prompt", name) for name in ("preview", "dry_run", "resume", "compare")),
-    ]
-    for one, other in exclusive:
-        if {one, other} <= given:
-            return f"{spelling(one)} and {spelling(other)} exclude each other: leave one out"
-    if options.quant == "none":
-        for name in {"block_size", "no_double_quant", "compare"} & given:
-            return f"{spelling(name)} does nothing with --quant none, which is 16-bit LoRA: leave one out"
-    if "resident_mb" in given and options.optim != "paged_adamw":
-        return "--resident-mb is for --optim paged_adamw, whose state has pages: leave one out"
-    return None
+def usage_error(message: str) -> NoReturn:
+    """Exit with status 2 and one line, on rank 0 only: every rank makes the same mistake."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
-def unusable(device: str) -> str | None:
-    """Why torch has no such device here, if it has not."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        usage_error(message)
+
+
+def make_parser(description: str | None) -> Parser:
+    """A parser with one flag for each field of Options, in the groups of GROUPS."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser("train.py", description=description, formatter_class=layout, allow_abbrev=False)
+    types = get_type_hints(Options)
+    for option in fields(Options):
+        if option.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[option.name])
+        kind = types[option.name]
+        kind = get_args(kind)[0] if get_args(kind) else kind  # int for `int | None`
+        group.add_argument(*spellings(option.name), **arguments(option, kind))
+    return parser
+
+
+def arguments(option: Field, kind: type) -> dict[str, object]:
+    """The keyword arguments of add_argument for a field of type `kind`."""
+    text, rule, choices = option.metadata.values()
+    if kind is bool:
+        return {"action": "store_true", "help": text}
+    return {
+        "type": partial(parse_value, kind, rule),
+        "choices": choices,
+        "metavar": None if choices else {int: "N", float: "X", Path: "FOLDER"}.get(kind),
+        "default": option.default,
+        "help": text if option.default is None else f"{text} (default: {option.default})",
+    }
+
+
+def parse_value(kind: type, rule: str, text: str) -> int | float | str | Path:
+    """The value of a flag. Raises: ArgumentTypeError that says what the value must be."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        return f"--device {device} cannot be used ({reason}): try cpu"
-    return None
+        value = kind(text)
+    except ValueError:
+        noun = "a whole number" if kind is int else "a number"
+        wanted = f"{noun}, {rule}" if rule else noun
+        raise argparse.ArgumentTypeError(f"must be {wanted}; got {text!r}") from None
+    if rule and not RULES[rule](value):
+        raise argparse.ArgumentTypeError(f"must be {rule}; got {text}")
+    return value
+
+
+def spelling(name: str) -> str:
+    """The flag of a field: --batch-size for batch_size."""
+    return "--" + name.replace("_", "-")
+
+
+def spellings(name: str) -> list[str]:
+    """All names of the flag of a field."""
+    return [spelling(name), *ALIASES.get(name, [])]
+
+
+def with_dashes(word: str) -> str:
+    """--batch_size=2 -> --batch-size=2. A value keeps its underscores."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def suggestion(unknown: str) -> str:
+    """What to type instead of an unknown flag."""
+    known = [name for option in fields(Options) for name in spellings(option.name)]
+    near = difflib.get_close_matches(unknown, known)
+    return f"did you mean {near[0]}?" if near else "--help shows all flags"
+
+
+def launched_by_torchrun() -> bool:
+    """Whether torchrun, or a launcher like it, started this process as one of several."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def mistakes(options: Options) -> Iterator[str]:
+    """Each wrong combination of flags that are valid alone, with its remedy."""
+    given = {each.name for each in fields(Options) if getattr(options, each.name) != each.default}
+    needs = {"prompt": "adapter", "merge": "adapter", "merge_4bit": "adapter"}
+    needs |= {"resume_anyway": "resume"}
+    for one, other in needs.items():
+        if one in given and other not in given:
+            yield f"{spelling(one)} does nothing without {spelling(other)}: give both, or neither"
+    if "adapter" in given and not given & {"prompt", "merge", "merge_4bit"}:
+        yield "--adapter does nothing without --prompt, --merge or --merge-4bit: give one of them"
+
+    several = launched_by_torchrun()
+    if "shard" in given and not several:
+        start = "torchrun --nproc-per-node N train.py --shard"
+        yield f"--shard splits a model among processes: start them with {start}"
+    if "adapter" in given and several:
+        yield "--adapter is for one process: leave torchrun out"
+    if "device" in given and options.device.startswith("cuda:") and several:
+        same = f"--device {options.device} is the same GPU for all processes"
+        yield f"{same}: give --device cuda, and each process takes its own"
+
+    if "lora_start" in given and ("save_4bit" not in given or options.quant != "nf4"):
+        start = f"--lora-start {options.lora_start}"
+        yield f"{start} changes the base: give --save-4bit FOLDER too, and --quant nf4"
+    exclusive = [("max_steps", "num_train_epochs"), ("group_by_length", "packing")]
+    exclusive += [("prompt", name) for name in ("preview", "dry_run", "resume", "compare")]
+    for one, other in exclusive:
+        if one in given and other in given:
+            yield f"{spelling(one)} and {spelling(other)} exclude each other: leave one out"
+    if options.quant == "none":
+        for name in sorted(given & {"block_size", "no_double_quant", "compare"}):
+            nothing = f"{spelling(name)} does nothing with --quant none"
+            yield f"{nothing}, which is 16-bit LoRA: leave one out"
+    if "resident_mb" in given and options.optim != "paged_adamw":
+        yield "--resident-mb is for --optim paged_adamw, whose state has pages: leave one out"

@@ -1,111 +1,168 @@
-"""What a run will be, found out before a weight is loaded; `--dry-run` stops here and says it.
+"""Checks everything that can be wrong before a weight is read; `--dry-run` prints the result and ends.
 
-Weights take minutes to fetch, load and quantize, so whatever else can be wrong is looked at before them: the output folder, the
-model's config and tokenizer, every row of the data, the state to resume from. A dry run does not look by itself: it is the
-beginning of a real one, which prints its plan and ends.
+Weights take minutes to download, load and quantize. So the output folder, the model's config and tokenizer, every row of the data
+and the state to resume from are read first. A dry run is the beginning of a real run: it has no checks of its own.
 """
 
 import os
 import shutil
+import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from checkpoints import io as files
-from checkpoints import sources as pretrained
-from data import chat_template as template
-from data import dataset as data
-from memory import weigh
-from training import distributed as processes
-from training import state as resume
+from checkpoints import io, sources
+from data import dataset
+from data.chat_template import fingerprint
+from memory import formula
+from training import distributed
 from training.options import Options
+from training.state import State, latest_state, require_same_settings, saved_states
 
 
-class Plan(NamedTuple):
-    """What is known before the model is. settings: what a resumed run must share; state: what it goes on from."""
+class Job(NamedTuple):
+    """What is known of a run before its model is loaded.
+
+    settings: what a resumed run must have in common with the run that it continues
+    state: where the run continues, or None
+    started: time.perf_counter() at its beginning
+    """
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    task: data.Task
+    task: dataset.Task
     settings: dict[str, str]
-    state: resume.State | None
+    state: State | None
+    started: float
 
 
-def make(args: Options, folder: Path) -> Plan:
-    """The plan of a run into `folder`; it sets args.max_steps where epochs are given.
+def preflight(args: Options) -> Job:
+    """Check folder, model, data and state. Sets args.max_steps where epochs are given.
 
-    Raises: ValueError for a folder that takes no files, a model, data or state that cannot be read, and what does not fit.
+    Raises: ValueError for a folder that cannot be written to, a model, data or a state that cannot be read, settings that do
+    not fit one another, and processes that do not see the same.
     """
-    files.prepare_folder(folder)
-    config, tokenizer = pretrained.load_config_and_tokenizer(args.model or pretrained.DEFAULT_MODEL)
+    restarted_by_torchrun = distributed.restart_count() > 0
+    if restarted_by_torchrun and saved_states(args.output_dir):
+        args.resume = True
+    turn = min(distributed.local_rank(), 1)  # the first process may download the model
+    job = distributed.all_or_none(partial(_check, args), turn)
+    step = job.state.step if job.state else 0
+    distributed.require_same_on_all(job.settings | {"step to go on from": step})
+    return job
+
+
+def _check(args: Options) -> Job:
+    started = time.perf_counter()
+    io.prepare_folder(args.output_dir)
+    name = args.model or sources.DEFAULT_MODEL
+    config, tokenizer = sources.load_config_and_tokenizer(name)
     context = getattr(config, "max_position_embeddings", None)
     if context and args.max_seq_len > context:
         raise ValueError(
             f"--max-seq-len {args.max_seq_len} is longer than the model's context of {context} tokens"
         )
-    task = data.load(
-        args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing
-    )
-    batches = args.grad_accum * processes.world()
+    task = _load_task(args, tokenizer)
+    batches = args.grad_accum * distributed.world_size()
     if args.num_train_epochs:
-        args.max_steps = max(
-            1, round(args.num_train_epochs * len(task.train) / (args.batch_size * batches))
-        )
+        steps_per_epoch = len(task.train) / (args.batch_size * batches)
+        args.max_steps = max(1, round(args.num_train_epochs * steps_per_epoch))
     settings = args.settings() | {
         "batches a step (processes times --grad-accum)": str(batches),
-        "data (a hash of its token ids)": template.fingerprint(task.train),
+        "data (a hash of its token ids)": fingerprint(task.train),
     }
     state = None
-    if args.resume and (
-        folder == args.output_dir or resume.states(folder)
-    ):  # --compare may not have begun
-        state = resume.newest(folder)
-        resume.refuse_changes(state, settings, args.resume_anyway)
-    return Plan(config, tokenizer, task, settings, state)
+    if args.resume:
+        state = latest_state(args.output_dir)
+        require_same_settings(state, settings, args.resume_anyway)
+    return Job(config, tokenizer, task, settings, state, started)
 
 
-def describe(plan: Plan, args: Options, folder: Path) -> str:
-    """The plan as text."""
-    task, world, name = plan.task, processes.world(), args.model or pretrained.DEFAULT_MODEL
-    per_step = args.batch_size * args.grad_accum * world
+def _load_task(args: Options, tokenizer: PreTrainedTokenizerBase) -> dataset.Task:
+    return dataset.load_task(
+        args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing
+    )
+
+
+def preview(args: Options) -> str:
+    """The first sequences of the data as text, with the tokens in the loss marked."""
+    _, tokenizer = sources.load_config_and_tokenizer(args.model or sources.DEFAULT_MODEL)
+    return dataset.preview(_load_task(args, tokenizer), tokenizer, sys.stdout.isatty())
+
+
+def base_folder(args: Options) -> tuple[Path, str]:
+    """The folder that the base is read from, and how its adapters start.
+
+    A resumed run with --save-4bit reads the base that it saved, whatever start changed that base.
+    """
+    if args.resume and args.save_4bit:
+        return args.save_4bit, "default"
+    return sources.find_model(args.model or sources.DEFAULT_MODEL), args.lora_start
+
+
+def describe(job: Job, args: Options) -> str:
+    """The job as text, for --dry-run."""
+    task = job.task
+    world_size = distributed.world_size()
+    name = args.model or sources.DEFAULT_MODEL
+    architecture = (job.config.architectures or ["?"])[0]
+    kept = "16 bits" if args.quant == "none" else args.quant
     longest = max(len(example.ids) for example in task.train)
-    seen = args.max_steps * per_step / len(task.train)
-    start = (
-        f"step {plan.state.step}, by {plan.state.path}" if plan.state else "the pretrained model"
-    )
-    return "\n".join(
-        [
-            f"model     {name}: {(plan.config.architectures or ['?'])[0]}, to be kept in "
-            f"{'16 bits' if args.quant == 'none' else args.quant}",
-            f"data      {args.data}: {len(task.train)} sequences to train on, the longest of {longest} tokens; "
-            f"{len(task.test) + len(task.unseen)} held out",
-            f"training  {args.max_steps} steps of {per_step} sequences, {seen:.2f} epochs, from {start}"
-            + f"; {world} processes" * (world > 1),
-            f"output    {folder}/ can be written; {shutil.disk_usage(folder).free / 1e9:.1f} GB are free",
-            f"memory    {memory_of(plan.config, args, longest)}",
-        ]
-    )
+    per_step = args.batch_size * args.grad_accum * world_size
+    epochs = args.max_steps * per_step / len(task.train)
+    start = f"step {job.state.step}, by {job.state.path}" if job.state else "the pretrained model"
+    processes = f"; {world_size} processes" if world_size > 1 else ""
+    free = shutil.disk_usage(args.output_dir).free
+    held_out = len(task.test) + len(task.unseen)
+    lines = {
+        "model": f"{name}: {architecture}, to be kept in {kept}",
+        "data": f"{args.data}: {len(task.train)} sequences to train on, "
+        f"the longest of {longest} tokens; {held_out} held out",
+        "training": f"{args.max_steps} steps of {per_step} sequences, {epochs:.2f} epochs, "
+        f"from {start}{processes}",
+        "output": f"{args.output_dir}/ can be written; {free / 1e9:.1f} GB are free",
+        "memory": describe_memory(job.config, args, longest),
+    }
+    return "\n".join(f"{what:10}{text}" for what, text in lines.items())
 
 
-def memory_of(config: PretrainedConfig, args: Options, length: int) -> str:
-    """The peak of a step, predicted, beside what the device has."""
-    total = device_bytes(args.device)
-    has = f"; {args.device} has {total / 1e9:.2f} GB"
-    predicted = weigh.ledger(config, args, args.batch_size, length, args.grad_accum > 1)
+def describe_memory(config: PretrainedConfig, args: Options, length: int) -> str:
+    """The predicted peak of a step, and the memory of the device."""
+    available = device_bytes(args.device)
+    device = f"{args.device} has {available / 1e9:.2f} GB"
+    accumulating = args.grad_accum > 1
+    predicted = formula.predict_step(
+        config, step_settings(args), args.batch_size, length, accumulating
+    )
     if predicted is None:
-        known = f"{' and '.join(weigh.LLAMAS)}, from dense weights, without biases or DoRA"
+        known = " and ".join(formula.KNOWN_MODELS)
         return (
-            f"not predicted: the ledger knows {known}, and this is another {config.model_type}{has}"
+            f"not predicted: the formula covers {known}, from dense weights, without biases or DoRA, "
+            f"and this is another {config.model_type}; {device}"
         )
     peak = predicted.peak()
-    advice = (
-        ", which is too little: see --batch-size, --max-seq-len, --grad-checkpoint"
-        if peak > total
-        else ""
+    advice = ""
+    if peak > available:
+        advice = ", which is too little: see --batch-size, --max-seq-len, --grad-checkpoint"
+    return f"{peak / 1e9:.2f} GB at a step's peak, predicted; {device}{advice}"
+
+
+def step_settings(args: Options) -> formula.StepSettings:
+    """The flags that the memory of a step depends on."""
+    return formula.StepSettings(
+        method=formula.LORA if args.quant == "none" else formula.QLORA,
+        r=args.lora_r,
+        checkpointing=args.grad_checkpoint,
+        dropout=args.lora_dropout > 0,
+        block_size=args.block_size,
+        double_quant=not args.no_double_quant,
+        width=args.dtype.itemsize,
+        use_dora=args.use_dora,
     )
-    return f"{peak / 1e9:.2f} GB at a step's peak, predicted{has}{advice}"
 
 
 def device_bytes(device: str) -> int:

@@ -1,26 +1,32 @@
-"""What a run leaves for people: metrics.jsonl line by line while it goes, then loss.png, report.json and a table."""
+"""What a run shows people: loss.png, report.json and a table on the terminal, made from metrics.jsonl and the model."""
 
 import json
 import platform
 import shlex
 import statistics
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
-import matplotlib
 import torch
 import transformers
+from torch import nn
+from torch.optim import Optimizer
 
-from checkpoints import io as files
+from checkpoints import io
+from memory import measured
+from training import distributed, sharding
+from training.options import Options
+from training.preflight import Job
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
+PAGER_COUNTERS = ("hits", "faults", "evictions", "bytes_in", "bytes_out")
 
 
 def keep_metrics(path: Path, steps: int) -> None:
-    """Keep the lines of the first `steps`. The others a resumed run writes again, one cut short by a kill among them.
+    """Keep the lines of the first `steps`; a resumed run writes the later ones again.
 
-    Raises: ValueError if lines of these steps are missing; nothing has changed then.
+    Raises: ValueError if lines of these steps are missing. Nothing has changed then.
     """
     lines = path.read_text().splitlines()[:steps] if path.exists() else []
     try:
@@ -29,123 +35,184 @@ def keep_metrics(path: Path, steps: int) -> None:
         numbers = []
     if numbers != list(range(1, steps + 1)):
         raise ValueError(
-            f"{path} lacks lines of the {steps} steps before the state: put it back, or start without --resume"
+            f"{path} lacks lines of the {steps} steps before the state: "
+            "put it back, or start without --resume"
         )
-    files.write_text("".join(line + "\n" for line in lines), path)
+    io.write_text("".join(line + "\n" for line in lines), path)
 
 
 def read_metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl, one a step."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def totals(metrics: Path) -> dict:
-    """Steps, seconds and tokens a second of all the lines."""
+    """Steps, seconds and tokens per second over all lines."""
     lines = read_metrics(metrics)
     seconds = sum(line["seconds"] for line in lines)
+    tokens = sum(line["tokens"] for line in lines)
+    return {"steps": len(lines), "seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def summarize(
+    args: Options,
+    job: Job,
+    model: nn.Module,
+    optimizer: Optimizer,
+    before: list[float | None],
+    after: list[float | None],
+    memory: dict,
+) -> dict:
+    """The report of a run, as report.json keeps it.
+
+    before, after: the metric on the held-out rows, and on phrasings that training never sees.
+    """
+    counters = getattr(optimizer, "counters", dict.fromkeys(PAGER_COUNTERS, 0))
     return {
-        "steps": len(lines),
-        "seconds": seconds,
-        "tokens_per_second": sum(line["tokens"] for line in lines) / seconds,
+        "processes": distributed.world_size(),
+        "model_bytes_per_process": sharding.bytes_on_this_rank(model),
+        "metric": job.task.metric,
+        "quant": args.quant,
+        "before": before[0],
+        "after": after[0],
+        "before_unseen": before[1],
+        "after_unseen": after[1],
+        **totals(args.output_dir / "metrics.jsonl"),
+        "seconds_total": time.perf_counter() - job.started,
+        "peak_rss_bytes": measured.peak_rss_bytes(),
+        **measured.summary(model),
+        "memory": memory,
+        "pager": dict(counters),
+        "seed": args.seed,
     }
 
 
-def plot_loss(metrics: Path, picture: Path, metric: str = "") -> None:
-    """Loss by step, its running mean, and what was measured on the way of a metric of that name, as a PNG."""
-    lines = read_metrics(metrics)
-    losses, measured = (
-        [line["loss"] for line in lines],
-        [(line["step"], line["eval"][0]) for line in lines if "eval" in line],
-    )
-    smooth = [statistics.fmean(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    steps = range(1, len(losses) + 1)
-    axes.plot(steps, losses, color="0.7", linewidth=1, label="each step")
-    axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="mean of 5 steps")
-    axes.set(
-        xlabel="step", ylabel="cross entropy of a learnt token", yscale="log", title="Training loss"
-    )
-    axes.grid(alpha=0.3)
-    if measured:
-        axes.plot([], [], "o", color="tab:orange", label=metric)  # for the legend
-        beside = axes.twinx()
-        beside.plot(*zip(*measured), "o", color="tab:orange")
-        beside.set_ylabel(f"{metric} of what was held out")
-    axes.legend()
-    files.write_atomically(
-        picture, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png")
-    )
-    plt.close(figure)
+def metrics_of(report: dict) -> dict:
+    """The metrics of a report, for the comparison with another run."""
+    keys = ("before", "after", "before_unseen", "after_unseen")
+    return {key: report[key] for key in keys}
 
 
 def write_report(report: dict, folder: Path) -> None:
-    """report.json, with the versions that made it."""
+    """Write report.json, with the versions of the libraries. Of several processes, the main one writes."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    files.write_text(
-        json.dumps(report | {"versions": versions}, indent=2) + "\n", folder / "report.json"
-    )
+    text = json.dumps(report | {"versions": versions}, indent=2) + "\n"
+    distributed.run_on_main(partial(io.write_text, text, folder / "report.json"))
+
+
+def plot_loss(metrics: Path, picture: Path, metric: str = "") -> None:
+    """Draw the loss by step, its running mean, and the evaluations on the way, as a PNG."""
+    import matplotlib  # only when something is drawn: the import is slow
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = read_metrics(metrics)
+    losses = [line["loss"] for line in lines]
+    smooth = [statistics.fmean(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
+    steps = range(1, len(losses) + 1)
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, losses, color="0.7", linewidth=1, label="each step")
+    axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="mean of 5 steps")
+    axes.set(xlabel="step", ylabel="cross entropy per token in the loss", yscale="log")
+    axes.set_title("Training loss")
+    axes.grid(alpha=0.3)
+    evaluations = [(line["step"], line["eval"][0]) for line in lines if "eval" in line]
+    if evaluations:
+        axes.plot([], [], "o", color="tab:orange", label=metric)  # an entry in the legend
+        right_axis = axes.twinx()
+        right_axis.plot(*zip(*evaluations), "o", color="tab:orange")
+        right_axis.set_ylabel(f"{metric} on the held-out rows")
+    axes.legend()
+    io.write_atomically(picture, lambda path: figure.savefig(path, dpi=120, format="png"))
+    plt.close(figure)
 
 
 def command(words: list[str], processes: int = 1) -> str:
-    """A command line that runs train.py again with these words, by the Python that runs now, in so many processes."""
+    """A command line that runs train.py with these words and the current Python, in so many processes."""
     python = Path(sys.executable)
-    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
-    start = (
-        [str(python)]
-        if processes == 1
-        else [str(python.with_name("torchrun")), "--nproc-per-node", str(processes)]
-    )
-    return shlex.join([*start, "train.py", *words])
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    program = [str(python)]
+    if processes > 1:
+        program = [str(python.with_name("torchrun")), "--nproc-per-node", str(processes)]
+    return shlex.join([*program, "train.py", *words])
+
+
+def print_report(report: dict, folder: Path) -> None:
+    """Print the tables and the command that asks the adapter."""
+    ask = command(["--adapter", str(folder), "--prompt", "your question"])
+    print(f"\n{table(report)}\n")
+    print(f"adapter, metrics and report are in {folder}/; ask it with\n  {ask}")
 
 
 def table(report: dict) -> str:
     """The report as text for a terminal."""
-    mb = "{:10.1f} MB".format
+    parts = [base_table(report), step_table(report), metric_table(report), run_table(report)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def base_table(report: dict) -> str:
+    """The bytes of the frozen base, in 16 bits and as it is kept."""
+
+    def line(name: str, in_16_bits: int, kept: int) -> str:
+        return f"  {name:30}{in_16_bits / 1e6:10.1f} MB{kept / 1e6:10.1f} MB"
+
     lines = [f"{'frozen base':32}{'16-bit':>13}{'as kept':>13}"]
-    base = {name: row for name, row in report["components"].items() if name != "adapters"}
-    lines += [
-        f"  {name:30}{mb(in_16bit / 1e6)}{mb(kept / 1e6)}"
-        for name, (_, in_16bit, kept) in base.items()
-    ]
-    lines.append(
-        f"  {'together':30}{mb(report['base_bytes_16bit'] / 1e6)}{mb(report['base_bytes_4bit'] / 1e6)}"
-    )
+    for name, (_, in_16_bits, kept) in report["components"].items():
+        if name != "adapters":
+            lines.append(line(name, in_16_bits, kept))
+    lines.append(line("together", report["base_bytes_16bit"], report["base_bytes_4bit"]))
     lines.append(f"  {report['bits_per_weight']:.3f} bits a weight in the linear layers")
-    if report["memory"]:  # of a run that had a step to weigh
-        lines.append(f"\n{'bytes of a step':32}{'predicted':>15}{'measured':>15}")
-        for name, row in report["memory"].items():
-            predicted = "-" if row["predicted"] is None else f"{row['predicted']:,}"
-            lines.append(f"  {name:30}{predicted:>15}{row['measured']:>15,}")
-    lines.append(f"\n{report['metric']:32}{'before':>13}{'after':>13}")
-    shown = (
-        (lambda x: f"{100 * x:.0f} %")
-        if report["metric"] == "exact match"
-        else (lambda x: f"{x:.2f}")
-    )
-    rows = {f"{report['quant']} base": (report["before"], report["after"])}
-    if report["before_unseen"] is not None:
-        rows["  phrasings never trained on"] = report["before_unseen"], report["after_unseen"]
-    if "compare" in report:
-        rows["16-bit LoRA, same seed"] = report["compare"]["before"], report["compare"]["after"]
-    lines += [
-        f"  {name:30}{shown(before):>13}{shown(after):>13}"
-        for name, (before, after) in rows.items()
-    ]
-    share = report["trainable_parameters"] / report["total_parameters"]
-    adapters = report["components"]["adapters"][2] / 1e6
-    lines.append(
-        f"\ntrained    {report['trainable_parameters']:,} of {report['total_parameters']:,} parameters ({share:.2%}), "
-        f"{adapters:.1f} MB"
-    )
-    lines.append(
-        "pager      " + ", ".join(f"{name} {count:,}" for name, count in report["pager"].items())
-    )
-    lines.append(
-        f"time       {report['seconds']:.0f} s for {report['steps']} steps, "
-        f"{report['tokens_per_second']:.0f} tokens/s; {report['seconds_total']:.0f} s with loading and evaluation"
-    )
-    lines.append(f"memory     {report['peak_rss_bytes'] / 1e9:.2f} GB resident at the peak")
     return "\n".join(lines)
+
+
+def step_table(report: dict) -> str:
+    """The bytes of one step, predicted and measured; empty if no step was measured."""
+    if not report["memory"]:
+        return ""
+    lines = [f"{'bytes of a step':32}{'predicted':>15}{'measured':>15}"]
+    for name, row in report["memory"].items():
+        predicted = "-" if row["predicted"] is None else f"{row['predicted']:,}"
+        lines.append(f"  {name:30}{predicted:>15}{row['measured']:>15,}")
+    return "\n".join(lines)
+
+
+def metric_table(report: dict) -> str:
+    """The metric before and after training."""
+    is_share = report["metric"] == "exact match"
+
+    def line(name: str, values: dict, suffix: str = "") -> str:
+        cells = [values["before" + suffix], values["after" + suffix]]
+        texts = [f"{100 * cell:.0f} %" if is_share else f"{cell:.2f}" for cell in cells]
+        return f"  {name:30}{texts[0]:>13}{texts[1]:>13}"
+
+    lines = [f"{report['metric']:32}{'before':>13}{'after':>13}"]
+    lines.append(line(f"{report['quant']} base", report))
+    if report["before_unseen"] is not None:
+        lines.append(line("  phrasings never trained on", report, "_unseen"))
+    if "compare" in report:
+        lines.append(line("16-bit LoRA, same seed", report["compare"]))
+    return "\n".join(lines)
+
+
+def run_table(report: dict) -> str:
+    """What was trained, what the pager did, time and memory."""
+    trained = report["trainable_parameters"]
+    in_all = report["total_parameters"]
+    adapter_mb = report["components"]["adapters"][2] / 1e6
+    counters = ", ".join(f"{name} {count:,}" for name, count in report["pager"].items())
+    lines = {
+        "trained": f"{trained:,} of {in_all:,} parameters ({trained / in_all:.2%}), "
+        f"{adapter_mb:.1f} MB",
+        "pager": counters,
+        "time": f"{report['seconds']:.0f} s for {report['steps']} steps, "
+        f"{report['tokens_per_second']:.0f} tokens/s; "
+        f"{report['seconds_total']:.0f} s with loading and evaluation",
+        "memory": f"{report['peak_rss_bytes'] / 1e9:.2f} GB resident at the peak",
+    }
+    return "\n".join(f"{name:11}{text}" for name, text in lines.items())

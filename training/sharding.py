@@ -1,25 +1,31 @@
-"""The two ways to train one model in several processes: all of it in each (DDP), or its share of everything (FSDP2).
+"""Two ways to train one model on several ranks: a copy on each (DDP), or a shard on each (FSDP2).
 
-    torchrun --nproc-per-node 4 train.py               DDP: each has the whole 4-bit base, and works on other sequences
-    torchrun --nproc-per-node 4 train.py --shard       FSDP2: each has a quarter of every tensor too
+    torchrun --nproc-per-node 4 train.py               DDP: each rank has the whole 4-bit base
+    torchrun --nproc-per-node 4 train.py --shard       FSDP2: each rank has a quarter of each tensor
 
-A step's batches are known to all, from seed and step alone. Of N processes, number i works on every Nth of them, from the ith
-on. The loss of a step is the sum over all of its L labels, divided by L. Both engines average gradients, so process i
-differentiates N / L times its own sum, and the average is the gradient of one process that works on all batches:
+Both split the batches. Seed and step alone determine the batches of a step, so all ranks know
+them. Of N ranks, rank i works on every N-th batch, starting at batch i. The loss of a step is the
+sum over all its L labels divided by L. DDP and FSDP2 average gradients over the ranks. So rank i
+scales the sum of its own losses by N / L, and the average is the gradient of one process that
+works on all batches:
 
     1/N sum_i d(N / L loss_i) = d(1/L sum_i loss_i)
 
-DDP sends the gradients of the adapters while the last batch's backward pass goes on: 4 bytes a trainable number, once a step,
-whatever the base weighs. FSDP2 cuts each tensor into N runs of rows. A block of layers is put together when its turn comes, in
-forward and again in backward, and dropped after it. For that the packed codes and their constants become parameters, frozen
-and of integers: 4-bit weights travel as 4 bits, where a dense model sends 16.
+DDP all-reduces the gradients of the adapters during the last batch's backward pass: 4 bytes for
+each trainable number, once per step, whatever the size of the base.
 
-Nothing is sent to start with: all load the same base and draw the same adapters. Sharding needs no other process either, so
-those of a machine load one after the other, that no two have the whole base in host memory; and a GPU gets block by block.
+FSDP2 splits each tensor by rows into N shards. It all-gathers a block of layers when the block
+runs, in forward and again in backward, and frees it afterwards. Therefore the packed codes and
+their constants become frozen integer parameters: 4-bit weights travel as 4 bits, where a dense
+model sends 16. The gradients are reduce-scattered, so each rank keeps the rows of its own shard.
+
+Nothing is sent at the start: all ranks load the same base and draw the same adapters. Sharding
+needs no communication either, so the ranks of one machine can load one after the other. Then only
+one of them has the whole base in host memory, and a GPU receives its shard block by block.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -29,82 +35,95 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from frozen import FrozenWeight
 from kernels.dtensor import full_tensor, local_shard
-from training.distributed import first, total, world
+from lora import FrozenWeight
+from training.distributed import all_reduce_sum, is_main, world_size
 
 
-def shard(model: nn.Module, device: str) -> None:
-    """Leave this process its rows of every parameter of a model, in place and on `device`: block by block, then the rest.
+def shard_model(model: nn.Module, device: str) -> None:
+    """Replace every parameter by this rank's rows on `device`, in place, block by block (FSDP2).
 
-    Blocks are the members of a list of modules, as the decoder layers of a transformer are.
+    The blocks are the members of each nn.ModuleList, such as the decoder layers of a transformer.
     """
-    mesh = init_device_mesh(torch.device(device).type, (world(),))
-    for frozen in [module for module in model.modules() if isinstance(module, FrozenWeight)]:
-        for name, tensor in list(frozen.named_buffers()):
-            if not name.endswith("codebook"):  # of which each process needs all
-                delattr(frozen, name)
-                frozen.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+    mesh = init_device_mesh(torch.device(device).type, (world_size(),))
+    for frozen in frozen_weights(model):
+        for name, tensor in base_buffers(frozen).items():
+            delattr(frozen, name)
+            frozen.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    for blocks in module_lists(model):
         for block in blocks:
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Whether shard_model has split this model."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def bytes_here(model: nn.Module) -> int:
-    """What the parameters and the frozen base of a model weigh in this process, between steps."""
+def frozen_weights(module: nn.Module) -> list[FrozenWeight]:
+    return [child for child in module.modules() if isinstance(child, FrozenWeight)]
+
+
+def module_lists(model: nn.Module) -> list[nn.ModuleList]:
+    return [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+
+
+def base_buffers(frozen: FrozenWeight) -> dict[str, Tensor]:
+    """The buffers of a frozen weight that can be split; every rank needs the whole codebooks."""
+    buffers = dict(frozen.named_buffers())
+    return {name: tensor for name, tensor in buffers.items() if not name.endswith("codebook")}
+
+
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """All parameters and the frozen base, which is in buffers or, if sharded, in parameters."""
+    tensors = list(module.parameters())
+    for frozen in frozen_weights(module):
+        tensors += base_buffers(frozen).values()
+    return tensors
+
+
+def bytes_on_this_rank(model: nn.Module) -> int:
+    """Bytes of the parameters and the frozen base on this rank between steps."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
     return sum(local_shard(tensor).nbytes for tensor in weights_of(model))
 
 
-def weights_of(module: nn.Module) -> list[Tensor]:
-    """All parameters, and the frozen base, which lies in buffers or, once sharded, in parameters."""
-    bases = [frozen for frozen in module.modules() if isinstance(frozen, FrozenWeight)]
-    buffers = [
-        buffer
-        for base in bases
-        for name, buffer in base.named_buffers()
-        if not name.endswith("codebook")
-    ]
-    return [*module.parameters(), *buffers]
+def sizes_in_bytes(model: nn.Module) -> tuple[int, int, int]:
+    """Bytes of the blocks, of the weights outside blocks and of the gradients, before sharding."""
+    in_blocks = [tensor for blocks in module_lists(model) for tensor in weights_of(blocks)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    blocks = unique_bytes(in_blocks)
+    return blocks, unique_bytes(weights_of(model)) - blocks, unique_bytes(trained)
 
 
-def sizes(model: nn.Module) -> tuple[int, int, int]:
-    """Bytes of a model that is not sharded yet: of its blocks, of what is in no block, and of its gradients."""
-
-    def nbytes(tensors: list[Tensor]) -> int:
-        return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
-
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = nbytes([tensor for blocks in lists for tensor in weights_of(blocks)])
-    gradients = nbytes([parameter for parameter in model.parameters() if parameter.requires_grad])
-    return blocks, nbytes(weights_of(model)) - blocks, gradients
+def unique_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the tensors; one that occurs twice counts once."""
+    unique = {id(tensor): tensor for tensor in tensors}
+    return sum(tensor.nbytes for tensor in unique.values())
 
 
-def sent_in_a_step(
-    blocks: int, rest: int, gradients: int, world: int, batches: int
+def bytes_sent_per_step(
+    blocks: int, rest: int, gradients: int, world_size: int, batches: int
 ) -> dict[str, float]:
-    """Bytes that each of `world` processes sends in a step of so many batches of its own, by DDP and by FSDP2.
+    """Bytes that each rank sends in a step of `batches` batches per rank, with DDP and with FSDP2.
 
-    Of n bytes that all want to have, or to add up, each sends (N - 1) / N n. DDP adds up gradients and hands the sums round,
-    once a step. For each batch, FSDP2 hands round every block, in forward and in backward, and what is in no block in forward
-    alone, and adds up gradients, of which each process keeps its rows.
+    In an all-gather or a reduce-scatter of n bytes each of N ranks sends (N - 1) / N n; an
+    all-reduce is both. DDP all-reduces the gradients once per step. For each batch, FSDP2
+    all-gathers every block in forward and in backward, and the weights outside blocks in forward
+    only, and reduce-scatters the gradients.
     """
-    share = (world - 1) / world
+    share = (world_size - 1) / world_size
     return {
         "DDP": 2 * share * gradients,
         "FSDP2": batches * share * (2 * blocks + rest + gradients),
     }
 
 
-def parallel(losses: nn.Module) -> nn.Module:
-    """A module whose backward pass leaves the average gradient of all processes, where that takes more than it does already."""
+def wrap_ddp(losses: nn.Module) -> nn.Module:
+    """Make backward average the gradients over all ranks; FSDP2 and one process need no wrapper."""
     if not dist.is_initialized() or is_sharded(losses):
         return losses
     return DistributedDataParallel(
@@ -113,45 +132,40 @@ def parallel(losses: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def sending(losses: nn.Module, now: bool) -> Iterator[None]:
-    """A backward pass of what `parallel` gave; DDP keeps its gradients, to send them with later ones, unless it is `now`."""
-    with (
-        nullcontext()
-        if now or not isinstance(losses, DistributedDataParallel)
-        else losses.no_sync()
-    ):
+def gradient_sync(losses: nn.Module, now: bool) -> Iterator[None]:
+    """The context of a backward pass. If not `now`, DDP accumulates gradients without a message."""
+    if now or not isinstance(losses, DistributedDataParallel):
         yield
+    else:
+        with losses.no_sync():
+            yield
 
 
-def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
-    """Scale all gradients by the same factor, so that their common norm is at most `limit`. -> the norm before
+def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients in place so that their common norm is at most `max_norm`.
 
-    Differs from torch.nn.utils.clip_grad_norm_: squares are added up in float64 before the norm is rounded to float32, and then
-    it hardly ever shows in a bit of the result which process had which of them.
+    Returns the norm before. Differs from torch.nn.utils.clip_grad_norm_: the squares are summed in
+    float64 before the norm is rounded to float32. Then the bits of the result hardly ever depend on
+    which rank had which squares.
     """
-    gradients = [
-        local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None
-    ]
-    norms = torch.stack(
-        [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    )
-    (squares,) = (
-        total(norms.square().sum().item())
-        if isinstance(parameters[0], DTensor)
-        else [norms.square().sum().item()]
-    )
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [local_shard(parameter.grad) for parameter in with_gradient]
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    squares = torch.stack(norms).square().sum().item()
+    if isinstance(parameters[0], DTensor):
+        [squares] = all_reduce_sum(squares)
     norm = torch.tensor(squares).sqrt().item()  # in float32
-    if norm > limit:
-        torch._foreach_mul_(gradients, limit / norm)
+    if norm > max_norm:
+        torch._foreach_mul_(gradients, max_norm / norm)
     return norm
 
 
 @torch.no_grad()
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All rows of each tensor, on the host; only the first process keeps them."""
-    kept = {}
+def gather_full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All rows of each tensor, on the host; empty on all ranks but rank 0."""
+    gathered = {}
     for name, tensor in tensors.items():
-        every = full_tensor(tensor)
-        if first():
-            kept[name] = every.cpu()
-    return kept
+        full = full_tensor(tensor)  # every rank takes part
+        if is_main():
+            gathered[name] = full.cpu()
+    return gathered

@@ -1,16 +1,23 @@
-"""States, from which a run that was stopped at any moment goes on to the same bits.
+"""The state of a run: a run stopped at any moment resumes from one and ends with the same bits.
 
-A state is one file, state-<step>.safetensors: the adapter, both moments of every parameter, and as JSON in its header the step
-and the settings, among them a hash of the data's token ids. Everything else follows from the step and the seed: the learning
-rate, the place in the data, and the masks of dropout, for which `reseed` starts the random numbers of each batch. So a state
-says nothing of the processes that wrote it: any number of others that share out the same batches go on from it.
+A state is one file, state-<step>.safetensors, with the adapter and both moments of every parameter.
+Its header has one key, "state", because safetensors writes several in random order:
 
-    step             0 ........ 10 ........ 20 ........ 30 ....        --save-every 10 --save-total-limit 2
-    on the disk      0        0 10       10 20       20 30             a state appears whole, and only then an old one goes
+    {"progress": {"step": 20, "settings": {...}, "before": [...]}, "sha256": "..."}
 
-Two things can go wrong. Killed while it writes, a run leaves the states before, and a file of no state's name (files.py). A
-disk that loses bytes is found out by the checksum in the header, of all that the file says; then the state before is taken.
-Neither costs more than the steps since. What is intact, but of other settings or data, is refused: that is no accident.
+The settings include a hash of the data's token ids. Everything else follows from the step and the
+seed: the learning rate, the position in the data and, as `seed_batch` seeds each batch, the dropout
+masks. A state does not depend on the number of processes: any number of processes that split the
+same batches can resume from it.
+
+    step             0 ........ 10 ........ 20 ........ 30 ....    --save-every 10
+    on the disk      0        0 10       10 20       20 30         --save-total-limit 2
+
+A new state appears complete, and only then is an old one removed. Two things can go wrong. A run
+that is killed while it writes leaves the previous states and a file whose name is not that of a
+state (checkpoints/io.py). A disk that loses bytes is detected by the checksum, which covers the
+tensors and the progress; the previous state is used then. In both cases only the steps since that
+state are lost. A valid state with other settings or data is an error, not something to skip.
 """
 
 import hashlib
@@ -26,15 +33,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoints import io as files
+from checkpoints import io
 from checkpoints.io import check_like
 from checkpoints.peft_adapter import adapter_tensors, copy_tensors
 from kernels.dtensor import shard_like
-from training import sharding as parallel
+from training import sharding
 
 
 class State(NamedTuple):
-    """What a file holds, which is intact. settings: what may not change; before: the metric at the run's start."""
+    """The content of a valid state file.
+
+    settings: what must not change between runs.
+    before: the metrics before training.
+    """
 
     path: Path
     tensors: dict[str, Tensor]
@@ -43,67 +54,14 @@ class State(NamedTuple):
     before: list[float | None]
 
 
-def states(folder: Path) -> list[Path]:
-    """The files that are named like states, the last step first."""
-    named = [
-        (re.fullmatch(r"state-(\d+)\.safetensors", path.name), path)
-        for path in folder.glob("state-*")
-    ]
-    return [
-        path
-        for _, path in sorted(
-            ((int(match[1]), path) for match, path in named if match), reverse=True
-        )
-    ]
-
-
-def save(
-    tensors: dict[str, Tensor],
-    settings: dict[str, str],
-    step: int,
-    before: list[float | None],
-    folder: Path,
-    limit: int,
-) -> None:
-    """Write the state after `step`, and then remove all up to it but the last `limit`."""
-    path = folder / f"state-{step:06d}.safetensors"
-    save_state(tensors, settings, step, before, path)
-    keep_last(path, limit)
-
-
-def keep_last(path: Path, limit: int) -> None:
-    """Remove the states up to this one but the last `limit`. Those after it, which were passed over, stay."""
-    held = states(path.parent)
-    for old in held[held.index(path) + limit :]:
-        old.unlink()
-
-
-def tidy(folder: Path, state: State | None, limit: int) -> None:
-    """Remove what earlier runs have left: unfinished files, and states: up to the last `limit`, or all if none goes on."""
-    files.remove_unfinished(folder)
-    if state:
-        keep_last(state.path, limit)  # a kill may have come between a save and that
-    else:
-        for path in reversed(states(folder)):  # the last one last
-            path.unlink()
-
-
-def newest(folder: Path) -> State:
-    """The last intact state in a folder; any after it is passed over with a word. Raises: ValueError if there is none."""
-    for path in states(folder):
-        try:
-            return read_state(path)
-        except ValueError as error:
-            print(f"{error}: passed over for the state before it", file=sys.stderr)
-    raise ValueError(f"there is no state in {folder} to resume from: start without --resume")
-
-
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What a state has of tensors. All processes make it together, and the first one has it then."""
-    tensors = {f"adapter.{name}": tensor for name, tensor in adapter_tensors(model).items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-    return parallel.whole(tensors)
+def saved_states(folder: Path) -> list[Path]:
+    """The state files in a folder, by name only, the last step first."""
+    steps = {}
+    for path in folder.glob("state-*"):
+        match = re.fullmatch(r"state-(\d+)\.safetensors", path.name)
+        if match:
+            steps[path] = int(match[1])
+    return sorted(steps, key=lambda path: (steps[path], path), reverse=True)
 
 
 def save_state(
@@ -111,26 +69,94 @@ def save_state(
     settings: dict[str, str],
     step: int,
     before: list[float | None],
+    folder: Path,
+    limit: int,
+) -> None:
+    """Write the state after `step`, then remove the states before it except the last `limit`.
+
+    Raises: OSError; the states in the folder are unchanged then.
+    """
+    path = folder / f"state-{step:06d}.safetensors"
+    write_state(tensors, settings, step, before, path)
+    _keep_last(path, limit)
+
+
+def write_state(
+    tensors: dict[str, Tensor],
+    settings: dict[str, str],
+    step: int,
+    before: list[float | None],
     path: Path,
 ) -> None:
-    """Write all that a run needs to go on after `step` into a file. Raises: OSError; what was there is untouched then."""
-    progress = json.dumps({"step": step, "settings": settings, "before": before})
-    files.write_tensors(
-        tensors, path, {"progress": progress, "sha256": checksum(tensors, progress)}
-    )
+    """Write a state file. Raises: OSError; a file that was there is unchanged then."""
+    progress = {"step": step, "settings": settings, "before": before}
+    header = {"progress": progress, "sha256": checksum(tensors, json.dumps(progress))}
+    io.write_tensors(tensors, path, {"state": json.dumps(header)})
 
 
-def reseed(seed: int, batch: int) -> None:
-    """Start the random numbers, on all devices, for the batch of that number, counted from the start of the run.
+def _keep_last(path: Path, limit: int) -> None:
+    """Keep the last `limit` states up to this one, and those after it, which were skipped."""
+    states = saved_states(path.parent)
+    for old in states[states.index(path) + limit :]:
+        old.unlink()
 
-    The same whichever process works on it, after however many others.
+
+def remove_old_files(folder: Path, state: State | None, limit: int) -> None:
+    """Remove unfinished files and old states that earlier runs left.
+
+    Keeps the last `limit` states up to the one to resume from; without one, keeps none.
+    """
+    io.remove_unfinished(folder)
+    if state:
+        _keep_last(state.path, limit)  # a kill may have come between a save and its cleanup
+    else:
+        for path in reversed(saved_states(folder)):  # the last state is removed last
+            path.unlink()
+
+
+def latest_state(folder: Path) -> State:
+    """Read the last valid state in a folder and print a warning for each damaged one after it.
+
+    Raises: ValueError if there is no valid state.
+    """
+    for path in saved_states(folder):
+        try:
+            return read_state(path)
+        except ValueError as error:
+            print(f"{error}: skipped, the state before it is used", file=sys.stderr)
+    raise ValueError(f"there is no state in {folder} to resume from: start without --resume")
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of a state, on the host of the first process. A collective."""
+    tensors = _named_adapter(model) | _named_moments(optimizer.state_dict()["state"])
+    return sharding.whole(tensors)
+
+
+def _named_adapter(model: nn.Module) -> dict[str, Tensor]:
+    return {f"adapter.{name}": tensor for name, tensor in adapter_tensors(model).items()}
+
+
+def _named_moments(optimizer_state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The step and the moments of each parameter, named optimizer.<index>.<key>."""
+    return {
+        f"optimizer.{index}.{key}": tensor
+        for index, values in optimizer_state.items()
+        for key, tensor in values.items()
+    }
+
+
+def seed_batch(seed: int, batch: int) -> None:
+    """Seed the random numbers of all devices for a batch, counted from the start of the run.
+
+    They do not depend on the process that trains on the batch, nor on the batches before it.
     """
     torch.manual_seed(random.Random(f"{seed} {batch}").getrandbits(63))
 
 
 @torch.no_grad()
 def checksum(tensors: dict[str, Tensor], progress: str) -> str:
-    """The SHA-256 of all that a state says: each tensor's name, kind, shape and bytes, and its progress."""
+    """The SHA-256 of the progress and of each tensor's name, dtype, shape and bytes."""
     digest = hashlib.sha256(progress.encode())
     for name in sorted(tensors):
         tensor = tensors[name].cpu().contiguous()
@@ -140,92 +166,106 @@ def checksum(tensors: dict[str, Tensor], progress: str) -> str:
 
 
 def read_state(path: Path) -> State:
-    """What `save_state` wrote. Raises: ValueError if a byte of it has changed or is missing."""
-    tensors = files.read_tensors(path)
-    metadata = files.read_metadata(path)
-    if not {"progress", "sha256"} <= metadata.keys():
-        raise ValueError(f"{path} is not the state of a run")
-    if checksum(tensors, metadata["progress"]) != metadata["sha256"]:
-        raise ValueError(f"{path} is damaged (its checksum has changed)")
+    """Read and validate a state file. Raises: ValueError if it is damaged or not a state."""
+    tensors = io.read_tensors(path)
     try:
-        progress = files.parse_json(metadata["progress"].encode())
+        header = io.parse_json(io.read_metadata(path)["state"].encode())
+        progress = header["progress"]
+        expected = header["sha256"]
         state = State(path, tensors, progress["step"], progress["settings"], progress["before"])
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is not the state of a run") from None
-    if (
-        type(state.step) is not int
-        or state.step < 0
-        or not isinstance(state.settings, dict)
-        or not _is_pair(state.before)
-    ):
+    if checksum(tensors, json.dumps(progress)) != expected:
+        raise ValueError(f"{path} is damaged (its checksum has changed)")
+    if not _has_valid_types(state):
         raise ValueError(f"{path} is not the state of a run")
     return state
 
 
-def _is_pair(before: object) -> bool:
-    return isinstance(before, list) and len(before) == 2
+def _has_valid_types(state: State) -> bool:
+    return (
+        type(state.step) is int
+        and 0 <= state.step < 2**63
+        and isinstance(state.settings, dict)
+        and isinstance(state.before, list)
+        and len(state.before) == 2
+    )
 
 
-def refuse_changes(state: State, settings: dict[str, str], anyway: bool) -> None:
-    """Say how `settings` differ from those of the state. Raises: ValueError if they do, unless told to go on anyway."""
-    pairs = {key: (state.settings.get(key), now) for key, now in settings.items()}
-    differs = [f"{key} was {was}, is {now}" for key, (was, now) in pairs.items() if was != now]
-    if differs and not anyway:
+def require_same_settings(state: State, settings: dict[str, str], anyway: bool) -> None:
+    """Compare settings with those of a state.
+
+    Raises: ValueError if they differ; with `anyway`, only prints how they differ.
+    """
+    old = state.settings
+    changes = [
+        f"{key} was {old.get(key)}, is {value}"
+        for key, value in settings.items()
+        if old.get(key) != value
+    ]
+    if not changes:
+        return
+    differences = "; ".join(changes)
+    if not anyway:
         raise ValueError(
-            f"cannot go on from {state.path}: {'; '.join(differs)}. Give what was, or --resume-anyway"
+            f"cannot resume from {state.path}: {differences}. "
+            "Use the old settings or --resume-anyway"
         )
-    if differs:
-        print(f"going on from {state.path} although {'; '.join(differs)}", file=sys.stderr)
+    print(f"resuming from {state.path} although {differences}", file=sys.stderr)
 
 
 def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Set adapters and optimizer to a state. Raises: ValueError if it does not fit; nothing has changed then."""
-    tensors = state.tensors
-    targets = {f"adapter.{name}": parameter for name, parameter in adapter_tensors(model).items()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    like: dict[int, dict[str, Tensor]] = {}
-    if state.step:  # else no parameter has moments yet
+    """Set the adapters and the optimizer to a state.
+
+    Raises: ValueError if the state does not fit; nothing has changed then.
+    """
+    adapter = _named_adapter(model)
+    templates: dict[int, dict[str, Tensor]] = {}
+    if state.step:  # before the first step no parameter has moments
         count = torch.tensor(float(state.step))
-        like = {
-            index: {"step": count, "exp_avg": p, "exp_avg_sq": p}
-            for index, p in enumerate(parameters)
-        }
-    moments = {
-        f"optimizer.{index}.{key}": tensor
-        for index, its in like.items()
-        for key, tensor in its.items()
+        parameters = [param for group in optimizer.param_groups for param in group["params"]]
+        for index, parameter in enumerate(parameters):
+            templates[index] = {"step": count, "exp_avg": parameter, "exp_avg_sq": parameter}
+    moments = _named_moments(templates)
+    expected = adapter | moments
+    check_like(state.tensors, expected, state.path)
+    io.require_finite(state.tensors, state.path)
+    _check_moments(state, moments)
+    tensors = {name: shard_like(tensor, expected[name]) for name, tensor in state.tensors.items()}
+    optimizer_state = {
+        index: {key: tensors[f"optimizer.{index}.{key}"] for key in keys}
+        for index, keys in templates.items()
     }
-    wanted = targets | moments
-    check_like(tensors, wanted, state.path)
-    files.require_finite(tensors, state.path)
-    for name in moments:
-        tensor, key = tensors[name], name.rpartition(".")[2]
-        if (key == "step" and tensor != state.step) or (key == "exp_avg_sq" and (tensor < 0).any()):
-            raise ValueError(f"{state.path}: {name} is not of step {state.step}, or negative")
-    here = {name: shard_like(tensor, wanted[name]) for name, tensor in tensors.items()}
-    loaded = {
-        index: {key: here[f"optimizer.{index}.{key}"] for key in its} for index, its in like.items()
-    }
-    optimizer.load_state_dict(
-        {"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-    copy_tensors(here, targets)
+    param_groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": optimizer_state, "param_groups": param_groups})
+    copy_tensors(tensors, adapter)
+
+
+def _check_moments(state: State, names: dict[str, Tensor]) -> None:
+    """Raise a ValueError if a step count or a second moment cannot be that of the state's step."""
+    for name in names:
+        tensor = state.tensors[name]
+        if name.endswith(".step") and tensor != state.step:
+            raise ValueError(f"{state.path}: {name} must be the step of the state, {state.step}")
+        if name.endswith(".exp_avg_sq") and (tensor < 0).any():
+            raise ValueError(f"{state.path}: {name} must not be negative")
 
 
 class StopAfterStep:
-    """Ctrl-C and SIGTERM let the step in hand finish, so that what is saved is whole. A second one stops at once."""
+    """Defers Ctrl-C and SIGTERM until the step is done and can be saved. A second one stops now."""
 
     def __enter__(self) -> "StopAfterStep":
-        self.asked = False
-        self.before = {
-            number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)
+        self.requested = False
+        self.previous = {
+            number: signal.signal(number, self.request)
+            for number in (signal.SIGINT, signal.SIGTERM)
         }
         return self
 
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, self.before[number])
+    def request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(number, self.previous[number])
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous.items():
             signal.signal(number, handler)

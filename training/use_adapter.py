@@ -1,14 +1,16 @@
-"""What becomes of a trained adapter: it is asked, or merged into its base and written as a model of its own.
+"""Uses a trained adapter: answers a prompt, or merges it into its base and saves the result.
 
-    python train.py --adapter out --prompt "..."          answers, word by word
-    python train.py --adapter out --merge my-model        16 bits: what transformers, vLLM or llama.cpp read
-    python train.py --adapter out --merge-4bit my-model   4 bits, as transformers and bitsandbytes read them
+    python train.py --adapter out --prompt "..."          prints the answer word by word
+    python train.py --adapter out --merge my-model        16 bits, for transformers, vLLM, llama.cpp
+    python train.py --adapter out --merge-4bit my-model   4 bits, for transformers and bitsandbytes
 
-The base is the one that the adapter was trained on: the file says which, and how it was quantized. A merge adds the update to
-what the 4-bit weights decode to, not to the weights that they were made of: that is the model that was trained.
+The base is the one that the adapter was trained on: the adapter's file names it, and says how it
+was quantized. A merge adds the update to the decoded 4-bit weights, not to the weights before
+quantization, because training ran on the decoded weights.
 
-A merge into 4 bits quantizes the sum anew. The base lies on the levels already, and an update is small beside the gaps between
-them, so that rounding swallows most of it or all. How much, lora.merge says beforehand; 16 bits are the default.
+A merge into 4 bits quantizes the sum again. The decoded weights are levels of the 4-bit code, and
+an update is small compared with the gaps between levels, so rounding removes most or all of it. The
+audit of lora.merge tells how much before anything is written; 16 bits are the default.
 """
 
 import math
@@ -21,71 +23,73 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import lora
-from checkpoints import base_model as streaming
-from checkpoints import io as files
-from checkpoints import peft_adapter as peft_format
-from checkpoints import sources as pretrained
-from data import dataset as data
-from frozen import FrozenWeight, MergeAudit
-from lora import QLoRALinear
-from training.loss_and_eval import answers
+from checkpoints import base_model, io, peft_adapter, sources
+from data.dataset import encode_prompt
+from lora import FrozenWeight, MergeAudit, QLoRALinear
+from training.loss_and_eval import generate_answers
 from training.options import Options
-from variants import init as variants
+from variants import init
+
+# Writes a merged model to a folder; returns the audit in words.
+Merge = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], str]
 
 
-def load(
-    adapter: Path, base: str | None, dtype: torch.dtype | None, device: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model with a trained adapter, and its tokenizer. base, dtype: where they are None, what the adapter was trained on."""
-    quantization, was = peft_format.base_of(adapter)
-    folder = pretrained.find_model(
-        base
-        or peft_format.read_config(adapter)["base_model_name_or_path"]
-        or pretrained.DEFAULT_MODEL
-    )
-    tokenizer = pretrained.load_tokenizer(folder)
-    model = streaming.load_quantized(
-        folder, dtype or was or torch.bfloat16, device, variants.maker("default", {}, quantization)
-    )
-    return peft_format.load_adapter(model, adapter), tokenizer
-
-
-def use(args: Options) -> int:
-    """Do with --adapter what --prompt, --merge and --merge-4bit ask for. -> 0"""
+def use_adapter(args: Options) -> int:
+    """Does what --prompt, --merge and --merge-4bit ask for. Returns the exit status, 0."""
     if args.prompt is not None:
-        model, tokenizer = load(args.adapter, args.model, args.dtype, args.device)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        answers(
-            model,
-            tokenizer,
-            [data.chat(tokenizer, args.prompt)],
-            args.max_seq_len,
-            args.dtype,
-            streamer=streamer,
-        )
-    for folder, merged in ((args.merge, merge_16bit), (args.merge_4bit, merge_4bit)):
-        if folder is not None:
-            claim(folder)
-            model, tokenizer = load(args.adapter, args.model, None, args.device)
-            print(f"{args.adapter} is merged into {folder}: {merged(model, tokenizer, folder)}")
+        answer_prompt(args)
+    if args.merge is not None:
+        merge_into(args.merge, merge_16bit, args)
+    if args.merge_4bit is not None:
+        merge_into(args.merge_4bit, merge_4bit, args)
     return 0
 
 
-def claim(folder: Path) -> None:
-    """Refuse a folder that has something in it."""
+def answer_prompt(args: Options) -> None:
+    """Prints the answer to --prompt while it is generated."""
+    model, tokenizer = load_adapted_model(args.adapter, args.model, args.dtype, args.device)
+    prompts = [encode_prompt(tokenizer, args.prompt)]
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    generate_answers(model, tokenizer, prompts, args.max_seq_len, args.dtype, streamer=streamer)
+
+
+def merge_into(folder: Path, merge: Merge, args: Options) -> None:
+    """Merges --adapter into its base, saves the result to a new folder and prints the audit."""
+    require_empty_folder(folder)
+    model, tokenizer = load_adapted_model(args.adapter, args.model, None, args.device)
+    print(f"{args.adapter} is merged into {folder}: {merge(model, tokenizer, folder)}")
+
+
+def load_adapted_model(
+    adapter: Path, base: str | None, dtype: torch.dtype | None, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a base with a trained adapter, and its tokenizer.
+
+    base, dtype: None stands for the base and the dtype that the adapter was trained with.
+    """
+    quantization, trained_dtype = peft_adapter.base_of(adapter)
+    base = base or peft_adapter.read_config(adapter)["base_model_name_or_path"]
+    folder = sources.find_model(base or sources.DEFAULT_MODEL)
+    tokenizer = sources.load_tokenizer(folder)
+    make_layer = init.maker("default", {}, quantization)
+    dtype = dtype or trained_dtype or torch.bfloat16
+    model = base_model.load_quantized(folder, dtype, device, make_layer)
+    return peft_adapter.load_adapter(model, adapter), tokenizer
+
+
+def require_empty_folder(folder: Path) -> None:
+    """Raises: ValueError if the path exists, unless it is an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"{folder} is there already and is not empty: choose another folder, or delete it"
-        )
+        raise ValueError(f"{folder} exists and is not empty: choose another folder, or delete it")
 
 
-def whole(folder: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder, which appears whole or not at all."""
+def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a temporary folder and renames it: `folder` appears complete, or never."""
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         write(unfinished)
         if folder.exists():
-            folder.rmdir()  # it is empty, or it stays
+            folder.rmdir()  # raises an error unless the folder is empty
         os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -93,63 +97,77 @@ def whole(folder: Path, write: Callable[[Path], object]) -> None:
 
 @torch.no_grad()
 def merge_16bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
-    """Write base + adapter as a dense model in float16 if the base is, else bfloat16. -> the audit in words"""
+    """Writes base + adapter as a dense model: float16 if the base is float16, else bfloat16.
+
+    Returns the audit in words.
+    """
     model, audit = lora.merge(model)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(
-            torch.float16 if parameter.dtype == torch.float16 else torch.bfloat16
-        )
+        is_half = parameter.dtype == torch.float16
+        parameter.data = parameter.data.to(torch.float16 if is_half else torch.bfloat16)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    whole(
-        folder, lambda unfinished: [each.save_pretrained(unfinished) for each in (model, tokenizer)]
-    )
-    return f"all of the update, rounded to 16 bits. {in_words(audit)}"
+
+    def write(unfinished: Path) -> None:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+
+    write_folder_atomically(folder, write)
+    return f"all of the update, rounded to 16 bits. {describe_audit(audit)}"
 
 
 @torch.no_grad()
 def merge_4bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
-    """Write base + adapter as a model in 4 bits, quantized as the base is. -> the audit in words"""
+    """Writes base + adapter as a 4-bit model, quantized as the base is.
+
+    Returns the audit in words.
+    """
     audit = {}
     for layer, names in lora.names_of(model, QLoRALinear).items():
-        base, update = layer.base, layer.update()
+        base = layer.base
+        update = layer.update()
         audit |= dict.fromkeys(names, base.audit(update))
-        layer.base = FrozenWeight(
-            base(update.dtype) + update, base.block_size, base.double_quant, base.codebook
-        )
-        layer.base.dtype = base.dtype  # that of what it decodes to
-    whole(folder, lambda unfinished: save_4bit(model, tokenizer, unfinished))
-    return in_words(audit)
+        merged = base(update.dtype) + update
+        layer.base = FrozenWeight(merged, base.block_size, base.double_quant, base.codebook)
+        layer.base.dtype = base.dtype  # the dtype in which it decodes
+
+    def write(unfinished: Path) -> None:
+        save_4bit(model, tokenizer, unfinished)
+
+    write_folder_atomically(folder, write)
+    return describe_audit(audit)
 
 
 def save_4bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the frozen base of a model and its tokenizer; from now on this is the base that an adapter of the model names.
+    """Writes the frozen base of a model and its tokenizer.
 
-    Raises: ValueError if that would overwrite a dense model.
+    An adapter of this model that is saved later names this folder as its base.
+    Raises: ValueError if the folder holds a dense model.
     """
     config = folder / "config.json"
-    if config.is_file() and "quantization_config" not in files.read_json(config):
+    if config.is_file() and "quantization_config" not in io.read_json(config):
         raise ValueError(f"{folder} holds a model that is not in 4 bits: choose another folder")
-    streaming.save_4bit(model, folder)
+    base_model.save_4bit(model, folder)
     tokenizer.save_pretrained(folder)
     model.name_or_path = str(folder.absolute())
 
 
-def in_words(audit: dict[str, MergeAudit]) -> str:
-    """How much of the whole model's update a merge into 4 bits keeps, and of the layer that loses most.
+def describe_audit(audit: dict[str, MergeAudit]) -> str:
+    """How much of the update a merge into 4 bits keeps, over the model and in the worst layer.
 
-    Over the model, <realised, update> / <update, update> is the mean of the layers' shares, weighted by their squared norms.
+    Over the model, <realised, update> / <update, update> is the mean of the layers' fractions,
+    weighted by the squared norms of their updates.
     """
     if not audit:
         return "The base is dense: there are no 4 bits to merge into."
-    total = math.fsum(each.update_norm**2 for each in audit.values())
-    kept = (
-        math.fsum(each.kept * each.update_norm**2 for each in audit.values()) / total
-        if total
-        else 1.0
-    )
+    weights = {name: layer.update_norm**2 for name, layer in audit.items()}
+    total = math.fsum(weights.values())
+    kept = 1.0
+    if total:
+        kept = math.fsum(layer.kept * weights[name] for name, layer in audit.items()) / total
     worst = min(audit, key=lambda name: audit[name].cosine)
     return (
-        f"A merge into 4 bits keeps {kept:.0%} of the update over {len(audit)} layers; worst is {worst}, where the change "
-        f"has a cosine of {audit[worst].cosine:.2f} with the one that was wanted."
+        f"A merge into 4 bits keeps {kept:.0%} of the update over {len(audit)} layers; worst is "
+        f"{worst}, where the merged change has a cosine of {audit[worst].cosine:.2f} with the "
+        "update."
     )

@@ -1,1 +1,1 @@
-"""What a reader may skip: other ways to start an adapter, and DoRA."""
+"""Variants of LoRA that a first reading can skip: DoRA, PiSSA and LoftQ."""

@@ -1,72 +1,108 @@
-"""DoRA: the length of each row of a weight is trained apart from its direction.
+"""DoRA: the length of each row of a weight is trained separately from its direction.
 
-LoRA changes both by one small matrix. DoRA (arXiv 2402.09353, equation 5) gives each output o a trained magnitude m[o], and
-leaves only the direction to W' + s B A:
+LoRA changes both by one low-rank matrix. DoRA (arXiv 2402.09353, equation 5) gives each output o a
+trained magnitude m[o]; W' + s B A only sets the direction:
 
-    y = c (x W'^T + s (d(x) A^T) B^T) + b        c = m / n,  n[o] = ||(W' + s B A)[o, :]||
+    y = c (x W'^T + s (d(x) A^T) B^T) + b       c = m / n,  n[o] = ||(W' + s B A)[o, :]||
 
-m starts as n, found by the same formula, so that c is exactly 1 and training starts at the output that LoRA starts at. The
-gradient takes n for a constant (section 4.3 of that paper), so that those of A, B and x are LoRA's for the gradient c g.
+m starts as n, computed by the same formula. So c is exactly 1 at the start, and training starts at
+the output of LoRA. The gradient treats n as a constant (section 4.3 of that paper). So the
+gradients of A, B and x are those of LoRA for c g instead of g.
 
-The norm needs no dense matrix. With w[o] = ||W'[o, :]||, which never changes and is found once,
+The norm needs no dense matrix. With w[o] = ||W'[o, :]||, which never changes and is computed once,
 
-    n^2 = w^2 + 2 s sum_r B (W' A^T) + s^2 sum_r B (B (A A^T))        sums over the columns of (out, r)
+    n^2 = w^2 + 2 s sum_r B (W' A^T) + s^2 sum_r B (B (A A^T))      sums over the r columns
 
-where W' A^T is a product of the frozen weight with the r rows of A: like r more tokens in the forward pass, and none in the
-backward pass. Besides what lora_matmul.py keeps, autograd keeps c, n and the product before c (tokens, out), which m needs.
+W' A^T is a product of the frozen weight with the r rows of A. It costs as much as r more tokens in
+the forward pass, and nothing in the backward pass. In addition to what LoRAMatmul saves, autograd
+saves c, n and the product before c (tokens, out), which the gradient of m needs.
 
-Error: all is summed in float64, small as it is, but the product with W', which is off by gamma_in |A| |W'|^T. So n^2 is off by
-2 |s B| times that, and by the rounding of w: little beside w^2 as long as the update is small. Where it cancels a row, the sum
-may fall that much below zero, and is then taken for zero. The square of a float32 number has an exact root in float64: while
-B is zero, n is w to the bit.
+Layout: lora_magnitude_vector.weight (out,), m, in the dtype of the adapter;
+lora_magnitude_vector.base_norm (out,), w, not saved in checkpoints, because the base gives it.
 
-A row of zeros has m = n = 0. Then c is 1, as it is for any row at the start; once B gives the row a direction, c is m / n.
+Error. All sums are in float64 except the product with W', whose error is gamma_in |A| |W'|^T. So
+n^2 is off by 2 |s B| times that error, and by the rounding of w: little compared with w^2 as long
+as the update is small. Where the update cancels a row, the sum may come out below zero by that
+much, and is set to zero. The square of a float32 number has an exact root in float64. So while B is
+zero, n equals w bit for bit.
 
-Differs from PEFT: it makes W' + s B A, dense, in every forward pass, and a row of zeros is NaN there. While it trains with
-dropout, c x W'^T is x W'^T + (c - 1) d(x) W'^T there, with a second product; the mean over all masks is the same.
+A row of zeros has m = n = 0. c is 1 there, as for any row at the start. Once B gives the row a
+direction, c is m / n.
+
+Differs from PEFT: PEFT computes the dense W' + s B A in every forward pass, and gives NaN for a row
+of zeros. With dropout, it computes x W'^T + (c - 1) d(x) W'^T in place of c x W'^T, with a second
+product; the mean over all masks is the same.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from frozen import FrozenWeight
+from lora import QLoRALinear
 
-ROWS, TOKENS = 1024, 64  # of a weight, and of y, that are in a wider dtype at once
+ROWS = 1024  # of the weight, converted to float64 at a time
+TOKENS = 64  # of y, converted to the dtype of c at a time
+
+
+class DoRALinear(QLoRALinear):
+    """A QLoRALinear whose rows have a trained magnitude. It always has an adapter: r >= 1."""
+
+    def __init__(self, *args: object, **settings: object) -> None:
+        super().__init__(*args, **settings)
+        self.reset_magnitude()
+
+    def reset_magnitude(self) -> None:
+        """Set m to the row norms of W' + s B A as they are now, so that c is 1."""
+        rows = self.base(self.lora_A.dtype).split(ROWS)
+        squares = torch.cat([piece.double().square().sum(1) for piece in rows])  # (out,)
+        base_norm = squares.sqrt().to(self.lora_A.dtype)
+        self.lora_magnitude_vector = Magnitude(base_norm)
+        self.lora_magnitude_vector.weight = nn.Parameter(self.row_norm())
+
+    @torch.no_grad()
+    def row_norm(self) -> Tensor:
+        """n (out,), the norm of each row of W' + s B A."""
+        base_norm = self.lora_magnitude_vector.base_norm
+        with torch.autocast(base_norm.device.type, enabled=False):
+            A = self.lora_A.double()  # (r, in)
+            B = self.lora_B.double() * self.scaling  # (out, r)
+            cross = self.base.matmul(self.lora_A).double().T  # (out, r)
+            squares = base_norm.double().square()
+            squares += (B * (2 * cross + B @ (A @ A.T))).sum(1)
+        return squares.clamp(min=0).sqrt().to(base_norm.dtype)
+
+    def scale(self) -> Tensor:
+        """c = m / n (out,); 1 where n is 0."""
+        norm = self.row_norm()
+        nonzero = norm > 0
+        ratio = self.lora_magnitude_vector.weight / norm.where(nonzero, 1)
+        return ratio.where(nonzero, 1)
+
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (tokens, in) -> c (x W'^T + s (d(x) A^T) B^T) + bias (tokens, out)."""
+        y = super().matmul(x, bias)
+        return ScaleRows.apply(y, self.scale(), bias)
+
+    def update(self) -> Tensor:
+        """What the adapter adds to the weight: c (W' + s B A) - W' (out, in)."""
+        update = super().update()
+        c = self.scale().detach()[:, None]  # (out, 1)
+        return (c - 1) * self.base(update.dtype) + c * update
 
 
 class Magnitude(nn.Module):
-    """The trained length of each row of a layer's weight, and c. Both come to be with the layer's A and B as they then are.
+    """Holds m under the name of PEFT, lora_magnitude_vector.weight, and w, which never changes."""
 
-    weight (out,): m, in the dtype of the adapter. base_norm (out,): w, a buffer that is not saved, because the base has it.
-    """
-
-    def __init__(self, base: FrozenWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    def __init__(self, base_norm: Tensor) -> None:
         super().__init__()
-        rows = base(lora_A.dtype).split(ROWS)
-        squares = torch.cat([piece.double().square().sum(1) for piece in rows])
-        self.register_buffer("base_norm", squares.sqrt().to(lora_A.dtype), persistent=False)
-        self.weight = nn.Parameter(self.norm(base, lora_A, lora_B, scaling))
-
-    @torch.no_grad()
-    def norm(self, base: FrozenWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        """n = ||W' + s B A||, row by row (out,)."""
-        with torch.autocast(lora_A.device.type, enabled=False):
-            A, B = lora_A.double(), lora_B.double() * scaling  # (r, in), (out, r)
-            crossed = base.matmul(lora_A).double().T  # (out, r)
-            squares = self.base_norm.double().square() + (B * (2 * crossed + B @ (A @ A.T))).sum(1)
-        return squares.clamp(min=0).sqrt().to(self.base_norm.dtype)
-
-    def forward(self, base: FrozenWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        """c = m / n (out,); 1 where n is 0."""
-        norm = self.norm(base, lora_A, lora_B, scaling)
-        return (self.weight / norm.where(norm > 0, 1)).where(norm > 0, 1)
+        self.register_buffer("base_norm", base_norm, persistent=False)
 
 
-class Scaled(torch.autograd.Function):
-    """c times what is above the bias in y, in y's dtype; y itself, to the bit, where c is 1.
+class ScaleRows(torch.autograd.Function):
+    """c (y - b) + b in the dtype of y; y itself, bit for bit, where c is 1.
 
-    Computed in c's dtype, in which 1.003 is not 1 as in bfloat16; a few tokens at a time, so that y is never whole in it.
+    Computed in the dtype of c: in bfloat16, 1.003 would be 1. Only a few tokens are converted at a
+    time, so all of y never exists in the wider dtype.
     """
 
     @staticmethod
@@ -74,22 +110,24 @@ class Scaled(torch.autograd.Function):
         """y (tokens, out), c (out,), bias (out,) -> c y + (1 - c) b (tokens, out)."""
         ctx.save_for_backward(y, c, bias)
         result = torch.empty_like(y)
-        for here, there in zip(y.split(TOKENS), result.split(TOKENS)):
-            there.copy_(here * c if bias is None else here * c + (1 - c) * bias)
+        for tokens, out in zip(y.split(TOKENS), result.split(TOKENS)):
+            out.copy_(tokens * c if bias is None else tokens * c + (1 - c) * bias)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
-        """g (tokens, out) -> the gradients of y, c g; of c, that of all tokens' g (y - b); and of b, (1 - c) g."""
+        """g (tokens, out) -> the gradients of y, c and b: c g, sum g (y - b), (1 - c) sum g."""
         y, c, bias = ctx.saved_tensors
-        dy, dc, total = torch.empty_like(y), torch.zeros_like(c), torch.zeros_like(c)
-        for here, there, piece in zip(y.split(TOKENS), dy.split(TOKENS), g.split(TOKENS)):
-            there.copy_(piece * c)
-            dc += (piece.to(c.dtype) * here).sum(0)
-            total += piece.sum(0, dtype=c.dtype)
-        return (
-            dy,
-            dc if bias is None else dc - total * bias,
-            None if bias is None else (1 - c) * total,
-        )
+        dy = torch.empty_like(y)
+        dc = torch.zeros_like(c)
+        g_sum = torch.zeros_like(c)
+        for g_tokens, y_tokens, dy_tokens in zip(
+            g.split(TOKENS), y.split(TOKENS), dy.split(TOKENS)
+        ):
+            dy_tokens.copy_(g_tokens * c)
+            dc += (g_tokens.to(c.dtype) * y_tokens).sum(0)
+            g_sum += g_tokens.sum(0, dtype=c.dtype)
+        if bias is None:
+            return dy, dc, None
+        return dy, dc - g_sum * bias, (1 - c) * g_sum

@@ -1,22 +1,24 @@
-"""Where an adapter starts: at nothing, or where it makes up for what quantization loses.
+"""Starts of an adapter that make up for a part of the quantization error: PiSSA and LoftQ.
 
-LoRA starts with B = 0, so that training starts at the 4-bit model, which is not quite the pretrained one. Two variants start
-with a B A that is not zero, and a base Q that is quantized with regard to it; s is the adapter's scaling, svd_r the nearest
-matrix of rank r, which the first r singular values and vectors make (Eckart and Young):
+LoRA starts with B = 0, so training starts at the quantized model, which differs a little from the
+pretrained one. Two variants start with a nonzero B A, and with a base Q that is quantized to suit
+it. s is the scaling of the adapter. svd_r(W) is the nearest matrix of rank r, made of the first r
+singular values and vectors (Eckart and Young):
 
-    default    Q = quantize(W)                    B = 0
-    pissa      s B A = svd_r(W)                   Q = quantize(W - s B A)        PiSSA, arXiv 2404.02948
-    loftq      s B A = svd_r(W - Q), then         Q = quantize(W - s B A), in turn; LOFTQ_STEPS times   LoftQ, arXiv 2310.08659
+    default    Q = quantize(W)          B = 0
+    pissa      s B A = svd_r(W)         Q = quantize(W - s B A)
+    loftq      Q = quantize(W - s B A)  s B A = svd_r(W - Q)      repeated LOFTQ_STEPS times from 0
 
-PiSSA trains the directions in which W is largest, and leaves less to be rounded. LoftQ's |W - Q - s B A|, the error at the
-start of training, is at most |W - Q|. Both share the singular values between A and B, each of which takes their root.
+PiSSA (arXiv 2404.02948) trains the directions in which W is largest, and leaves less to round.
+LoftQ (arXiv 2310.08659) starts with an error |W - Q - s B A| of at most |W - Q|. In both, A and B
+each take the square roots of the singular values.
 
-The base is then not quantize(W), and an adapter is worth nothing on another base: it is saved too (checkpoint.save_4bit).
-rsLoRA, s = lora_alpha / sqrt(r) (arXiv 2312.03732), is a flag of the layer: lora.QLoRALinear. So is DoRA (dora.py), which goes
-with any start: its magnitudes begin as the lengths of the rows of Q + s B A.
+Q is then not quantize(W), and the adapter is useless on any other base. So the base must be saved
+too (--save-4bit). DoRA (dora.py) works with each start: its magnitudes start as the row norms of
+Q + s B A. rsLoRA (arXiv 2312.03732) is the option use_rslora of QLoRALinear.
 
-Differs from PEFT: its LoftQ leaves s out, so that it starts nearer to W only where lora_alpha = r. Its PiSSA leaves the base
-dense, to be quantized by the user.
+Differs from PEFT: its LoftQ ignores s, so it only starts nearer to W if lora_alpha = r. Its PiSSA
+leaves the base dense, for the user to quantize.
 """
 
 from collections.abc import Callable
@@ -24,63 +26,67 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from frozen import FrozenWeight
-from lora import QLoRALinear
-from variants.dora import Magnitude
+from lora import FrozenWeight, QLoRALinear
+from variants.dora import DoRALinear
 
-LOFTQ_STEPS = 5  # as in the paper; each costs a singular value decomposition of every weight
+LOFTQ_STEPS = 5  # as in the paper; each step costs one singular value decomposition per weight
 STARTS = ("default", "pissa", "loftq")
 
 
 def maker(
     start: str, adapter: dict, quantization: dict
 ) -> Callable[[Tensor, Tensor | None], QLoRALinear]:
-    """What makes a layer of a weight (out, in) and a bias: without an adapter for "default", else with one that starts there.
+    """Returns a function that makes a layer from a weight (out, in) and a bias.
 
-    adapter: r, lora_alpha, lora_dropout, use_rslora, use_dora, as QLoRALinear.from_linear takes them; quantization: block_size,
-    double_quant, codebook, as FrozenWeight does.
+    With "default" the layer has no adapter; with another start it has the adapter of that start.
+    adapter: layer_type, r, lora_alpha, lora_dropout and use_rslora, as `lora.attach` takes them.
+    quantization: block_size, double_quant and codebook, as FrozenWeight takes them.
     """
+    settings = dict(adapter)
+    layer_type = settings.pop("layer_type", QLoRALinear)
 
     def make(weight: Tensor, bias: Tensor | None) -> QLoRALinear:
         if quantization.get("codebook", weight) is None:
-            weight = weight.clone()  # or it would stay in the mapped file
+            weight = weight.clone()  # a view would keep the checkpoint file mapped
         layer = QLoRALinear(FrozenWeight(weight, **quantization), bias)
-        if start != "default":
-            layer = QLoRALinear.from_linear(layer, **adapter)
-            for _ in range(LOFTQ_STEPS if start == "loftq" else 1):
-                step(layer, weight.to(layer.lora_A.dtype), start, quantization)
-            if (
-                layer.use_dora
-            ):  # on another base, and with another B A, than the layer was made with
-                layer.lora_magnitude_vector = Magnitude(
-                    layer.base, layer.lora_A, layer.lora_B, layer.scaling
-                )
+        if start == "default":
+            return layer
+        layer = layer_type.from_linear(layer, **settings)
+        weight = weight.to(layer.lora_A.dtype)
+        if start == "pissa":
+            start_pissa(layer, weight, quantization)
+        else:
+            start_loftq(layer, weight, quantization)
+        if isinstance(layer, DoRALinear):
+            layer.reset_magnitude()  # base and adapter have changed
         return layer
 
     return make
 
 
 @torch.no_grad()
-def step(layer: QLoRALinear, weight: Tensor, start: str, quantization: dict) -> None:
-    """A step of LoftQ, or the only one of PiSSA: A and B from the weight and the base, the base from the weight, A and B.
+def start_pissa(layer: QLoRALinear, weight: Tensor, quantization: dict) -> None:
+    """Fit the adapter to the weight (out, in), and quantize what is left as the base."""
+    fit(layer, weight)
+    requantize(layer, weight, quantization)
 
-    weight (out, in): in the dtype of the adapter.
-    """
 
-    def requantize() -> None:
-        remainder = weight - layer.scaling * layer.lora_B @ layer.lora_A
-        layer.base = FrozenWeight(remainder.to(layer.base.dtype), **quantization)
-
-    if start == "pissa":
-        fit(layer, weight)
-        requantize()
-    else:
-        requantize()
+@torch.no_grad()
+def start_loftq(layer: QLoRALinear, weight: Tensor, quantization: dict) -> None:
+    """Quantize the weight (out, in) less the adapter, and fit the adapter to the error, in turn."""
+    for _ in range(LOFTQ_STEPS):
+        requantize(layer, weight, quantization)
         fit(layer, weight - layer.base(weight.dtype))
 
 
+def requantize(layer: QLoRALinear, weight: Tensor, quantization: dict) -> None:
+    """Let the base be quantize(W - s B A)."""
+    remainder = weight - layer.scaling * layer.lora_B @ layer.lora_A  # (out, in)
+    layer.base = FrozenWeight(remainder.to(layer.base.dtype), **quantization)
+
+
 def fit(layer: QLoRALinear, target: Tensor) -> None:
-    """Let s B A be the nearest to a matrix (out, in) that rank r can be; what is beyond its own rank is zero."""
+    """Let s B A be svd_r of a matrix (out, in); A and B are zero beyond the rank of the matrix."""
     u, values, vh = torch.linalg.svd(target, full_matrices=False)  # (out, k), (k,), (k, in)
     k = min(layer.r, len(values))
     roots = (values[:k] / layer.scaling).sqrt()

@@ -1,15 +1,17 @@
-"""The hot path on a CPU, compiled by Numba: the results of nf4.py, double_quant.py and paged_optim.py, without temporaries.
+"""The kernels for processors, compiled by Numba: the results of the reference, no temporaries.
 
-The reference is written to be read, and pays for it in memory traffic: its look-up writes a float32 level for every element,
-the product with absmax reads and writes it again, the cast to bfloat16 once more. A processor multiplies far faster than it
-reads, so time is bytes, and a kernel should touch each byte once. Bytes an element, double-quantized:
+The reference is written to be read, and pays for it in memory traffic: its look-up writes a float32
+level for every element, the product with absmax reads and writes it again, and the cast to bfloat16
+does so once more. A processor multiplies far faster than it reads, so time is bytes, and a kernel
+should touch each byte once. Bytes per element, with double quantization:
 
-    quantize.quantize    4 read, 1/2 + 4/64 written         absmax, code and packing while the block is in the cache
-    decode.decode        1/2 + 1/64 read, 2 or 4 written    the constants are decoded on the way
-    fused.multiply       1/2 + 1/64 read                    a number of W lives in a register while it is multiplied
-    adamw.update         16 read, 12 written                parameter, gradient and both moments, float32
+    quantize.quantize    4 read, 1/2 + 4/64 written       absmax, codes and packing in one pass
+    decode.decode        1/2 + 1/64 read, 2 or 4 written  the constants are decoded in the same pass
+    fused.multiply       1/2 + 1/64 read                  W is decoded in registers and multiplied
+    adamw.update         16 read, 12 written              parameter, gradient, moments in float32
 
-Each file can be read alone, and stands alone: Numba keeps compiled code on disk, and compiles anew when the file of a kernel
-has changed, but does not look at what that file imports. Every function but those that are made of instructions runs in plain
-Python as well, with the compiler off: so the tests see each index checked by NumPy. host.py calls them.
+Each file of kernels stands alone: Numba caches compiled code on disk and recompiles when the file
+of a kernel changes, but it ignores changes in the files that it imports. Every function that is not
+written in LLVM instructions also runs in plain Python, with the compiler off, so that in the tests
+NumPy checks each index. launch.py calls the kernels.
 """

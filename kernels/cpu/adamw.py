@@ -1,7 +1,10 @@
-"""AdamW in one pass: parameter, gradient and moments are read once, and all but the gradient are written once.
+"""AdamW in one pass, as paged_optim.adamw_ defines it, with the same bits.
 
-Torch makes a pass of each operation. Its lerp_ and addcmul_ multiply and add with one rounding, all others round one by one,
-and so it is here: the bits of paged_optim.adamw_.
+torch makes a pass over memory for each operation. Here parameter, gradient and moments are read
+once, and all but the gradient are written once: 16 bytes read and 12 written per element.
+
+torch's lerp_ and addcmul_ round a product and its sum once, all other operations round one by one,
+and these kernels do the same.
 """
 
 import ctypes
@@ -10,40 +13,38 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 
-PIECE = 1024  # elements: what a thread takes at once
+PIECE = 1024  # elements that a thread takes at once
 
 
 @njit(parallel=True, cache=True, error_model="numpy")
 def update(param, grad, moments, first, decay, weight, beta2, value, divisor, eps, step_size):
-    """Change float32 param (k,) and moments (2, k) as paged_optim.adamw_ does; if `first`, the moments are not read but 0.
+    """Update float32 param (k,) and moments (2, k) in place, as paged_optim.adamw_ does.
 
-    The scalars are those of its operations, in their order, not yet rounded to float32. 16 bytes read, 12 written an element.
+    The scalars are those of its operations, in their order, not yet rounded to float32. If `first`,
+    the moments are set to 0 without being read. 16 bytes read, 12 written per element.
     """
-    decay, weight, beta2, value = (
-        np.float32(decay),
-        np.float32(weight),
-        np.float32(beta2),
-        np.float32(value),
-    )
-    divisor, eps, step_size = np.float32(divisor), np.float32(eps), np.float32(step_size)
+    decay = np.float32(decay)
+    weight = np.float32(weight)
+    beta2 = np.float32(beta2)
+    value = np.float32(value)
+    divisor = np.float32(divisor)
+    eps = np.float32(eps)
+    step_size = np.float32(step_size)
     near = weight < np.float32(0.5)  # lerp_ starts from the nearer end
     factor = weight if near else weight - np.float32(1)
-    zero = np.float32(
-        0.0 if weight == 1 else -0.0
-    )  # to add -0 changes nothing, to add 0 makes each zero +0
+    zero = np.float32(0.0 if weight == 1 else -0.0)  # adding -0 changes nothing, adding 0 makes +0
     for piece in prange((param.size + PIECE - 1) // PIECE):
-        start, stop = piece * PIECE, min(piece * PIECE + PIECE, param.size)
-        p, g, m, v = (
-            param[start:stop],
-            grad[start:stop],
-            moments[0, start:stop],
-            moments[1, start:stop],
-        )
+        start = piece * PIECE
+        stop = min(start + PIECE, param.size)
+        p = param[start:stop]
+        g = grad[start:stop]
+        m = moments[0, start:stop]
+        v = moments[1, start:stop]
         if first:
-            m[:], v[:] = 0, 0
-        for i in range(
-            p.size
-        ):  # a loop of its own: LLVM does not vectorise what Numba makes of prange over elements
+            m[:] = 0
+            v[:] = 0
+        # A loop of its own: LLVM does not vectorize what Numba makes of prange over elements.
+        for i in range(p.size):
             m[i] = fma(factor, g[i] - m[i], m[i] if near else g[i]) + zero
             v[i] = fma(value * g[i], g[i], v[i] * beta2)
             p[i] = p[i] * decay + step_size * m[i] / (np.sqrt(v[i]) / divisor + eps)
@@ -62,4 +63,7 @@ def _compiled_fma(a, b, c):
 
 @intrinsic
 def _fma(_, a, b, c):
-    return types.float32(a, b, c), lambda context, builder, signature, args: builder.fma(*args)
+    def codegen(context, builder, signature, args):
+        return builder.fma(*args)
+
+    return types.float32(a, b, c), codegen

@@ -1,20 +1,27 @@
-"""From 4 bits to numbers: a weight, or a window of it, decoded.
+"""Dequantizes a 4-bit weight, or a window of it.
 
-In a block all scales are equal, so there are only 16 different results: scale and round the 16 levels once, then only look
-up. Where the processor has AVX-512 the 16 results fit one register, and one instruction (vpermw, or vpermd for float32) looks
-up 32 or 16 nibbles at once; `look_up` and `look_up_avx512` give the same bits.
+All elements of a block have one scale, so they have only 16 different values: scale and round the
+16 levels once, then only look up. With AVX-512 the 16 values fit one register, and one instruction
+(vpermw, or vpermd for float32) looks up 32 or 16 nibbles at once. `look_up` and `look_up_avx512`
+give the same bits.
 
-bfloat16 and float16 are unknown to Numba. Arrays of them come as uint16 and int16, which is to say as their bits.
+Numba has no bfloat16 or float16. Arrays of them come as uint16 and int16, which hold their bits.
 
-The kernels take a weight of n elements as a tuple (a plain one: Numba is slow to recognise others), built in dispatch.py:
+The kernels take a weight of n elements as a tuple (a plain one: Numba is slow to recognize named
+ones), made by launch.kernel_weight:
 
     packed      uint8 (ceil(n/2),)
     levels      float32 (16,)
-    absmax      float32, the scale of each block; with double quantization, of each block of constants
-    codes       uint8, the constants in 8 bits; empty without double quantization
-    levels8     float32 (256,)          offset      float32          largest     float32: constants are clamped to [0, largest]
-    shift       log2 of the block size  shift8      log2 of the constants' block size; 0 without double quantization
-    avx512      bool: may these instructions be used
+    absmax      float32: a scale per block or, with double quantization, per block of constants
+    codes       uint8, the 8-bit constants; empty without double quantization
+    levels8     float32 (256,)
+    offset      float32
+    largest     float32: constants are clamped to [0, largest]
+    shift       log2 of the block size
+    shift8      log2 of the constants' block size; 0 without double quantization
+    avx512      bool: whether these instructions may be used
+
+Bytes per element: 1/2 + 1/64 read with double quantization, 2 or 4 written.
 """
 
 import llvmlite.binding
@@ -24,44 +31,38 @@ from numba import njit, prange, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic, overload
 
-FEATURES = (
-    {} if config.CPU_NAME or config.CPU_FEATURES else llvmlite.binding.get_host_cpu_features()
-)
-FLOAT16 = bool(
-    FEATURES.get("f16c", "avx" not in FEATURES)
-)  # can it be rounded to; an x86 of before 2012 cannot
+# The processor that Numba compiles for is known only if nobody chose another one.
+IS_HOST = not (config.CPU_NAME or config.CPU_FEATURES)
+FEATURES = llvmlite.binding.get_host_cpu_features() if IS_HOST else {}
+# Whether it rounds to float16; an x86 from before 2012 does not.
+FLOAT16 = bool(FEATURES.get("f16c", "avx" not in FEATURES))
 AVX512 = all(FEATURES.get(name, False) for name in ("avx512f", "avx512bw"))
-GROUP = 32  # elements that are looked up together, 16 packed bytes
+GROUP = 32  # elements that are looked up together: 16 packed bytes
 TEAM = 16  # rows of W that a thread takes at once
-AHEAD = 8  # rows: how early to ask for the bytes of a narrow window, too far apart for the processor to foresee
+AHEAD = 8  # rows to prefetch ahead in a narrow window: too far apart for the hardware prefetcher
 
 
 @njit(parallel=True, cache=True)
 def decode(weight, start, stride, rows, cols, out):
-    """out[r * cols + c] = element start + r * stride + c of the weight, in the kind of number that `out` holds."""
+    """out[r * cols + c] = element start + r * stride + c of the weight, in the dtype of `out`."""
+    ahead = AHEAD * stride if stride > cols else 0
     for team in prange((rows + TEAM - 1) // TEAM):
         table = np.empty(16, out.dtype)
         for row in range(team * TEAM, min(team * TEAM + TEAM, rows)):
-            _run(
-                weight,
-                start + row * stride,
-                cols,
-                out,
-                row * cols,
-                table,
-                AHEAD * stride if stride > cols else 0,
-            )
+            _decode_run(weight, start + row * stride, cols, out, row * cols, table, ahead)
 
 
 @njit(cache=True, forceinline=True)
-def _run(weight, start, count, out, at, table, ahead):
-    """out[at : at + count] = elements start, start + 1, ...: block by block, and the bulk of a block in groups."""
+def _decode_run(weight, start, count, out, at, table, ahead):
+    """out[at : at + count] = elements start, start + 1, ...: block by block, mostly in groups."""
     packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, avx512 = weight
     if ahead:
         prefetch(codes, (start + ahead) >> shift)
         for byte in range((start + ahead) >> 1, (start + ahead + count) >> 1, 64):
             prefetch(packed, byte)
-    i, end, at = start, start + count, at - start
+    i = start
+    end = start + count
+    at -= start  # out[at + i] is element i
     while i < end:
         block = i >> shift
         stop = min((block + 1) << shift, end)
@@ -87,17 +88,21 @@ def _run(weight, start, count, out, at, table, ahead):
 
 @njit(cache=True)
 def look_up(packed, byte, levels, scale, out, at, groups, table):
-    """Decode 32 * groups elements of one block, from packed[byte] on, to out[at], ...; `table` has room for 16 of them."""
+    """Decode 32 * groups elements of one block, from packed[byte] on, to out[at], ...
+
+    `table` is scratch of 16 elements, in the dtype of `out`.
+    """
     for k in range(16):
         table[k] = cast(levels[k] * scale, out)
-    pairs, numbers = packed[byte : byte + groups * GROUP // 2], out[at : at + groups * GROUP]
+    pairs = packed[byte : byte + groups * GROUP // 2]
+    numbers = out[at : at + groups * GROUP]
     for j in range(pairs.size):
         numbers[2 * j] = table[pairs[j] >> np.uint8(4)]
         numbers[2 * j + 1] = table[pairs[j] & np.uint8(15)]
 
 
 def cast(number, out):
-    """A float32, rounded to the kind of number that `out` holds: to nearest, ties to even, as torch does."""
+    """A float32 rounded to the dtype of `out`: to nearest, ties to even, as torch does."""
     if out.dtype == np.float32:
         return number
     if out.dtype == np.int16:
@@ -106,9 +111,11 @@ def cast(number, out):
     return np.uint16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 if number == number else 0x7FC0)
 
 
-# Numba has neither 16-bit floats nor vectors. What follows writes LLVM's instructions one by one.
+# Numba has neither 16-bit floats nor vectors. The rest writes LLVM instructions one by one.
 
-FLOAT, BYTE, INT = ir.FloatType(), ir.IntType(8), ir.IntType(32)
+FLOAT = ir.FloatType()
+BYTE = ir.IntType(8)
+INT = ir.IntType(32)
 
 
 @overload(cast)
@@ -121,16 +128,15 @@ def _compiled_cast(number, out):
 @intrinsic
 def _cast(_, number, out):
     def codegen(context, builder, signature, args):
-        one = builder.insert_element(
-            ir.Constant(ir.VectorType(FLOAT, 1), ir.Undefined), args[0], INT(0)
-        )
+        empty = ir.Constant(ir.VectorType(FLOAT, 1), ir.Undefined)
+        one = builder.insert_element(empty, args[0], INT(0))
         return builder.extract_element(_rounded(builder, one, out.dtype), INT(0))
 
     return out.dtype(types.float32, out), codegen
 
 
 def prefetch(array, index):
-    """Ask for the cache line of array[index], which may lie outside. No result depends on it."""
+    """Ask for the cache line of array[index], which may be outside. No result depends on it."""
 
 
 @overload(prefetch)
@@ -143,33 +149,28 @@ def _prefetch(_, array, index):
     def codegen(context, builder, signature, args):
         place = builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
         kind = ir.FunctionType(ir.VoidType(), [place.type, INT, INT, INT])
-        builder.call(
-            cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"),
-            [place, INT(0), INT(3), INT(1)],
-        )
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, INT(0), INT(3), INT(1)])  # to read; keep; data
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen
 
 
 def _rounded(builder, floats, kind):
-    """The code of `cast` for a vector of float32, as integers of the width of the result."""
+    """The code of `cast` for a vector of float32: integers of the width of the result."""
     count = floats.type.count
+    ints = ir.VectorType(INT, count)
     if kind == types.float32:
-        return builder.bitcast(floats, ir.VectorType(INT, count))
-    short = ir.VectorType(ir.IntType(16), count)
+        return builder.bitcast(floats, ints)
+    shorts = ir.VectorType(ir.IntType(16), count)
     if kind == types.int16:
-        return builder.bitcast(builder.fptrunc(floats, ir.VectorType(ir.HalfType(), count)), short)
-    bits = builder.bitcast(floats, ir.VectorType(INT, count))
-    odd = builder.and_(builder.lshr(bits, _splat(bits.type, 16)), _splat(bits.type, 1))
-    nearest = builder.lshr(
-        builder.add(builder.add(bits, _splat(bits.type, 0x7FFF)), odd), _splat(bits.type, 16)
-    )
-    return builder.select(
-        builder.fcmp_unordered("uno", floats, floats),
-        _splat(short, 0x7FC0),
-        builder.trunc(nearest, short),
-    )
+        return builder.bitcast(builder.fptrunc(floats, ir.VectorType(ir.HalfType(), count)), shorts)
+    bits = builder.bitcast(floats, ints)
+    odd = builder.and_(builder.lshr(bits, _splat(ints, 16)), _splat(ints, 1))
+    nearest = builder.add(builder.add(bits, _splat(ints, 0x7FFF)), odd)
+    nearest = builder.lshr(nearest, _splat(ints, 16))
+    is_nan = builder.fcmp_unordered("uno", floats, floats)
+    return builder.select(is_nan, _splat(shorts, 0x7FC0), builder.trunc(nearest, shorts))
 
 
 def _splat(vector, value):
@@ -181,47 +182,49 @@ def look_up_avx512(_, packed, byte, levels, scale, out, at, groups):
     """`look_up`, with the table in a register."""
 
     def codegen(context, builder, signature, args):
-        if not AVX512:  # never called there, yet compiled
+        if not AVX512:  # compiled there too, but never called
             return context.get_dummy_value()
+
+        def data(k):
+            return context.make_array(signature.args[k])(context, builder, args[k]).data
+
         width = out.dtype.bitwidth  # bits of a result
         lanes = 512 // width  # results in a register
         results = ir.VectorType(ir.IntType(width), lanes)
-        pairs, half = (
-            ir.VectorType(ir.IntType(2 * width), lanes // 2),
-            ir.VectorType(BYTE, lanes // 2),
-        )
-        packed_, levels_, out_ = (
-            context.make_array(signature.args[k])(context, builder, args[k]).data for k in (0, 2, 4)
-        )
-        source, target = builder.gep(packed_, [args[1]]), builder.gep(out_, [args[5]])
-        sixteen = builder.load(
-            builder.bitcast(levels_, ir.VectorType(FLOAT, 16).as_pointer()), align=4
-        )
-        scales = builder.insert_element(ir.Constant(sixteen.type, ir.Undefined), args[3], INT(0))
+        pairs = ir.VectorType(ir.IntType(2 * width), lanes // 2)
+        half = ir.VectorType(BYTE, lanes // 2)
+        floats = ir.VectorType(FLOAT, 16)
+        packed_data = data(0)
+        levels_data = data(2)
+        out_data = data(4)
+        source = builder.gep(packed_data, [args[1]])
+        target = builder.gep(out_data, [args[5]])
+
+        # The table: the 16 levels times the scale, rounded, repeated until a register is full
+        sixteen = builder.load(builder.bitcast(levels_data, floats.as_pointer()), align=4)
+        scales = builder.insert_element(ir.Constant(floats, ir.Undefined), args[3], INT(0))
         scales = builder.shuffle_vector(scales, scales, _splat(ir.VectorType(INT, 16), 0))
         table = _rounded(builder, builder.fmul(sixteen, scales), out.dtype)
-        table = builder.shuffle_vector(
-            table, table, ir.Constant(ir.VectorType(INT, lanes), [k % 16 for k in range(lanes)])
-        )
+        repeated = ir.Constant(ir.VectorType(INT, lanes), [k % 16 for k in range(lanes)])
+        table = builder.shuffle_vector(table, table, repeated)
+
         name = "llvm.x86.avx512.permvar." + ("si.512" if width == 32 else "hi.512")
-        permute = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(results, [results, results]), name
-        )
-        with cgutils.for_range(builder, builder.mul(args[6], args[6].type(GROUP // lanes))) as loop:
-            # A byte hl becomes two lanes, 0h and hl, and the permutation reads the low 4 bits of each (the low 5 where a
-            # register holds 32 results; the table is in there twice).
+        kind = ir.FunctionType(results, [results, results])
+        permute = cgutils.get_or_insert_function(builder.module, kind, name)
+        count = builder.mul(args[6], args[6].type(GROUP // lanes))
+        with cgutils.for_range(builder, count) as loop:
+            # A byte hl becomes two lanes, 0h and hl, and the permutation reads the low 4 bits of
+            # each (the low 5 where a register holds 32 results and the table twice).
             place = builder.gep(source, [builder.mul(loop.index, loop.index.type(lanes // 2))])
-            wide = builder.zext(
-                builder.load(builder.bitcast(place, half.as_pointer()), align=1), pairs
-            )
-            nibbles = builder.or_(
-                builder.lshr(wide, _splat(pairs, 4)), builder.shl(wide, _splat(pairs, width))
-            )
+            bytes_ = builder.load(builder.bitcast(place, half.as_pointer()), align=1)
+            wide = builder.zext(bytes_, pairs)
+            high = builder.lshr(wide, _splat(pairs, 4))
+            low = builder.shl(wide, _splat(pairs, width))
+            nibbles = builder.or_(high, low)
             place = builder.gep(target, [builder.mul(loop.index, loop.index.type(lanes))])
             chosen = builder.call(permute, [table, builder.bitcast(nibbles, results)])
             builder.store(chosen, builder.bitcast(place, results.as_pointer()), align=1)
         return context.get_dummy_value()
 
-    return types.void(
-        packed, types.intp, levels, types.float32, out, types.intp, types.intp
-    ), codegen
+    arguments = (packed, types.intp, levels, types.float32, out, types.intp, types.intp)
+    return types.void(*arguments), codegen

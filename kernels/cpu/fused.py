@@ -1,22 +1,26 @@
-"""Both products with a weight in 4 bits, fused: it is decoded in registers and multiplied there, and never stored.
+"""Multiplies x by a 4-bit weight while decoding it in registers; the dense weight is never stored.
 
-For one row of x a dense product is all waiting for W, 2 or 4 bytes an element. In 4 bits it is half a byte, and the processor
-has time to decode it. Sixteen packed bytes, widened to 16 lanes, look up 16 even elements by their high nibbles and the 16 odd
-elements between them by their low ones. Nothing is put back in order: the other factor, or the result, comes in that order too,
+With one row of x a dense product only waits for W, 2 or 4 bytes per element. In 4 bits that is half
+a byte, and the processor has time to decode it. Sixteen packed bytes, widened to 16 lanes, look up
+16 even elements by their high nibbles and the 16 odd elements between them by their low nibbles.
+Nothing is put back in order: instead the other factor, or the result, has that order too,
 
-    tokens (n, width)    <->    (n / T, width / 32, T, 2, 16)         T tokens at a time, 16 even and 16 odd elements of each
+    rows (n, width)    <->    (n / T, width / 32, T, 2, 16)    T rows, 16 even and 16 odd elements
 
-    y = x W^T     x in this order. Two rows of W are multiplied by T tokens: 4 T sums, which stay in registers
-    y = x W       y in this order. 64 columns of a team of rows are multiplied by T tokens: 4 T sums, which stay there meanwhile
+    y = x W^T     x has this order. Two rows of W times T rows of x: 4 T sums, in registers
+    y = x W       y has this order. Rows of W, 64 columns, times T rows of x: 4 T sums, in registers
 
-T is 4, or 1 for a single token. An element of W is decoded once for T tokens, so that with 4 most instructions multiply.
-Elements are level * scale rounded to float32, as in the reference; only their sum has another order.
+T is 4, or 1 for a single row of x. An element of W is decoded once for T rows of x, so that with 4
+most instructions multiply. Elements are level * scale rounded to float32, as in the reference; only
+the order of the sums differs.
 
-Bytes read an element of W: 1/2 + 1/64, double-quantized, once for all tokens; x and y come again and again, from the cache.
-The weight comes as the tuple that decode.py describes.
+Bytes read per element of W: 1/2 + 1/64 with double quantization, once for all rows of x; x and y
+are read and written many times, in the cache. The weight comes as the tuple that decode.py
+describes.
 """
 
 import functools
+import itertools
 
 import llvmlite.binding
 import numpy as np
@@ -25,116 +29,93 @@ from numba import njit, prange, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-FEATURES = (
-    {} if config.CPU_NAME or config.CPU_FEATURES else llvmlite.binding.get_host_cpu_features()
-)
+# The processor that Numba compiles for is known only if nobody chose another one.
+IS_HOST = not (config.CPU_NAME or config.CPU_FEATURES)
+FEATURES = llvmlite.binding.get_host_cpu_features() if IS_HOST else {}
 AVX512 = bool(FEATURES.get("avx512f", False))
 TEAM = 32  # rows of W that a thread takes at once
-LANES, STRIP = 16, 64  # elements in a register, and columns that are dealt with at once
-AHEAD = 2  # rows: what will be needed is asked for so early, or memory would be waited for
+LANES = 16  # elements in a register
+STRIP = 64  # columns that are processed together
+AHEAD = 2  # rows to prefetch ahead, so that nothing waits for memory
 
 
 def takes(weight, height, width):
-    """Can a weight be multiplied here: rows in pairs, of whole blocks of at least 64, by a processor that has AVX-512."""
+    """Whether a weight can be multiplied here.
+
+    Needs an even height, rows of whole blocks of at least 64, and AVX-512.
+    """
     shift, avx512 = weight[-3], weight[-1]
     return avx512 and height % 2 == 0 and shift >= 6 and width % (1 << shift) == 0
 
 
 @njit(parallel=True, cache=True)
 def multiply(weight, width, x, tokens, y):
-    """y (n, height) = x W^T, float32, for W (height, width) that `takes` allows; x as above, with T = `tokens`, 1 or 4."""
-    (count, height), shift = y.shape, weight[-3]
+    """y (n, height) = x W^T in float32, for a W (height, width) that `takes` allows.
+
+    x: flat, in the order above. tokens: T, 1 or 4.
+    """
+    count, height = y.shape
+    shift = weight[-3]
     for team in prange((height + TEAM - 1) // TEAM):
-        scales, sums = np.empty(2 * width >> shift, np.float32), np.empty(2 * tokens, np.float32)
+        packed, levels = weight[0], weight[1]
+        stride = width >> 1  # bytes in a row of W
+        scales = np.empty(2 * width >> shift, np.float32)
+        sums = np.empty(2 * tokens, np.float32)
         for row in range(team * TEAM, min(team * TEAM + TEAM, height), 2):
             blocks = _decode_scales(weight, row * width, 2 * width, scales) // 2
+            start = row * width >> 1
             for first in range(0, count, tokens):
+                at = first * width
                 if tokens == 1:
-                    dots_1(
-                        weight[0],
-                        row * width >> 1,
-                        width >> 1,
-                        weight[1],
-                        scales,
-                        blocks,
-                        x,
-                        first * width,
-                        sums,
-                    )
+                    dots_1(packed, start, stride, levels, scales, blocks, x, at, sums)
                 else:
-                    dots_4(
-                        weight[0],
-                        row * width >> 1,
-                        width >> 1,
-                        weight[1],
-                        scales,
-                        blocks,
-                        x,
-                        first * width,
-                        sums,
-                    )
+                    dots_4(packed, start, stride, levels, scales, blocks, x, at, sums)
                 for t in range(min(tokens, count - first)):
-                    y[first + t, row], y[first + t, row + 1] = sums[t], sums[tokens + t]
+                    y[first + t, row] = sums[t]
+                    y[first + t, row + 1] = sums[tokens + t]
 
 
 @njit(parallel=True, cache=True)
 def multiply_back(weight, width, x, tokens, y, parts):
-    """y += x W, float32, for W (height, width) that `takes` allows; y as above, T = `tokens`, and x (n / T, height, T); flat.
+    """y += x W in float32, for a W (height, width) that `takes` allows.
 
-    The columns are shared out in `parts`, one for each thread, which goes over TEAM rows of W with all tokens at a time.
+    x: (n / T, height, T), flat. tokens: T, 1 or 4. y: flat, in the order above. The columns are
+    split into `parts`, one per thread, which takes all rows of x with TEAM rows of W at a time.
     """
     height, strips, shift = x.size // (y.size // width), width // STRIP, weight[-3]
     each = (strips + parts - 1) // parts
     for part in prange(parts):
-        first, last = (
-            min(np.int64(part) * each, strips) * STRIP,
-            min((np.int64(part) + 1) * each, strips) * STRIP,
-        )
+        packed, levels = weight[0], weight[1]
+        stride = width >> 1  # bytes in a row of W
+        first = min(np.int64(part) * each, strips) * STRIP
+        last = min((np.int64(part) + 1) * each, strips) * STRIP
         scales = np.empty(TEAM * ((last - first >> shift) + 2), np.float32)
         for top in range(0, height, TEAM):
-            rows, blocks = min(TEAM, height - top), 0
+            rows = min(TEAM, height - top)
+            blocks = 0
             for row in range(rows if first < last else 0):
-                start = ((top + row) * width + first >> shift) << shift  # where a block begins
-                blocks = _decode_scales(
-                    weight, start, (top + row) * width + last - start, scales[row * blocks :]
-                )
+                begin = (top + row) * width
+                start = (begin + first >> shift) << shift  # where a block begins
+                count = begin + last - start
+                blocks = _decode_scales(weight, start, count, scales[row * blocks :])
             for token in range(0, y.size // width, tokens):
+                at = token * height + top * tokens
                 for column in range(first, last, STRIP):
-                    start, block = top * width + column >> 1, (column >> shift) - (first >> shift)
-                    to, at = token * width + column * tokens, token * height + top * tokens
+                    start = top * width + column >> 1
+                    own = scales[(column >> shift) - (first >> shift) :]
+                    to = token * width + column * tokens
                     if tokens == 1:
-                        add_1(
-                            weight[0],
-                            start,
-                            width >> 1,
-                            weight[1],
-                            scales[block:],
-                            blocks,
-                            x,
-                            at,
-                            rows,
-                            y,
-                            to,
-                        )
+                        add_1(packed, start, stride, levels, own, blocks, x, at, rows, y, to)
                     else:
-                        add_4(
-                            weight[0],
-                            start,
-                            width >> 1,
-                            weight[1],
-                            scales[block:],
-                            blocks,
-                            x,
-                            at,
-                            rows,
-                            y,
-                            to,
-                        )
+                        add_4(packed, start, stride, levels, own, blocks, x, at, rows, y, to)
 
 
 @njit(cache=True, forceinline=True)
 def _decode_scales(weight, start, count, scales):
-    """The scales of elements start ... start + count, whole blocks; -> how many they are."""
+    """Store the scales of elements start ... start + count - 1, whole blocks.
+
+    Returns the number of blocks.
+    """
     _, _, absmax, codes, levels8, offset, largest, shift, shift8, _ = weight
     blocks = (count + (1 << shift) - 1) >> shift
     for i in range(blocks):
@@ -147,43 +128,42 @@ def _decode_scales(weight, start, count, scales):
     return blocks
 
 
-# What follows writes LLVM's instructions one by one: Numba has no vectors.
+# Numba has no vectors. The rest writes LLVM instructions one by one.
 
-FLOAT, LONG, INT, BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
-FLOATS, INTS, BYTES = (
-    ir.VectorType(FLOAT, LANES),
-    ir.VectorType(INT, LANES),
-    ir.VectorType(BYTE, LANES),
-)
+FLOAT = ir.FloatType()
+LONG = ir.IntType(64)
+INT = ir.IntType(32)
+BYTE = ir.IntType(8)
+FLOATS = ir.VectorType(FLOAT, LANES)
+INTS = ir.VectorType(INT, LANES)
+BYTES = ir.VectorType(BYTE, LANES)
 ZEROS = ir.Constant(FLOATS, [0.0] * LANES)
 
 
 class _Writer:
-    """Writes what both kernels are made of."""
+    """Writes the parts that both kernels consist of."""
 
     def __init__(self, context, builder, signature, args):
-        self.builder, declare, module = builder, cgutils.get_or_insert_function, builder.module
-        self.args = [
-            context.make_array(kind)(context, builder, arg).data
-            if isinstance(kind, types.Array)
-            else arg
-            for kind, arg in zip(signature.args, args)
-        ]
-        self.look_up = declare(
-            module, ir.FunctionType(FLOATS, [FLOATS, INTS]), "llvm.x86.avx512.permvar.sf.512"
-        )
-        self.fma = declare(module, ir.FunctionType(FLOATS, [FLOATS] * 3), "llvm.fma.v16f32")
-        self.sum = declare(
-            module, ir.FunctionType(FLOAT, [FLOAT, FLOATS]), "llvm.vector.reduce.fadd.v16f32"
-        )
-        self.prefetch = declare(
-            module,
-            ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT, INT, INT]),
-            "llvm.prefetch.p0",
-        )
+        self.builder = builder
+        self.args = []  # an array as the pointer to its data
+        for kind, arg in zip(signature.args, args):
+            if isinstance(kind, types.Array):
+                arg = context.make_array(kind)(context, builder, arg).data
+            self.args.append(arg)
+        look_up = ir.FunctionType(FLOATS, [FLOATS, INTS])
+        fma = ir.FunctionType(FLOATS, [FLOATS] * 3)
+        add_lanes = ir.FunctionType(FLOAT, [FLOAT, FLOATS])
+        prefetch = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT, INT, INT])
+        self._look_up = self._declare("llvm.x86.avx512.permvar.sf.512", look_up)
+        self._fma = self._declare("llvm.fma.v16f32", fma)
+        self._add_lanes = self._declare("llvm.vector.reduce.fadd.v16f32", add_lanes)
+        self._prefetch = self._declare("llvm.prefetch.p0", prefetch)
+
+    def _declare(self, name, kind):
+        return cgutils.get_or_insert_function(self.builder.module, kind, name)
 
     def index(self, *terms):
-        """The sum of products of integers, known now or later."""
+        """The sum of products of integers, each known now or at run time."""
         total = LONG(0)
         for factors in terms:
             values = [
@@ -198,102 +178,106 @@ class _Writer:
     def load(self, array, index, vector=FLOATS):
         return self.builder.load(self.place(array, index, vector), align=1)
 
-    def everywhere(self, array, index):
-        """16 times one number of an array."""
-        one = self.builder.insert_element(
-            ir.Constant(FLOATS, ir.Undefined), self.load(array, index, FLOAT), INT(0)
-        )
+    def broadcast(self, array, index):
+        """A vector of 16 times one number of an array."""
+        number = self.load(array, index, FLOAT)
+        empty = ir.Constant(FLOATS, ir.Undefined)
+        one = self.builder.insert_element(empty, number, INT(0))
         return self.builder.shuffle_vector(one, one, ir.Constant(INTS, [0] * LANES))
 
     def decode(self, packed, index, table):
-        """16 bytes -> 16 even and 16 odd elements. A permutation reads the low 4 bits of its indices, and no others."""
+        """16 bytes as 16 even and 16 odd elements.
+
+        A permutation reads only the low 4 bits of its indices.
+        """
         nibbles = self.builder.zext(self.load(packed, index, BYTES), INTS)
         high = self.builder.lshr(nibbles, ir.Constant(INTS, [4] * LANES))
-        return [self.builder.call(self.look_up, [table, chosen]) for chosen in (high, nibbles)]
+        return [self.builder.call(self._look_up, [table, chosen]) for chosen in (high, nibbles)]
+
+    def new_totals(self, keys):
+        """A vector variable for each key; LLVM keeps them in registers."""
+        return {key: cgutils.alloca_once(self.builder, FLOATS) for key in keys}
 
     def add_product(self, total, a, b):
-        self.builder.store(self.builder.call(self.fma, [a, b, self.builder.load(total)]), total)
+        self.builder.store(self.builder.call(self._fma, [a, b, self.builder.load(total)]), total)
+
+    def sum_lanes(self, vector):
+        arguments = [ir.Constant(FLOAT, -0.0), vector]
+        return self.builder.call(self._add_lanes, arguments, fastmath=("reassoc",))
+
+    def prefetch(self, array, index):
+        place = self.builder.gep(array, [index])
+        self.builder.call(self._prefetch, [place, INT(0), INT(3), INT(1)])  # to read; keep; data
 
 
 def _dots_of(tokens):
-    """sums (2, T) = the products of two rows of W, whose bytes begin at packed[start] and packed[start + stride], with x[at:].
+    """sums (2, T) = the products of two rows of W with x[at:].
 
-    T is fixed, so that the sums are registers: one for the even and one for the odd elements, for each token and row.
+    The bytes of the rows begin at packed[start] and packed[start + stride]. T is fixed, so that the
+    sums are registers: for each row of x and of W one for even and one for odd elements.
     """
 
     @intrinsic
     def dots(_, packed, start, stride, levels, scales, blocks, x, at, sums):
         def codegen(context, builder, signature, args):
-            if not AVX512:  # never called there, yet compiled
+            if not AVX512:  # compiled there too, but never called
                 return context.get_dummy_value()
             write = _Writer(context, builder, signature, args)
             packed, start, stride, levels, scales, blocks, x, at, sums = write.args
             sixteen = write.load(levels, write.index())
-            strips = builder.udiv(
-                stride, builder.mul(blocks, blocks.type(STRIP // 2))
-            )  # in a block
-            totals = {
-                (t, row, odd): cgutils.alloca_once(builder, FLOATS)
-                for t in range(tokens)
-                for row in (0, 1)
-                for odd in (0, 1)
-            }
+            half_strips = builder.mul(blocks, blocks.type(STRIP // 2))
+            strips = builder.udiv(stride, half_strips)  # in a block
+            totals = write.new_totals(itertools.product(range(tokens), (0, 1), (0, 1)))
             for total in totals.values():
                 builder.store(ZEROS, total)
+
             with cgutils.for_range(builder, blocks) as block:
-                tables = [
-                    builder.fmul(
-                        sixteen, write.everywhere(scales, write.index([block.index], [row, blocks]))
-                    )
-                    for row in (0, 1)
-                ]
+                tables = []
+                for row in (0, 1):
+                    scale = write.broadcast(scales, write.index([block.index], [row, blocks]))
+                    tables.append(builder.fmul(sixteen, scale))
                 with cgutils.for_range(builder, strips) as strip:
-                    group = write.index(
-                        [block.index, strips, 2], [strip.index, 2]
-                    )  # of 32 elements
+                    group = write.index([block.index, strips, 2], [strip.index, 2])  # 32 elements
                     for half in (0, 1):
-                        bytes_ = [
+                        decoded = []
+                        places = [
                             write.index([start], [row, stride], [group, LANES], [half * LANES])
                             for row in (0, 1)
                         ]
-                        decoded = [write.decode(packed, *each) for each in zip(bytes_, tables)]
+                        for place, table in zip(places, tables):
+                            decoded.append(write.decode(packed, place, table))
                         for t in range(tokens):
-                            place = write.index(
-                                [at], [group, 2 * LANES * tokens], [(half * tokens + t) * 2 * LANES]
-                            )
+                            offset = (half * tokens + t) * 2 * LANES
+                            place = write.index([at], [group, 2 * LANES * tokens], [offset])
                             for odd in (0, 1):
                                 numbers = write.load(x, write.index([place], [odd * LANES]))
                                 for row in (0, 1):
-                                    write.add_product(
-                                        totals[t, row, odd], decoded[row][odd], numbers
-                                    )
-                    for row in (
-                        AHEAD,
-                        AHEAD + 1,
-                    ):  # what will be needed then; else memory would be waited for
-                        place = builder.gep(
-                            packed, [write.index([start], [row, stride], [group, LANES])]
-                        )
-                        builder.call(write.prefetch, [place, INT(0), INT(3), INT(1)])
+                                    total = totals[t, row, odd]
+                                    write.add_product(total, decoded[row][odd], numbers)
+                    for row in (AHEAD, AHEAD + 1):
+                        ahead = write.index([start], [row, stride], [group, LANES])
+                        write.prefetch(packed, ahead)
+
             for t in range(tokens):
                 for row in (0, 1):
-                    both = builder.fadd(
-                        builder.load(totals[t, row, 0]), builder.load(totals[t, row, 1])
-                    )
-                    total = builder.call(
-                        write.sum, [ir.Constant(FLOAT, -0.0), both], fastmath=("reassoc",)
-                    )
+                    even = builder.load(totals[t, row, 0])
+                    odd = builder.load(totals[t, row, 1])
+                    total = write.sum_lanes(builder.fadd(even, odd))
                     builder.store(total, builder.gep(sums, [write.index([row * tokens + t])]))
             return context.get_dummy_value()
 
         number = types.intp
-        return types.void(packed, number, number, levels, scales, number, x, number, sums), codegen
+        arguments = (packed, number, number, levels, scales, number, x, number, sums)
+        return types.void(*arguments), codegen
 
     return dots
 
 
 def _add_of(tokens):
-    """y[to:] += x[at:] times 64 columns of some rows of W. Their bytes begin at packed[start], `stride` apart."""
+    """y[to:] += x[at:] times 64 columns of some rows of W.
+
+    The bytes of the rows begin at packed[start], `stride` apart; their scales are `apart` apart.
+    """
 
     @intrinsic
     def add(_, packed, start, stride, levels, scales, apart, x, at, rows, y, to):
@@ -303,40 +287,37 @@ def _add_of(tokens):
             write = _Writer(context, builder, signature, args)
             packed, start, stride, levels, scales, apart, x, at, rows, y, to = write.args
             sixteen = write.load(levels, write.index())
-            totals = {
-                (half, t, odd): cgutils.alloca_once(builder, FLOATS)
-                for half in (0, 1)
-                for t in range(tokens)
-                for odd in (0, 1)
-            }
+            totals = write.new_totals(itertools.product((0, 1), range(tokens), (0, 1)))
             places = [write.place(y, write.index([to], [k * LANES])) for k in range(len(totals))]
             for total, place in zip(totals.values(), places):
                 builder.store(builder.load(place, align=4), total)
+
             with cgutils.for_range(builder, rows) as row:
-                table = builder.fmul(
-                    sixteen, write.everywhere(scales, write.index([row.index, apart]))
-                )
-                numbers = [
-                    write.everywhere(x, write.index([at], [row.index, tokens], [t]))
-                    for t in range(tokens)
-                ]
+                scale = write.broadcast(scales, write.index([row.index, apart]))
+                table = builder.fmul(sixteen, scale)
+                numbers = []
+                for t in range(tokens):
+                    place = write.index([at], [row.index, tokens], [t])
+                    numbers.append(write.broadcast(x, place))
                 for half in (0, 1):
-                    decoded = write.decode(
-                        packed, write.index([start], [row.index, stride], [half * LANES]), table
-                    )
+                    place = write.index([start], [row.index, stride], [half * LANES])
+                    decoded = write.decode(packed, place, table)
                     for t in range(tokens):
                         for odd in (0, 1):
                             write.add_product(totals[half, t, odd], decoded[odd], numbers[t])
+
             for total, place in zip(totals.values(), places):
                 builder.store(builder.load(total), place, align=4)
             return context.get_dummy_value()
 
         number = types.intp
-        return types.void(
-            packed, number, number, levels, scales, number, x, number, number, y, number
-        ), codegen
+        arguments = (packed, number, number, levels, scales, number, x, number, number, y, number)
+        return types.void(*arguments), codegen
 
     return add
 
 
-dots_1, dots_4, add_1, add_4 = _dots_of(1), _dots_of(4), _add_of(1), _add_of(4)
+dots_1 = _dots_of(1)
+dots_4 = _dots_of(4)
+add_1 = _add_of(1)
+add_4 = _add_of(4)

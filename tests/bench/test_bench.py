@@ -12,8 +12,9 @@ import nf4
 from bench import cpu as bench
 from bench import figures
 from bench import peers as contenders
-from frozen import FrozenWeight
 from helpers.bounds import Bounded
+from kernels.packed_weight import decoded
+from lora import FrozenWeight
 
 SHAPE = (256, 128)  # as torchao wants it, a multiple of 64 * 256
 
@@ -81,7 +82,7 @@ def test_all_contenders_quantize_and_dequantize_the_same_numbers() -> None:
     )
     assert torch.equal(
         dense["ours"],
-        nf4.dequantize(FrozenWeight(weight().bfloat16()).quantized()[0], torch.bfloat16),
+        nf4.dequantize(decoded(*FrozenWeight(weight().bfloat16()).packed_state()), torch.bfloat16),
     )
     assert {tuple(tensor.shape) for tensor in dense.values()} == {SHAPE}
 

@@ -16,6 +16,7 @@ from bench import peers_cuda as contenders_cuda
 from bench.cuda import Clock, race
 from bench.peers_cuda import Layer
 from helpers.bounds import Bounded
+from kernels.packed_weight import decoded
 
 NO_GPU = pytest.mark.skipif(
     torch.cuda.is_available(), reason="a rehearsal for machines without a GPU"
@@ -130,7 +131,7 @@ def test_all_contenders_quantize_and_dequantize_the_same_numbers() -> None:
     packed = {name: work() for name, work in layer.quantizing().items()}
     assert torch.equal(packed["ours"].packed, packed["bitsandbytes"][0])
     dense = {name: work() for name, work in layer.dequantizing().items()}
-    expected = nf4.dequantize(layer.base.quantized()[0], torch.bfloat16)
+    expected = nf4.dequantize(decoded(*layer.base.packed_state()), torch.bfloat16)
     assert torch.equal(dense["ours"], expected) and torch.equal(dense["bitsandbytes"], expected)
     gradients = {name: work() for name, work in layer.both_ways(3).items()}
     assert {(tensor.shape, tensor.dtype) for tensor in gradients.values()} == {

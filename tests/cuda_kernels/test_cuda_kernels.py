@@ -33,7 +33,8 @@ from helpers.strategies import (
 from kernels import dispatch
 from kernels import launch_cuda as launch
 from kernels.cpu import adamw as on_the_cpu
-from kernels.packed_weight import stored
+from kernels.cpu import launch as launch_cpu
+from kernels.packed_weight import flatten
 
 orders = st.integers(0, 2)
 BLOCKS = [8, 16, 32, 64, 128, 256]  # what `quantize` has a kernel for
@@ -226,7 +227,7 @@ def test_each_rung_of_the_ladder_has_the_same_bits(
     }[rung]
     threads = n // {"v1": 1, "v2": 2, "v3": 8, "v4": 32}[rung]
     warpsim.run(
-        kernel, -(-threads // kernel.threads), (*launch.weight(stored(q, constants)), *rest), order
+        kernel, -(-threads // kernel.threads), (*launch.weight(flatten(q, constants)), *rest), order
     )
     assert same_bits(out, dense(q, constants))
 
@@ -262,7 +263,7 @@ class Product:
         )
         b = random(self.shape[0], seed=1) if self.bias else None
         with simulated(order, self.capability):
-            y = launch.few_rows(x, stored(q, constants), b)
+            y = launch.few_rows(x, flatten(q, constants), b)
         return y.dtype == self.dtype and few_rows(x, dense(q, constants, torch.float32), b).allows(
             y
         )
@@ -308,7 +309,7 @@ def test_every_weight_meets_its_own_number(order: int = 0) -> None:
     for start in range(0, 192, 64):
         x = torch.eye(192, dtype=torch.bfloat16)[start : start + 64]
         with simulated(order):
-            y = launch.few_rows(x, stored(q, constants))
+            y = launch.few_rows(x, flatten(q, constants))
         assert few_rows(x, whole, None).allows(y)
 
 
@@ -317,7 +318,7 @@ def test_the_same_product_has_the_same_bits_in_every_order() -> None:
     results = []
     for order in range(3):
         with simulated(order):
-            results.append(launch.few_rows(x, stored(q, constants)))
+            results.append(launch.few_rows(x, flatten(q, constants)))
     assert all(same_bits(result, results[0]) for result in results)
 
 
@@ -337,7 +338,7 @@ def test_what_the_product_has_no_kernel_for_is_multiplied_dense(product: Product
     q, constants = weight_of(Recipe(product.shape, block_size=product.block_size), True)
     x = random(product.tokens, product.shape[1], dtype=product.dtype)
     with simulated(capability=product.capability) as ran:
-        assert launch.few_rows(x, stored(q, constants)) is None
+        assert launch.few_rows(x, flatten(q, constants)) is None
         y = dispatch.matmul(x, q, constants)
     assert "matmul" not in ran and same_bits(y, torch.mm(x, dense(q, constants, product.dtype).T))
 
@@ -446,20 +447,20 @@ def test_a_tensor_of_the_cpu_or_without_a_compiler_gets_no_kernel_of_the_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     there = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
-    assert dispatch._kernels(random(3)) is dispatch.host and dispatch._kernels(there) is launch
+    assert dispatch._kernels(random(3)) is launch_cpu and dispatch._kernels(there) is launch
     monkeypatch.setenv("QLORA_KERNELS", "reference")
     assert dispatch._kernels(there) is None
     monkeypatch.delenv("QLORA_KERNELS")
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    dispatch._launch.cache_clear()
+    dispatch._launch_cuda.cache_clear()
     assert dispatch._kernels(there) is None
-    dispatch._launch.cache_clear()
+    dispatch._launch_cuda.cache_clear()
 
 
 def test_a_weight_too_large_for_32_bits_has_no_kernel() -> None:
     q, _ = weight_of(Recipe((64,)), False)
     assert (
-        launch.weight(stored(dataclasses.replace(q, shape=torch.Size((2**16, 2**16))), None))
+        launch.weight(flatten(dataclasses.replace(q, shape=torch.Size((2**16, 2**16))), None))
         is None
     )
 

@@ -22,7 +22,7 @@ from helpers.strategies import Recipe, same_bits
 from kernels import dispatch
 from kernels import launch_cuda as launch
 from kernels.cpu import adamw as on_the_cpu
-from kernels.packed_weight import stored
+from kernels.packed_weight import flatten
 
 FOLDER = Path(launch.__file__).parent.parent / "cuda_kernels"
 OTHER = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
@@ -122,7 +122,7 @@ def dequantizes(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> b
         warpsim.run(
             kernel,
             2048 // unit // kernel.threads + 1,
-            (*launch.weight(stored(q, constants)), *rest),
+            (*launch.weight(flatten(q, constants)), *rest),
             order,
         )
         if not same_bits(out, dense(q, constants)):
@@ -155,7 +155,7 @@ def multiplies(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> bo
         )
         bias = random(shape[0], seed=1)
         with simulated(order, capability):
-            y = launch.few_rows(x, stored(q, constants), bias)
+            y = launch.few_rows(x, flatten(q, constants), bias)
         if not few_rows(x, dense(q, constants, torch.float32), bias).allows(y):
             return False
     return True

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from test_paged_optim import Run, plain
 from torch import Tensor, nn
 
-from cuda_kernels import unified_memory as managed
-from kernels import page_store as stores
-from kernels.page_store import Managed, Pinned, store_for
-from paged_optim import PagedAdamW
-from pager import Page, Pager
+from cuda_kernels import unified_memory
+from kernels import page_store
+from kernels.page_store import Managed, Page, Pinned, new_store
+from paged_optim import PagedAdamW, Pager
 
 CPU, CURRENT, ASIDE = torch.device("cpu"), 7, 9  # a device, and the handles of two streams
 CUDA = torch.device("cuda", 0)
@@ -66,7 +65,11 @@ class Recorder:
         return number, start.value - base
 
     def cuMemAdvise_v2(
-        self, start: ctypes.c_uint64, size: ctypes.c_size_t, advice: int, place: managed.Location
+        self,
+        start: ctypes.c_uint64,
+        size: ctypes.c_size_t,
+        advice: int,
+        place: unified_memory.Location,
     ) -> int:
         assert (advice, place.id) == (3, 0)
         self.advice.append((self.place_of(start, size), size.value, place.kind))
@@ -76,7 +79,7 @@ class Recorder:
         self,
         start: ctypes.c_uint64,
         size: ctypes.c_size_t,
-        place: managed.Location,
+        place: unified_memory.Location,
         flags: ctypes.c_uint,
         stream: ctypes.c_void_p,
     ) -> int:
@@ -85,7 +88,7 @@ class Recorder:
         return self.code
 
 
-def tensor_of(memory: managed.Memory) -> Tensor:
+def tensor_of(memory: unified_memory.Memory) -> Tensor:
     """What torch makes of the interface of CUDA arrays, on the host: a view that keeps its owner alive."""
     described = memory.__cuda_array_interface__
     array = (ctypes.c_uint8 * described["shape"][0]).from_address(described["data"][0])
@@ -99,8 +102,10 @@ def recording(free: int = 2**40, **settings: object) -> Iterator[Recorder]:
     recorder = Recorder(**settings)
     gc.freeze()  # what was there before need not be searched for garbage
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(managed, "driver_of", lambda device: managed.Driver(recorder, device))
-        patch.setattr(managed.Memory, "tensor", tensor_of)
+        patch.setattr(
+            unified_memory, "driver_of", lambda device: unified_memory.Driver(recorder, device)
+        )
+        patch.setattr(unified_memory.Memory, "tensor", tensor_of)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)
         patch.setattr(torch.cuda, "synchronize", lambda device: recorder.log.append("synchronize"))
@@ -154,7 +159,7 @@ def test_on_pinned_memory_too(sizes: list[int], elements: int, pages: int) -> No
     settings = {"page_bytes": 8 * elements, "resident_bytes": 8 * elements * pages}
     expected, in_file = run.outcome(PagedAdamW, **settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stores, "File", lambda nbytes: Pinned(nbytes, CPU))
+        patch.setattr(page_store, "File", lambda nbytes: Pinned(nbytes, CPU))
         bits, pinned = run.outcome(PagedAdamW, **settings)
     assert bits == expected
     assert {**pinned.counters, "prefetches": 0} == {**in_file.counters, "prefetches": 0}
@@ -178,7 +183,7 @@ def test_a_fault_sends_a_page_to_the_device_and_an_eviction_to_the_host_in_the_o
         pager, (a, b, c) = three_pages(budget=32)
         for page in (a, b, a, c, b):
             pager.fetch(page, write=True)
-        device, host = (managed.ON_DEVICE, CURRENT), (managed.ON_HOST, CURRENT)
+        device, host = (unified_memory.ON_DEVICE, CURRENT), (unified_memory.ON_HOST, CURRENT)
         one, two, three = (0, 0), (0, 16), (0, 32)
         assert recorder.moves == [
             (one, 16, *device),
@@ -211,13 +216,13 @@ def test_what_was_sent_to_the_device_and_not_back_never_exceeds_the_budget(
                 for each in there
                 if each[0] == where[0] and 0 <= each[1] - where[1] < size
             )
-        elif place == managed.ON_HOST:
+        elif place == unified_memory.ON_HOST:
             assert there.pop(where) == size
         else:
             there[where] = size
         assert sum(there.values()) <= 8 * elements * pages
     moves = [place for _, _, place, stream in recorder.moves if stream == CURRENT]
-    assert (moves.count(managed.ON_DEVICE), moves.count(managed.ON_HOST)) == (
+    assert (moves.count(unified_memory.ON_DEVICE), moves.count(unified_memory.ON_HOST)) == (
         counters["faults"],
         counters["evictions"],
     )
@@ -236,7 +241,7 @@ def test_the_next_parameter_is_asked_back_in_one_call_aside_if_all_of_it_is_resi
         recorder.moves.clear()
         optimizer.step()
         assert recorder.moves == [
-            ((0, offset), 80, managed.ON_DEVICE, ASIDE) for offset in (80, 160)
+            ((0, offset), 80, unified_memory.ON_DEVICE, ASIDE) for offset in (80, 160)
         ]
         assert optimizer.counters["prefetches"] == 6
         del optimizer
@@ -273,9 +278,9 @@ def test_memory_lives_as_long_as_a_tensor_in_it_and_no_longer_and_is_freed_when_
 
 def test_torch_is_told_address_and_size_and_copies_nothing() -> None:
     asked = []
-    memory_tensor = managed.Memory.tensor
+    memory_tensor = unified_memory.Memory.tensor
     with recording() as recorder, pytest.MonkeyPatch.context() as patch:
-        memory = managed.Memory(managed.Driver(recorder, CUDA), 24)
+        memory = unified_memory.Memory(unified_memory.Driver(recorder, CUDA), 24)
         patch.setattr(torch, "as_tensor", lambda owner, device: asked.append((owner, device)))
         memory_tensor(memory)
         assert asked == [(memory, CUDA)]
@@ -296,7 +301,7 @@ def test_a_call_that_fails_is_named() -> None:
         recording(code=2) as recorder,
         pytest.raises(RuntimeError, match="cuMemAllocManaged failed with CUDA error 2"),
     ):
-        managed.Memory(managed.Driver(recorder, CUDA), 8)
+        unified_memory.Memory(unified_memory.Driver(recorder, CUDA), 8)
 
 
 # Which store
@@ -314,8 +319,8 @@ def test_a_gpu_shares_pages_if_its_driver_says_so(
     library: Callable, shares: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", library)
-    assert (managed.driver_of(CUDA) is not None) == shares
-    assert managed.driver_of(CPU) is None
+    assert (unified_memory.driver_of(CUDA) is not None) == shares
+    assert unified_memory.driver_of(CPU) is None
 
 
 def test_without_a_driver_a_gpu_shares_nothing_and_its_pages_wait_in_pinned_memory(
@@ -327,8 +332,8 @@ def test_without_a_driver_a_gpu_shares_nothing_and_its_pages_wait_in_pinned_memo
     asked = []
     monkeypatch.setattr(ctypes, "CDLL", missing)
     monkeypatch.setattr(torch, "empty", lambda size, **how: asked.append((size, how)))
-    assert store_for(CUDA, 64, fits=True, bounded=True) is None
-    assert isinstance(store_for(CUDA, 64, fits=False, bounded=True), Pinned)
+    assert new_store(CUDA, 64, fits=True, bounded=True) is None
+    assert isinstance(new_store(CUDA, 64, fits=False, bounded=True), Pinned)
     assert asked == [(64, {"dtype": torch.uint8, "pin_memory": True})]
 
 
@@ -354,7 +359,7 @@ def asks_for_all(self: Managed, pages: list[Page], resident: object) -> int:
     return len(pages)
 
 
-@pytest.mark.parametrize(("method", "mutant"), [("take_out", stays), ("announce", asks_for_all)])
+@pytest.mark.parametrize(("method", "mutant"), [("evict", stays), ("prefetch", asks_for_all)])
 def test_a_store_that_overruns_its_budget_is_noticed(
     method: str, mutant: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,7 +413,7 @@ def test_on_a_gpu_every_store_and_budget_gives_the_bits_of_one_page(
     whole = on_the_gpu()
     expected = trained(whole, PagedAdamW(whole, page_bytes=2**24))
     if pinned:
-        monkeypatch.setattr(managed, "driver_of", lambda device: None)
+        monkeypatch.setattr(unified_memory, "driver_of", lambda device: None)
     params = on_the_gpu()
     optimizer = PagedAdamW(params, page_bytes=page_bytes, resident_bytes=budget)
     found = trained(params, optimizer)
@@ -420,17 +425,17 @@ def test_on_a_gpu_every_store_and_budget_gives_the_bits_of_one_page(
 
 @gpu
 def test_on_a_gpu_managed_pages_are_tensors_of_it_and_leave_with_the_optimizer() -> None:
-    if managed.driver_of(torch.device("cuda")) is None:
+    if unified_memory.driver_of(torch.device("cuda")) is None:
         pytest.skip("this GPU shares no pages with the host")
     params = on_the_gpu()
     optimizer = PagedAdamW(params)
     trained(params, optimizer)
     assert stores_of(optimizer) == {Managed}
     assert all(tensor.is_cuda for tensor in optimizer.pager.cache.values())
-    freed, free = [], managed.Driver.free
+    freed, free = [], unified_memory.Driver.free
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(managed.Driver, "free", lambda self, address: freed.append(address))
-        memory = managed.Memory(managed.driver_of(torch.device("cuda")), 2**21)
+        patch.setattr(unified_memory.Driver, "free", lambda self, address: freed.append(address))
+        memory = unified_memory.Memory(unified_memory.driver_of(torch.device("cuda")), 2**21)
         address, tensor = memory.address, memory.tensor()
         del memory
         gc.collect()
@@ -438,13 +443,13 @@ def test_on_a_gpu_managed_pages_are_tensors_of_it_and_leave_with_the_optimizer()
         del tensor
         gc.collect()
         assert freed == [address]
-    free(managed.driver_of(torch.device("cuda")), address)
+    free(unified_memory.driver_of(torch.device("cuda")), address)
 
 
 @gpu
 def test_on_a_gpu_state_makes_room_for_activations_that_nobody_foresaw() -> None:
     """The paper's claim: when ordinary tensors fill the card, managed pages leave, and come back with their bits."""
-    if managed.driver_of(torch.device("cuda")) is None:
+    if unified_memory.driver_of(torch.device("cuda")) is None:
         pytest.skip("this GPU shares no pages with the host")
     size = (
         torch.cuda.mem_get_info()[0] // 4 // 8

@@ -1,10 +1,12 @@
-"""Data sets: what is asked, what is learnt, what is held out, and what is refused."""
+"""Data sets: prompts, labels, held-out examples, batches, and refused input."""
 
 import copy
+import hashlib
 import json
 import random
 import re
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from data import dataset as data
-from data import toy_tasks as tasks
+from data import chat_template, dataset, toy_tasks
 from helpers import models
 
 
@@ -25,37 +26,43 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.mark.parametrize("name", ["orders", "roman"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_generated_tasks_are_seeded_and_hold_out_what_they_train_on_nowhere(
+def test_generated_tasks_follow_from_the_seed_and_train_on_no_prompt_that_is_held_out(
     name: str, seed: int
 ) -> None:
-    parts = getattr(tasks, name)(random.Random(seed))
-    assert parts == getattr(tasks, name)(random.Random(seed))
-    assert parts != getattr(tasks, name)(random.Random(seed + 1))
+    parts = toy_tasks.TASKS[name](random.Random(seed))
+    assert parts == toy_tasks.TASKS[name](random.Random(seed))
+    assert parts != toy_tasks.TASKS[name](random.Random(seed + 1))
     prompts = [prompt for part in parts for prompt, _ in part]
     assert len(prompts) == len(set(prompts))
     assert len(parts[1]) == 100
 
 
-def test_unseen_phrasings_are_no_part_of_training() -> None:
-    train, test, unseen = tasks.orders(random.Random(0))
-    assert len(tasks.PHRASINGS) >= 12 and len(tasks.UNSEEN_PHRASINGS) == 4 and len(unseen) == 50
+def test_unseen_phrasings_do_not_occur_in_training() -> None:
+    train, test, unseen = toy_tasks.orders(random.Random(0))
+    assert (
+        len(toy_tasks.PHRASINGS) >= 12
+        and len(toy_tasks.UNSEEN_PHRASINGS) == 4
+        and len(unseen) == 50
+    )
 
     def phrasing_of(prompt: str) -> list[str]:
         sentence = prompt.removeprefix("Extract the order as JSON: ")
         patterns = {
             p: re.sub(r"\\\{\w+\\\}", "(.+)", re.escape(p))
-            for p in tasks.PHRASINGS + tasks.UNSEEN_PHRASINGS
+            for p in toy_tasks.PHRASINGS + toy_tasks.UNSEEN_PHRASINGS
         }
         return [
             phrasing for phrasing, pattern in patterns.items() if re.fullmatch(pattern, sentence)
         ]
 
-    assert all(set(phrasing_of(prompt)) & set(tasks.PHRASINGS) for prompt, _ in train[:200] + test)
-    assert not any(set(phrasing_of(prompt)) & set(tasks.PHRASINGS) for prompt, _ in unseen)
+    assert all(
+        set(phrasing_of(prompt)) & set(toy_tasks.PHRASINGS) for prompt, _ in train[:200] + test
+    )
+    assert not any(set(phrasing_of(prompt)) & set(toy_tasks.PHRASINGS) for prompt, _ in unseen)
 
 
-def test_the_answer_to_an_order_is_json_made_of_words_of_the_sentence() -> None:
-    for prompt, answer in tasks.orders(random.Random(0))[1]:
+def test_the_answer_to_an_order_is_json_with_words_of_the_sentence() -> None:
+    for prompt, answer in toy_tasks.orders(random.Random(0))[1]:
         order = json.loads(answer)
         assert list(order) == ["name", "item", "quantity", "city", "day"]
         assert all(str(value) in prompt for value in order.values())
@@ -64,36 +71,37 @@ def test_the_answer_to_an_order_is_json_made_of_words_of_the_sentence() -> None:
 def test_roman_numerals_round_trip() -> None:
     value = {"M": 1000, "D": 500, "C": 100, "L": 50, "X": 10, "V": 5, "I": 1}
     for n in range(1, 2000):
-        digits = [value[letter] for letter in tasks.roman_numeral(n)]
+        digits = [value[letter] for letter in toy_tasks.roman_numeral(n)]
         assert n == sum(-a if a < b else a for a, b in zip(digits, [*digits[1:], 0]))
 
 
-def test_the_answer_and_its_end_are_learnt_and_nothing_else(
+def test_the_answer_and_its_end_are_in_the_loss_and_nothing_else(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    examples = data.load("orders", tokenizer, 256, 0).train[:5]
-    batch = data.collate(examples, tokenizer.eos_token_id)
+    examples = dataset.load_task("orders", tokenizer, 256, 0).train[:5]
+    batch = dataset.collate(examples, tokenizer.eos_token_id)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id, (
         "the case that masking by id gets wrong"
     )
     for row, example in enumerate(examples):
-        learnt = batch.labels[row] != data.IGNORE
-        assert tokenizer.decode(batch.labels[row][learnt]) == example.answer + tokenizer.eos_token
-        assert torch.equal(batch.labels[row][learnt], batch.input_ids[row][learnt])
+        in_loss = batch.labels[row] != dataset.IGNORE_INDEX
+        labels = batch.labels[row][in_loss]
+        assert tokenizer.decode(labels) == example.answer + tokenizer.eos_token
+        assert torch.equal(labels, batch.input_ids[row][in_loss])
         assert batch.attention_mask[row].sum() == len(example.ids)
-        assert not learnt[len(example.ids) :].any() and not learnt[: example.n_prompt].any()
+        assert not in_loss[len(example.ids) :].any() and not in_loss[: example.n_prompt].any()
     assert batch.n_labels == sum(len(example.ids) - example.n_prompt for example in examples)
 
 
 def test_each_example_comes_once_an_epoch_and_steps_need_no_history(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    examples = [data.Example([i, i, i], [i, i, i]) for i in range(12)]
+    examples = [dataset.Example([i, i, i], [i, i, i]) for i in range(12)]
 
     def seen(step: int, seed: int = 0) -> list[int]:
         return [
             int(i)
-            for batch in data.batches_of_step(examples, step, 2, 2, seed, 0)
+            for batch in dataset.batches_of_step(examples, step, 2, 2, seed, 0)
             for i in batch.input_ids[:, 0]
         ]
 
@@ -104,25 +112,25 @@ def test_each_example_comes_once_an_epoch_and_steps_need_no_history(
     assert seen(0, seed=1) != seen(0)
 
 
-def test_text_is_cut_into_sequences_that_are_learnt_whole(
+def test_text_is_cut_into_sequences_whose_tokens_are_all_in_the_loss(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = tmp_path / "book.txt"
     path.write_text("It was a dark and stormy night. " * 200)
-    task = data.load(str(path), tokenizer, 64, 0)
+    task = dataset.load_task(str(path), tokenizer, 64, 0)
     assert task.metric == "perplexity" and len(task.test) == len(task.train + task.test) // 10
     ids = [i for example in task.train + task.test for i in example.ids]
     assert tokenizer.decode(ids).strip() == path.read_text().strip(), (
-        "a single token left over would teach nothing"
+        "a last single token has no label"
     )
-    batch = data.collate(task.train[:2], 0)
+    batch = dataset.collate(task.train[:2], 0)
     assert torch.equal(batch.labels, batch.input_ids) and batch.n_labels == 2 * 63, (
         "the first token of each is not predicted"
     )
 
 
 def test_the_pages_of_help_are_a_data_set(tokenizer: PreTrainedTokenizerBase) -> None:
-    task = data.load("text", tokenizer, 256, 0)
+    task = dataset.load_task("text", tokenizer, 256, 0)
     assert task.metric == "perplexity" and len(task.train) > 100
     assert not {tuple(e.ids) for e in task.train} & {tuple(e.ids) for e in task.test}
 
@@ -134,7 +142,7 @@ def test_jsonl_rows_are_questions_and_answers(
     path.write_text(
         "".join(json.dumps({"prompt": f"{i}?", "completion": f"{i}!"}) + "\n\n" for i in range(20))
     )
-    task = data.load(str(path), tokenizer, 256, 0)
+    task = dataset.load_task(str(path), tokenizer, 256, 0)
     assert sorted(e.answer for e in task.train + task.test) == sorted(f"{i}!" for i in range(20))
     assert len(task.test) == 2
 
@@ -151,7 +159,7 @@ def test_jsonl_rows_are_questions_and_answers(
         ('{"prompt": "a"}\n', ":1: its keys are 'prompt'"),
         ("[1]\n", ":1: it is no object, but a int"),
         ('{"prompt": "a", "completion": ""}\n', "completion is empty"),
-        ('{"prompt": 1, "completion": "b"}\n', "prompt is a string, not 1"),
+        ('{"prompt": 1, "completion": "b"}\n', "prompt must be a string, not 1"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_line(
@@ -160,7 +168,7 @@ def test_a_bad_file_is_refused_with_its_line(
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(complaint)):
-        data.load(str(path), tokenizer, 256, 0)
+        dataset.load_task(str(path), tokenizer, 256, 0)
 
 
 def test_unknown_data_empty_text_and_long_examples_are_refused(
@@ -169,28 +177,28 @@ def test_unknown_data_empty_text_and_long_examples_are_refused(
     with pytest.raises(
         ValueError, match="no-such-data is not a file, nor one of orders, roman, text"
     ):
-        data.load("no-such-data", tokenizer, 256, 0)
+        dataset.load_task("no-such-data", tokenizer, 256, 0)
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.txt is not UTF-8 text .* at byte 2"):
-        data.load(str(tmp_path / "latin.txt"), tokenizer, 256, 0)
+        dataset.load_task(str(tmp_path / "latin.txt"), tokenizer, 256, 0)
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="0 sequences"):
-        data.load(str(tmp_path / "empty.txt"), tokenizer, 256, 0)
+        dataset.load_task(str(tmp_path / "empty.txt"), tokenizer, 256, 0)
     with pytest.raises(ValueError, match="more than --max-seq-len 32"):
-        data.load("orders", tokenizer, 32, 0)
+        dataset.load_task("orders", tokenizer, 32, 0)
 
 
-def rows(folder: Path, contents: list[dict], name: str = "rows.jsonl") -> str:
+def write_rows(folder: Path, contents: list[dict], name: str = "rows.jsonl") -> str:
     path = folder / name
     path.write_text("".join(json.dumps(row) + "\n" for row in contents))
     return str(path)
 
 
-def learnt(tokenizer: PreTrainedTokenizerBase, example: data.Example) -> str:
-    return tokenizer.decode([label for label in example.labels if label != data.IGNORE])
+def in_loss(tokenizer: PreTrainedTokenizerBase, example: dataset.Example) -> str:
+    return tokenizer.decode([label for label in example.labels if label != dataset.IGNORE_INDEX])
 
 
-def test_rows_of_all_formats_stand_side_by_side_and_a_tenth_is_held_out(
+def test_a_file_may_mix_formats_and_a_tenth_of_its_rows_is_held_out(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     chat = [
@@ -200,40 +208,43 @@ def test_rows_of_all_formats_stand_side_by_side_and_a_tenth_is_held_out(
         {"role": "assistant", "content": "d"},
     ]
     contents = [{"messages": chat}, {"text": "e"}, {"question": "f", "answer": "g"}] * 10
-    task = data.load(rows(tmp_path, contents), tokenizer, 256, 0)
-    found = [learnt(tokenizer, example) for example in task.train + task.test]
+    task = dataset.load_task(write_rows(tmp_path, contents), tokenizer, 256, 0)
+    found = [in_loss(tokenizer, example) for example in task.train + task.test]
     assert (len(task.train), len(task.test), task.metric) == (27, 3, "perplexity")
     assert sorted(found) == sorted(["b<|im_end|>d<|im_end|>", "e<|im_end|>", "g<|im_end|>"] * 10)
-    again = data.load(str(tmp_path / "rows.jsonl"), tokenizer, 256, 0)
-    assert task == again != data.load(str(tmp_path / "rows.jsonl"), tokenizer, 256, 1), (
-        "the seed alone decides the order"
+    again = dataset.load_task(str(tmp_path / "rows.jsonl"), tokenizer, 256, 0)
+    assert task == again != dataset.load_task(str(tmp_path / "rows.jsonl"), tokenizer, 256, 1), (
+        "the order depends on the seed alone"
     )
 
 
-def test_learning_the_questions_too_changes_what_is_trained_on_and_not_what_is_measured(
+def test_training_on_prompts_changes_the_training_labels_and_not_the_held_out_ones(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    path = rows(tmp_path, [{"prompt": str(i), "completion": "b"} for i in range(20)])
+    path = write_rows(tmp_path, [{"prompt": str(i), "completion": "b"} for i in range(20)])
     plain, whole = (
-        data.load(path, tokenizer, 256, 0, train_on_prompt) for train_on_prompt in (False, True)
+        dataset.load_task(path, tokenizer, 256, 0, train_on_prompt)
+        for train_on_prompt in (False, True)
     )
     assert whole.test == plain.test and [e.ids for e in whole.train] == [e.ids for e in plain.train]
     assert all(example.labels == example.ids for example in whole.train)
     assert not any(example.labels == example.ids for example in plain.train)
 
 
-def test_packing_fills_the_sequences_to_train_on_and_leaves_those_to_measure(
+def test_packing_fills_the_training_sequences_and_leaves_the_held_out_ones(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    path = rows(tmp_path, [{"prompt": str(i), "completion": "b" * i} for i in range(1, 21)])
-    plain, packed = (data.load(path, tokenizer, 128, 0, False, packed) for packed in (False, True))
+    path = write_rows(tmp_path, [{"prompt": str(i), "completion": "b" * i} for i in range(1, 21)])
+    plain, packed = (
+        dataset.load_task(path, tokenizer, 128, 0, False, packed) for packed in (False, True)
+    )
     assert packed.test == plain.test and len(packed.train) < len(plain.train)
     assert sum(len(e.ids) for e in packed.train) == sum(len(e.ids) for e in plain.train)
-    batch = data.collate(packed.train[:2], 0).to("cpu")
+    batch = dataset.collate(packed.train[:2], 0).to("cpu")
     assert batch.inputs.keys() == {"input_ids", "position_ids"}, (
         "an attention_mask would let documents see each other"
     )
-    assert data.collate(plain.train[:2], 0).inputs.keys() == {"input_ids", "attention_mask"}
+    assert dataset.collate(plain.train[:2], 0).inputs.keys() == {"input_ids", "attention_mask"}
 
 
 def test_long_rows_are_counted_with_their_lines_and_cut_or_dropped(
@@ -252,26 +263,26 @@ def test_long_rows_are_counted_with_their_lines_and_cut_or_dropped(
         "messages": [turns[0], {"role": "user", "content": " ".join(["word"] * 50)}, turns[2]]
     }
     document = {"text": " ".join(["tale"] * 50)}
-    path = rows(tmp_path, [short, cut, dropped, document, short])
-    task = data.load(path, tokenizer, 24, 0)
+    path = write_rows(tmp_path, [short, cut, dropped, document, short])
+    task = dataset.load_task(path, tokenizer, 24, 0)
     whole = {
-        line: len(data.Template(tokenizer).conversation(row["messages"])[0].ids)
+        line: len(dataset.Template(tokenizer).encode_conversation(row["messages"])[0].ids)
         for line, row in ((2, cut), (3, dropped))
     }
     said = capsys.readouterr().out
     assert (
         "3 of 5 rows of" in said
         and "exceed --max-seq-len 24" in said
-        and "and 1 of their sequences dropped" in said
+        and "and 1 sequences with no answer left are dropped" in said
     )
     assert said.endswith(
-        f"no answer left: {path}:2 has {whole[2]}, {path}:3 has {whole[3]}, {path}:4 has 51\n"
+        f"dropped: {path}:2 has {whole[2]}, {path}:3 has {whole[3]}, {path}:4 has 51\n"
     )
-    found = sorted(learnt(tokenizer, example) for example in task.train + task.test)
+    found = sorted(in_loss(tokenizer, example) for example in task.train + task.test)
     assert max(len(example.ids) for example in task.train + task.test) <= 24
     tales = [text for text in found if "tale" in text]
     assert "".join(sorted(tales, key=lambda text: "<" in text)).count("tale") == 50, (
-        "nothing of a document is lost"
+        "all of a document is trained on"
     )
     assert [text for text in found if "word" in text] == [
         " ".join(["word"] * found[-1].count("word"))
@@ -290,11 +301,11 @@ def test_all_bad_rows_of_a_file_are_reported_at_once_in_their_order(
     refused = {
         "messages": [{"role": "user", "content": "no"}, {"role": "assistant", "content": "b"}]
     }
-    path = rows(tmp_path, [{"prompt": "a"}, refused, {"text": "fine"}, {"text": 3}])
+    path = write_rows(tmp_path, [{"prompt": "a"}, refused, {"text": "fine"}, {"text": 3}])
     with pytest.raises(ValueError) as error:
-        data.load(path, strict, 256, 0)
+        dataset.load_task(path, strict, 256, 0)
     first, *lines = str(error.value).split("\n  ")
-    assert first == f"3 of 4 rows of {path} cannot be used: mend or remove them"
+    assert first == f"3 of 4 rows of {path} cannot be used: fix or remove them"
     assert [line.partition(": ")[0] for line in lines] == [
         f"{path}:{number}" for number in (1, 2, 4)
     ]
@@ -304,14 +315,14 @@ def test_all_bad_rows_of_a_file_are_reported_at_once_in_their_order(
 @pytest.mark.parametrize(
     "name, complaint",
     [
-        ("table.csv", "ends neither in .txt nor in .jsonl or .json: rename it"),
+        ("table.csv", "must end in .txt, .jsonl or .json: rename it"),
         ("some/missing.jsonl", "is not a file"),
         ("a/b/c", "is not a file"),
-        ("some/set", "as a hub data set needs a library"),
+        ("some/set", "a hub data set needs a library"),
         (".", "is not a file"),
     ],
 )
-def test_what_is_neither_rows_nor_text_is_refused(
+def test_a_name_that_is_no_file_and_no_data_set_is_refused(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     name: str,
@@ -322,19 +333,19 @@ def test_what_is_neither_rows_nor_text_is_refused(
     (tmp_path / "table.csv").write_text("a,b")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"--data {re.escape(name)} .*{complaint}"):
-        data.load(name, tokenizer, 256, 0)
+        dataset.load_task(name, tokenizer, 256, 0)
 
 
-def test_a_preview_shows_the_first_sequences_and_where_documents_meet(
+def test_a_preview_shows_the_first_sequences_and_the_borders_of_documents(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    path = rows(tmp_path, [{"text": f"{i}!"} for i in range(6)])
-    task = data.load(path, tokenizer, 6, 0, packed=True)
-    first, second, third, *_ = data.preview(task, tokenizer, colour=False, count=1).split("\n")
-    assert first == "3 sequences to train on, 1 held out; learnt is ⟦this⟧"
-    assert second == "--- 1: 6 tokens, 4 learnt"
+    path = write_rows(tmp_path, [{"text": f"{i}!"} for i in range(6)])
+    task = dataset.load_task(path, tokenizer, 6, 0, packed=True)
+    first, second, third, *_ = dataset.preview(task, tokenizer, colour=False, count=1).split("\n")
+    assert first == "3 sequences to train on, 1 held out; ⟦this⟧ is in the loss"
+    assert second == "--- 1: 6 tokens, 4 in the loss"
     assert re.fullmatch(r"\d⟦!<\|im_end\|>⟧", third)
-    assert data.preview(task, tokenizer, colour=False, count=1).split("\n")[3] == "- - -"
+    assert dataset.preview(task, tokenizer, colour=False, count=1).split("\n")[3] == "- - -"
 
 
 def test_a_model_without_a_chat_template_gets_the_bare_question(
@@ -342,15 +353,15 @@ def test_a_model_without_a_chat_template_gets_the_bare_question(
 ) -> None:
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
-    assert tokenizer.decode(data.chat(plain, "Who?")) == "Who?\n"
-    assert tokenizer.decode(data.chat(tokenizer, "Who?")).count("<|im_start|>") == 3, (
+    assert tokenizer.decode(dataset.encode_prompt(plain, "Who?")) == "Who?\n"
+    assert tokenizer.decode(dataset.encode_prompt(tokenizer, "Who?")).count("<|im_start|>") == 3, (
         "system, user, and the answer to come"
     )
 
 
-def rows_of(lengths: list[int]) -> list[data.Example]:
+def rows_of(lengths: list[int]) -> list[dataset.Example]:
     return [
-        data.Example([number, *[3] * (length - 1)], [number, *[3] * (length - 1)])
+        dataset.Example([number, *[3] * (length - 1)], [number, *[3] * (length - 1)])
         for number, length in enumerate(lengths)
     ]
 
@@ -362,20 +373,20 @@ def rows_of(lengths: list[int]) -> list[data.Example]:
     seed=st.integers(0, 3),
     epoch=st.integers(0, 2),
 )
-def test_by_length_an_epoch_has_each_example_once_and_a_step_is_the_same_whenever_it_is_asked_for(
+def test_by_length_an_epoch_has_each_example_once_and_a_step_depends_on_no_other(
     lengths: list[int], batch_size: int, count: int, seed: int, epoch: int
 ) -> None:
     rows, step_size = rows_of(lengths), batch_size * count
     steps = range(epoch * len(rows) // step_size, -(-(epoch + 1) * len(rows) // step_size))
 
-    def seen(by_length: bool) -> list[data.Batch]:
+    def seen(by_length: bool) -> list[dataset.Batch]:
         return [
             batch
             for step in steps
-            for batch in data.batches_of_step(rows, step, batch_size, count, seed, 2, by_length)
+            for batch in dataset.batches_of_step(rows, step, batch_size, count, seed, 2, by_length)
         ]
 
-    again = data.batches_of_step(
+    again = dataset.batches_of_step(
         rows, steps[-1], batch_size, count, seed, 2, True
     )  # as a resumed run would
     assert all(
@@ -387,15 +398,70 @@ def test_by_length_an_epoch_has_each_example_once_and_a_step_is_the_same_wheneve
     assert sorted(first[skipped : skipped + len(rows)]) == list(range(len(rows)))
 
 
+def mixed_rows() -> list[dict]:
+    """Rows of four formats, some longer than 40 tokens, one answer of weight 0."""
+    chat = [
+        {"role": "user", "content": "a b"},
+        {"role": "assistant", "content": "one\ntwo"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "weight": 0},
+        {"role": "user", "content": "on"},
+        {"role": "assistant", "content": "ion"},
+    ]
+    found = []
+    for number in range(10):
+        found.append({"messages": chat})
+        found.append({"text": "It was a dark and stormy night. " * 9})
+        found.append({"question": "f", "answer": "word " * (12 * number + 7)})
+        found.append({"instruction": "Add.", "input": "2, 2", "output": str(4 * number + 3)})
+    return found
+
+
+def fingerprints(task: dataset.Task) -> list[str]:
+    return [chat_template.fingerprint(part) for part in (task.train, task.test)]
+
+
+def test_the_ids_and_labels_of_a_data_set_are_pinned(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """If they change, a state that an older version saved is refused."""
+    orders = dataset.load_task("orders", tokenizer, 256, 0)
+    assert fingerprints(orders) == ["2d1959522ae48ea0", "4b4867cebac2cc7f"]
+    assert chat_template.fingerprint(orders.unseen) == "f0e7e15b92cecc77"
+    roman = dataset.load_task("roman", tokenizer, 256, 0)
+    assert fingerprints(roman) == ["5b58e4b4d5ec2d83", "28672dafd1c82d98"]
+    path = write_rows(tmp_path, mixed_rows())
+    plain = dataset.load_task(path, tokenizer, 40, 7)
+    assert fingerprints(plain) == ["4e016367cf43caf4", "1be68dfd003cb80f"]
+    packed = dataset.load_task(path, tokenizer, 40, 7, packed=True)
+    assert fingerprints(packed) == ["bf5379b6c304d32d", "1be68dfd003cb80f"]
+
+
+@pytest.mark.parametrize(
+    "by_length, expected", [(False, "ab59cf4bff8d7334"), (True, "c3da8d3288c7efc4")]
+)
+def test_the_order_of_batches_is_pinned(by_length: bool, expected: str) -> None:
+    """A resumed run continues bitwise only if each step has the batches that it had before."""
+    lengths = [2 + number * 7 % 50 for number in range(700)]
+    examples = [dataset.Example([n] * length, [n] * length) for n, length in enumerate(lengths)]
+    digest = hashlib.sha256()
+    for step in range(120):
+        for batch in dataset.batches_of_step(examples, step, 4, 2, 1, 2, by_length):
+            for tensor in (batch.input_ids, batch.attention_mask, batch.labels):
+                numbers = [*tensor.shape, *tensor.flatten().tolist()]
+                digest.update(array("q", numbers))
+    assert digest.hexdigest()[:16] == expected
+
+
 def test_by_length_batches_have_less_padding_and_come_in_another_order() -> None:
     draw = random.Random(0)
     rows = rows_of([2 + int(draw.expovariate(1 / 40)) for _ in range(1000)])
 
-    def epoch(by_length: bool) -> list[data.Batch]:
+    def epoch(by_length: bool) -> list[dataset.Batch]:
         return [
             batch
             for step in range(125)
-            for batch in data.batches_of_step(rows, step, 4, 2, 0, 2, by_length)
+            for batch in dataset.batches_of_step(rows, step, 4, 2, 0, 2, by_length)
         ]
 
     padding = {

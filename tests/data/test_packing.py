@@ -1,4 +1,4 @@
-"""Packed examples: each is there once, and computes what it computes alone, whoever is beside it."""
+"""Packed examples: each occurs once, and its logits do not depend on the others."""
 
 from pathlib import Path
 from types import ModuleType
@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from data import dataset as data
-from data import packing
+from data import dataset, packing
 from helpers import bounds, models
 from helpers.bounds import Bounded
 from helpers.mutants import mutated
@@ -32,17 +31,18 @@ SMALL = {
 }
 
 
-def examples_of(lengths: list[int]) -> list[data.Example]:
-    """Of these lengths, no token twice, all learnt but the first half."""
+def examples_of(lengths: list[int]) -> list[dataset.Example]:
+    """Examples of these lengths; no token occurs twice; the second half of each is in the loss."""
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     found = [list(range(start, start + n)) for start, n in zip(starts, lengths)]
     return [
-        data.Example(ids, [data.IGNORE] * (len(ids) // 2) + ids[len(ids) // 2 :]) for ids in found
+        dataset.Example(ids, [dataset.IGNORE_INDEX] * (len(ids) // 2) + ids[len(ids) // 2 :])
+        for ids in found
     ]
 
 
-def documents(batch: data.Batch) -> list[tuple[list[int], list[int]]]:
-    """What is between the jumps of the places: ids and labels of each document, sorted. Padding is left out."""
+def documents(batch: dataset.Batch) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of each document, sorted, as the position ids separate them; no padding."""
     found = []
     for row in range(len(batch.input_ids)):
         n = int(batch.attention_mask[row].sum())
@@ -63,15 +63,17 @@ def check_pack(lengths: list[int], module: ModuleType = packing) -> None:
     examples = examples_of(lengths)
     packs = module.pack(examples, 12)
     assert max(len(pack.ids) for pack in packs) <= 12
-    batch = data.collate(packs, pad_id=0)
-    assert documents(batch) == sorted((e.ids, [data.IGNORE, *e.labels[1:]]) for e in examples)
-    # Of two sequences that both have room for it, best fit takes none anew: no two packs would go into one.
+    batch = dataset.collate(packs, pad_id=0)
+    assert documents(batch) == sorted(
+        (e.ids, [dataset.IGNORE_INDEX, *e.labels[1:]]) for e in examples
+    )
+    # Best fit opens a new pack only if no pack has room, so no two packs would fit into one.
     sizes = sorted(len(pack.ids) for pack in packs)
     assert len(packs) < 2 or sizes[0] + sizes[1] > 12
 
 
 @given(LENGTHS)
-def test_each_example_is_in_one_sequence_whole_and_no_two_sequences_would_go_into_one(
+def test_each_example_is_complete_in_one_sequence_and_no_two_sequences_fit_into_one(
     lengths: list[int],
 ) -> None:
     check_pack(lengths)
@@ -82,7 +84,9 @@ def test_the_longest_examples_are_packed_first_and_each_where_it_fits_best() -> 
     assert [
         [b - a for a, b in zip(pack.starts, [*pack.starts[1:], len(pack.ids)])] for pack in packs
     ] == [[8, 4], [6, 3, 3]]
-    with pytest.raises(ValueError, match="an example of 13 tokens goes into no sequence of 12"):
+    with pytest.raises(
+        ValueError, match="an example of 13 tokens does not fit into a sequence of 12"
+    ):
         packing.pack(examples_of([13]), 12)
 
 
@@ -100,16 +104,17 @@ def test_no_bit_of_a_document_depends_on_its_neighbours(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bloom", "opt"])
-def test_a_model_that_would_mix_documents_is_refused_by_name(kind: str) -> None:
+def test_a_model_that_mixes_documents_is_refused_by_name(kind: str) -> None:
     model = small(kind)
     with pytest.raises(
-        ValueError, match=f"^--packing does not suit {type(model).__name__}: a document would see"
+        ValueError,
+        match=f"^--packing does not work with {type(model).__name__}: a document would see",
     ):
         packing.check(model)
 
 
 class Rotations(torch.nn.Module):
-    """Cosines and sines from a table, so that those of a place are the same numbers wherever in a row it stands."""
+    """Cosines and sines from a table, so that equal position ids give equal numbers."""
 
     def __init__(self, inv_freq: Tensor) -> None:
         super().__init__()
@@ -121,7 +126,7 @@ class Rotations(torch.nn.Module):
 
 
 def llama(model: LlamaForCausalLM, ids: list[int]) -> Bounded:
-    """The logits of one document, (T, vocabulary), by the formulas, and how far a computation of them may be off."""
+    """The logits of one document, (T, vocabulary), by the formulas, with an error bound."""
     config, weights, dtype = model.config, model.state_dict(), torch.float64
     rotations = model.model.rotary_emb(None, torch.arange(len(ids)))
     heads, per_group = (
@@ -161,11 +166,11 @@ def llama(model: LlamaForCausalLM, ids: list[int]) -> Bounded:
         gated = bounds.product(gate, linear(normed, name + "mlp.up_proj.weight"), dtype)
         x = x.plus(linear(gated, name + "mlp.down_proj.weight"), dtype)
     logits = linear(bounds.rms_norm(x, weights["model.norm.weight"], eps, dtype), "lm_head.weight")
-    return bounds.apart(logits, logits)  # the formulas are computed here in float64 themselves
+    return bounds.apart(logits, logits)  # twice: the formulas are computed in float64 too
 
 
 def within(model: LlamaForCausalLM, logits: Tensor, documents: list[list[int]]) -> bool:
-    """Whether the logits of one row, (T, vocabulary), are those of the documents in it, each by itself."""
+    """Whether the logits of a row, (T, vocabulary), are those of each of its documents alone."""
     starts = [sum(map(len, documents[:i])) for i in range(len(documents))]
     return all(
         llama(model, ids).allows(logits[start : start + len(ids)])
@@ -174,7 +179,10 @@ def within(model: LlamaForCausalLM, logits: Tensor, documents: list[list[int]]) 
 
 
 def exact_llama() -> LlamaForCausalLM:
-    """All in float64 (transformers' norms and angles are in float32), with weights so large that attention is far from even."""
+    """A model in float64 with large weights, so that attention is far from uniform.
+
+    Transformers computes norms and angles in float32, so they are replaced.
+    """
     model = models.tiny_llama(torch.float64, vocab_size=256)
     model.model.rotary_emb = Rotations(model.model.rotary_emb.inv_freq)
     for name in [name for name, _ in model.named_modules()]:
@@ -191,41 +199,43 @@ def exact_llama() -> LlamaForCausalLM:
 @torch.no_grad()
 def test_the_logits_of_a_packed_document_are_those_of_the_document_alone() -> None:
     model, documents = exact_llama(), [[5, 6, 7, 8, 9, 10, 11], [5, 90, 91], [92], [6, 7, 8, 93]]
-    packs = packing.pack([data.Example(ids, ids) for ids in documents], 20)
-    batch = data.collate([*packs, data.Example([1, 2], [1, 2])], pad_id=2)
+    packs = packing.pack([dataset.Example(ids, ids) for ids in documents], 20)
+    batch = dataset.collate([*packs, dataset.Example([1, 2], [1, 2])], pad_id=2)
     in_order = sorted(documents, key=len, reverse=True)
     logits = model(**batch.inputs, use_cache=False).logits
     assert within(model, logits[0], in_order)
     assert within(model, logits[1, :2], [[1, 2]])
     assert all(
         llama(model, ids).allows(model(torch.tensor([ids])).logits[0]) for ids in documents
-    ), "and so are the latter"
+    ), "and the logits of a document alone are right"
     leaking = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     assert not within(model, leaking[0], in_order), (
-        "the bound is too wide to see a document that looks at its neighbours"
+        "the bound detects a document that attends to its neighbours"
     )
-    assert within(model, leaking[0, :7], in_order[:1]), "the first of a row has none to look at"
+    assert within(model, leaking[0, :7], in_order[:1]), (
+        "the first document of a row has none before it"
+    )
 
 
 @torch.no_grad()
 def test_the_loss_of_a_pack_is_the_sum_of_the_losses_of_its_documents() -> None:
     model, documents = exact_llama(), [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
-    examples = [data.Example(ids, [data.IGNORE, *ids[1:]]) for ids in documents]
+    examples = [dataset.Example(ids, [dataset.IGNORE_INDEX, *ids[1:]]) for ids in documents]
     alone = [
-        evaluate.label_loss(model, data.collate([example], 2), torch.float32).item()
+        evaluate.label_loss(model, dataset.collate([example], 2), torch.float32).item()
         for example in examples
     ]
-    batch = data.collate(packing.pack(examples, 12), 2)
+    batch = dataset.collate(packing.pack(examples, 12), 2)
     assert len(batch.input_ids) == 1 and batch.n_labels == 4 - 1 + 3 - 1 + 5 - 1
     together = evaluate.label_loss(model, batch, torch.float32).item()
-    # A loss is log sum exp l - l: no logit of a document is off by more than twice its bound, once alone and once packed.
+    # A loss is log sum exp l - l. A logit has its error twice: once alone and once packed.
     logits = [2 * llama(model, ids).error.amax(1)[:-1] for ids in documents]
     rounding = bounds.gamma(256 + 8 + batch.n_labels, torch.float64) * 2 * sum(alone)
     assert abs(together - sum(alone)) <= sum(2 * error.sum().item() for error in logits) + rounding
 
 
 def test_the_bounds_of_the_parts_of_a_transformer_are_reached() -> None:
-    """By errors of the inputs that all go the worst way, and beside which rounding is nothing."""
+    """By errors of the inputs in the worst direction, far larger than the rounding."""
 
     def off(x: Tensor, error: float) -> Bounded:
         return Bounded(x, torch.full_like(x, error))
@@ -254,12 +264,12 @@ def test_the_bounds_of_the_parts_of_a_transformer_are_reached() -> None:
     "old, new",
     [
         (
-            "labels += [IGNORE, *example.labels[1:]]",
+            "labels += [IGNORE_INDEX, *example.labels[1:]]",
             "labels += example.labels",
-        ),  # the end of one example predicts the next
+        ),  # one example predicts the next
         ("starts.append(len(ids))", "starts.append(0)"),
-        ("(room - n, number)", "(room, number)"),
-        ("packs[number].append(example)", "packs[-1].append(example)"),
+        ("(room - n, index)", "(room, index)"),
+        ("packs[index].append(example)", "packs[-1].append(example)"),
         ("bisect_left(rooms, (n, 0))", "len(rooms)"),
         ("torch.arange(end - start)", "torch.arange(start, end)"),
     ],
@@ -271,7 +281,7 @@ def test_a_mutant_of_packing_is_noticed(
     for lengths in cases:
         check_pack(lengths)
     mutant = mutated(packing, old, new, tmp_path)
-    monkeypatch.setattr(data, "packing", mutant)
+    monkeypatch.setattr(dataset, "packing", mutant)
     with pytest.raises((AssertionError, ValueError, RuntimeError)):
         for lengths in cases:
             check_pack(lengths, mutant)

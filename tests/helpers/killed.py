@@ -1,15 +1,17 @@
-"""Runs of train.py that are killed and go on, each forked from one warmed process, so that it costs tens of milliseconds.
+"""Kills runs of train.py and resumes them. Each is forked from one warm process, which is fast.
 
-    python tests/killed.py FOLDER 60
+    python tests/helpers/killed.py FOLDER 60
 
     moments    SIGKILL at 60 random moments
-    kill       SIGKILL at each operation on files that a run makes, and in the middle of each write
+    kill       SIGKILL before each file operation of a run, and in the middle of each write
     fail       the operation fails instead, as on a full disk
 
-The model and the data are tiny, and made here; what only takes time, the measuring and the picture, is left out. All else is
-train.py. Prints, as JSON, what happened; `different` lists the runs that did not end as one that nobody disturbed.
+The model and the data are tiny and made here; measuring and plotting are left out, because they
+only take time. Everything else is train.py. Prints the results as JSON; `different` lists the runs
+that did not end like an undisturbed one.
 
-A process of its own, for a fork of one that has used autograd or its threads is not sound; this one never does.
+It runs in a process of its own, because a fork is not safe once autograd or its threads were used;
+this process never uses them.
 """
 
 import copy
@@ -22,6 +24,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,149 +35,132 @@ sys.path[:0] = [str(Path(__file__).parents[level]) for level in (1, 2)]
 import torch  # noqa: E402 (after the number of threads is set)
 
 import train  # noqa: E402
-from checkpoints import base_model as streaming  # noqa: E402
-from checkpoints import io as files  # noqa: E402
-from checkpoints import sources as pretrained  # noqa: E402
-from data import dataset as data  # noqa: E402
+from checkpoints import base_model, io, sources  # noqa: E402
+from data import dataset  # noqa: E402
 from helpers import models  # noqa: E402
-from training import report  # noqa: E402
-from training import state as resume  # noqa: E402
+from training import report, state  # noqa: E402
 
 FLAGS = [
-    "--max-steps",
-    "4",
-    "--save-every",
-    "2",
-    "--batch-size",
-    "2",
-    "--lora-dropout",
-    "0.2",
-    "--dtype",
-    "float32",
-    "--device",
-    "cpu",
+    *("--max-steps", "4"),
+    *("--save-every", "2"),
+    *("--batch-size", "2"),
+    *("--lora-dropout", "0.2"),
+    *("--dtype", "float32"),
+    *("--device", "cpu"),
 ]
-TIMES = ("seconds", "rss_bytes")  # of metrics.jsonl: no two runs share them
+TIMES = ("seconds", "rss_bytes")  # of metrics.jsonl: they differ between runs
 
 
 def warm() -> None:
-    """Have in memory what each run would read, and leave out what only takes time."""
+    """Load what every run would read, and leave out what only takes time."""
     torch.set_num_threads(1)
-    model, tokenizer, draw = (
-        models.tiny_llama(vocab_size=256),
-        SimpleNamespace(eos_token_id=2),
-        random.Random(0),
-    )
-    texts = [[draw.randrange(3, 256) for _ in range(draw.randrange(4, 20))] for _ in range(9)]
-    rows = [data.Example(ids, [data.IGNORE] * 2 + ids[2:]) for ids in texts]
-    data.load = lambda *args: data.Task("perplexity", rows[:-1], rows[-1:])
-    pretrained.load_config_and_tokenizer = lambda name: (model.config, tokenizer)
-    pretrained.find_model, pretrained.load_tokenizer = (
-        lambda name: Path("."),
-        lambda folder: tokenizer,
-    )
-    streaming.load_quantized = lambda *args: copy.deepcopy(model)
-    train.measure = lambda *args: [0.5, None]
+    model = models.tiny_llama(vocab_size=256)
+    tokenizer = SimpleNamespace(eos_token_id=2)
+    draw = random.Random(0)
+    rows = []
+    for _ in range(9):
+        ids = [draw.randrange(3, 256) for _ in range(draw.randrange(4, 20))]
+        rows.append(dataset.Example(ids, [dataset.IGNORE_INDEX] * 2 + ids[2:]))
+    dataset.load_task = lambda *args: dataset.Task("perplexity", rows[:-1], rows[-1:])
+    sources.load_config_and_tokenizer = lambda name: (model.config, tokenizer)
+    sources.find_model = lambda name: Path(".")
+    sources.load_tokenizer = lambda folder: tokenizer
+    base_model.load_quantized = lambda *args: copy.deepcopy(model)
+    train.evaluate = lambda *args: [0.5, None]
     report.plot_loss = lambda *args: None
-    os.fsync = lambda descriptor: (
-        None
-    )  # it takes long, and what it is for, a power cut, is not tried here
+    os.fsync = lambda descriptor: None  # slow, and only a power cut would show its effect
 
 
-def begin(
-    folder: Path, disturb: Callable[[], None] = lambda: None, more: tuple[str, ...] = ()
+def start(
+    folder: Path, disturb: Callable[[], None] | None = None, more: tuple[str, ...] = ()
 ) -> int:
-    """Start train.py in a fork, going on if there is a state; `disturb` prepares what goes wrong. -> process id"""
-    flags = [
-        *FLAGS,
-        *more,
-        "--output-dir",
-        str(folder),
-        *(["--resume"] if resume.states(folder) else []),
-    ]
+    """Start train.py in a fork, with --resume if there is a state. Returns the process id.
+
+    disturb: is called before train.py and prepares what goes wrong. more: flags.
+    """
+    flags = [*FLAGS, *more, "--output-dir", str(folder)]
+    if state.saved_states(folder):
+        flags.append("--resume")
     child = os.fork()
     if child:
         return child
-    status = 99  # of whatever is no clean end
+    status = 99  # of a run that does not end by returning
     try:
-        for stream in (1, 2):
-            os.dup2(
-                os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream
-            )
-        disturb()
+        log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        if disturb:
+            disturb()
         status = train.main(flags)
     finally:
         os._exit(status)
 
 
-def end(child: int) -> int:
+def wait(child: int) -> int:
     """The exit status of a run, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def trace(folder: Path) -> dict[str, object]:
-    """Everything that a run leaves, but for the time that it took, and the order of the entries in a file's header."""
-    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
-    lines = report.read_metrics(folder / "metrics.jsonl")
-    steps = [{key: each for key, each in line.items() if key not in TIMES} for line in lines]
-    states = {
-        path.name: resume.checksum(state.tensors, json.dumps(state[2:]))
-        for path in resume.states(folder)
-        for state in [resume.read_state(path)]
-    }
-    adapter = folder / "adapter_model.safetensors"
-    header = json.dumps(files.read_metadata(adapter), sort_keys=True)
-    states[adapter.name] = resume.checksum(files.read_tensors(adapter), header)
-    return (
-        contents
-        | {"metrics.jsonl": steps, "report.json": json.loads(contents["report.json"])["steps"]}
-        | states
-    )
+def outcome(folder: Path) -> dict[str, object]:
+    """The content of each file of a run, without what depends on the time that the run took."""
+    contents: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    contents["metrics.jsonl"] = [
+        {key: value for key, value in line.items() if key not in TIMES}
+        for line in report.read_metrics(folder / "metrics.jsonl")
+    ]
+    contents["report.json"] = json.loads(contents["report.json"])["steps"]
+    return contents
 
 
-def finish(folder: Path, wanted: dict[str, object]) -> list[str]:
-    """Let a disturbed run go on to its end. -> what is then not as it should be"""
-    status = end(begin(folder))
+def finish(folder: Path, expected: dict[str, object]) -> list[str]:
+    """Resume a disturbed run to its end. Returns the files that differ from the expected ones."""
+    status = wait(start(folder))
     if status:
         return [f"{folder.name}: status {status}"]
-    got = trace(folder)
+    found = outcome(folder)
     return [
         f"{folder.name}: {name}"
-        for name in sorted({*got, *wanted})
-        if got.get(name) != wanted.get(name)
+        for name in sorted({*found, *expected})
+        if found.get(name) != expected.get(name)
     ]
 
 
-def moments(root: Path, count: int, seconds: float, wanted: dict[str, object]) -> dict[str, object]:
-    """SIGKILL at random moments, again and again in the same run, until one has come through; then the next run."""
-    draw, kills, halves, different, folder = random.Random(0), 0, 0, [], root / "0"
+def kill_at_random_moments(
+    root: Path, count: int, seconds: float, expected: dict[str, object]
+) -> dict[str, object]:
+    """Kill a run and resume it until it gets to its end; then do the same to the next run."""
+    draw = random.Random(0)
+    kills = 0
+    half_written = 0
+    different = []
+    folder = root / "0"
     while kills < count:
-        child = begin(folder)
+        child = start(folder)
         time.sleep(draw.uniform(0, seconds))
         os.kill(child, signal.SIGKILL)
-        if end(child) == -signal.SIGKILL:
+        if wait(child) == -signal.SIGKILL:
             kills += 1
-            halves += bool(list(folder.glob(f".*{files.UNFINISHED}")))
+            half_written += bool(list(folder.glob(f".*{io.UNFINISHED}")))
         else:
-            different += finish(folder, wanted)
+            different += finish(folder, expected)
             folder = root / str(kills)
-    return {
-        "kills": kills,
-        "in the middle of a write": halves,
-        "different": different + finish(folder, wanted),
-    }
+    different += finish(folder, expected)
+    return {"kills": kills, "in the middle of a write": half_written, "different": different}
 
 
-def disturb(number: int, act: Callable[[], None], seen: Path) -> None:
-    """Call `act` at the operation of that number on files that follow in this process; its name is added to the file `seen`."""
+def disturb_operation(number: int, act: Callable[[], None], seen: Path) -> None:
+    """Call `act` at one of the file operations of this process.
+
+    number: which of them, counted from 1. The operation's name is appended to the file `seen`.
+    """
     numbers = itertools.count(1)
 
-    def happen(name: str, path: str | Path | None = None) -> None:
+    def happen(name: str, half_of: str | Path | None = None) -> None:
         if next(numbers) == number:
             with open(seen, "a") as names:
                 names.write(name + "\n")
-            if path:
-                os.truncate(path, os.path.getsize(path) // 2)
+            if half_of:
+                os.truncate(half_of, os.path.getsize(half_of) // 2)
             act()
 
     def wrap(place: object, name: str, path_at: int | None = None) -> None:
@@ -191,31 +177,34 @@ def disturb(number: int, act: Callable[[], None], seen: Path) -> None:
 
     for name in ("fsync", "replace", "rmdir", "unlink"):
         wrap(os, name)
-    wrap(files, "save_file", path_at=1)
+    wrap(io, "save_file", path_at=1)
     wrap(Path, "write_text", path_at=0)
 
 
-def operations(
-    root: Path, wanted: dict[str, object], act: Callable[[], None], status: int
+def disturb_each_operation(
+    root: Path, expected: dict[str, object], act: Callable[[], None], expected_status: int
 ) -> dict[str, object]:
-    """One run disturbed at its first operation, one at its second, ..., until one gets to its end undisturbed."""
-    seen, different, ended = root / "seen", [], status
+    """Disturb a run at its first file operation, the next at its second, ..., until it has no more."""
+    seen = root / "seen"
+    different = []
     for number in itertools.count(1):
         folder = root / str(number)
-        ended = end(begin(folder, lambda number=number: disturb(number, act, seen)))
-        if len(seen.read_text().splitlines()) < number:
+        status = wait(start(folder, partial(disturb_operation, number, act, seen)))
+        operations = seen.read_text().splitlines()
+        if len(operations) < number:
             break
-        different += (
-            finish(folder, wanted) if ended == status else [f"{folder.name}: status {ended}"]
-        )
-    return {
-        "operations": seen.read_text().splitlines(),
-        "status at last": ended,
-        "different": different,
-    }
+        if status == expected_status:
+            different += finish(folder, expected)
+        else:
+            different.append(f"{folder.name}: status {status}")
+    return {"operations": operations, "status at last": status, "different": different}
 
 
-def full() -> None:
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_like_a_full_disk() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -223,26 +212,21 @@ def main(root: Path, count: int) -> None:
     warm()
     for name in ("whole", "moments", "kill", "fail"):
         (root / name).mkdir()
+    undisturbed = root / "whole" / "run"
     began = time.perf_counter()
-    status = end(begin(root / "whole" / "run"))
+    status = wait(start(undisturbed))
     seconds = time.perf_counter() - began
-    assert status == 0, (root / "whole" / "run.log").read_text()
-    wanted = trace(root / "whole" / "run")
-    print(
-        json.dumps(
-            {
-                "whole": sorted(wanted),
-                "moments": moments(root / "moments", count, seconds, wanted),
-                "kill": operations(
-                    root / "kill",
-                    wanted,
-                    lambda: os.kill(os.getpid(), signal.SIGKILL),
-                    -signal.SIGKILL,
-                ),
-                "fail": operations(root / "fail", wanted, full, 1),
-            }
-        )
-    )
+    assert status == 0, undisturbed.with_suffix(".log").read_text()
+    expected = outcome(undisturbed)
+    kill = disturb_each_operation(root / "kill", expected, kill_self, -signal.SIGKILL)
+    fail = disturb_each_operation(root / "fail", expected, fail_like_a_full_disk, 1)
+    result = {
+        "whole": sorted(expected),
+        "moments": kill_at_random_moments(root / "moments", count, seconds, expected),
+        "kill": kill,
+        "fail": fail,
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A file of ours with one replacement in its source, loaded beside the real one."""
+"""Loads a copy of a module with one replacement in its source; the real module stays loaded."""
 
 import importlib.util
 import itertools
@@ -10,13 +10,13 @@ COPIES = itertools.count()
 
 
 def mutated(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
-    """The module with `old`, which it has once, replaced. Other modules keep the real one."""
+    """A copy of the module with `old`, which occurs once, replaced; other modules keep the original."""
     source = Path(module.__file__).read_text()
     assert source.count(old) == 1, f"{module.__name__}.py has {source.count(old)} of {old!r}"
     path = folder / f"{module.__name__}_{next(COPIES)}.py"
     path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     copy = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = copy  # dataclasses look their module up
+    sys.modules[path.stem] = copy  # where dataclasses look up their module
     spec.loader.exec_module(copy)
     return copy

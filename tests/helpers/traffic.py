@@ -91,7 +91,7 @@ def of_the_papers_models() -> str:
     for name, shape in predict.SHAPES.items():
         parts = predict.predict(shape, predict.QLORA, 1, 512, 64).components
         blocks = sum(parts[part] for part in ("base", "constants", "norms", "adapters"))
-        for way, sent in parallel.sent_in_a_step(
+        for way, sent in parallel.bytes_sent_per_step(
             blocks, parts["embedding, head"], parts["adapters"], 8, 1
         ).items():
             seconds = "".join(f"{sent / rate:{len(name)}.2f} s" for name, rate in LINKS.items())
@@ -117,8 +117,8 @@ def main() -> int:
     model = base_model.load_with_adapters(
         pretrained.find_model(args.model), DTYPE, "cpu", "default", 0, ADAPTER, {}
     )
-    sizes = parallel.sizes(model)
-    computed = parallel.sent_in_a_step(*sizes, 2, args.grad_accum)
+    sizes = parallel.sizes_in_bytes(model)
+    computed = parallel.bytes_sent_per_step(*sizes, 2, args.grad_accum)
     computed["FSDP2"] += (
         args.grad_accum * sizes[-1] / 2
     )  # gloo, unlike NCCL, hands round these sums, too

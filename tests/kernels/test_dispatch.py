@@ -29,18 +29,19 @@ from helpers.strategies import (
     same_bits,
 )
 from kernels import dispatch
-from kernels.cpu import launch as host
+from kernels.cpu import launch
+from kernels.packed_weight import flatten
 from nf4 import Quantized
 
 Constants = double_quant.DoubleQuantized
 OPERATORS = getattr(torch.ops, dispatch.LIBRARY.ns)
 ROWS = [0, 1, 2, 4, 5, 16, 17, 40]  # of x: fewer, and more, than go to the fused kernels
 KERNELS = [
-    (host.decode, "decode"),
-    (host.fused, "multiply"),
-    (host.fused, "multiply_back"),
-    (host.blockwise, "quantize"),
-    (host.blockwise, "quantize_wide"),
+    (launch.decode, "decode"),
+    (launch.fused, "multiply"),
+    (launch.fused, "multiply_back"),
+    (launch.blockwise, "quantize"),
+    (launch.blockwise, "quantize_wide"),
 ]
 pytestmark = pytest.mark.filterwarnings(
     r"ignore:(overflow|invalid value) encountered:RuntimeWarning"
@@ -94,9 +95,9 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of 64 rows or columns, and tokens 7 at a time, so that small products have remainders of both."""
-    monkeypatch.setattr(host, "WINDOW", 64)
-    monkeypatch.setattr(host, "TOKENS", 7)
-    monkeypatch.setattr(host, "AT_ONCE", 8)
+    monkeypatch.setattr(launch, "WINDOW", 64)
+    monkeypatch.setattr(launch, "TOKENS", 7)
+    monkeypatch.setattr(launch, "AT_ONCE", 8)
 
 
 def said(run: Callable[[], object]) -> str:
@@ -114,7 +115,7 @@ def test_what_has_a_kernel_gets_it(calls: list[str]) -> None:
     dispatch.dequantize(q, torch.bfloat16, constants)
     assert calls[0] == "quantize" and set(calls[1:]) == {"decode"}
     few, many = (torch.float32, 200), (torch.bfloat16, 200)
-    if not host.decode.AVX512:
+    if not launch.decode.AVX512:
         few = many
     for dtype, tokens, kernels in [
         (*few, ("multiply", "multiply_back")),
@@ -141,7 +142,7 @@ def test_a_weight_of_odd_shape_is_multiplied_by_windows(calls: list[str]) -> Non
 def test_an_8_bit_code_is_quantized_by_its_kernel(calls: list[str]) -> None:
     absmax = random(1000).abs()
     constants, expected = (
-        double_quant.quantize(absmax, blockwise=dispatch.quantize),
+        double_quant.quantize(absmax, quantizer=dispatch.quantize),
         double_quant.quantize(absmax),
     )
     assert calls == ["quantize_wide"]
@@ -240,7 +241,7 @@ def test_torch_keeps_its_number_of_threads_when_those_of_numba_start(
     monkeypatch.setattr(
         numba, "set_num_threads", lambda count: torch.set_num_threads(count + 1)
     )  # as they do
-    host.follow_torch()
+    launch.follow_torch()
     assert torch.get_num_threads() == before
 
 
@@ -265,7 +266,7 @@ def test_quantizing_gives_what_the_reference_gives(
     before, expected = weight.clone(), nf4.quantize(weight, recipe.block_size, codebook)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            host, "PIECE", window
+            launch, "PIECE", window
         )  # 16-bit and float64 numbers are converted so many at a time
         q = dispatch.quantize(weight, recipe.block_size, codebook)
     assert same_bits(q.packed, expected.packed) and same_bits(q.absmax, expected.absmax)
@@ -561,7 +562,7 @@ def test_windows_change_nothing_but_the_order_of_no_sum(
         q, constants = weight_of(Recipe(shape), True)
         x, whole = torch.eye(shape[1 if transposed else 0], dtype=dtype), dense(q, constants, dtype)
         for window in (64, 2**20):
-            monkeypatch.setattr(host, "WINDOW", window)
+            monkeypatch.setattr(launch, "WINDOW", window)
             y = dispatch.matmul(x, q, constants, transposed)
             assert torch.equal(y, whole.T if transposed else whole)
 
@@ -644,7 +645,7 @@ def test_a_product_keeps_nothing_for_its_gradient_but_the_weight() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_operators_are_what_torch_asks_of_operators(double: bool, dtype: torch.dtype) -> None:
     q, constants = weight_of(Recipe((33, 70)), double)
-    stored = dispatch.stored(q, constants)
+    stored = flatten(q, constants)
     torch.library.opcheck(
         OPERATORS.dequantize_.default, (torch.empty(33, 70, dtype=dtype), *stored)
     )
@@ -691,7 +692,7 @@ def test_torch_compile_takes_them_as_they_are(
 def most_alive(case: Product) -> tuple[int, int]:
     """The bytes of y, and the most that is alive within the product besides x and the weight."""
     q, constants = case.weight()
-    stored, x = dispatch.stored(q, constants), case.x()
+    stored, x = flatten(q, constants), case.x()
     with Live(x, *(part for part in stored if isinstance(part, Tensor))) as live:
         before = live.now()
         y = dispatch._matmul(x, None, *stored, case.transposed)
@@ -714,7 +715,7 @@ def test_a_product_holds_one_window_and_nothing_else_beside_its_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And the sixteen levels. A window is at most WINDOW elements, a multiple of 64 rows or columns, and not more than W."""
-    monkeypatch.setattr(host, "WINDOW", window)
+    monkeypatch.setattr(launch, "WINDOW", window)
     long, across = (shape[1], shape[0]) if transposed else shape
     size = min(max(window // long // 64 * 64, 64), across) * long
     y, most = most_alive(Product(shape, 50, transposed, dtype, double))
@@ -722,7 +723,7 @@ def test_a_product_holds_one_window_and_nothing_else_beside_its_result(
     assert size < shape[0] * shape[1] or window == 2**20
 
 
-@pytest.mark.skipif(not host.decode.AVX512, reason="there are no fused kernels here")
+@pytest.mark.skipif(not launch.decode.AVX512, reason="there are no fused kernels here")
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "tokens"), [(torch.float32, 50), (torch.float32, 3), (torch.bfloat16, 3)]
@@ -734,6 +735,6 @@ def test_a_fused_product_holds_its_result_and_a_few_rows_of_each_factor(
     case = Product((512, 384), tokens, transposed, dtype)
     into, out = (384, 512) if transposed else (512, 384)
     y, most = most_alive(case)
-    rows = min(-(-tokens // 4) * 4, host.AT_ONCE)
+    rows = min(-(-tokens // 4) * 4, launch.AT_ONCE)
     pieces = rows * (into if transposed else into + out)
     assert most == 16 * 4 + 4 * tokens * out + 4 * pieces + (y if dtype != torch.float32 else 0)

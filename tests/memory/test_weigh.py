@@ -22,6 +22,7 @@ from memory import weigh
 from nf4 import normal_float
 from paged_optim import PagedAdamW
 from training import report
+from training.dtypes import resolve_device_and_dtype
 from training.loss_and_eval import LabelLoss
 from training.options import QUANT, Options, parse_args
 
@@ -39,7 +40,7 @@ def setting(
     config: PretrainedConfig, flags: str
 ) -> tuple[Options, nn.Module, torch.optim.Optimizer]:
     """What train.py would have made of these flags and a random model."""
-    args = parse_args(["--device", "cpu", *flags.split()])
+    args = resolve_device_and_dtype(parse_args(["--device", "cpu", *flags.split()]))
     torch.manual_seed(0)
     codebook = normal_float(QUANT[args.quant]) if QUANT[args.quant] else None
     model = attach(
@@ -64,7 +65,7 @@ def batches(vocabulary: int, lengths: list[int], args: Options) -> list[data.Bat
     examples = []
     for length in lengths:
         ids = torch.randint(3, vocabulary, (length,)).tolist()
-        examples.append(data.Example(ids, [data.IGNORE] * (length // 2) + ids[length // 2 :]))
+        examples.append(data.Example(ids, [data.IGNORE_INDEX] * (length // 2) + ids[length // 2 :]))
     examples = packing.pack(examples, max(lengths)) if args.packing else examples
     return [data.collate(examples, 0)] * args.grad_accum
 

@@ -1,4 +1,4 @@
-"""The table of precisions, each entry of which is seen to be so in a real step, by other means than its own."""
+"""The table of dtypes: every entry is checked against a real step, recorded in another way."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig
 
-from data import dataset as data
+from data import dataset
 from helpers.strategies import same_bits
 from lora import QLoRALinear, attach
-from memory import formula as predict
+from memory import formula
 from paged_optim import PagedAdamW
-from training import dtypes as precision
-from training import loss_and_eval as evaluate
+from training import dtypes, loss_and_eval
+from training.options import Options
 
 CONFIGS = [LlamaConfig(**SMALL, tie_word_embeddings=True), PhiConfig(**SMALL)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -28,12 +28,12 @@ def model_of(config: LlamaConfig | PhiConfig, dtype: torch.dtype, **settings: ob
     return attach(AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), r=4, **settings)
 
 
-def rows_of(model: nn.Module, dtype: torch.dtype) -> dict[str, precision.Row]:
-    return {row.what: row for row in precision.rows(model, dtype)}
+def rows_of(model: nn.Module, dtype: torch.dtype) -> dict[str, dtypes.Row]:
+    return {row.what: row for row in dtypes.dtype_rows(model, dtype)}
 
 
 class Results(TorchDispatchMode):
-    """All that operations give: their name, dtype and number of elements."""
+    """Records the name, dtype and number of elements of the result of every operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,18 +49,26 @@ class Results(TorchDispatchMode):
 
 @contextmanager
 def recorded_norms() -> Iterator[list[torch.dtype]]:
-    """The dtypes that norms work in: of the root of Llama's, of what torch's LayerNorm is given under autocast."""
-    found, root, layer_norm = [], torch.rsqrt, F.layer_norm
+    """The dtypes that norms compute in: of rsqrt in Llama's, of the input of torch's LayerNorm."""
+    found: list[torch.dtype] = []
+    real_rsqrt, real_layer_norm = torch.rsqrt, F.layer_norm
+
+    def rsqrt(x: Tensor) -> Tensor:
+        found.append(x.dtype)
+        return real_rsqrt(x)
+
+    def layer_norm(x: Tensor, *rest: object) -> Tensor:
+        found.append(x.dtype)
+        return real_layer_norm(x, *rest)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rsqrt", lambda x: (found.append(x.dtype), root(x))[1])
-        patch.setattr(
-            F, "layer_norm", lambda x, *rest: (found.append(x.dtype), layer_norm(x, *rest))[1]
-        )
+        patch.setattr(torch, "rsqrt", rsqrt)
+        patch.setattr(F, "layer_norm", layer_norm)
         yield found
 
 
-def words(dtypes: set[torch.dtype]) -> str:
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+def words(kinds: set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in kinds))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,83 +77,59 @@ def test_what_the_table_says_is_what_a_step_does(
     config: LlamaConfig | PhiConfig, dtype: torch.dtype
 ) -> None:
     model = model_of(config, dtype)
-    table, outputs = rows_of(model, dtype), {}
-    norms = [
-        module
-        for module in model.modules()
-        if type(module).__name__ in ("LlamaRMSNorm", "LayerNorm")
-    ]
+    table = rows_of(model, dtype)
+    norm_types = ("LlamaRMSNorm", "LayerNorm")
+    norms = [module for module in model.modules() if type(module).__name__ in norm_types]
     assert len(norms) == (5 if config.model_type == "llama" else 3)
-    adapted = [module for module in model.modules() if isinstance(module, QLoRALinear)]
     watched = {
         "head": [model.lm_head],
         "norms": norms,
-        "adapters": adapted,
+        "adapters": [module for module in model.modules() if isinstance(module, QLoRALinear)],
         "embedding": [model.get_input_embeddings()],
     }
-    for what, modules in watched.items():
+    outputs: dict[str, set[torch.dtype]] = {kind: set() for kind in watched}
+    for kind, modules in watched.items():
         for module in modules:
             module.register_forward_hook(
-                lambda *args, what=what: outputs.setdefault(what, set()).add(args[2].dtype)
+                lambda *args, kind=kind: outputs[kind].add(args[2].dtype)  # None: changes nothing
             )
 
-    ids = torch.randint(3, 256, (3, 20))
-    batch = data.Batch(ids, torch.ones_like(ids), ids)
+    ids = torch.randint(3, 256, (3, 20))  # (B, T)
+    batch = dataset.Batch(ids, torch.ones_like(ids), ids)
     with recorded_norms() as inside, Results() as forward:
-        loss = evaluate.label_loss(model.train(), batch, dtype)
+        loss = loss_and_eval.label_loss(model.train(), batch, dtype)
     with Results() as backward:
         (loss / batch.n_labels).backward()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    assert (
-        outputs["adapters"] == outputs["head"] == {dtype}
-        and words({dtype}) == table["head"].computed
-    )
-    assert (
-        table["adapters"].computed
-        == table["linear layers"].computed
-        == table["gradients"].computed
-        == words({dtype})
-    )
-    products = {kind for name, kind, _ in backward.seen if name in ("mm", "matmul", "addmm_")}
-    assert products == {dtype}, "gradients are computed in what the products are"
-    assert table["norms"].computed == words(set(inside)) + (
-        f", then {words(outputs['norms'])}" if dtype not in inside else ""
-    )
+    assert outputs["adapters"] == outputs["head"] == {dtype}
+    for what in ("head", "adapters", "linear layers", "gradients"):
+        assert table[what].computed == words({dtype})
+    matmuls = {kind for name, kind, _ in backward.seen if name in ("mm", "matmul", "addmm_")}
+    assert matmuls == {dtype}, "gradients are computed in the dtype of the matmuls"
+    then = "" if dtype in inside else f", then {words(outputs['norms'])}"
+    assert table["norms"].computed == words(set(inside)) + then
     assert table["norms"].kept == words({norm.weight.dtype for norm in norms}) == words({dtype})
     assert table["embedding"].computed == words(outputs["embedding"])
 
-    assert (
-        table["loss"].kept == words({dtype})
-        and table["loss"].computed == words({loss.dtype}) == "float32"
-    )
-    whole = batch.n_labels * config.vocab_size
-    large = [kind for name, kind, numel in forward.seen + backward.seen if numel >= whole]
-    assert set(large) == {dtype}, "the logits never are float32 as a whole"
-    assert (
-        predict.ROWS == evaluate.CrossEntropy.ROWS
-        and f"{predict.ROWS} rows at a time" in table["loss"].because
-    )
+    assert table["loss"].kept == words({dtype})
+    assert table["loss"].computed == words({loss.dtype}) == "float32"
+    logits = batch.n_labels * config.vocab_size
+    large = [kind for name, kind, numel in forward.seen + backward.seen if numel >= logits]
+    assert set(large) == {dtype}, "the logits are never float32 all at once"
+    assert formula.ROWS == loss_and_eval.CrossEntropy.ROWS
+    assert f"{formula.ROWS} rows at a time" in table["loss"].because
     assert ("never are float32" in table["loss"].because) == (dtype != torch.float32)
 
-    assert (
-        table["gradients"].kept
-        == words({parameter.grad.dtype for parameter in parameters})
-        == "float32"
-    )
+    gradients = {parameter.grad.dtype for parameter in parameters}
+    assert table["gradients"].kept == words(gradients) == "float32"
     paged, resident = PagedAdamW(parameters), torch.optim.AdamW(parameters)
-    paged.step(), resident.step()
-    moments = {
-        tensor.dtype
-        for state in resident.state.values()
-        for tensor in (state["exp_avg"], state["exp_avg_sq"])
-    }
-    assert (
-        table["optimizer state"].kept
-        == table["optimizer state"].computed
-        == words(moments)
-        == "float32"
-    )
+    paged.step()
+    resident.step()
+    states = resident.state.values()
+    moments = {state[key].dtype for state in states for key in ("exp_avg", "exp_avg_sq")}
+    row = table["optimizer state"]
+    assert row.kept == row.computed == words(moments) == "float32"
     assert {page.dtype for page in paged.pager.cache.values()} == moments
 
 
@@ -160,10 +144,9 @@ def test_what_the_table_says_is_what_a_step_does(
 def test_the_base_is_described_by_its_tensors(settings: dict, kept: str) -> None:
     model = model_of(CONFIGS[0], torch.bfloat16, **settings)
     row = rows_of(model, torch.bfloat16)["linear layers"]
+    decoded = "decoded as they are multiplied, and dropped"
     assert row.kept.startswith(kept)
-    assert row.because == (
-        "as loaded" if "codebook" in settings else "decoded as they are multiplied, and dropped"
-    )
+    assert row.because == ("as loaded" if "codebook" in settings else decoded)
 
 
 def test_the_head_is_said_to_be_the_embedding_only_where_it_is() -> None:
@@ -174,7 +157,7 @@ def test_the_head_is_said_to_be_the_embedding_only_where_it_is() -> None:
 
 
 def test_a_layer_norm_that_autocast_puts_in_float32_is_said_to_be() -> None:
-    """As on a GPU, whose list of such operations has it; a processor's has not."""
+    """As on a GPU, where autocast has it in its list of float32 operations; on a CPU it has not."""
     model, real = model_of(CONFIGS[1], torch.bfloat16), F.layer_norm
 
     def layer_norm(x: Tensor, shape: tuple, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -193,13 +176,11 @@ def test_a_model_without_norms_has_none_in_the_table() -> None:
     assert rows_of(model, torch.float32)["norms"][1:3] == ("-", "-")
 
 
-def test_looking_leaves_the_model_and_its_random_numbers_alone() -> None:
+def test_the_table_leaves_the_model_and_the_random_numbers_unchanged() -> None:
     model = model_of(CONFIGS[0], torch.bfloat16, lora_dropout=0.5).train()
-    before, generator = (
-        {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        torch.get_rng_state(),
-    )
-    text = precision.table(model, torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    text = dtypes.dtype_table(model, torch.bfloat16)
     assert [line.split("  ")[0] for line in text.splitlines()] == [
         "precision",
         "linear layers",
@@ -216,14 +197,34 @@ def test_looking_leaves_the_model_and_its_random_numbers_alone() -> None:
     assert all(same_bits(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_products_are_in_bfloat16_where_the_cpu_multiplies_it(
+def test_matmuls_are_in_bfloat16_where_the_cpu_multiplies_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for features, dtype in (
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"avx512_f": True, "amx_bf16": False}, torch.float32),
-    ):
+    native = {"avx512_bf16": True}, torch.bfloat16
+    emulated = {"avx512_f": True, "amx_bf16": False}, torch.float32
+    for features, dtype in (native, emulated):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
-        assert precision.pick_dtype("auto", "cpu") is dtype
-        assert precision.pick_dtype("float32", "cpu") is torch.float32
-        assert precision.pick_dtype("bfloat16", "cpu") is torch.bfloat16
+        assert dtypes.pick_dtype("auto", "cpu") is dtype
+        assert dtypes.pick_dtype("float32", "cpu") is torch.float32
+        assert dtypes.pick_dtype("bfloat16", "cpu") is torch.bfloat16
+
+
+@pytest.mark.parametrize("available", [False, True])
+def test_the_device_is_the_gpu_if_there_is_one_unless_given(
+    monkeypatch: pytest.MonkeyPatch, available: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    args = Options()
+    assert dtypes.resolve_device_and_dtype(args) is args
+    assert args.device == ("cuda" if available else "cpu")
+    assert args.dtype is dtypes.pick_dtype("auto", args.device)
+    given = dtypes.resolve_device_and_dtype(Options(device="cpu", dtype="float32"))
+    assert (given.device, given.dtype) == ("cpu", torch.float32)
+
+
+def test_a_device_that_torch_lacks_is_an_error_of_one_line() -> None:
+    with pytest.raises(ValueError, match="^--device abacus cannot be used .*: try cpu$") as error:
+        dtypes.resolve_device_and_dtype(Options(device="abacus"))
+    assert "\n" not in str(error.value)

@@ -1,6 +1,8 @@
-"""The command line: every flag in the help, every bad one answered by one line, and what a dry run finds out."""
+"""The flags, the help, one line for each mistake, and what a dry run finds before training."""
 
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,13 +10,15 @@ import pytest
 import torch
 
 import train
-from checkpoints import sources as pretrained
+from checkpoints import sources
 from helpers import models
 from memory import weigh
-from training import options
-from training import preflight as plan
+from training import options, preflight
+from training.dtypes import resolve_device_and_dtype
 from training.options import Options, parse_args
+from variants import init
 
+ROOT = Path(__file__).parent.parent.parent
 SPELLINGS = {
     "model": "--model_name_or_path m",
     "max_seq_len": "--max_length 9",
@@ -33,20 +37,15 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_a_command_line_for_hugging_faces_trainers_is_understood(name: str) -> None:
-    ours, default, given = (
-        parse_args(SPELLINGS[name].split()),
-        parse_args([]),
-        re.split("[ =]", SPELLINGS[name])[-1],
-    )
-    assert str(getattr(ours, name)) == {"2e-4": "0.0002", "--gradient_checkpointing": "True"}.get(
-        given, given
-    )
-    assert [
-        each.name
-        for each in fields(Options)
-        if getattr(ours, each.name) != getattr(default, each.name)
-    ] == [*(["max_steps"] if name == "num_train_epochs" else []), name]
+def test_a_command_line_for_the_trainers_of_hugging_face_is_understood(name: str) -> None:
+    ours = parse_args(SPELLINGS[name].split())
+    default = parse_args([])
+    given = re.split("[ =]", SPELLINGS[name])[-1]
+    wanted = {"2e-4": "0.0002", "--gradient_checkpointing": "True"}.get(given, given)
+    assert str(getattr(ours, name)) == wanted
+    names = [option.name for option in fields(Options)]
+    changed = [each for each in names if getattr(ours, each) != getattr(default, each)]
+    assert changed == (["max_steps", name] if name == "num_train_epochs" else [name])
 
 
 def test_the_help_has_every_flag_in_a_group_and_its_default(capsys: pytest.CaptureFixture) -> None:
@@ -54,16 +53,38 @@ def test_the_help_has_every_flag_in_a_group_and_its_default(capsys: pytest.Captu
         parse_args(["--help"], "What it does.")
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "What it does." in text
-    for each in fields(Options):
-        assert (
-            f"  {options.spelling(each.name)}" in text and f"\n{each.metadata['group']}:\n" in text
-        )
-        assert all(alias in text for alias in each.metadata["aliases"])
-    assert (
-        "(default: 0.001)" in text
-        and "(default: None)" not in text
-        and "(default: False)" not in text
-    )
+    names = [option.name for option in fields(Options)]
+    assert names[0] in options.GROUPS and {*options.GROUPS} | {*options.ALIASES} <= {*names}
+    assert options.MAY_DIFFER.issubset(names)
+    position = 0
+    for name in names:
+        if name in options.GROUPS:
+            position = text.index(f"\n{options.GROUPS[name]}:\n", position)
+        position = text.index(f"\n  {options.spelling(name)}", position)
+        assert all(alias in text for alias in options.ALIASES.get(name, []))
+    assert "(default: 0.001)" in text and "(default: 0)" in text
+    assert "(default: None)" not in text and "(default: False)" not in text
+
+
+def test_options_imports_the_standard_library_only() -> None:
+    """So --help and a wrong flag are answered before torch loads."""
+    code = """
+import sys
+before = set(sys.modules)
+from training.options import parse_args
+parse_args([])
+print(*set(sys.modules) - before)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "training" in loaded and "torch" not in loaded
+    assert loaded - {"training"} <= sys.stdlib_module_names
+
+
+def test_the_names_that_options_repeats_are_those_of_their_modules() -> None:
+    assert options.DEFAULT_MODEL == sources.DEFAULT_MODEL
+    assert tuple(options.LORA_STARTS) == tuple(init.STARTS)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +104,9 @@ def test_the_help_has_every_flag_in_a_group_and_its_default(capsys: pytest.Captu
         ("--seed -1", "must be 0 or more; got -1"),
         ("--quant nf5", "argument --quant: invalid choice: 'nf5' .choose from"),
         ("--device abacus", "--device abacus cannot be used .*: try cpu"),
-        ("--batchsize 3", "--batchsize is no flag: did you mean --batch-size?"),
-        ("--resum", "--resum is no flag: did you mean --resume?"),
-        ("nonsense", "nonsense is no flag: --help shows all of them"),
+        ("--batchsize 3", "--batchsize is not a flag: did you mean --batch-size?"),
+        ("--resum", "--resum is not a flag: did you mean --resume?"),
+        ("nonsense", "nonsense is not a flag: --help shows all flags"),
         ("--lr", "argument --lr/--learning-rate: expected one argument"),
         ("--prompt alone", "--prompt does nothing without --adapter: give both, or neither"),
         (
@@ -121,10 +142,10 @@ def test_the_help_has_every_flag_in_a_group_and_its_default(capsys: pytest.Captu
         ),
     ],
 )
-def test_what_makes_no_sense_gets_one_line_before_anything_is_loaded(
+def test_a_wrong_flag_gets_one_line_before_anything_is_loaded(
     words: str, answer: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "make", lambda *args: pytest.fail("went on"))
+    monkeypatch.setattr(preflight, "make", lambda *args: pytest.fail("went on"))
     with pytest.raises(SystemExit) as stop:
         train.main(words.split())
     error = capsys.readouterr().err
@@ -132,10 +153,9 @@ def test_what_makes_no_sense_gets_one_line_before_anything_is_loaded(
     assert re.search(answer, error), error
 
 
-def test_what_a_resumed_run_must_share_is_what_the_bits_depend_on() -> None:
-    settings = parse_args(
-        ["--output-dir", "elsewhere", "--lora-alpha", "16", "--num-train-epochs", "3"]
-    ).settings()
+def test_a_resumed_run_must_share_the_flags_that_the_bits_depend_on() -> None:
+    flags = "--output-dir elsewhere --lora-alpha 16 --num-train-epochs 3"
+    settings = parse_args(flags.split()).settings()
     assert settings.keys() == {
         "model",
         "quant",
@@ -190,20 +210,11 @@ def test_a_dry_run_says_what_a_run_would_be_and_loads_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        pretrained.AutoModelForCausalLM,
+        sources.AutoModelForCausalLM,
         "from_pretrained",
         lambda *args, **kwargs: pytest.fail("loaded"),
     )
-    shape = [
-        "--batch-size",
-        "2",
-        "--grad-accum",
-        "3",
-        "--num-train-epochs",
-        "4",
-        "--dtype",
-        "bfloat16",
-    ]
+    shape = "--batch-size 2 --grad-accum 3 --num-train-epochs 4 --dtype bfloat16".split()
     assert dry(tiny, tmp_path / "out", "--data", str(rows), *shape) == 0
     text = capsys.readouterr().out
     for line in (
@@ -250,35 +261,33 @@ def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = models.tiny_llama(vocab_size=256).config
-    args, whole = (
-        parse_args(["--dtype", dtype, "--device", "cpu"]) for dtype in ("bfloat16", "float32")
+    args, in_float32 = (
+        resolve_device_and_dtype(parse_args(["--dtype", dtype, "--device", "cpu"]))
+        for dtype in ("bfloat16", "float32")
     )
-    assert plan.memory_of(config, whole, 64).startswith(
-        "0.00 GB at a step's peak, predicted; cpu has"
+    predicted = preflight.memory_of(config, in_float32, 64)
+    assert predicted.startswith("0.00 GB at a step's peak, predicted; cpu has")
+    half, full = (
+        weigh.ledger(config, each, 4, 64).components["activations"] for each in (args, in_float32)
     )
-    half, whole = (weigh.ledger(config, each, 4, 64) for each in (args, whole))
-    assert (
-        half.components["activations"]
-        < whole.components["activations"]
-        < 2 * half.components["activations"]
-    )
-    monkeypatch.setattr(plan, "device_bytes", lambda device: 1000)
-    assert plan.memory_of(config, args, 64).endswith(
+    assert half < full < 2 * half
+    monkeypatch.setattr(preflight, "device_bytes", lambda device: 1000)
+    assert preflight.memory_of(config, args, 64).endswith(
         "which is too little: see --batch-size, --max-seq-len, --grad-checkpoint"
     )
     config.model_type = "gemma"
-    known = "not predicted: the ledger knows llama and mistral, from dense weights, without biases or DoRA"
-    known += ", and this is another "
-    assert plan.memory_of(config, args, 64).startswith(f"{known}gemma; cpu has")
+    known = "not predicted: the ledger knows llama and mistral, from dense weights, "
+    known += "without biases or DoRA, and this is another "
+    assert preflight.memory_of(config, args, 64).startswith(f"{known}gemma; cpu has")
     config.model_type, config.attention_bias = "llama", True
-    assert plan.memory_of(config, args, 64).startswith(f"{known}llama; cpu has")
+    assert preflight.memory_of(config, args, 64).startswith(f"{known}llama; cpu has")
 
 
 def test_a_gpus_memory_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: type("Card", (), {"total_memory": 24})
     )
-    assert plan.device_bytes("cuda:0") == 24 < plan.device_bytes("cpu")
+    assert preflight.device_bytes("cuda:0") == 24 < preflight.device_bytes("cpu")
 
 
 def test_other_data_are_refused_on_resume_unless_told_and_a_renamed_file_is_not(
@@ -288,18 +297,11 @@ def test_other_data_are_refused_on_resume_unless_told_and_a_renamed_file_is_not(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = [
-        "--model",
-        str(tiny),
-        "--output-dir",
-        str(tmp_path / "out"),
-        "--max-steps",
-        "2",
-        "--batch-size",
-        "2",
-    ]
+    paths = ["--model", str(tiny), "--output-dir", str(tmp_path / "out")]
+    run = [*paths, "--max-steps", "2", "--batch-size", "2"]
     assert train.main([*run, "--data", str(rows)]) == 0
-    renamed, other = rows.rename(tmp_path / "renamed.jsonl"), tmp_path / "other.jsonl"
+    renamed = rows.rename(tmp_path / "renamed.jsonl")
+    other = tmp_path / "other.jsonl"
     other.write_text(renamed.read_text().replace("What is 7?", "Who is 7?"))
     capsys.readouterr()
     assert dry(tiny, tmp_path / "out", *run[4:], "--data", str(renamed), "--resume") == 0
@@ -307,7 +309,7 @@ def test_other_data_are_refused_on_resume_unless_told_and_a_renamed_file_is_not(
     assert train.main([*run, "--data", str(other), "--resume"]) == 1
     said = capsys.readouterr().err
     assert re.search(
-        "cannot go on from .*: data .a hash of its token ids. was .*, is .*. Give what was, or --resume-any",
+        "cannot resume from .*: data .a hash of its token ids. was .*, is .*. Use the old settings or",
         said,
     )
     assert train.main([*run, "--data", str(other), "--resume", "--resume-anyway"]) == 0

@@ -1,4 +1,4 @@
-"""A merged model is what PEFT would have merged and transformers loads; what the audit says of a 4-bit merge comes true."""
+"""A merged model equals PEFT's, transformers loads it, and the audit of a 4-bit merge is right."""
 
 import json
 import math
@@ -14,26 +14,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora
 import train
-from checkpoints import base_model
-from checkpoints import peft_adapter as peft_format
-from frozen import MergeAudit
+from checkpoints import base_model, peft_adapter
 from helpers import models
 from helpers.bounds import HALF_A_PERCENT, cosine
-from training import use_adapter as export
+from lora import MergeAudit
+from training import use_adapter
 
 DTYPE = torch.bfloat16
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """A folder with an adapter that does something, trained on a tiny model in tmp_path / model."""
+    """A folder with an adapter whose update is not zero, for a tiny model in tmp_path / model."""
     folder = models.save_tiny_llama(tmp_path / "model")
     model = lora.attach(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE), r=4)
-    for layer in peft_format.adapted_layers(model).values():
-        torch.nn.init.normal_(
-            layer.lora_B, std=0.001
-        )  # an update that is small beside the gaps between levels
-    peft_format.save_adapter(model, tmp_path / "out")
+    for layer in peft_adapter.adapted_layers(model).values():
+        # An update that is small compared with the gaps between levels.
+        torch.nn.init.normal_(layer.lora_B, std=0.001)
+    peft_adapter.save_adapter(model, tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -43,9 +41,9 @@ def test_a_merge_is_what_peft_merges_into_the_decoded_base_and_transformers_load
     assert train.main(["--adapter", str(out), "--merge", str(tmp_path / "merged")]) == 0
     said = capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    ours, _ = export.load(out, None, None, "cpu")
+    ours, _ = use_adapter.load_adapted_model(out, None, None, "cpu")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    for name, layer in peft_format.adapted_layers(ours).items():
+    for name, layer in peft_adapter.adapted_layers(ours).items():
         dense.get_submodule(name).weight.data = layer.base(torch.float32)
     theirs = PeftModel.from_pretrained(dense, out).merge_and_unload()
     for (name, one), other in zip(merged.named_parameters(), theirs.parameters()):
@@ -57,26 +55,24 @@ def test_a_merge_is_what_peft_merges_into_the_decoded_base_and_transformers_load
     assert "quantization_config" not in json.loads(
         (tmp_path / "merged" / "config.json").read_text()
     )
-    assert re.search(
-        r"all of the update.* A merge into 4 bits keeps \d+% of the update over 14 layers; worst is model\.",
-        said,
-    )
+    keeps = r"A merge into 4 bits keeps \d+% of the update over 14 layers; worst is model\."
+    assert re.search(f"all of the update.* {keeps}", said)
 
 
-def test_a_merge_with_the_base_of_a_4_bit_folder_is_dense_and_stays_in_float16(
+def test_a_merge_into_the_base_of_a_4_bit_folder_is_dense_and_stays_float16(
     tmp_path: Path,
 ) -> None:
     model = lora.attach(models.tiny_llama(torch.float16), r=4)
-    export.save_4bit(model, models.tokenizer(), tmp_path / "base")
-    peft_format.save_adapter(models.trained(model), tmp_path / "out")
-    assert peft_format.read_config(tmp_path / "out")["base_model_name_or_path"] == str(
+    use_adapter.save_4bit(model, models.tokenizer(), tmp_path / "base")
+    peft_adapter.save_adapter(models.trained(model), tmp_path / "out")
+    assert peft_adapter.read_config(tmp_path / "out")["base_model_name_or_path"] == str(
         tmp_path / "base"
     )
     assert (
         train.main(["--adapter", str(tmp_path / "out"), "--merge", str(tmp_path / "merged")]) == 0
     )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    for name, layer in peft_format.adapted_layers(model).items():
+    for name, layer in peft_adapter.adapted_layers(model).items():
         weight = merged.get_submodule(name).weight
         assert weight.dtype == torch.float16 and torch.equal(
             weight, (layer.base(torch.float32) + layer.update()).half()
@@ -87,11 +83,11 @@ def test_a_merge_with_the_base_of_a_4_bit_folder_is_dense_and_stays_in_float16(
 def test_a_merge_into_4_bits_keeps_what_the_audit_said_and_transformers_loads_it(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    model, _ = export.load(out, None, None, "cpu")
-    layers = peft_format.adapted_layers(model)
+    model, _ = use_adapter.load_adapted_model(out, None, None, "cpu")
+    layers = peft_adapter.adapted_layers(model)
     before = {name: layer.base(torch.float32) for name, layer in layers.items()}
     updates = {name: layer.update() for name, layer in layers.items()}
-    _, audit = lora.merge(export.load(out, None, None, "cpu")[0])
+    _, audit = lora.merge(use_adapter.load_adapted_model(out, None, None, "cpu")[0])
     assert train.main(["--adapter", str(out), "--merge-4bit", str(tmp_path / "merged")]) == 0
     said = int(re.search(r"keeps (\d+)%", capsys.readouterr().out)[1]) / 100
     with torch.compiler.set_stance("force_eager"):
@@ -114,22 +110,21 @@ def test_a_merge_into_4_bits_keeps_what_the_audit_said_and_transformers_loads_it
     assert 0 < said < 1 and abs(said - realised / wanted) <= HALF_A_PERCENT + cosine(2**14)
 
 
-def test_the_share_over_a_model_weighs_layers_by_the_square_of_their_updates() -> None:
+def test_the_fraction_over_a_model_weights_layers_by_the_square_of_their_updates() -> None:
     audit = {
         "a": MergeAudit(3.0, 0.5, 0.9),
         "b": MergeAudit(1.0, 1.0, 0.8),
         "c": MergeAudit(0.0, 1.0, 1.0),
     }
-    assert (
-        "keeps 55% of the update over 3 layers; worst is b, where the change has a cosine of 0.80"
-        in export.in_words(audit)
-    )
-    assert "keeps 100%" in export.in_words({"c": audit["c"]})
-    assert "dense" in export.in_words({})
+    worst = "worst is b, where the merged change has a cosine of 0.80 with the update."
+    expected = f"A merge into 4 bits keeps 55% of the update over 3 layers; {worst}"
+    assert use_adapter.describe_audit(audit) == expected
+    assert "keeps 100%" in use_adapter.describe_audit({"c": audit["c"]})
+    assert "dense" in use_adapter.describe_audit({})
 
 
 @pytest.mark.parametrize("flag", ["--merge", "--merge-4bit"])
-def test_nothing_is_overwritten_and_nothing_half_written(
+def test_a_merge_overwrites_nothing_and_leaves_nothing_incomplete(
     out: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
@@ -137,7 +132,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(
     flag: str,
 ) -> None:
     assert train.main(["--adapter", str(out), flag, str(tmp_path / "model")]) == 1
-    assert "is there already and is not empty" in capsys.readouterr().err
+    assert "exists and is not empty" in capsys.readouterr().err
 
     def full(*args: object) -> None:
         (args[1] / "half").write_text("")
@@ -153,8 +148,8 @@ def test_nothing_is_overwritten_and_nothing_half_written(
     assert train.main(["--adapter", str(out), flag, str(tmp_path / "merged")]) == 0
 
 
-def test_an_adapter_remembers_its_base_and_peft_does_not_mind(out: Path) -> None:
-    quantization, dtype = peft_format.base_of(out)
+def test_an_adapter_records_its_base(out: Path) -> None:
+    quantization, dtype = peft_adapter.base_of(out)
     assert dtype == DTYPE and quantization.keys() == {"block_size", "double_quant", "codebook"}
     assert torch.equal(quantization.pop("codebook"), lora.NF4) and quantization == {
         "block_size": 64,
@@ -182,10 +177,10 @@ def test_a_header_that_describes_no_base_is_refused(
         load_file(path), path, {"format": "pt"} | ({} if header is None else {"base": header})
     )
     if complaint is None:
-        quantization, dtype = peft_format.base_of(out)
+        quantization, dtype = peft_adapter.base_of(out)
         assert (quantization["codebook"] is None) == (dtype == torch.float16) and math.log2(
             quantization["block_size"]
         ) == 6
     else:
         with pytest.raises(ValueError, match=complaint):
-            peft_format.base_of(out)
+            peft_adapter.base_of(out)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,7 +22,6 @@ from transformers import AutoModelForCausalLM
 import lora
 import train
 from checkpoints import peft_adapter as checkpoint
-from frozen import FrozenWeight
 from helpers.bounds import (
     Bounded,
     cast,
@@ -37,23 +37,22 @@ from helpers.bounds import (
 from helpers.models import adapted as adapted_llama
 from helpers.models import save_tiny_llama, tiny_llama, trained
 from helpers.strategies import Adapted, TowerWithHead, adapted, same_bits
-from lora import QLoRALinear
+from lora import FrozenWeight, QLoRALinear
 from memory import measured as memory
 from training import state as resume
 from training import use_adapter as export
 from variants import dora
 from variants import init as variants
+from variants.dora import DoRALinear
 
 DORA = {"lora_A", "lora_B", "lora_magnitude_vector.weight"}
 
 
-def untrained(case: Adapted, dtype: torch.dtype = torch.float32, **settings: object) -> QLoRALinear:
-    return QLoRALinear.from_linear(
-        case.linear(dtype), **case.settings() | {"use_dora": True} | settings
-    )
+def untrained(case: Adapted, dtype: torch.dtype = torch.float32, **settings: object) -> DoRALinear:
+    return DoRALinear.from_linear(case.linear(dtype), **case.settings() | settings)
 
 
-def adapt(case: Adapted, dtype: torch.dtype = torch.float32, **settings: object) -> QLoRALinear:
+def adapt(case: Adapted, dtype: torch.dtype = torch.float32, **settings: object) -> DoRALinear:
     """A layer as training might leave it, its magnitudes too."""
     layer = case.trained(untrained(case, dtype, **settings))
     with torch.no_grad():
@@ -61,21 +60,13 @@ def adapt(case: Adapted, dtype: torch.dtype = torch.float32, **settings: object)
     return layer
 
 
-def scale(layer: QLoRALinear) -> Tensor:
-    return layer.lora_magnitude_vector(layer.base, layer.lora_A, layer.lora_B, layer.scaling)
-
-
-def norm_of(layer: QLoRALinear) -> Tensor:
-    return layer.lora_magnitude_vector.norm(layer.base, layer.lora_A, layer.lora_B, layer.scaling)
-
-
-def norm_in_float64(layer: QLoRALinear) -> Tensor:
+def norm_in_float64(layer: DoRALinear) -> Tensor:
     """By the definition."""
     update = layer.scaling * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
     return (layer.base(torch.float64) + update).norm(dim=1)
 
 
-def bound_of_norm(layer: QLoRALinear) -> Bounded:
+def bound_of_norm(layer: DoRALinear) -> Bounded:
     A, B = layer.lora_A, layer.lora_B
     return in_float64(dora_norm(layer.base(A.dtype), A, B, layer.scaling), 4 * layer.in_features)
 
@@ -96,14 +87,14 @@ def test_the_norm_is_that_of_the_rows_of_the_dense_sum(
     with torch.no_grad():
         layer.lora_B.mul_(size)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # which does not reach into it
-        norm = norm_of(layer)
+        norm = layer.row_norm()
     assert norm.dtype == layer.lora_A.dtype and not norm.requires_grad
     assert bound_of_norm(layer).allows(norm, norm_in_float64(layer))
 
 
 def test_a_norm_of_more_rows_than_are_squared_at_once_has_all_of_them() -> None:
     weight = torch.randn(2 * dora.ROWS + 3, 4)
-    layer = QLoRALinear(FrozenWeight(weight, codebook=None), None, 1, 1, use_dora=True)
+    layer = DoRALinear(FrozenWeight(weight, codebook=None), None, 1, 1)
     bound = cast(weight.double().norm(dim=1), torch.float32)
     assert (
         (layer.lora_magnitude_vector.weight.double() - weight.double().norm(dim=1)).abs() <= bound
@@ -118,7 +109,7 @@ def test_an_untrained_layer_gives_the_output_of_its_base_to_the_bit(
     """Its magnitudes are the norms of its base, and c is exactly 1."""
     x_dtype, autocast, compute_dtype = mode
     layer, x = untrained(case, compute_dtype=compute_dtype), case.x(x_dtype)
-    assert (scale(layer) == 1).all()
+    assert (layer.scale() == 1).all()
     assert same_bits(layer.lora_magnitude_vector.weight, layer.lora_magnitude_vector.base_norm)
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         assert same_bits(
@@ -153,7 +144,7 @@ def test_a_row_of_zeros_is_the_bias_and_can_learn(bias: bool) -> None:
     case = Adapted(bias=bias)
     linear = case.linear()
     linear.weight.data[3] = 0
-    layer = QLoRALinear.from_linear(linear, **case.settings(), use_dora=True)
+    layer = DoRALinear.from_linear(linear, **case.settings())
     optimizer = torch.optim.SGD([layer.get_parameter(name) for name in DORA], lr=0.1)
     for learnt in ("lora_B", "lora_magnitude_vector.weight"):
         y = layer(case.x())
@@ -172,17 +163,15 @@ def test_rows_that_the_update_cancels_leave_all_that_is_computed_finite(
     seed: int, size: float
 ) -> None:
     """Where the square of the norm is no more than rounding, and may come out below zero."""
-    layer = QLoRALinear.from_linear(
-        nn.Linear(8, 6), r=1, lora_alpha=1, use_dora=True, codebook=None
-    )
+    layer = DoRALinear.from_linear(nn.Linear(8, 6), r=1, lora_alpha=1, codebook=None)
     case = Adapted(8, 6, 1, seed=seed)
     a, b = (case.random(size, offset=offset).float() for size, offset in ((8, 1), (6, 2)))
     with torch.no_grad():
         layer.base.weight.copy_(torch.outer(b, a) * size)
-        layer.lora_magnitude_vector = dora.Magnitude(layer.base, layer.lora_A, layer.lora_B, 1.0)
+        layer.reset_magnitude()
         layer.lora_A.copy_(a[None])
         layer.lora_B.copy_(-b[:, None] * size)
-    assert bound_of_norm(layer).allows(norm_of(layer), norm_in_float64(layer))
+    assert bound_of_norm(layer).allows(layer.row_norm(), norm_in_float64(layer))
     y = layer(case.x())
     y.backward(case.g())
     assert y.isfinite().all() and all(
@@ -256,7 +245,7 @@ def test_the_backward_passes_gradcheck_in_float64_for_a_norm_that_stays(
     ]
     inputs += [layer.bias.requires_grad_()] if bias else []
     norm = norm_in_float64(layer)
-    monkeypatch.setattr(dora.Magnitude, "norm", lambda *_: norm)
+    monkeypatch.setattr(DoRALinear, "row_norm", lambda _: norm)
 
     def seeded(*_: Tensor) -> Tensor:
         torch.manual_seed(5)  # one mask for all evaluations
@@ -268,7 +257,8 @@ def test_the_backward_passes_gradcheck_in_float64_for_a_norm_that_stays(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_saves_what_lora_does_and_one_product_and_nothing_dense(dtype: torch.dtype) -> None:
     case = Adapted(48, 40, 3, leading=(2, 5), bias=False)
-    layer, plain, x = adapt(case), case.trained(untrained(case, use_dora=False)), case.x(dtype)
+    layer, x = adapt(case), case.x(dtype)
+    plain = case.trained(QLoRALinear.from_linear(case.linear(), **case.settings()))
     kept, without = saved_by(lambda: layer(x))[1], saved_by(lambda: plain(x))[1]
     assert all(tensor.numel() != 48 * 40 for tensor in kept)
     more = sum(tensor.nbytes for tensor in kept) - sum(tensor.nbytes for tensor in without)
@@ -277,13 +267,13 @@ def test_forward_saves_what_lora_does_and_one_product_and_nothing_dense(dtype: t
     )  # before c; c, n, and where n is not 0
 
 
-@given(adapted, st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
+@given(adapted, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_a_merged_row_has_the_length_of_its_magnitude_and_the_layer_computes_the_same(
-    case: Adapted, dtype: torch.dtype, whole: bool
+    case: Adapted, dtype: torch.dtype
 ) -> None:
     assume(math.prod(case.leading))
-    layer, x = adapt(case, dtype).eval(), case.x()
-    m, before = layer.lora_magnitude_vector.weight.detach().double(), layer(x)
+    layer = adapt(case, dtype).eval()
+    m = layer.lora_magnitude_vector.weight.detach().double()
     base, n = layer.base(torch.float64), bound_of_norm(layer)
     update = (
         Bounded.exact(layer.lora_B)
@@ -301,24 +291,20 @@ def test_a_merged_row_has_the_length_of_its_magnitude_and_the_layer_computes_the
     assert total.allows(layer.update())
     total = in_float64(total.plus(Bounded.exact(base), torch.float32), 4)
     total = total if dtype == torch.float32 else total.to(dtype)
-    if whole:
-        weight = lora.merge(nn.Sequential(layer))[0][0].weight
-    else:
-        layer.merge()
-        weight = layer.merged
-        y = Bounded.exact(x.reshape(-1, case.in_features)).matmul(total.T, torch.float32)
-        y = y if layer.bias is None else y.plus(Bounded.exact(layer.bias), torch.float32)
-        assert y.allows(layer(x).reshape(-1, case.out_features))
-        layer.unmerge()
-        assert same_bits(layer(x), before)
-    assert weight.dtype == dtype and total.allows(weight)
+    merged = lora.merge(nn.Sequential(layer))[0][0]
+    assert merged.weight.dtype == dtype and total.allows(merged.weight)
+    x = case.x().reshape(-1, case.in_features)
+    y = Bounded.exact(x).matmul(total.T, torch.float32)
+    bias = None if layer.bias is None else layer.bias.float()
+    y = y if bias is None else y.plus(Bounded.exact(bias), torch.float32)
+    assert y.allows(F.linear(x, merged.weight.float(), bias))
     lengths = (total.value.norm(dim=1) - m.abs()).abs()
     assert (lengths <= n.error * (m / n.value).abs() * 2).all(), "by the definition of c"
 
 
 def test_training_lowers_the_loss_and_moves_the_magnitudes_and_nothing_frozen() -> None:
     torch.manual_seed(0)
-    model = lora.attach(TowerWithHead(tied=True), r=4, lora_dropout=0.1, use_dora=True)
+    model = lora.attach(TowerWithHead(tied=True), r=4, lora_dropout=0.1, layer_type=DoRALinear)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert {name.partition("up.")[2] or name.partition("down.")[2] for name in trained} == DORA
     start = copy.deepcopy(model.state_dict())
@@ -330,23 +316,22 @@ def test_training_lowers_the_loss_and_moves_the_magnitudes_and_nothing_frozen() 
     )
 
 
-def test_what_is_not_said_is_lora() -> None:
-    layer = QLoRALinear.from_linear(nn.Linear(8, 8))
-    assert (
-        layer.use_dora is QLoRALinear(layer.base, None).use_dora is False
-        and layer.lora_magnitude_vector is None
-    )
+def test_the_norms_of_the_base_are_not_saved() -> None:
     assert "base_norm" not in "".join(untrained(Adapted()).state_dict())  # the base has it
 
 
 def test_the_ledger_counts_magnitudes_and_the_norms_of_the_base_among_the_adapters() -> None:
     rows = {
-        use_dora: memory.ledger(lora.attach(tiny_llama(vocab_size=256), r=4, use_dora=use_dora))
-        for use_dora in (True, False)
+        layer_type: memory.ledger(
+            lora.attach(tiny_llama(vocab_size=256), layer_type=layer_type, r=4)
+        )
+        for layer_type in (DoRALinear, QLoRALinear)
     }
     outputs = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
-    more = [a - b for a, b in zip(rows[True].pop("adapters"), rows[False].pop("adapters"))]
-    assert more == [outputs, 2 * outputs, 2 * 4 * outputs] and rows[True] == rows[False]
+    more = [
+        a - b for a, b in zip(rows[DoRALinear].pop("adapters"), rows[QLoRALinear].pop("adapters"))
+    ]
+    assert more == [outputs, 2 * outputs, 2 * 4 * outputs] and rows[DoRALinear] == rows[QLoRALinear]
 
 
 # files, and PEFT
@@ -371,7 +356,7 @@ def moved(model: nn.Module) -> nn.Module:
     ids=str,
 )
 def test_peft_loads_our_adapter_and_computes_the_same(tmp_path: Path, settings: dict) -> None:
-    ours = moved(adapted_llama(use_dora=True, **settings))
+    ours = moved(adapted_llama(layer_type=DoRALinear, **settings))
     checkpoint.save_adapter(ours, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"] is True
     assert_peft_computes_the_same(ours, tmp_path)
@@ -383,7 +368,7 @@ def test_peft_loads_our_adapter_and_computes_the_same(tmp_path: Path, settings: 
 def attached(model: nn.Module, like: nn.Module) -> nn.Module:
     """The model with adapters that do nothing yet, on the same layers."""
     for name, layer in checkpoint.adapted_layers(like).items():
-        lora.attach(model, [name], r=layer.r, use_dora=layer.use_dora, codebook=None)
+        lora.attach(model, [name], type(layer), r=layer.r, codebook=None)
     return model
 
 
@@ -407,16 +392,18 @@ def test_we_load_the_adapter_of_peft_and_compute_the_same(tmp_path: Path, config
     assert_peft_computes_the_same(ours, tmp_path)
     for name, layer in checkpoint.adapted_layers(ours).items():
         their = theirs.base_model.model.get_submodule(name).lora_magnitude_vector["default"].weight
-        assert layer.use_dora and torch.equal(layer.lora_magnitude_vector.weight, their)
+        assert isinstance(layer, DoRALinear) and torch.equal(
+            layer.lora_magnitude_vector.weight, their
+        )
 
 
 def test_an_untrained_adapter_that_was_saved_and_loaded_still_changes_no_bit(
     tmp_path: Path,
 ) -> None:
     model = tiny_llama(torch.bfloat16, vocab_size=256)
-    checkpoint.save_adapter(lora.attach(copy.deepcopy(model), r=4, use_dora=True), tmp_path)
+    checkpoint.save_adapter(lora.attach(copy.deepcopy(model), r=4, layer_type=DoRALinear), tmp_path)
     without = checkpoint.load_adapter(
-        lora.attach(copy.deepcopy(model), r=4, use_dora=True), tmp_path
+        lora.attach(copy.deepcopy(model), r=4, layer_type=DoRALinear), tmp_path
     )
     assert torch.equal(logits(checkpoint.load_adapter(model, tmp_path)), logits(without))
     for layer in checkpoint.adapted_layers(model).values():
@@ -427,16 +414,17 @@ def test_an_untrained_adapter_that_was_saved_and_loaded_still_changes_no_bit(
 def test_adapters_of_both_kinds_are_not_saved_and_one_is_not_loaded_onto_the_other(
     tmp_path: Path,
 ) -> None:
-    both = lora.attach(lora.attach(dense_base(), ["q_proj"], use_dora=True), ["v_proj"])
+    both = lora.attach(lora.attach(dense_base(), ["q_proj"], DoRALinear), ["v_proj"])
     with pytest.raises(ValueError, match="differ in lora_dropout, use_rslora or use_dora"):
         checkpoint.save_adapter(both, tmp_path / "both")
     for use_dora in (True, False):
+        same, other = (DoRALinear, QLoRALinear) if use_dora else (QLoRALinear, DoRALinear)
         folder = tmp_path / str(use_dora)
-        checkpoint.save_adapter(adapted_llama(use_dora=use_dora), folder)
+        checkpoint.save_adapter(adapted_llama(layer_type=same), folder)
         with pytest.raises(
             ValueError, match=f"has use_dora {use_dora}, and the model's adapter has not"
         ):
-            checkpoint.load_adapter(adapted_llama(use_dora=not use_dora), folder)
+            checkpoint.load_adapter(adapted_llama(layer_type=other), folder)
     path = tmp_path / "True" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": False}))
     with pytest.raises(ValueError, match="lora_magnitude_vector belongs to nothing in the model"):
@@ -447,15 +435,15 @@ def test_adapters_of_both_kinds_are_not_saved_and_one_is_not_loaded_onto_the_oth
 
 
 def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(tmp_path: Path) -> None:
-    whole = adapted_llama(use_dora=True, lora_dropout=0.3)
+    whole = adapted_llama(layer_type=DoRALinear, lora_dropout=0.3)
     first = optimizer_of(whole)
     take_steps(whole, first, 2)
     save(whole, first, 2, tmp_path, 1)
     take_steps(whole, first, 2, start=2)
     torch.manual_seed(2)
-    resumed = adapted_llama(use_dora=True, lora_dropout=0.3)
+    resumed = adapted_llama(layer_type=DoRALinear, lora_dropout=0.3)
     second = optimizer_of(resumed)
-    resume.load_state(resumed, second, resume.newest(tmp_path))
+    resume.load_state(resumed, second, resume.latest_state(tmp_path))
     take_steps(resumed, second, 2, start=2)
     pairs = checkpoint.adapter_tensors(resumed), checkpoint.adapter_tensors(whole)
     assert len(pairs[0]) == 3 * 14 and all(
@@ -470,8 +458,8 @@ def test_with_another_start_the_magnitudes_are_those_of_base_and_adapter_and_c_i
     """On a dense base, which PiSSA leaves as PEFT does, they are PEFT's."""
     weight = weight_of(shape)
     for start in ("pissa", "loftq"):
-        layer = variants.maker(start, {"r": 4, "use_dora": True}, {})(weight, None)
-        assert (scale(layer) == 1).all() and layer.lora_B.any()
+        layer = variants.maker(start, {"r": 4, "layer_type": DoRALinear}, {})(weight, None)
+        assert (layer.scale() == 1).all() and layer.lora_B.any()
         assert bound_of_norm(layer).allows(
             layer.lora_magnitude_vector.weight, norm_in_float64(layer)
         )
@@ -481,7 +469,9 @@ def test_with_another_start_the_magnitudes_are_those_of_base_and_adapter_and_c_i
         r=4, lora_alpha=16, init_lora_weights="pissa", target_modules=["0"], use_dora=True
     )
     theirs = get_peft_model(model, config).base_model.model[0]
-    ours = variants.maker("pissa", {"r": 4, "use_dora": True}, {"codebook": None})(weight, None)
+    ours = variants.maker("pissa", {"r": 4, "layer_type": DoRALinear}, {"codebook": None})(
+        weight, None
+    )
     assert same_bits(ours.lora_A, theirs.lora_A["default"].weight)
     distance = (
         ours.lora_magnitude_vector.weight - theirs.lora_magnitude_vector["default"].weight
@@ -527,7 +517,7 @@ def test_a_run_with_use_dora_is_merged_as_peft_merges_it(
     assert train.main(["--adapter", str(out), "--merge", str(tmp_path / "merged")]) == 0
     assert train.main(["--adapter", str(out), "--merge-4bit", str(tmp_path / "merged-4bit")]) == 0
     assert "A merge into 4 bits keeps" in capsys.readouterr().out
-    ours, _ = export.load(out, None, torch.float32, "cpu")
+    ours, _ = export.load_adapted_model(out, None, torch.float32, "cpu")
     dense = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
     for name, layer in checkpoint.adapted_layers(ours).items():
         dense.get_submodule(name).weight.data = layer.base(torch.float64)
@@ -551,7 +541,7 @@ def test_a_row_of_zeros_is_finite_where_peft_makes_it_nan() -> None:
     plain = nn.Sequential(nn.Linear(8, 4))
     plain[0].weight.data[2] = 0
     ours, x = (
-        lora.attach(copy.deepcopy(plain), r=2, use_dora=True, codebook=None),
+        lora.attach(copy.deepcopy(plain), r=2, layer_type=DoRALinear, codebook=None),
         torch.randn(3, 8),
     )
     assert same_bits(ours(x), plain(x))
@@ -563,7 +553,7 @@ def test_dropout_leaves_the_frozen_branch_alone_where_that_of_peft_drops_its_inp
     """B is zero, so that nothing but the frozen branch is left, and m is doubled."""
     plain, x = nn.Sequential(nn.Linear(8, 4, bias=False)), torch.randn(3, 8)
     ours = lora.attach(
-        copy.deepcopy(plain), r=2, use_dora=True, codebook=None, lora_dropout=0.5
+        copy.deepcopy(plain), r=2, layer_type=DoRALinear, codebook=None, lora_dropout=0.5
     ).train()
     config = LoraConfig(r=2, target_modules=["0"], use_dora=True, lora_dropout=0.5)
     theirs = get_peft_model(copy.deepcopy(plain), config).train()

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 import double_quant
 import nf4
-from frozen import FrozenWeight
 from helpers.bounds import Bounded, both_quantized, cast, gamma, lora_forward
 from helpers.strategies import same_bits
-from lora import QLoRALinear
+from lora import FrozenWeight, QLoRALinear
 from variants import init as variants
 
 SHAPES = [(48, 64), (64, 48), (30, 70), (64, 64)]
@@ -133,7 +132,7 @@ def test_the_first_output_with_pissa_is_off_by_no_more_than_the_rounding_of_what
     A, B = (Bounded.exact(each) for each in (layer.lora_A, layer.lora_B))
     update = B.times(layer.scaling, torch.float32).matmul(A, torch.float32)
     remainder = Bounded.exact(weight).plus(Bounded(-update.value, update.error), torch.float32)
-    q, constants = layer.base.quantized()
+    _, constants = layer.base.packed_state()
     blocks = nf4.quantize(remainder.value.float()).absmax * (1 + gamma(1)) + remainder.error.max()
     nested = constants.absmax.repeat_interleave(constants.block_size)[: blocks.numel()]
     bound = both_quantized(

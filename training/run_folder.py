@@ -1,0 +1,105 @@
+"""What a run leaves in its output folder: metrics, states, the plot of the loss, the adapter. The main process writes.
+
+metrics.jsonl                one line a step, appended while the run goes on
+state-<step>.safetensors     from which --resume continues (state.py)
+loss.png                     drawn at the end and at each evaluation on the way
+adapter_model.safetensors, adapter_config.json
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch.optim import Optimizer
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from checkpoints import io
+from checkpoints.peft_adapter import adapter_tensors, save_adapter
+from training import report
+from training.distributed import is_main, run_on_main
+from training.options import Options
+from training.preflight import Job
+from training.sharding import gather_full_tensors
+from training.state import remove_old_files, save_state, state_tensors
+
+
+class RunFolder:
+    """The output folder of one run. Its methods are called by all processes, together."""
+
+    def __init__(
+        self, args: Options, job: Job, model: PreTrainedModel, optimizer: Optimizer
+    ) -> None:
+        """Raises: ValueError if the folder cannot be written to or its disk lacks space."""
+        self.args = args
+        self.job = job
+        self.model = model
+        self.optimizer = optimizer
+        self.path = args.output_dir
+        self.metrics = self.path / "metrics.jsonl"
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        adapter_bytes = 4 * trainable
+        state_bytes = 3 * adapter_bytes  # the adapter and both moments
+        # A new adapter or state is written before the old one goes.
+        needed = 2 * adapter_bytes + (args.save_total_limit + 1) * state_bytes
+        run_on_main(partial(io.prepare_folder, self.path, needed))
+
+    def begin(self, start: int, before: list[float | None]) -> None:
+        """Remove what earlier runs left, keep the metrics of the first `start` steps, save a state at step 0.
+
+        before: the metric of the pretrained model, which a state carries.
+        """
+        self.before = before
+        run_on_main(self._remove_leftovers)
+        run_on_main(partial(report.keep_metrics, self.metrics, start))
+        if start == 0:
+            self.save_state(0)
+
+    def _remove_leftovers(self) -> None:
+        remove_old_files(self.path, self.job.state, self.args.save_total_limit)
+
+    @contextmanager
+    def progress(self, start: int) -> Iterator[tqdm]:
+        """The steps from `start` on behind a progress bar, with metrics.jsonl open."""
+        self.bar = tqdm(
+            range(start, self.args.max_steps),
+            initial=start,
+            total=self.args.max_steps,
+            dynamic_ncols=True,
+            mininterval=1,
+            disable=not is_main(),
+        )
+        path = self.metrics if is_main() else os.devnull
+        with open(path, "a", encoding="utf-8") as self.log_file:
+            yield self.bar
+
+    def log(self, line: dict) -> None:
+        """Append one step to metrics.jsonl and show it in the progress bar."""
+        self.log_file.write(json.dumps(line) + "\n")
+        self.log_file.flush()
+        tokens_per_second = line["tokens"] / line["seconds"]
+        shown = f"loss {line['loss']:.4f}, {tokens_per_second:.0f} tokens/s, "
+        self.bar.set_postfix_str(shown + f"{line['rss_bytes'] / 1e9:.2f} GB", refresh=False)
+        if "eval" in line and is_main():
+            self.bar.write(f"step {line['step']}: {self.job.task.metric} {line['eval'][0]:.4f}")
+            self._plot()
+
+    def _plot(self) -> None:
+        report.plot_loss(self.metrics, self.path / "loss.png", self.job.task.metric)
+
+    def save_state(self, step: int) -> None:
+        """Save the state after `step`."""
+        if step and is_main():
+            os.fsync(self.log_file.fileno())  # a state must not outlive the lines before it
+        tensors = state_tensors(self.model, self.optimizer)
+        limit = self.args.save_total_limit
+        save = partial(save_state, tensors, self.job.settings, step, self.before, self.path, limit)
+        run_on_main(save)
+
+    def save_adapter(self) -> None:
+        """Write the adapter in PEFT's format, and the plot."""
+        tensors = gather_full_tensors(adapter_tensors(self.model))
+        run_on_main(partial(save_adapter, self.model, self.path, tensors))
+        run_on_main(self._plot)
