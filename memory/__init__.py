@@ -1,1 +1,1 @@
-"""What a run takes: predicted from the shape of the model, and measured."""
+"""The memory of a run: predicted from the model's shape, and measured."""

@@ -1,51 +1,65 @@
-"""The ledger before the run: what fine-tuning will weigh, byte by byte, from the shape of the model alone.
+"""Predicts the memory of a training step, in bytes by component, from the model's shape alone.
 
-A decoder layer of Llama has seven linear maps: q (q, d), k, v (kv, d), o (d, q), gate, up (f, d), down (d, f). With L layers,
-rank r, vocabulary V, and 16 bits a number where nothing else is said:
+A decoder layer of Llama has seven linear maps (out, in): q (q, d), k and v (kv, d), o (d, q),
+gate and up (f, d), down (d, f). With L layers, rank r, vocabulary V, and 16 bits per number unless
+stated otherwise:
 
-    base          the seven maps; in NF4, 1/2 byte a weight, 1/64 + 4/(64 * 256) for its constants, and 4 a map for their mean
-    the rest      embedding and head V d each (one tensor, if tied); 2 L + 1 norms of d
-    adapters      r (in + out) a map, float32; as much again for gradients, twice that for AdamW's moments
-    loss          logits and their gradient, V each a label; a few rows of them in float32 (evaluate.py)
-    buffer        one dense map, the largest: what a GPU dequantizes into, again and again
+    base          the seven maps; in NF4 1/2 byte per weight
+    constants     1/64 + 4/(64 * 256) bytes per weight, and 4 bytes per map for the mean
+    embedding     V d, and V d more for the head unless it is tied; norms: 2 L + 1 vectors of d
+    adapters      r (in + out) per map, float32; gradients take 1 x, AdamW's moments 2 x as much
+    loss          logits and their gradient, V per label; ROWS rows of both in float32
+    buffer        the largest map, dense: a GPU dequantizes every map into it
 
-Activations, in bytes a token and layer, as autograd keeps them for backward:
+Activations, in bytes per token and layer, as autograd saves them for backward; in float32 each
+2 becomes 4, except for what is float32 anyway:
 
     8 d + 8            the inputs of both norms in float32, and 1 / rms
-    4 d + 2 q + 2 f    x of q, k, v, of gate, up, of o (which is the result of attention), of down: the adapters need them
-    2 q + 4 kv         q and k after rotation, v
-    4 heads            the logarithm of attention's normalizer; its weights are never written out
+    4 d + 2 q + 2 f    x of q, k, v; of gate, up; of o (attention's output); of down, for adapters
+    2 q + 4 kv         q and k after the rotation, v; with an attention mask (padding, packed
+                       documents) 2 q + 4 q, copies for every head, and 2 T for a mask of length T
+    4 heads            the logarithm of attention's normalizer; attention weights are never stored
     6 f                gate, silu(gate), up
-    14 r               x A^T of the seven; in full fine-tuning 4 d instead, x of the norms' weights
-    5 d + q + f        with dropout before the adapters, a byte for each number of the seven x
+    14 r               x A^T of the seven maps; in full fine-tuning 4 d, x of the norms' weights
+    5 d + q + f        with dropout before the adapters: a byte for each number of the seven x
 
-In float32 each 2 is a 4, but for what is float32 anyhow. Where attention has a mask (padding, packed documents), k and v are
-there for every head, 4 q instead of 4 kv, and the mask, 2 T for a token in T. Without checkpointing the first norm keeps
-nothing: before it is only the frozen embedding. Checkpointing keeps a layer's input instead, 2 d, and makes the others anew
-when backward comes to the layer. There the most is alive at the product silu(gate) * up: its two gradients, 4 f, and the
-gradient that came in, 2 d. Without it more may be alive in the backward pass of the last norm, which makes five float32
-tensors, 20 d. In full fine-tuning so does that of the first norm, when all gradients are there.
+Checkpointing saves only the input of a layer, 2 d, and recomputes the rest in backward. A layer
+peaks in the backward of silu(gate) * up: two gradients, 4 f, and the incoming one, 2 d. Without
+checkpointing the first norm saves nothing (its input is the frozen embedding), and the peak may be
+the backward of the last norm: five float32 tensors, 20 d; in full fine-tuning also that of the
+first. Activations are freed as gradients appear: the peak is the largest of a few instants.
 
-Activations leave as gradients come, so the peak is not the sum of all maxima but the largest of a few instants. Not counted:
-biases, and what lies outside of torch's tensors, such as CUDA's context.
+Error: none for what lasts; the tests allow 5 % of a peak. Not counted: biases, the CUDA context.
 
-Beside figure 6 of the paper (batch 1, length 512, r 64; powers of two). Agreed: 65B takes 780 GB in full fine-tuning, 12
-bytes a parameter, and no activations. Its QLoRA totals (6.9, 11.3, 24.7, 45.0 GB) are 0.5 to 0.8 GB above ours, about a CUDA
-context; but in other parts. Its adapters have 2 bytes for each of 18 r d numbers a layer, as if the MLP were two maps of
-d x 4 d; Llama's three make it 19.06 r d, and ours are float32. Its moments, 8 * 18 r d, differ by that alone. Its "model" is
-13 % (65B) to 37 % (7B) above 4.127 bits a weight and a 16-bit embedding and head, which nothing that we know of explains.
+Differs from figure 6 of the paper (batch 1, length 512, r 64; powers of two). Equal: full
+fine-tuning of 65B takes 780 GB, 12 bytes per parameter, without activations. QLoRA's totals there
+(6.9, 11.3, 24.7, 45.0 GB) are 0.5 to 0.8 GB above ours, about a CUDA context, but divide otherwise:
+2-byte adapters of 18 r d per layer, as if the MLP were two maps of d x 4 d (Llama's three: 19.06
+r d; ours are float32), moments of 8 * 18 r d, and a "model" 13 % (65B) to 37 % (7B) above 4.127
+bits per weight plus 16-bit embedding and head, for which we know no explanation.
 """
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-FULL, LORA, QLORA = METHODS = "full fine-tuning", "16-bit LoRA", "QLoRA"
-ROWS = 16  # of logits are in float32 at once, and their exponentials (evaluate.CrossEntropy)
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+FULL = "full fine-tuning"
+LORA = "16-bit LoRA"
+QLORA = "QLoRA"
+METHODS = (FULL, LORA, QLORA)
+
+ROWS = 16  # logits, and their exponentials, in float32 at a time (loss_and_eval.CrossEntropy)
+OUTSIDE_TORCH = 2**30  # bytes of a card for CUDA's context, libraries, gaps between tensors
+
+KNOWN_MODELS = ("llama", "mistral")  # model_type of models whose layers are the seven maps above
+NOT_COUNTED = ("attention_bias", "mlp_bias", "quantization_config")  # in a config: no prediction
 
 
 class Shape(NamedTuple):
-    """What a Llama's memory depends on."""
+    """The sizes of a Llama that its memory depends on."""
 
     layers: int
     hidden: int  # d
@@ -56,18 +70,23 @@ class Shape(NamedTuple):
     vocabulary: int
     tied: bool = False  # the head is the embedding
 
+    @property
+    def q(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        return self.kv_heads * self.head_dim
+
     def maps(self) -> list[tuple[int, int]]:
-        """(out, in) of the seven linear maps of a layer."""
-        d, f, q, kv = (
-            self.hidden,
-            self.intermediate,
-            self.heads * self.head_dim,
-            self.kv_heads * self.head_dim,
-        )
-        return [(q, d), (kv, d), (kv, d), (d, q), (f, d), (f, d), (d, f)]
+        """Returns (out, in) of the seven linear maps of a layer."""
+        d = self.hidden
+        f = self.intermediate
+        return [(self.q, d), (self.kv, d), (self.kv, d), (d, self.q), (f, d), (f, d), (d, f)]
 
 
 def llama(layers: int, hidden: int, intermediate: int, heads: int) -> Shape:
+    """The shape of a Llama of the first generation: one kv head per head, 32000 tokens."""
     return Shape(layers, hidden, intermediate, heads, heads, hidden // heads, 32000)
 
 
@@ -80,46 +99,49 @@ SHAPES = {
 
 
 def shape_of(model: str) -> Shape:
-    """The shape of one of SHAPES, or of a Hugging Face folder: its config.json is read, and nothing in it is run.
+    """The shape of one of SHAPES, or of a Hugging Face folder, of which only config.json is read.
 
-    Raises: ValueError if it is neither, or the config has not the keys of a Llama.
+    Raises: ValueError if `model` is neither, or config.json does not have the keys of a Llama.
     """
     if model in SHAPES:
         return SHAPES[model]
     path = Path(model) / "config.json"
     try:
         return shape_from(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:  # what is not UTF-8 or not JSON is one, too
-        raise ValueError(
-            f"{path}: {error}; give the folder of a Llama, or one of {', '.join(SHAPES)}"
-        ) from None
+    except (OSError, ValueError) as error:  # invalid UTF-8 and invalid JSON are ValueErrors too
+        remedy = f"give the folder of a Llama, or one of {', '.join(SHAPES)}"
+        raise ValueError(f"{path}: {error}; {remedy}") from None
 
 
 def shape_from(config: dict) -> Shape:
-    """The shape in a Llama's config. Raises: ValueError if it is none."""
+    """The shape in the config of a Llama.
+
+    Raises: ValueError if a key is missing or a size is not a positive integer.
+    """
     try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        heads = config["num_attention_heads"]
+        hidden = config["hidden_size"]
         shape = Shape(
-            config["num_hidden_layers"],
-            hidden,
-            config["intermediate_size"],
-            heads,
-            config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or hidden // heads,
-            config["vocab_size"],
-            bool(config.get("tie_word_embeddings", False)),
+            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            intermediate=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocabulary=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings", False)),
         )
-    except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
-        raise ValueError(
-            f"not the config of a Llama ({f'no {error}' if isinstance(error, KeyError) else error})"
-        ) from None
+    except KeyError as error:
+        raise ValueError(f"not the config of a Llama (no {error})") from None
+    except (TypeError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(f"not the config of a Llama ({error})") from None
     if not all(type(size) is int and size > 0 for size in shape[:-1]):
         raise ValueError(f"sizes must be whole numbers above 0, got {shape}")
     return shape
 
 
 class Instant(NamedTuple):
-    """What comes and goes, in bytes, at one instant of a step."""
+    """Bytes of what is temporary, at one instant of a step."""
 
     activations: int
     loss: int
@@ -127,16 +149,18 @@ class Instant(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Bytes: each component when it is largest, and what comes and goes at the instants that may be the peak."""
+    """Bytes: each component at its largest, and the instants of a step that may be the peak."""
 
     components: dict[str, int]
     instants: dict[str, Instant]
 
     def peak(self, paged: bool = False) -> int:
-        """The most that is alive at once; with `paged`, AdamW's moments have left the device."""
-        leaving = {"activations", "loss", "gradients", *(["AdamW moments"] if paged else [])}
-        lasting = sum(nbytes for name, nbytes in self.components.items() if name not in leaving)
-        return lasting + max(map(sum, self.instants.values()))
+        """The most bytes alive at once; with `paged`, AdamW's moments are not on the device."""
+        temporary = {"activations", "loss", "gradients"}
+        if paged:
+            temporary.add("AdamW moments")
+        lasting = sum(size for name, size in self.components.items() if name not in temporary)
+        return lasting + max(sum(instant) for instant in self.instants.values())
 
 
 def predict(
@@ -155,131 +179,222 @@ def predict(
     double_quant: bool = True,
     width: int = 2,
 ) -> Prediction:
-    """What a step of batch * length tokens takes, once AdamW has its moments.
+    """Predicts a step of batch * length tokens in which AdamW already has its moments.
 
-    `accumulating`: the step has passes before this one, whose gradients are there already. `labels`: None for all tokens but
-    a sequence's first. `masked`: attention has a mask, for padding or packed documents. `dropout`: before the adapters.
-    `width`: bytes of a number where 16 bits were said; 4 for float32, and not in full fine-tuning.
+    accumulating: gradients of an earlier pass exist when this one starts.
+    labels: tokens in the loss; None for all tokens but the first of each sequence.
+    masked: attention has a mask, for padding or packed documents.
+    dropout: there is dropout before the adapters.
+    width: bytes per number where the table above says 16 bits; 4 for float32, not with FULL.
     """
-    weights, coded = [out * into for out, into in shape.maps()], method == QLORA
-    labels = batch * (length - 1) if labels is None else labels
-    constants = sum(_constants(n, block_size, double_quant) for n in weights) if coded else 0
-    components = {
-        "base": shape.layers * sum((n + 1) // 2 if coded else width * n for n in weights),
-        "constants": shape.layers * constants,
-        "embedding, head": width * shape.vocabulary * shape.hidden * (1 if shape.tied else 2),
-        "norms": width * shape.hidden * (2 * shape.layers + 1),
-        "adapters": 0 if method == FULL else shape.layers * 4 * r * sum(map(sum, shape.maps())),
-        "buffer": width * max(weights) if coded else 0,
-    }
-    trained = sum(components.values()) if method == FULL else components["adapters"]
-    kept = batch * length * _kept(shape, 0 if method == FULL else r, masked, dropout, width)
-    kept += masked * width * batch * length**2
-    rotary = 2 * width * length * shape.head_dim * (batch if packed else 1)  # cos and sin
-    common = (
-        rotary + masked * checkpointing * batch * length**2
-    )  # and the mask, a byte each, for the layers to come
-    instants = _instants(
-        shape,
-        method,
-        batch,
-        length,
-        r,
-        checkpointing,
-        trained,
-        labels,
-        kept,
-        common,
-        dropout,
-        width,
+    if labels is None:
+        labels = batch * (length - 1)
+    step = _Pass(
+        shape, method, batch, length, r, checkpointing, labels, masked, packed, dropout, width
     )
+    components = step.weights(block_size, double_quant)
+    trained = sum(components.values()) if method == FULL else components["adapters"]
+    instants = step.instants(trained)
     if accumulating:
         instants = {name: instant._replace(gradients=trained) for name, instant in instants.items()}
+    moments_per_gradient = 4 if method == FULL else 2  # float32; a gradient of FULL has 16 bits
     components |= {
         "gradients": trained,
-        "AdamW moments": (4 if method == FULL else 2) * trained,  # float32, of 16 bits or 32
+        "AdamW moments": moments_per_gradient * trained,
         "activations": max(instant.activations for instant in instants.values()),
         "loss": instants["the loss"].loss,
     }
     return Prediction(components, instants)
 
 
-def _constants(n: int, block_size: int, double_quant: bool) -> int:
+class _Pass(NamedTuple):
+    """One forward and backward pass. Every method returns bytes."""
+
+    shape: Shape
+    method: str
+    batch: int
+    length: int
+    r: int
+    checkpointing: bool
+    labels: int
+    masked: bool
+    packed: bool
+    dropout: bool
+    width: int
+
+    def weights(self, block_size: int, double_quant: bool) -> dict[str, int]:
+        """The weights and the buffer, by component."""
+        shape = self.shape
+        sizes = [n_out * n_in for n_out, n_in in shape.maps()]
+        if self.method == QLORA:
+            base = sum((n + 1) // 2 for n in sizes)
+            constants = sum(constant_bytes(n, block_size, double_quant) for n in sizes)
+            buffer = self.width * max(sizes)
+        else:
+            base = self.width * sum(sizes)
+            constants = 0
+            buffer = 0
+        adapters = 0 if self.method == FULL else 4 * self.r * sum(map(sum, shape.maps()))
+        embeddings = 1 if shape.tied else 2
+        return {
+            "base": shape.layers * base,
+            "constants": shape.layers * constants,
+            "embedding, head": self.width * shape.vocabulary * shape.hidden * embeddings,
+            "norms": self.width * shape.hidden * (2 * shape.layers + 1),
+            "adapters": shape.layers * adapters,
+            "buffer": buffer,
+        }
+
+    def instants(self, trained: int) -> dict[str, Instant]:
+        """The temporary bytes at each instant that may be the peak; `trained`: all gradients."""
+        d = self.shape.hidden
+        tokens = self.batch * self.length
+        full = self.method == FULL
+        layer = self.layer_activations()
+        kept = self.width * d * tokens if self.checkpointing else layer
+        norm = (4 * d + 4) * tokens
+        # Without checkpointing the first norm saves nothing: its input, the frozen embedding,
+        # needs no gradient.
+        not_kept = 0 if full or self.checkpointing else norm
+
+        shared = self.shared_activations()
+        all_layers = shared + self.shape.layers * kept - not_kept
+        first_layer = shared + kept - not_kept
+        at_loss = all_layers + norm
+        if full:
+            at_loss += 2 * d * (tokens + self.labels)  # x of the last norm's weight and of the head
+        in_layer = self.layer_backward(layer)
+        at_end = 24 * d * tokens if full else 0  # the backward of the first norm
+
+        before_layers, first_map, per_layer = self.gradients(trained)
+        at_last = before_layers + first_map
+        at_first = at_last + (self.shape.layers - 1) * per_layer
+        return {
+            "the loss": Instant(at_loss, self.loss(), 0),
+            "the last norm's backward": Instant(at_loss + 20 * d * tokens, 0, before_layers),
+            "the last layer's backward": Instant(all_layers + in_layer, 0, at_last),
+            "the first layer's backward": Instant(first_layer + in_layer, 0, at_first),
+            "the end of backward": Instant(at_end, 0, trained),
+        }
+
+    def layer_activations(self) -> int:
+        """What one layer saves for backward without checkpointing."""
+        r = 0 if self.method == FULL else self.r
+        tokens = self.batch * self.length
+        saved = tokens * saved_per_token(self.shape, r, self.masked, self.dropout, self.width)
+        if self.masked:
+            saved += self.width * tokens * self.length
+        return saved
+
+    def shared_activations(self) -> int:
+        """What all layers share: cosine and sine of the rotation, and the mask."""
+        rotations = self.batch if self.packed else 1
+        shared = 2 * self.width * self.length * self.shape.head_dim * rotations
+        if self.masked and self.checkpointing:
+            shared += self.batch * self.length**2  # as bool, for the layers still to be recomputed
+        return shared
+
+    def layer_backward(self, layer: int) -> int:
+        """What the backward of one layer adds to the saved activations; `layer`: what it saves."""
+        d = self.shape.hidden
+        f = self.shape.intermediate
+        tokens = self.batch * self.length
+        product = self.width * (2 * f + d) * tokens  # the backward of silu(gate) * up
+        if not self.checkpointing:
+            return product
+        if self.width == 4:
+            layer -= 4 * d * tokens  # the checkpoint is the float32 input of the first norm
+        random_numbers = (4 * f + 2 * self.width * d) * tokens  # while down is recomputed
+        return layer + max(product, random_numbers if self.dropout else 0)
+
+    def gradients(self, trained: int) -> tuple[int, int, int]:
+        """Gradients that exist before those of the layers; of a layer's down; of a whole layer."""
+        d = self.shape.hidden
+        f = self.shape.intermediate
+        if self.method == FULL:
+            head_and_norm = 2 * d * (self.shape.vocabulary + 1)
+            maps = sum(n_out * n_in for n_out, n_in in self.shape.maps())
+            return head_and_norm, 2 * d * f, 2 * maps + 4 * d
+        return 0, 4 * self.r * (d + f), trained // self.shape.layers
+
+    def loss(self) -> int:
+        """The logits and their gradient, and the rows of both in float32."""
+        logits = self.width * self.shape.vocabulary * self.labels
+        rows = 4 * self.shape.vocabulary * min(ROWS, self.labels)
+        return 2 * logits + 2 * rows
+
+
+def constant_bytes(n: int, block_size: int, double_quant: bool) -> int:
     """Bytes of the quantization constants of n weights."""
     blocks = -(-n // block_size)
-    return blocks + 4 * -(-blocks // 256) + 4 if double_quant else 4 * blocks
+    if not double_quant:
+        return 4 * blocks
+    return blocks + 4 * -(-blocks // 256) + 4
 
 
-def _instants(
-    shape: Shape,
-    method: str,
+def saved_per_token(
+    shape: Shape, r: int, masked: bool = False, dropout: bool = False, width: int = 2
+) -> int:
+    """Bytes that one layer saves for backward per token, by the table above; r = 0 for FULL."""
+    d = shape.hidden
+    f = shape.intermediate
+    q = shape.q
+    copied = masked and shape.kv_heads > 1  # a single kv head is expanded without a copy
+    k_and_v = 2 * (q if copied else shape.kv)
+    norms = 8 * d + 8
+    inputs = width * (2 * d + q + f)
+    attention = width * (q + k_and_v) + 4 * shape.heads
+    mlp = width * 3 * f
+    trained = width * 7 * r if r else 4 * d
+    if r and dropout:
+        trained += 5 * d + q + f
+    return norms + inputs + attention + mlp + trained
+
+
+class StepSettings(NamedTuple):
+    """The settings of a run that its memory depends on.
+
+    method: LORA or QLORA. dropout: there is dropout before the adapters.
+    width: bytes per number of the compute dtype. use_dora: adapters are DoRA, which is not counted.
+    """
+
+    method: str
+    r: int
+    checkpointing: bool
+    dropout: bool
+    block_size: int
+    double_quant: bool
+    width: int
+    use_dora: bool = False
+
+
+def predict_step(
+    config: "PretrainedConfig",
+    settings: StepSettings,
     batch: int,
     length: int,
-    r: int,
-    checkpointing: bool,
-    trained: int,
-    labels: int,
-    layer: int,
-    common: int,
-    dropout: bool,
-    width: int,
-) -> dict[str, Instant]:
-    """What comes and goes in a step, when there is most of it.
-
-    Bytes: trained, of all gradients; layer, of what a layer keeps; common, of what all layers share.
-    """
-    d, f, layers, tokens = shape.hidden, shape.intermediate, shape.layers, batch * length
-    full, norm = method == FULL, (4 * d + 4) * tokens
-    kept = width * d * tokens if checkpointing else layer
-    first_norm = (
-        0 if full or checkpointing else norm
-    )  # whose input, the frozen embedding, wants no gradient: it keeps nothing
-    all_layers = common + layers * kept - first_norm
-    last = (
-        all_layers + norm + (2 * d * (tokens + labels) if full else 0)
-    )  # x of the last norm's weight, and x of the head's
-    product, draw = (
-        width * (2 * f + d),
-        4 * f + 2 * width * d,
-    )  # backward of silu(gate) * up; random numbers, as down is redone
-    layer -= (
-        4 * d * tokens if width == 4 else 0
-    )  # its first norm's input is its own, and is kept already
-    inside = layer * checkpointing + max(product, draw * dropout * checkpointing) * tokens
-
-    outer = (
-        2 * d * (shape.vocabulary + 1) if full else 0
-    )  # gradients that are there before any layer's: the head's, a norm's,
-    first = 2 * d * f if full else 4 * r * (d + f)  # the first of a layer: that of down,
-    each = (
-        (2 * sum(out * into for out, into in shape.maps()) + 4 * d) if full else trained // layers
-    )  # and all of a layer
-    logits, rows = width * shape.vocabulary * labels, 4 * shape.vocabulary * min(ROWS, labels)
-    return {
-        "the loss": Instant(last, 2 * logits + 2 * rows, 0),
-        "the last norm's backward": Instant(last + 20 * d * tokens, 0, outer),
-        "the last layer's backward": Instant(all_layers + inside, 0, outer + first),
-        "the first layer's backward": Instant(
-            common + kept + inside - first_norm, 0, outer + (layers - 1) * each + first
-        ),
-        "the end of backward": Instant(
-            24 * d * tokens if full else 0, 0, trained
-        ),  # the first norm's
-    }
-
-
-def _kept(shape: Shape, r: int, masked: bool = False, dropout: bool = False, width: int = 2) -> int:
-    """What a layer keeps for backward, in bytes a token: the table above."""
-    d, f, q, kv = (
-        shape.hidden,
-        shape.intermediate,
-        shape.heads * shape.head_dim,
-        shape.kv_heads * shape.head_dim,
-    )
-    attention = (
-        width * (q + 2 * (q if masked and shape.kv_heads > 1 else kv)) + 4 * shape.heads
-    )  # of one, none is a copy
-    adapters = width * 7 * r + dropout * (5 * d + q + f)
-    return (
-        8 * d + 8 + width * (2 * d + q + f) + attention + width * 3 * f + (adapters if r else 4 * d)
+    accumulating: bool = False,
+    labels: int | None = None,
+    masked: bool = True,
+    packed: bool = False,
+) -> Prediction | None:
+    """Predicts a pass of batch * length tokens of a run; None for a model it does not know."""
+    unknown = config.model_type not in KNOWN_MODELS
+    if unknown or settings.use_dora or any(getattr(config, key, None) for key in NOT_COUNTED):
+        return None
+    return predict(
+        shape_from(config.to_dict()),
+        settings.method,
+        batch,
+        length,
+        r=settings.r,
+        checkpointing=settings.checkpointing,
+        accumulating=accumulating,
+        labels=labels,
+        masked=masked,
+        packed=packed,
+        dropout=settings.dropout,
+        block_size=settings.block_size,
+        double_quant=settings.double_quant,
+        width=settings.width,
     )

@@ -1,37 +1,48 @@
-"""The memory ledger: what a model's components weigh, read off the tensors, and what the process has taken.
+"""Measures memory: the bytes of a model by component, of the process, and of one training step.
 
-    python memory.py --model llama-65b --seq 512 --batch 1 --r 64     before a run: predicted (predict.py), and what fits where
-
-QLoRA is a method for saving memory, so a run says where its bytes are. One row a component:
+The ledger reads the tensors of a model. One row per component:
 
     linear layers      the frozen weights, 4.127 bits each instead of 16
-    embedding, head    as they came, in 16 bits; a tied head is the same tensor and is counted once
-    norms, biases      as they came
-    adapters           float32; with gradients and two AdamW moments in training: 16 bytes a parameter in all
+    embedding, head    in 16 bits as loaded; a tied head is the same tensor and is counted once
+    norms, biases      as loaded
+    adapters           float32; with gradients and two AdamW moments 16 bytes per parameter
+
+`measure_step` runs one step of a run and compares it with the prediction (formula.py). The
+prediction knows shapes and no tensors; the measurement adds up the bytes of tensors: gradients,
+AdamW's moments, and the peak, which on a GPU is that of CUDA's allocator and elsewhere that of the
+storages alive after any operation (`Live`). So the two columns are computed independently.
+
+The step to measure is the second one, in which AdamW already has its moments. Tracking every
+operation takes time, which counts as that step's time, and changes no bit of the result. In a run
+of several processes each measures its own batches; DDP keeps its gradients from step to step, as
+gradient accumulation does. FSDP2 is not measured: the prediction does not know its buffers.
 """
 
-import argparse
 import resource
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
-from memory import formula as predict
+from data.dataset import Batch
+from kernels.page_store import Managed
+from lora import FrozenWeight
+from memory.formula import StepSettings, predict_step
+from paged_optim import PagedAdamW
 
-CARDS = [8, 12, 16, 24, 32, 40, 48, 80, 140]  # GiB: what graphics cards come with
-OUTSIDE = (
-    2**30
-)  # bytes of a card that torch's tensors cannot have: CUDA's context, libraries, gaps between tensors
+T = TypeVar("T")
 
 
 class Component(NamedTuple):
-    """One row of the ledger. `elements` counts numbers, not bytes of storage: a 4-bit weight is one element."""
+    """One row of the ledger. A 4-bit weight counts as one element."""
 
     elements: int
     bytes_16bit: int
@@ -39,79 +50,81 @@ class Component(NamedTuple):
 
 
 def ledger(model: nn.Module) -> dict[str, Component]:
-    """Elements and bytes of each component of a model whose linear layers may be lora.QLoRALinear."""
-    rows = {
-        name: [0, 0] for name in ("linear layers", "embedding, head", "norms, biases", "adapters")
-    }
+    """Elements and bytes of each component of a model, before or after lora.attach."""
+    frozen = [module for module in model.modules() if isinstance(module, FrozenWeight)]
+    frozen_ids = {id(each) for module in frozen for each in module.parameters()}  # under FSDP2
+    embedding_ids = {id(weight) for weight in embeddings(model)}
+
+    names = ("linear layers", "embedding, head", "norms, biases", "adapters")
+    elements = dict.fromkeys(names, 0)
+    nbytes = dict.fromkeys(names, 0)
+    for parameter in model.parameters():
+        if id(parameter) in frozen_ids:
+            continue
+        if parameter.requires_grad:
+            name = "adapters"
+        elif id(parameter) in embedding_ids:
+            name = "embedding, head"
+        elif parameter.dim() > 1:
+            name = "linear layers"
+        else:
+            name = "norms, biases"
+        elements[name] += parameter.numel()
+        nbytes[name] += parameter.nbytes
+    for weight in frozen:
+        elements["linear layers"] += weight.shape.numel()
+        nbytes["linear layers"] += weight.nbytes
+    for module in model.modules():
+        if hasattr(module, "base_norm"):  # DoRA: the length of each row of the base
+            nbytes["adapters"] += module.base_norm.nbytes
+    return {name: Component(elements[name], 2 * elements[name], nbytes[name]) for name in names}
+
+
+def embeddings(model: nn.Module) -> list[Tensor]:
+    """The weights of the embeddings and of the output head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    big = {
-        id(module.weight)
+    return [
+        module.weight
         for module in model.modules()
         if isinstance(module, nn.Embedding) or module is head
-    }
-    frozen = [
-        module for module in model.modules() if hasattr(module, "codebook")
-    ]  # a FrozenWeight keeps its bytes in
-    theirs = {
-        id(parameter) for module in frozen for parameter in module.parameters()
-    }  # buffers; sharded, in parameters
-    for parameter in (parameter for parameter in model.parameters() if id(parameter) not in theirs):
-        kind = (
-            "adapters"
-            if parameter.requires_grad
-            else "embedding, head"
-            if id(parameter) in big
-            else "norms, biases"
-        )
-        kind = "linear layers" if kind == "norms, biases" and parameter.dim() > 1 else kind
-        rows[kind][0] += parameter.numel()
-        rows[kind][1] += parameter.nbytes
-    for module in frozen:
-        rows["linear layers"][0] += module.shape.numel()
-        rows["linear layers"][1] += module.nbytes
-    rows["adapters"][1] += sum(
-        module.base_norm.nbytes for module in model.modules() if hasattr(module, "base_norm")
-    )  # DoRA's
-    return {
-        name: Component(elements, 2 * elements, nbytes) for name, (elements, nbytes) in rows.items()
-    }
+    ]
 
 
 def summary(model: nn.Module) -> dict:
-    """The ledger and its totals, as report.json keeps them; bits_per_weight is measured on the linear layers' tensors."""
+    """The ledger and its totals, as they stand in report.json."""
     rows = ledger(model)
+    linear = rows["linear layers"]
     base = [row for name, row in rows.items() if name != "adapters"]
     return {
         "components": rows,
         "base_bytes_16bit": sum(row.bytes_16bit for row in base),
         "base_bytes_4bit": sum(row.bytes_now for row in base),
-        "bits_per_weight": 8 * rows["linear layers"].bytes_now / rows["linear layers"].elements,
+        "bits_per_weight": 8 * linear.bytes_now / linear.elements,
         "trainable_parameters": rows["adapters"].elements,
         "total_parameters": sum(row.elements for row in rows.values()),
     }
 
 
 def rss_bytes() -> int:
-    """Memory of this process that is resident now; where the system does not tell, its peak."""
+    """The resident memory of this process; its peak where the system has no /proc."""
     statm = Path("/proc/self/statm")
-    return (
-        int(statm.read_text().split()[1]) * resource.getpagesize()
-        if statm.exists()
-        else peak_rss_bytes()
-    )
+    if not statm.exists():
+        return peak_rss_bytes()
+    pages = int(statm.read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def peak_rss_bytes() -> int:
-    """The most memory that was ever resident in this process."""
+    """The largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Live(TorchDispatchMode):
-    """The bytes of the storages that are alive: now, and at most after any operation, when inputs and outputs both are.
+    """Tracks the bytes of all storages alive: now, and at most after any operation.
 
-    A storage is counted when it is first seen and discounted as it dies, so that an operation costs the same however many live.
-    `outside`: tensors that do not count, such as a mapped file.
+    A storage is added when first seen and subtracted when it is freed, so an operation costs the
+    same however many are alive. `outside`: tensors that do not count, such as a mapped file.
     """
 
     def __init__(self, *tensors: Tensor, outside: Iterable[Tensor] = ()) -> None:
@@ -123,14 +136,18 @@ class Live(TorchDispatchMode):
         self.peak = self.bytes
 
     def see(self, tensors: Iterable[Tensor], counting: bool = True) -> None:
-        for storage in [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]:
-            if storage._cdata not in self.known:
-                nbytes = storage.nbytes() if counting else 0
-                self.bytes += nbytes
-                forget = partial(self._forget, storage._cdata, nbytes)
-                self.known[storage._cdata] = weakref.ref(
-                    storage, forget
-                )  # torch lets it die with the bytes, not before
+        """Adds the storages of these tensors that are not known yet."""
+        for tensor in tensors:
+            if tensor.is_meta:
+                continue
+            storage = tensor.untyped_storage()
+            address = storage._cdata
+            if address in self.known:
+                continue
+            nbytes = storage.nbytes() if counting else 0
+            self.bytes += nbytes
+            # torch keeps the Python object of a storage as long as its bytes
+            self.known[address] = weakref.ref(storage, partial(self._forget, address, nbytes))
 
     def _forget(self, address: int, nbytes: int, _: weakref.ref) -> None:
         del self.known[address]
@@ -142,115 +159,161 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
         result = func(*args, **(kwargs or {}))
         outputs = result if isinstance(result, (list, tuple)) else (result,)
-        self.see(tuple(output for output in outputs if isinstance(output, Tensor)))
+        self.see(output for output in outputs if isinstance(output, Tensor))
         self.peak = max(self.peak, self.bytes)
         return result
 
 
-def table(shape: predict.Shape, batch: int, length: int, r: int) -> str:
-    """The prediction by component and method, in GB (1e9 bytes), with and without checkpointing."""
-    kinds = {
-        checkpointing: [
-            predict.predict(shape, method, batch, length, r, checkpointing)
-            for method in predict.METHODS
-        ]
-        for checkpointing in (True, False)
+def measure_step(
+    work: Callable[[], T],
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    batches: list[Batch],
+    settings: StepSettings,
+    world_size: int,
+) -> tuple[T, dict[str, dict[str, int | None]]]:
+    """Runs one training step on these batches, `work`, and measures it.
+
+    Returns the result of `work`, and bytes by component: predicted (or None) and measured.
+    """
+    moments_before = sum(tensor.nbytes for tensor in resident_moments(optimizer))
+    gradients = 0
+
+    def count_gradients(*_: object) -> None:
+        nonlocal gradients
+        for group in optimizer.param_groups:
+            gradients += sum(parameter.grad.nbytes for parameter in group["params"])
+
+    hook = optimizer.register_step_pre_hook(count_gradients)
+    try:
+        result, peak = measure_peak(work, model, optimizer, model.device)
+    finally:
+        hook.remove()
+    measured = {name: row.bytes_now for name, row in ledger(model).items()}
+    measured["gradients"] = gradients
+    measured["AdamW moments"] = moment_bytes(optimizer)
+    measured["peak of a step"] = peak
+    predicted = predicted_bytes(model, optimizer, batches, settings, world_size, moments_before)
+    rows = {
+        name: {"predicted": predicted.get(name), "measured": nbytes}
+        for name, nbytes in measured.items()
+    }
+    return result, rows
+
+
+def predicted_bytes(
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    batches: list[Batch],
+    settings: StepSettings,
+    world_size: int,
+    moments_before: int,
+) -> dict[str, int]:
+    """The predicted bytes of a step by component; empty for a model the formula does not know.
+
+    moments_before: bytes of AdamW's moments that are on the device when the step begins.
+    """
+    passes = []
+    for index, batch in enumerate(batches):
+        size, length = batch.input_ids.shape
+        prediction = predict_step(
+            model.config,
+            settings,
+            size,
+            length,
+            accumulating=index > 0 or world_size > 1,
+            labels=batch.n_labels,
+            masked=is_masked(batch),
+            packed=batch.position_ids is not None,
+        )
+        if prediction is None:
+            return {}
+        passes.append(prediction)
+
+    parts = passes[0].components
+    rows = lasting_rows(parts)
+    lasting = sum(rows.values())
+    if on_gpu(model.device):
+        lasting += parts["buffer"]  # a CPU decodes into its cache instead
+    rows["gradients"] = parts["gradients"]
+    rows["AdamW moments"] = parts["AdamW moments"]
+
+    temporary = max(sum(instant) for each in passes for instant in each.instants.values())
+    resident = parts["AdamW moments"]
+    if isinstance(optimizer, PagedAdamW):
+        resident = optimizer.pager.resident
+    forward_and_backward = moments_before + temporary
+    update = parts["gradients"] + resident
+    rows["peak of a step"] = lasting + max(forward_and_backward, update)
+    return rows
+
+
+def lasting_rows(parts: dict[str, int]) -> dict[str, int]:
+    """Predicted components under the names of the ledger."""
+    return {
+        "linear layers": parts["base"] + parts["constants"],
+        "embedding, head": parts["embedding, head"],
+        "norms, biases": parts["norms"],
+        "adapters": parts["adapters"],
     }
 
-    def line(name: str, numbers: list[int]) -> str:
-        return f"{name:34}" + "".join(f"{number / 1e9:18.3f}" for number in numbers)
 
-    lines = [f"{'GB':34}" + "".join(f"{method:>18}" for method in predict.METHODS)]
-    for name in kinds[True][0].components:
-        for checkpointing, predictions in kinds.items():
-            if checkpointing or name == "activations":
-                suffix = (
-                    ""
-                    if name != "activations"
-                    else ", checkpointing"
-                    if checkpointing
-                    else ", all kept"
-                )
-                lines.append(
-                    line(name + suffix, [prediction.components[name] for prediction in predictions])
-                )
-    for checkpointing, predictions in kinds.items():
-        lines.append(
-            line(
-                f"peak, {'checkpointing' if checkpointing else 'all kept'}",
-                [p.peak() for p in predictions],
-            )
-        )
-    lines.append(
-        line(
-            "  AdamW's moments paged out",
-            [prediction.peak(paged=True) for prediction in kinds[True]],
-        )
-    )
-    instants = kinds[True][-1].instants
-    lines.append(
-        f"QLoRA with checkpointing is at its peak in {max(instants, key=lambda name: sum(instants[name]))}"
-    )
-    return "\n".join(lines)
+def is_masked(batch: Batch) -> bool:
+    """Whether attention has a mask: transformers drops it if nothing is padded or packed."""
+    return batch.position_ids is not None or not bool(batch.attention_mask.all())
 
 
-def most(
-    shape: predict.Shape, method: str, length: int, r: int, nbytes: int, paged: bool = False
-) -> int:
-    """How many sequences of a length fit into so many bytes, with checkpointing: 0 to 2**16."""
-    fitting, above = 0, 2**16 + 1
-    while above - fitting > 1:
-        middle = (fitting + above) // 2
-        fits = predict.predict(shape, method, middle, length, r).peak(paged) <= nbytes
-        fitting, above = (middle, above) if fits else (fitting, middle)
-    return fitting
+def pages_of(optimizer: Optimizer) -> list:
+    """The pages of a PagedAdamW; none of another optimizer."""
+    if not isinstance(optimizer, PagedAdamW):
+        return []
+    return [page for pages in optimizer.pages.values() for page in pages]
 
 
-def what_fits(shape: predict.Shape, length: int, r: int) -> str:
-    """The largest batch for cards of usual sizes."""
-    columns = [*((method, False) for method in predict.METHODS), (predict.QLORA, True)]
-    heads = [method + (", paged" if paged else "") for method, paged in columns]
-    lines = [f"{f'sequences of {length} that fit':34}" + "".join(f"{head:>18}" for head in heads)]
-    for size in CARDS:
-        counts = [
-            most(shape, method, length, r, size * 2**30 - OUTSIDE, paged)
-            for method, paged in columns
-        ]
-        lines.append(
-            f"{f'a card of {size} GiB':34}" + "".join(f"{count or '-':>18}" for count in counts)
-        )
-    return "\n".join(lines)
+def resident_moments(optimizer: Optimizer) -> list[Tensor]:
+    """The tensors of AdamW's moments that are on the device now."""
+    if isinstance(optimizer, PagedAdamW):
+        return list(optimizer.pager.cache.values())
+    return [
+        tensor
+        for state in optimizer.state.values()
+        for name, tensor in state.items()
+        if name.startswith("exp_avg")
+    ]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Predict the memory of fine-tuning, by component, before the run."
-    )
-    parser.add_argument(
-        "--model",
-        default="llama-65b",
-        help=f"{', '.join(predict.SHAPES)}, or a folder with config.json",
-    )
-    for name, value, text in (
-        ("seq", 512, "tokens a sequence"),
-        ("batch", 1, "sequences"),
-        ("r", 64, "rank of the adapters"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: {value})")
-    args = parser.parse_args(argv)
-    if min(args.seq, args.batch, args.r) < 1:
-        parser.error("--seq, --batch and --r must be at least 1")
-    try:
-        shape = predict.shape_of(args.model)
-    except ValueError as error:
-        print(f"memory.py: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.model}, {args.batch} x {args.seq} tokens, r {args.r}: predicted\n")
-    print(
-        table(shape, args.batch, args.seq, args.r), what_fits(shape, args.seq, args.r), sep="\n\n"
-    )
-    return 0
+def moment_bytes(optimizer: Optimizer) -> int:
+    """Bytes of AdamW's moments, on the device or elsewhere."""
+    if isinstance(optimizer, PagedAdamW):
+        return sum(page.nbytes for page in pages_of(optimizer))
+    return sum(tensor.nbytes for tensor in resident_moments(optimizer))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def uses_unified_memory(optimizer: Optimizer) -> bool:
+    """Whether the state is in unified memory, which torch's allocator does not count."""
+    return any(isinstance(page.store, Managed) for page in pages_of(optimizer))
+
+
+def measure_peak(
+    work: Callable[[], T], model: nn.Module, optimizer: Optimizer, device: torch.device
+) -> tuple[T, int]:
+    """Returns the result of `work` and the most bytes that were alive during it.
+
+    Counted by CUDA's allocator and the pager on a GPU, by `Live` elsewhere.
+    """
+    if on_gpu(device):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        result = work()
+        torch.cuda.synchronize()
+        paged = optimizer.pager.peak if uses_unified_memory(optimizer) else 0
+        return result, torch.cuda.max_memory_allocated() + paged
+    mapped_files = [page.store.bytes for page in pages_of(optimizer) if page.store]
+    tensors = [*model.parameters(), *model.buffers(), *resident_moments(optimizer)]
+    with Live(*tensors, outside=mapped_files) as live:
+        result = work()
+    return result, live.peak
+
+
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"

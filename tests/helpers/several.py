@@ -163,7 +163,9 @@ def apart(root: Path) -> dict[str, tuple[list[int | None], str]]:
     def other_rows(rank: int) -> None:
         if rank == 1:
             rows = dataset.load_task()
-            dataset.load_task = lambda *args: dataset.Task("perplexity", rows.train[::-1], rows.test)
+            dataset.load_task = lambda *args: dataset.Task(
+                "perplexity", rows.train[::-1], rows.test
+            )
 
     def no_model(rank: int) -> None:
         def fail(*args: object) -> None:

@@ -12,7 +12,7 @@ import torch
 import train
 from checkpoints import sources
 from helpers import models
-from memory import weigh
+from memory import formula
 from training import options, preflight
 from training.dtypes import resolve_device_and_dtype
 from training.options import Options, parse_args
@@ -265,22 +265,23 @@ def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(
         resolve_device_and_dtype(parse_args(["--dtype", dtype, "--device", "cpu"]))
         for dtype in ("bfloat16", "float32")
     )
-    predicted = preflight.memory_of(config, in_float32, 64)
+    predicted = preflight.describe_memory(config, in_float32, 64)
     assert predicted.startswith("0.00 GB at a step's peak, predicted; cpu has")
     half, full = (
-        weigh.ledger(config, each, 4, 64).components["activations"] for each in (args, in_float32)
+        formula.predict_step(config, preflight.step_settings(each), 4, 64).components["activations"]
+        for each in (args, in_float32)
     )
     assert half < full < 2 * half
     monkeypatch.setattr(preflight, "device_bytes", lambda device: 1000)
-    assert preflight.memory_of(config, args, 64).endswith(
+    assert preflight.describe_memory(config, args, 64).endswith(
         "which is too little: see --batch-size, --max-seq-len, --grad-checkpoint"
     )
     config.model_type = "gemma"
-    known = "not predicted: the ledger knows llama and mistral, from dense weights, "
+    known = "not predicted: the formula covers llama and mistral, from dense weights, "
     known += "without biases or DoRA, and this is another "
-    assert preflight.memory_of(config, args, 64).startswith(f"{known}gemma; cpu has")
+    assert preflight.describe_memory(config, args, 64).startswith(f"{known}gemma; cpu has")
     config.model_type, config.attention_bias = "llama", True
-    assert preflight.memory_of(config, args, 64).startswith(f"{known}llama; cpu has")
+    assert preflight.describe_memory(config, args, 64).startswith(f"{known}llama; cpu has")
 
 
 def test_a_gpus_memory_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
