@@ -130,7 +130,7 @@ def latest_state(folder: Path) -> State:
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The tensors of a state, on the host of the first process. A collective."""
     tensors = _named_adapter(model) | _named_moments(optimizer.state_dict()["state"])
-    return sharding.whole(tensors)
+    return sharding.gather_full_tensors(tensors)
 
 
 def _named_adapter(model: nn.Module) -> dict[str, Tensor]:
