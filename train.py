@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoints.base_model import load_with_adapters
+from checkpoints.base_model import PreTrainedModel, load_with_adapters
 from data import packing
 from data.dataset import Batch, batches_of_step
 from lora import QLoRALinear

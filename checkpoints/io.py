@@ -229,6 +229,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     metadata: at most one entry, because safetensors writes several in random order: the same run
     would leave other bytes. Put JSON into the one entry instead.
     """
+    assert len(metadata) <= 1, f"metadata must have one entry, has {', '.join(metadata)}"
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))

@@ -116,10 +116,7 @@ def save_adapter(
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("the model has no adapters: add them with lora.attach")
-    config = _config_of(layers) | {
-        "target_modules": _target_modules(model),
-        "base_model_name_or_path": getattr(model, "name_or_path", None),
-    }
+    config = _config_of(model, layers)
     folder.mkdir(parents=True, exist_ok=True)
     first_layer = next(iter(layers.values()))
     io.write_tensors(
@@ -130,8 +127,8 @@ def save_adapter(
     io.write_text(json.dumps(config, indent=2), folder / "adapter_config.json")
 
 
-def _config_of(layers: dict[str, QLoRALinear]) -> dict:
-    """Describes the settings of all layers as PEFT's LoraConfig does."""
+def _config_of(model: nn.Module, layers: dict[str, QLoRALinear]) -> dict:
+    """Describes the adapters of a model as PEFT's LoraConfig does."""
     first = next(iter(layers.values()))
     shared = _shared_settings(first)
     rank_pattern = {}
@@ -153,11 +150,22 @@ def _config_of(layers: dict[str, QLoRALinear]) -> dict:
         "r": first.r,
         "lora_alpha": first.lora_alpha,
         **shared,
+        "target_modules": _target_modules(model),
+        "base_model_name_or_path": getattr(model, "name_or_path", None),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
+    }
+
+
+def _shared_settings(layer: QLoRALinear) -> dict:
+    """The settings for which PEFT's format has one value for all layers."""
+    return {
+        "lora_dropout": layer.lora_dropout,
+        "use_rslora": layer.use_rslora,
+        "use_dora": isinstance(layer, DoRALinear),
     }
 
 
@@ -185,15 +193,6 @@ def describe_base(base: FrozenWeight) -> str:
 
 
 # Loading
-
-
-def _shared_settings(layer: QLoRALinear) -> dict:
-    """The settings for which PEFT's format has one value for all layers."""
-    return {
-        "lora_dropout": layer.lora_dropout,
-        "use_rslora": layer.use_rslora,
-        "use_dora": isinstance(layer, DoRALinear),
-    }
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -233,7 +232,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 def _check_settings(
     layers: dict[str, QLoRALinear], settings: dict[str, dict], use_dora: bool, folder: Path
 ) -> None:
-    """Compares rank and use_dora of a model's adapters with the settings of a config."""
+    """Raises a ValueError if a config has another rank or use_dora than a model's adapters."""
     path = folder / "adapter_config.json"
     for name, layer in layers.items():
         r = settings[name]["r"]
@@ -267,7 +266,7 @@ def layers_of(tensors: dict[str, Tensor]) -> set[str]:
 
 
 def settings_of(layer: str, config: dict) -> dict:
-    """Looks up the settings of a layer in a config, as QLoRALinear.from_linear takes them."""
+    """Looks up the settings of a layer in a config, as `from_linear` of its type takes them."""
     return {
         "r": _first_match(config["rank_pattern"], layer, config["r"]),
         "lora_alpha": _first_match(config["alpha_pattern"], layer, config["lora_alpha"]),

@@ -90,7 +90,8 @@ class _Limits(TorchFunctionMode):
 def _check_counts(entries: dict, n_tensors: int, path: Path) -> None:
     """Refuses more modules than tensors, and code to download.
 
-    Not every one of these loops calls torch, so _Limits alone would not end them all.
+    _Limits does not replace this: it counts calls of torch, and a config with many labels builds a
+    dictionary of them without one.
     """
     for key, value in entries.items():
         if isinstance(value, dict):

@@ -41,18 +41,16 @@ SMALL = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 ARCHITECTURES = [
-    LlamaConfig(
-        **SMALL,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 1e4,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        },
-    ),  # buffers
+    LlamaConfig(**SMALL, rope_parameters=LLAMA_3),  # has computed buffers
     LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     MistralConfig(**SMALL, sliding_window=8),
     Qwen3Config(**SMALL, head_dim=16, max_window_layers=2),
@@ -128,20 +126,22 @@ def test_a_streamed_model_has_the_bits_of_from_pretrained_and_attach(
 
 def test_a_dense_base_is_streamed_too(tmp_path: Path) -> None:
     saved(ARCHITECTURES[1], tmp_path)
-    ours = base_model.load_quantized(
-        tmp_path,
-        torch.bfloat16,
-        "cpu",
-        lambda w, b: QLoRALinear(FrozenWeight(w.clone(), codebook=None), b),
-    )
-    theirs = attach(
-        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), codebook=None
-    )
-    torch.manual_seed(1)
-    theirs_now = [p for p in theirs.parameters() if not p.requires_grad]
-    assert all(
-        same_bits(a, b) for a, b in zip((p for p in ours.parameters() if p.numel()), theirs_now)
-    )
+
+    def dense(weight: torch.Tensor, bias: torch.Tensor | None) -> QLoRALinear:
+        return QLoRALinear(FrozenWeight(weight.clone(), codebook=None), bias)
+
+    ours = base_model.load_quantized(tmp_path, torch.bfloat16, "cpu", dense)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    attach(theirs, codebook=None)
+    frozen = [parameter for parameter in ours.parameters() if parameter.numel()]
+    expected = [parameter for parameter in theirs.parameters() if not parameter.requires_grad]
+    assert len(frozen) == len(expected)
+    assert all(same_bits(a, b) for a, b in zip(frozen, expected))
+    layers = [name for name, layer in ours.named_modules() if isinstance(layer, QLoRALinear)]
+    assert len(layers) == 14
+    for name in layers:
+        weights = [model.get_submodule(name).base.weight for model in (ours, theirs)]
+        assert same_bits(*weights), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -190,7 +190,7 @@ def test_several_architectures_come_back_with_the_same_logits(
 
 
 def test_the_compute_dtype_of_the_folder_is_that_of_the_layers(tmp_path: Path) -> None:
-    """transformers computes in float32 where nobody says otherwise, also with a base of 16 bits."""
+    """The default of transformers is float32, even for a base of 16 bits."""
     folder = quantized_by_peer(
         models.tiny_llama(torch.bfloat16, vocab_size=256), tmp_path, bnb_4bit_quant_type="nf4"
     )
@@ -205,30 +205,23 @@ def test_layers_that_were_left_dense_stay_dense_on_both_sides(tmp_path: Path) ->
     dense = models.tiny_llama(torch.bfloat16, vocab_size=256)
     ours = lora.attach(dense, ["q_proj", "up_proj"], r=2)
     checkpoints.save_4bit(ours, tmp_path / "ours")
-    theirs, again = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "ours"),
-        checkpoints.load_4bit(tmp_path / "ours"),
-    )
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    again = checkpoints.load_4bit(tmp_path / "ours")
     for model, kind in ((theirs, bitsandbytes.nn.Linear4bit), (again, QLoRALinear)):
         assert sum(isinstance(module, kind) for module in model.modules()) == 4
         assert same_bits(logits(model), logits(ours))
     checkpoints.save_4bit(again, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "ours")
     skip = ["down_proj", "lm_head"]
-    folder = quantized_by_peer(
-        models.tiny_llama(torch.bfloat16, vocab_size=256), tmp_path, llm_int8_skip_modules=skip
-    )
+    dense = models.tiny_llama(torch.bfloat16, vocab_size=256)
+    folder = quantized_by_peer(dense, tmp_path, llm_int8_skip_modules=skip)
     checkpoints.save_4bit(checkpoints.load_4bit(folder), tmp_path / "skipped")
-    expected = AutoModelForCausalLM.from_pretrained(folder)
-    assert same_bits(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "skipped")), logits(expected)
-    )
+    saved_again = AutoModelForCausalLM.from_pretrained(tmp_path / "skipped")
+    assert same_bits(logits(saved_again), logits(AutoModelForCausalLM.from_pretrained(folder)))
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float32"])
-def test_packed_bytes_that_pose_as_another_dtype_are_read_and_written_so(
-    tmp_path: Path, storage: str
-) -> None:
+def test_packed_bytes_may_be_stored_as_another_dtype(tmp_path: Path, storage: str) -> None:
     dense = models.tiny_llama(torch.bfloat16, vocab_size=256)
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
     folder = quantized_by_peer(dense, tmp_path, bnb_4bit_quant_storage=storage, **settings)
@@ -250,14 +243,10 @@ def split(folder: Path, into: Path) -> Path:
         for index, name in enumerate(names)
     }
     for place in set(places.values()):
-        save_file(
-            {name: tensors[name] for name in names if places[name] == place},
-            into / place,
-            {"format": "pt"},
-        )
-    (into / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": places})
-    )
+        shard = {name: tensors[name] for name in names if places[name] == place}
+        save_file(shard, into / place, {"format": "pt"})
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (into / "model.safetensors.index.json").write_text(index)
     return into
 
 

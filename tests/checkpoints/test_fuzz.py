@@ -50,21 +50,20 @@ ADAPTERS = ["adapter for a dense model", "adapter for an adapted model"]
 @functools.cache
 def dense() -> nn.Module:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=2,
-        )
-    ).eval()
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 @functools.cache
@@ -78,18 +77,12 @@ def whole(kind: str) -> Contents:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if kind == "state":
-            model = copy.deepcopy(adapted())
-            with sealed():
-                tensors = resume.state_tensors(model, stepped(model))
-                resume.write_state(
-                    tensors, {"lr": "1"}, 1, [0.5, None], folder / "state.safetensors"
-                )
+            (folder / "state.safetensors").write_bytes(saved_state())
         elif kind in ADAPTERS:
             checkpoints.save_adapter(models.trained(copy.deepcopy(adapted())), folder)
         else:
-            checkpoints.save_4bit(
-                lora.attach(copy.deepcopy(dense()), double_quant=kind != "plain"), folder
-            )
+            model = lora.attach(copy.deepcopy(dense()), double_quant=kind != "plain")
+            checkpoints.save_4bit(model, folder)
         contents = {path.name: path.read_bytes() for path in folder.iterdir()}
     if kind == "shards":
         tensors = load(contents.pop("model.safetensors"))
@@ -99,9 +92,8 @@ def whole(kind: str) -> Contents:
         }
         contents[INDEX] = json.dumps({"metadata": {}, "weight_map": places}).encode()
         for place in set(places.values()):
-            contents[place] = save(
-                {key: tensors[key] for key in tensors if places[key] == place}, {"format": "pt"}
-            )
+            shard = {key: tensor for key, tensor in tensors.items() if places[key] == place}
+            contents[place] = save(shard, {"format": "pt"})
     return contents
 
 
@@ -231,7 +223,8 @@ def outcome(
     prepare: Callable[[Path], object] = lambda folder: None,
 ) -> str:
     """Returns the error message, or "" if the folder was loaded; else fails."""
-    said, peak = "", memory.peak_rss_bytes()
+    said = ""
+    peak = memory.peak_rss_bytes()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "stranger"
         folder.mkdir()
@@ -317,14 +310,15 @@ NEW_KEYS = """
 
 def spots(value: object, path: tuple = ()) -> list[tuple]:
     """Lists the path to each value in a JSON object."""
-    inner = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    return [path] * bool(path) + [spot for key, each in inner for spot in spots(each, (*path, key))]
+    children = []
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    found = [path] if path else []
+    for key, child in children:
+        found += spots(child, (*path, key))
+    return found
 
 
 def replaced(text: bytes, path: tuple, value: object, twice: bool = False) -> bytes:
@@ -363,23 +357,16 @@ def raw_damage(draw: st.DrawFn, data: bytes) -> bytes:
     low, high = draw(st.sampled_from(regions))
     at = draw(st.integers(low, high - 1))
     if kind == "flip":
-        return (
-            data[:at]
-            + bytes([data[at] ^ draw(st.sampled_from([1 << bit for bit in range(8)]))])
-            + data[at + 1 :]
-        )
+        flipped = data[at] ^ draw(st.sampled_from([1 << bit for bit in range(8)]))
+        return data[:at] + bytes([flipped]) + data[at + 1 :]
     if kind == "cut":
         return data[:at]
     if kind == "insert":
         return data[:at] + draw(st.binary(max_size=20)) + data[at:]
     if kind == "zero":
         return data[:at] + bytes(min(64, len(data) - at)) + data[at + 64 :]
-    return (
-        struct.pack(
-            "<Q", draw(st.sampled_from([0, 1, 7, 10**8, 10**8 + 1, 2**31, 2**63, 2**64 - 1]))
-        )
-        + data[8:]
-    )
+    length = draw(st.sampled_from([0, 1, 7, 10**8, 10**8 + 1, 2**31, 2**63, 2**64 - 1]))
+    return struct.pack("<Q", length) + data[8:]
 
 
 @st.composite
@@ -396,30 +383,17 @@ def json_damage(draw: st.DrawFn, text: bytes) -> bytes:
             text.decode().encode("utf-16"),
         ]
         return draw(st.sampled_from(others))
-    paths = spots(json.loads(text)) + [(key,) for key in NEW_KEYS]
-    return replaced(
-        text, draw(st.sampled_from(paths)), draw(st.sampled_from(WEIRD)), draw(st.booleans())
-    )
+    path = draw(st.sampled_from(spots(json.loads(text)) + [(key,) for key in NEW_KEYS]))
+    return replaced(text, path, draw(st.sampled_from(WEIRD)), draw(st.booleans()))
 
 
 DTYPES = """
     BOOL F4 F6_E2M3 F8_E4M3 F8_E5M2 F8_E8M0 I8 U8 I16 U16 F16 BF16 I32 U32 F32 C64 F64 I64 U64 XX
 """.split()
-SHAPES = [
-    [],
-    [0],
-    [1],
-    [2**63, 0],
-    [0, 2**62],
-    [0, 2**64 - 1],
-    [2**40],
-    [2**32, 2**32],
-    [-1],
-    [1.0],
-    [1] * 100,
-    ["1"],
-    None,
-]
+TORCH_DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e5m2]
+TORCH_DTYPES += [torch.int64, torch.int8, torch.bool, torch.complex64]
+SHAPES = [[], [0], [1], [2**63, 0], [0, 2**62], [0, 2**64 - 1], [2**40], [2**32, 2**32]]
+SHAPES += [[-1], [1.0], [1] * 100, ["1"], None]
 
 
 @st.composite
@@ -431,24 +405,20 @@ def header_damage(draw: st.DrawFn, data: bytes) -> bytes:
     kind = draw(st.sampled_from(["dtype", "shape", "offsets", "rename", "swap", "both", "any"]))
     entry = entries[name]
     if kind == "any" or name == "__metadata__":
-        return joined(
-            replaced(header, draw(st.sampled_from(spots(entries))), draw(st.sampled_from(WEIRD))),
-            rest,
-        )
+        path = draw(st.sampled_from(spots(entries)))
+        return joined(replaced(header, path, draw(st.sampled_from(WEIRD))), rest)
     if kind == "dtype":
         entry["dtype"] = draw(st.sampled_from(DTYPES))
     elif kind == "shape":
         shape = entry["shape"]
-        entry["shape"] = draw(
-            st.sampled_from([*SHAPES, [*shape, 1], shape[::-1], [math.prod(shape)]])
-        )
+        others = [*SHAPES, [*shape, 1], shape[::-1], [math.prod(shape)]]
+        entry["shape"] = draw(st.sampled_from(others))
     elif kind == "offsets":
         ends = st.sampled_from([-1, 0, 1, 64, len(rest), len(rest) + 1, 2**44, 2**63])
         entry["data_offsets"] = draw(st.lists(ends, max_size=3))
     elif kind == "both":
-        entries |= {
-            "empty": {"dtype": "U8", "shape": draw(st.sampled_from(SHAPES)), "data_offsets": [0, 0]}
-        }
+        shape = draw(st.sampled_from(SHAPES))
+        entries["empty"] = {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}
     else:
         other = draw(st.sampled_from([*sorted(entries), "x", "", "a\0b", "lm_head.weight", "../x"]))
         entries[name], entries[other] = entries.get(other, entry), entry
@@ -463,9 +433,8 @@ def tensor_damage(draw: st.DrawFn, data: bytes) -> bytes:
     tensors = load(data)
     name = draw(st.sampled_from(sorted(tensors)))
     tensor = tensors[name].clone()
-    kind = draw(
-        st.sampled_from(["state", "dtype", "shape", "number", "number", "missing", "extra", "zero"])
-    )
+    kinds = ["state", "dtype", "shape", "number", "number", "missing", "extra", "zero"]
+    kind = draw(st.sampled_from(kinds))
     states = [key for key in sorted(tensors) if bnb_4bit.STATE in key]
     if kind == "state" and states:
         name = draw(st.sampled_from(states))
@@ -475,42 +444,22 @@ def tensor_damage(draw: st.DrawFn, data: bytes) -> bytes:
         text = replaced(text, draw(st.sampled_from(paths)), value, draw(st.booleans()))
         tensor = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     elif kind == "dtype":
-        tensor = tensor.to(
-            draw(
-                st.sampled_from(
-                    [
-                        torch.float64,
-                        torch.float16,
-                        torch.bfloat16,
-                        torch.float8_e5m2,
-                        torch.int64,
-                        torch.bool,
-                        torch.complex64,
-                        torch.int8,
-                    ]
-                )
-            )
-        )
+        tensor = tensor.to(draw(st.sampled_from(TORCH_DTYPES)))
     elif kind == "shape":
         flat = tensor.flatten()
         turned = tensor.mT if tensor.dim() > 1 else flat[:, None]
         tensor = draw(st.sampled_from([flat[:-1], flat[:0], flat, tensor[None], turned]))
     elif kind == "number" and tensor.is_floating_point():
-        tensor.flatten()[-1] = draw(
-            st.sampled_from([math.nan, math.inf, -math.inf, -1.0, 3e38, 0.0, -0.0])
-        )
+        numbers = [math.nan, math.inf, -math.inf, -1.0, 3e38, 0.0, -0.0]
+        tensor.flatten()[-1] = draw(st.sampled_from(numbers))
     elif kind == "zero":
         tensor.zero_()
     tensors[name] = tensor.contiguous()
     if kind == "missing":
         del tensors[name]
     elif kind == "extra":
-        extra = draw(
-            st.sampled_from(
-                ["x", "lm_head.weight", name + ".absmax", name + bnb_4bit.STATE + "fp4"]
-            )
-        )
-        tensors[extra] = tensor.clone()
+        names = ["x", "lm_head.weight", name + ".absmax", name + bnb_4bit.STATE + "fp4"]
+        tensors[draw(st.sampled_from(names))] = tensor.clone()
     return save(tensors, json.loads(split(data)[0])["__metadata__"])
 
 
@@ -543,10 +492,8 @@ class Case:
         printer.text(repr(self))
 
     def contents(self) -> Contents:
-        old = whole(self.kind)
-        return old | {
-            self.file: old[self.file][: self.start] + self.new + old[self.file][self.end :]
-        }
+        old = whole(self.kind)[self.file]
+        return whole(self.kind) | {self.file: old[: self.start] + self.new + old[self.end :]}
 
 
 @st.composite
@@ -793,13 +740,9 @@ ADAPTER_CONFIGS = [
 @pytest.mark.parametrize("key, value", ADAPTER_CONFIGS, ids=lambda each: str(each)[:30])
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_hostile_adapter_config_is_refused_at_once(kind: str, key: str, value: object) -> None:
-    contents = whole(kind)
-    assert "adapter_config.json" in outcome(
-        kind,
-        contents
-        | {"adapter_config.json": replaced(contents["adapter_config.json"], (key,), value)},
-        "config",
-    )
+    name = "adapter_config.json"
+    config = replaced(whole(kind)[name], (key,), value)
+    assert name in outcome(kind, whole(kind) | {name: config}, "config")
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -841,12 +784,12 @@ def test_a_tensor_that_is_something_else_is_refused_by_name(what: str) -> None:
     name, tensor, complaint = TENSORS[what]
     tensors = load(whole("nested")[W])
     if tensor is None:
-        packed = bnb_4bit.pack(lora.FrozenWeight(dense().lm_head.weight.detach()), "lm_head.weight")
-    tensors |= {name: tensor} if tensor is not None else packed
-    assert re.search(
-        complaint,
-        outcome("nested", whole("nested") | {W: save(tensors, {"format": "pt"})}, "tensor"),
-    )
+        head = lora.FrozenWeight(dense().lm_head.weight.detach())
+        tensors |= bnb_4bit.pack(head, "lm_head.weight")
+    else:
+        tensors[name] = tensor
+    contents = whole("nested") | {W: save(tensors, {"format": "pt"})}
+    assert re.search(complaint, outcome("nested", contents, "tensor"))
 
 
 @pytest.mark.parametrize("shape", [[2**63, 0], [0, 2**64 - 1], [2**62, 4], [2**44]])
@@ -855,12 +798,10 @@ def test_a_header_that_promises_more_than_there_is_or_can_be_is_damaged(
     kind: str, file: str, shape: list[int]
 ) -> None:
     header, rest = split(whole(kind)[file])
-    entries = json.loads(header) | {
-        "x": {"dtype": "U8", "shape": shape, "data_offsets": [len(rest), len(rest)]}
-    }
-    assert f"{file} is damaged" in outcome(
-        kind, whole(kind) | {file: joined(json.dumps(entries).encode(), rest)}, "header"
-    )
+    entries = json.loads(header)
+    entries["x"] = {"dtype": "U8", "shape": shape, "data_offsets": [len(rest), len(rest)]}
+    data = joined(json.dumps(entries).encode(), rest)
+    assert f"{file} is damaged" in outcome(kind, whole(kind) | {file: data}, "header")
 
 
 def state_of(model: nn.Module, optimizer: PagedAdamW) -> dict[str, tuple[list[int], bytes]]:
@@ -886,7 +827,8 @@ def sealed() -> Iterator[None]:
 
 def resumed(data: bytes, damage: str) -> str:
     """Returns the error message, or "" if a run can resume from these bytes; else fails."""
-    model, said = copy.deepcopy(adapted()), ""
+    said = ""
+    model = copy.deepcopy(adapted())
     optimizer = stepped(model)
     before, held = snapshot(model), state_of(model, optimizer)
     with tempfile.TemporaryDirectory() as name, in_time(), sealed():
@@ -916,21 +858,20 @@ def resumed(data: bytes, damage: str) -> str:
     return said
 
 
+def saved_state(**entries: object) -> bytes:
+    """The file of a run's state, with other entries than usual."""
+    model = copy.deepcopy(adapted())
+    usual = {"settings": {"lr": "1"}, "step": 1, "before": [0.5, None]}
+    with tempfile.TemporaryDirectory() as name, sealed():
+        path = Path(name) / "state"
+        tensors = resume.state_tensors(model, stepped(model))
+        resume.write_state(tensors, **(usual | entries), path=path)
+        return path.read_bytes()
+
+
 def state_with(**entries: object) -> Case:
-    """The state of a run with other entries in the JSON of its header."""
-    header, rest = split(whole("state")["state.safetensors"])
-    content = json.loads(header)
-    state = json.loads(content["__metadata__"]["state"])
-    state["progress"] |= entries
-    content["__metadata__"]["state"] = json.dumps(state)
-    return Case(
-        "state",
-        "state.safetensors",
-        "progress",
-        0,
-        10**9,
-        joined(json.dumps(content).encode(), rest),
-    )
+    """The state of a run with an entry that cannot be."""
+    return Case("state", "state.safetensors", "progress", 0, 10**9, saved_state(**entries))
 
 
 @given(cases(["state"]))
@@ -950,9 +891,9 @@ def test_a_damaged_state_of_a_run_is_taken_or_refused_by_name_and_changes_nothin
 def test_an_adapter_of_nothing_or_of_numbers_beyond_float32_is_refused(
     kind: str, number: float | None
 ) -> None:
-    tensors = (
-        {name: tensor.double() for name, tensor in load(whole(kind)[A]).items()} if number else {}
-    )
+    tensors = {}
+    if number is not None:
+        tensors = {name: tensor.double() for name, tensor in load(whole(kind)[A]).items()}
     for tensor in tensors.values():
         tensor[0, 0] = number
     assert outcome(kind, whole(kind) | {A: save(tensors, {"format": "pt"})}, "tensor")
@@ -964,11 +905,8 @@ def test_a_bit_of_a_number_is_another_number_and_a_byte_less_is_refused(kind: st
     name = A if kind in ADAPTERS else "model.safetensors"
     data = whole(kind)[name]
     first = 8 + int.from_bytes(data[:8], "little")  # the lowest byte of a float32
-    assert not outcome(
-        kind,
-        whole(kind) | {name: data[:first] + bytes([data[first] ^ 1]) + data[first + 1 :]},
-        "raw",
-    )
+    flipped = data[:first] + bytes([data[first] ^ 1]) + data[first + 1 :]
+    assert not outcome(kind, whole(kind) | {name: flipped}, "raw")
     assert outcome(kind, whole(kind) | {name: data[:-1]}, "raw")
 
 

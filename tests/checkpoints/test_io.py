@@ -69,6 +69,13 @@ def test_two_processes_write_the_same_bytes_with_the_permissions_of_their_umask(
     assert contents[0] == contents[1]
 
 
+def test_a_second_entry_in_the_header_which_would_have_a_random_place_is_refused(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(AssertionError, match="one entry, has format, base"):
+        io.write_tensors({}, tmp_path / "file", {"format": "pt", "base": "{}"})
+
+
 def test_a_folder_that_is_read_only_or_too_small_is_an_error_before_the_work(
     tmp_path: Path,
 ) -> None:

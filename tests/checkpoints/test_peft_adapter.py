@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import checkpoints
-from checkpoints import peft_adapter
+from checkpoints import io, peft_adapter
 from helpers import models
 from helpers.bounds import cast
 from helpers.models import adapted, trained
 from lora import QLoRALinear, attach
+from nf4 import normal_float
 
 IDS = torch.arange(5, 25)[None]
 
@@ -132,6 +133,23 @@ def test_we_load_the_adapter_of_peft_and_compute_the_same(tmp_path: Path, config
             == layer.r
             == theirs.base_model.model.get_submodule(name).r["default"]
         )
+
+
+def test_the_base_is_read_from_the_header_also_if_that_has_the_two_entries_of_older_files(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    model = models.tiny_llama(vocab_size=256)
+    attach(model, r=2, codebook=normal_float(3), block_size=128)
+    checkpoints.save_adapter(model, tmp_path)
+    header = io.read_metadata(path)
+    assert header.keys() == {"base"}
+    for metadata in (header, {"format": "pt"} | header):
+        save_file(load_file(path), path, metadata)
+        quantization, dtype = peft_adapter.base_of(tmp_path)
+        assert torch.equal(quantization.pop("codebook"), normal_float(3))
+        assert quantization == {"block_size": 128, "double_quant": True}
+        assert dtype == torch.float32
 
 
 def test_an_adapter_goes_onto_adapters_that_are_there_and_takes_its_scaling_with_it(
