@@ -306,7 +306,7 @@ def test_a_product_is_the_same_however_many_tiles_share_their_columns(
 
 
 def test_every_weight_meets_its_own_number(order: int = 0) -> None:
-    """Rows of x that pick one column each give columns of W, rounded: no error of order hides in a sum."""
+    """Rows of x that pick one column each give columns of W, rounded: a wrong order would show."""
     q, constants = weight_of(Recipe((40, 192)), True)
     whole = dense(q, constants, torch.float32)
     for start in range(0, 192, 64):
@@ -471,7 +471,7 @@ def test_a_weight_too_large_for_32_bits_has_no_kernel() -> None:
 
 
 class FakeDriver:
-    """What launch.py calls of the driver, and what it was called with."""
+    """Takes the place of the driver, and records its calls."""
 
     CUresult = launch.driver.CUresult
 
