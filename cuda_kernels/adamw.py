@@ -5,7 +5,8 @@ torch's optimizer makes a pass over memory for each operation, seven or more; th
 state is one launch, and any run of elements can be updated.
 
 The bits are those of paged_optim.adamw_ on a CPU. Its lerp_ and addcmul_ round a product and its
-sum once, all other operations round one by one: so the first use `fma`, the rest `mul` and `add`. No operation is approximate: square root and division are rounded to nearest.
+sum once, all other operations round one by one: so the first use `fma`, the rest `mul` and `add`.
+No operation is approximate: square root and division are rounded to nearest.
 """
 
 import math
