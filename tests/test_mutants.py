@@ -167,7 +167,9 @@ def without_kernels(**arguments: object) -> Callable[[ModuleType], dict[str, obj
             ("decode", "multiply", "multiply_back"), lambda *_: pytest.fail("a kernel was called")
         )
         for name in ("decode", "fused"):
-            setattr(suite.launch, name, SimpleNamespace(**vars(getattr(suite.launch, name)) | refusing))
+            setattr(
+                suite.launch, name, SimpleNamespace(**vars(getattr(suite.launch, name)) | refusing)
+            )
         return arguments | {"no_kernels": None}
 
     return prepare
