@@ -1,28 +1,31 @@
-"""From 4 bits to numbers, as a ladder: four kernels with the same bits, each a step from the one before, the last one in use.
+"""Dequantization as a ladder: four kernels with the same bits, each a step from the one before.
 
-A weight w' = level[code] * constant costs 1/2 + 1/64 bytes to read, double-quantized, and 2 to write in 16 bits. Memory that
-moves 3 TB/s leaves a GPU of 132 x 128 lanes about 25 instructions an element: it is not arithmetic that takes the time, but how
-the bytes are asked for.
+A weight w' = level[code] * constant costs 1/2 + 1/64 bytes to read, with double quantization, and 2
+to write in 16 bits. While memory moves these, at 3 TB/s, a GPU of 132 x 128 lanes can execute about
+25 instructions per element: arithmetic does not limit the speed, but how the bytes are requested.
 
-          a thread       reads at once    writes at once    instructions an element
-    v1    1 element      1 byte           2 bytes           about 60: each finds its block and decodes its constant alone
-    v2    2, one byte    1 byte           4 bytes           about 35: both share address and constant
+          a thread       reads at once    writes at once    instructions per element
+    v1    1 element      1 byte           2 bytes           about 60: own block, own constant
+    v2    2, one byte    1 byte           4 bytes           about 35: both share them
     v3    8, 4 bytes     4 bytes          16 bytes          about 12: the widest store there is
-    v4    32, 16 bytes   16 bytes         4 x 16 bytes      about 8; what matters is that more bytes are under way at once
+    v4    32, 16 bytes   16 bytes         4 x 16 bytes      about 8; more bytes in flight at once
 
-v1 is not slow because it reads too much: a warp's 32 threads fall into the same sectors, which are fetched once. It is slow
-because it needs 16 times as many instructions for the same bytes, and because too few bytes are under way: memory answers after
-700 ns, so 3 TB/s are reached only with 2 MB asked for ahead, 16 kB on each multiprocessor.
+v1 does not read too much: the 32 threads of a warp ask for the same sectors, which are fetched
+once. It is slow because it needs 16 times as many instructions for the same bytes, and because too
+few bytes are in flight: memory answers after 700 ns, so 3 TB/s need 2 MB in flight, 16 kB per
+multiprocessor.
 
-v4 reads what its warp needs with one instruction, 512 bytes. But if each thread then wrote the 64 bytes that come of them, each
-store of the warp would touch 32 places, half a sector each. So the words are swapped in shared memory first: a lane takes
-those whose results lie beside its neighbour's.
+v4, the kernel in use, reads what a warp needs with one instruction, 512 bytes. If each thread then
+wrote the 64 bytes that it decodes, each store of the warp would touch 32 places, half a sector
+each. So the words are swapped in shared memory first: a lane takes words whose results are next to
+those of its neighbour.
 
-    read     lane 0: words 0 1 2 3      lane 1: words 4 5 6 7      ...      lane 31: words 124 ... 127
-    write    lane 0: words 0 32 64 96   lane 1: words 1 33 65 97   ...      each store: 32 lanes x 16 bytes in one piece
+    read     lane 0: words 0 1 2 3      lane 1: words 4 5 6 7      ...   lane 31: 124 ... 127
+    write    lane 0: words 0 32 64 96   lane 1: words 1 33 65 97   ...   32 x 16 bytes in one piece
 
-The levels lie in shared memory, in 16 different banks, so lanes that look up different ones do not wait for each other.
-Elements that fill no warp's 1024, and blocks too small for v4, are left to v1, which takes any.
+The levels are in 16 different banks of shared memory, so lanes that look up different ones do not
+wait for each other. Elements beyond the last 1024 of a warp, and blocks too small for v4, are left
+to v1, which takes any.
 """
 
 from numba import cuda
@@ -52,82 +55,54 @@ STASH = 4 * THREADS  # words that its block reads
 
 
 def v1(kind: str) -> Kernel:
-    """A thread for an element: out[i] for `start` <= i < n. `packed` is what it is everywhere, read here byte by byte."""
-    half, pack = kind != "float32", KINDS[kind][0] if kind != "float32" else None
+    """A thread per element: out[i] for `start` <= i < n. packed_bytes is the weight's packed."""
+    half = kind != "float32"
+    pack = KINDS[kind][0] if half else None
 
-    def naive(
-        packed,
-        levels,
-        absmax,
-        codes,
-        levels8,
-        offset,
-        largest,
-        shift,
-        shift8,
-        double,
-        packed_bytes,
-        out,
-        start,
-        n,
-    ):
+    def naive(weight, packed_bytes, out, start, n):
+        levels, shift = weight[1], weight[7]
         i = U32(start + U32(cuda.blockIdx.x) * U32(THREADS) + U32(cuda.threadIdx.x))
         if i < n:
-            scale = constant(i >> shift, absmax, codes, levels8, offset, largest, shift8, double)
+            scale = constant(i >> shift, weight)
             nibble = U32(packed_bytes[i >> U32(1)]) >> (U32(0) if i & U32(1) else U32(4)) & U32(15)
             x = mul(levels[nibble], scale)
             out[i] = U16(pack(x, x) & U32(0xFFFF)) if half else x
 
-    return Kernel(naive, (*WEIGHT, BYTES, SHORTS if half else FLOATS, U32, U32), THREADS)
+    return Kernel(naive, (WEIGHT, BYTES, SHORTS if half else FLOATS, U32, U32), THREADS)
 
 
 def v2(kind: str) -> Kernel:
-    """A thread for a byte: two 16-bit numbers, one word of out. n is even."""
+    """A thread per byte: two 16-bit numbers, one word of out. n is even."""
     pack = KINDS[kind][0]
 
-    def by_byte(
-        packed,
-        levels,
-        absmax,
-        codes,
-        levels8,
-        offset,
-        largest,
-        shift,
-        shift8,
-        double,
-        packed_bytes,
-        out,
-        n,
-    ):
+    def by_byte(weight, packed_bytes, out, n):
+        levels, shift = weight[1], weight[7]
         i = U32(U32(cuda.blockIdx.x) * U32(THREADS) + U32(cuda.threadIdx.x))
         if U32(2) * i < n:
-            scale = constant(
-                i >> U32(shift - U32(1)), absmax, codes, levels8, offset, largest, shift8, double
-            )
+            scale = constant(i >> U32(shift - U32(1)), weight)
             pair = U32(packed_bytes[i])
             out[i] = pack(mul(levels[pair >> U32(4)], scale), mul(levels[pair & U32(15)], scale))
 
-    return Kernel(by_byte, (*WEIGHT, BYTES, WORDS, U32), THREADS)
+    return Kernel(by_byte, (WEIGHT, BYTES, WORDS, U32), THREADS)
 
 
 @inlined
 def eight(word, scale, levels, pack, out, unit):
-    """Decode the 8 codes of a word, of one block, and write them as 16-bit numbers to the 16-byte unit `unit` of out."""
+    """Decode the 8 codes of a word, all of one block, to 16-byte unit `unit` of out, in 16 bits."""
     pairs = cuda.local.array(4, U32)
     for i in range(4):
-        high, low = word >> U32(8 * i + 4) & U32(15), word >> U32(8 * i) & U32(15)
+        high = word >> U32(8 * i + 4) & U32(15)
+        low = word >> U32(8 * i) & U32(15)
         pairs[i] = pack(mul(levels[high], scale), mul(levels[low], scale))
     store4(out, unit, pairs[0], pairs[1], pairs[2], pairs[3])
 
 
 def v3(kind: str) -> Kernel:
-    """A thread for 4 bytes: eight 16-bit numbers, 16 bytes of out. n and blocks are multiples of 8."""
+    """A thread per 4 bytes: eight 16-bit numbers, 16 bytes of out. n, blocks: multiples of 8."""
     pack = KINDS[kind][0]
 
-    def by_word(
-        packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, double, out, n
-    ):
+    def by_word(weight, out, n):
+        packed, levels, shift = weight[0], weight[1], weight[7]
         table = cuda.shared.array(16, F32)
         thread = U32(cuda.threadIdx.x)
         if thread < U32(16):
@@ -135,28 +110,38 @@ def v3(kind: str) -> Kernel:
         cuda.syncthreads()
         i = U32(U32(cuda.blockIdx.x) * U32(THREADS) + thread)
         if U32(8) * i < n:
-            scale = constant(
-                i >> U32(shift - U32(3)), absmax, codes, levels8, offset, largest, shift8, double
-            )
+            scale = constant(i >> U32(shift - U32(3)), weight)
             eight(packed[i], scale, table, pack, out, i)
 
-    return Kernel(by_word, (*WEIGHT, WORDS, U32), THREADS)
+    return Kernel(by_word, (WEIGHT, WORDS, U32), THREADS)
+
+
+@inlined
+def four(word, scale, levels, out, unit):
+    """Decode the 4 codes in the low half of a word to 16-byte unit `unit` of out, in float32."""
+    numbers = cuda.local.array(4, U32)
+    for i in range(4):
+        code = word >> U32(8 * (i // 2) + 4 * (1 - i % 2)) & U32(15)
+        numbers[i] = bits(mul(levels[code], scale))
+    store4(out, unit, numbers[0], numbers[1], numbers[2], numbers[3])
 
 
 def v4(kind: str) -> Kernel:
-    """A warp for 1024 elements, a thread for 16 bytes; of float32, 16 bytes of out are the four numbers of half a word.
+    """A warp per 1024 elements, a thread per 16 bytes read; each store has 16 bytes per thread.
 
-    Decodes `runs` times 1024 elements. Blocks are multiples of 8 elements; `packed` and `out` start at 16 bytes.
+    In float32, 16 bytes of out are the four numbers of half a word. Decodes `runs` times 1024
+    elements. Blocks are multiples of 8 elements; `packed` and `out` start at multiples of 16 bytes.
     """
-    half, pack = kind != "float32", KINDS[kind][0] if kind != "float32" else None
+    half = kind != "float32"
+    pack = KINDS[kind][0] if half else None
 
-    def swapped(
-        packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, double, out, runs
-    ):
+    def swapped(weight, out, runs):
+        packed, levels, shift = weight[0], weight[1], weight[7]
         table = cuda.shared.array(16, F32)
         words = cuda.shared.array(STASH, U32, alignment=16)
         thread = U32(cuda.threadIdx.x)
-        lane, warp = thread & U32(31), thread >> U32(5)
+        lane = thread & U32(31)
+        warp = thread >> U32(5)
         if thread < U32(16):
             table[thread] = levels[thread]
         run = U32(U32(cuda.blockIdx.x) * U32(THREADS // 32) + warp)
@@ -169,37 +154,13 @@ def v4(kind: str) -> Kernel:
                 unit = U32(32 * i) + lane  # of the 128 or 256 that the run writes
                 if half:
                     at = U32(run * U32(128) + unit)
-                    scale = constant(
-                        at >> U32(shift - U32(3)),
-                        absmax,
-                        codes,
-                        levels8,
-                        offset,
-                        largest,
-                        shift8,
-                        double,
-                    )
+                    scale = constant(at >> U32(shift - U32(3)), weight)
                     eight(words[warp * U32(128) + unit], scale, table, pack, out, at)
                 else:
                     at = U32(run * U32(256) + unit)
-                    scale = constant(
-                        at >> U32(shift - U32(2)),
-                        absmax,
-                        codes,
-                        levels8,
-                        offset,
-                        largest,
-                        shift8,
-                        double,
-                    )
-                    word = words[warp * U32(128) + (unit >> U32(1))] >> U32(
-                        (unit & U32(1)) << U32(4)
-                    )
-                    four = cuda.local.array(4, U32)
-                    for j in range(4):
-                        four[j] = bits(
-                            mul(table[word >> U32(8 * (j // 2) + 4 * (1 - j % 2)) & U32(15)], scale)
-                        )
-                    store4(out, at, four[0], four[1], four[2], four[3])
+                    scale = constant(at >> U32(shift - U32(2)), weight)
+                    word = words[warp * U32(128) + (unit >> U32(1))]
+                    word = word >> U32((unit & U32(1)) << U32(4))
+                    four(word, scale, table, out, at)
 
-    return Kernel(swapped, (*WEIGHT, WORDS, U32), THREADS)
+    return Kernel(swapped, (WEIGHT, WORDS, U32), THREADS)

@@ -1,15 +1,18 @@
-"""The building blocks of the kernels: what one thread, or the 32 of a warp together, can do and Python has no word for.
+"""Instructions of a thread, or of the 32 threads of a warp together, that Python lacks.
 
-Each stands here twice under one name. The Python function says what it does, and is what runs in the simulator of the tests
-(tests/warpsim.py); the code generator below it says which instruction that is, and is what Numba compiles. So one source of a
-kernel is both tested on a machine without a GPU and compiled for one.
+Each is defined twice under one name. The Python function defines what it does and runs in the
+simulator of the tests (tests/helpers/warpsim.py). The code generator below it emits the instruction
+and is what Numba compiles. So the same source of a kernel is tested on a machine without a GPU and
+compiled for one.
 
-Arithmetic. The assembler may fuse a product with the sum it enters into one rounding. Where a bit depends on it, kernels say
-`mul` and `add`, which round one by one, or `fma`, which rounds once. Plain * and + are for indices.
+Arithmetic. The assembler may fuse a product and the sum it enters into one rounding. Where a bit
+depends on that, kernels call `mul` and `add`, which round one by one, or `fma`, which rounds once.
+Plain * and + are for indices.
 
-Memory. A warp is served in sectors of 32 bytes, and best if its 32 threads ask for 16 neighbouring bytes each, in one
-instruction: `load4`, `store4`. `load4` takes the path for what nobody writes while the kernel runs, where an old copy may lie;
-`load4_written` is for a buffer that the kernel changes itself.
+Memory. A warp is served in sectors of 32 bytes. It is fastest if its 32 threads ask for 16
+neighbouring bytes each, in one instruction: `load4`, `store4`. `load4` uses the read-only path,
+which may return an old copy, so it is for buffers that nothing writes while the kernel runs;
+`load4_written` is for a buffer that the kernel itself changes.
 """
 
 import ctypes
@@ -25,26 +28,25 @@ from numba.cuda.cudaimpl import lower
 from numba.cuda.extending import type_callable
 from numba.cuda.typing.templates import Signature
 
+# Types of numbers and of pointers to them, for Numba
 U8, U16, U32, F32 = types.uint8, types.uint16, types.uint32, types.float32
 BYTES, SHORTS, WORDS, FLOATS = (types.CPointer(kind) for kind in (U8, U16, U32, F32))
-FOUR_WORDS, FOUR_FLOATS, MEMORY = types.UniTuple(U32, 4), types.UniTuple(F32, 4), None
-INT, FLOAT, SHORT, BYTE = ir.IntType(32), ir.FloatType(), ir.IntType(16), ir.IntType(8)
+FOUR_WORDS = types.UniTuple(U32, 4)
+FOUR_FLOATS = types.UniTuple(F32, 4)
+MEMORY = None  # a pointer or a shared array, whichever the kernel passes
+# The same for LLVM
+BYTE, SHORT, INT, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 FOUR = ir.VectorType(INT, 4)
-EVERY_LANE, SHARED = (
-    0xFFFFFFFF,
-    3,
-)  # the mask of a whole warp; the address space of what a block shares
-FMAF = ctypes.CFUNCTYPE(ctypes.c_float, *[ctypes.c_float] * 3)(
-    ("fmaf", ctypes.CDLL(None))
-)  # of the C library
-inlined = cuda.jit(
-    device=True, inline="always"
-)  # a function of several lines, pasted where it is called
+
+EVERY_LANE = 0xFFFFFFFF  # the mask of a full warp
+SHARED = 3  # the address space of a block's shared memory
+FMAF = ctypes.CFUNCTYPE(ctypes.c_float, *[ctypes.c_float] * 3)(("fmaf", ctypes.CDLL(None)))
+inlined = cuda.jit(device=True, inline="always")  # a function that is pasted where it is called
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A kernel, the one signature it has (pointers are those above), and how many threads a block of it has."""
+    """A kernel with its one signature, of the types above, and the threads of its blocks."""
 
     function: Callable
     signature: tuple[types.Type, ...]
@@ -52,15 +54,13 @@ class Kernel:
 
 
 def compiled(twin: Callable, result: types.Type, *arguments: types.Type | None) -> Callable:
-    """Registers a code generator for `twin`. Arguments of type MEMORY are a pointer, or an array that a block shares."""
+    """Register a code generator for `twin`."""
 
     def register(codegen: Callable) -> Callable:
         def typed(*given: types.Type) -> types.Type:
-            return Signature(
-                result,
-                tuple(actual if kind is MEMORY else kind for kind, actual in zip(arguments, given)),
-                None,
-            )
+            pairs = zip(arguments, given)
+            kinds = tuple(actual if kind is MEMORY else kind for kind, actual in pairs)
+            return Signature(result, kinds, None)
 
         typed.pysig = inspect.signature(twin)
         type_callable(twin)(lambda context: typed)
@@ -71,7 +71,7 @@ def compiled(twin: Callable, result: types.Type, *arguments: types.Type | None) 
 
 
 def call(builder: ir.IRBuilder, name: str, result: ir.Type, *values: ir.Value) -> ir.Value:
-    """An instruction that LLVM has a function for."""
+    """Call the function that LLVM has for an instruction."""
     kind = ir.FunctionType(result, [value.type for value in values])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
 
@@ -130,7 +130,7 @@ def _fma(context, builder, kinds, args):
 
 
 def pack_bfloat16(low, high):
-    """Two float32 rounded to bfloat16, to nearest, ties to even, in one word: the first in memory is the low half."""
+    """Two float32 in one word, rounded to bfloat16: to nearest, ties to even."""
     halves = np.array([low, high], np.float32).view(np.uint32)
     nearest = (halves.astype(np.uint64) + 0x7FFF + (halves >> 16 & 1)) >> 16
     nearest = np.where(np.isnan(halves.view(np.float32)), 0x7FFF, nearest)
@@ -139,21 +139,22 @@ def pack_bfloat16(low, high):
 
 @compiled(pack_bfloat16, U32, F32, F32)
 def _pack_bfloat16(context, builder, kinds, args):  # sm_80 and newer
-    return builder.asm(
-        ir.FunctionType(INT, [FLOAT, FLOAT]), "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", args, False
-    )
+    kind = ir.FunctionType(INT, [FLOAT, FLOAT])
+    return builder.asm(kind, "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", args, False)
 
 
 def pack_float16(low, high):
-    """Two float32 rounded to float16, in one word; what is too large becomes infinite."""
+    """Two float32 in one word, rounded to float16; numbers that are too large become infinite."""
     return np.array([low, high], np.float32).astype(np.float16).view(np.uint32)[0]
 
 
 @compiled(pack_float16, U32, F32, F32)
 def _pack_float16(context, builder, kinds, args):
-    low, high = (
-        builder.zext(builder.bitcast(builder.fptrunc(x, ir.HalfType()), SHORT), INT) for x in args
-    )
+    def half(x):
+        return builder.zext(builder.bitcast(builder.fptrunc(x, ir.HalfType()), SHORT), INT)
+
+    low = half(args[0])
+    high = half(args[1])
     return builder.or_(low, builder.shl(high, INT(16)))
 
 
@@ -188,7 +189,10 @@ def place(context, builder, kind, memory, index, width=FOUR):
 
 
 def load4(memory, unit):
-    """Words 4 unit ... 4 unit + 3 of a buffer that is only read, in one instruction. The buffer starts at 16 bytes."""
+    """Words 4 unit ... 4 unit + 3 of a buffer that is only read, in one instruction.
+
+    The buffer starts at a multiple of 16 bytes.
+    """
     return load4_written(memory, unit)
 
 
@@ -197,9 +201,8 @@ def _load4(context, builder, kinds, args, written=False):
     four = builder.load(place(context, builder, kinds.args[0], args[0], args[1]), align=16)
     if not written:
         four.set_metadata("invariant.load", builder.module.add_metadata([]))
-    return context.make_tuple(
-        builder, kinds.return_type, [builder.extract_element(four, INT(i)) for i in range(4)]
-    )
+    words = [builder.extract_element(four, INT(i)) for i in range(4)]
+    return context.make_tuple(builder, kinds.return_type, words)
 
 
 def load4_written(memory, unit):
@@ -228,22 +231,21 @@ def _store4(context, builder, kinds, args):
 
 
 def shared_word(memory, offset):
-    """The word at a byte offset into an array that the block shares: 32 bits of address suffice there."""
-    assert offset % 4 == 0, "no word starts there"
+    """The word at a byte offset into a shared array, where addresses have 32 bits."""
+    assert offset % 4 == 0, "a word starts at a multiple of 4 bytes"
     return memory[int(offset) // 4]
 
 
 @compiled(shared_word, U32, MEMORY, U32)
 def _shared_word(context, builder, kinds, args):
     start = context.make_array(kinds.args[0])(context, builder, args[0]).data
-    start = builder.addrspacecast(
-        builder.bitcast(start, BYTE.as_pointer()), ir.PointerType(BYTE, SHARED)
-    )
+    start = builder.bitcast(start, BYTE.as_pointer())
+    start = builder.addrspacecast(start, ir.PointerType(BYTE, SHARED))
     word = builder.gep(start, [builder.zext(args[1], ir.IntType(64))])
     return builder.load(builder.bitcast(word, ir.PointerType(INT, SHARED)), align=4)
 
 
-# A warp: its 32 threads are called lanes, and these are done by all of them at once
+# A warp: its 32 threads are called lanes, and all of them execute these together
 
 
 def shuffle(value, lane):
@@ -257,7 +259,7 @@ def _shuffle(context, builder, kinds, args):
 
 
 def shuffle_xor(value, mask):
-    """The `value` of the lane whose number differs in the bits of `mask`: each pair of lanes swaps."""
+    """The `value` of the lane whose number differs in the bits of `mask`: pairs of lanes swap."""
     return np.uint32(cuda.of_all_lanes(value)[(cuda.threadIdx.x & 31) ^ int(mask)])
 
 
@@ -267,20 +269,25 @@ def _shuffle_xor(context, builder, kinds, args):
 
 
 def _product(read, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
-    """c + A B for A (16, 16), B (16, 8), by the lanes of a warp together. Lane 4 g + t brings, and gets,
+    """C + A B for A (16, 16), B (16, 8), by the lanes of a warp together.
 
-    a0, a1      A[g, 2t : 2t + 2], A[g + 8, the same]           two 16-bit numbers a word, the first in the low half
-    a2, a3      the same, 8 columns further on
+    Lane 4 g + t passes a0 ... c3, and gets c0 ... c3 of the result:
+
+    a0, a1      A[g, 2t : 2t + 2], A[g + 8, the same columns]
+    a2, a3      the same, 8 columns to the right
     b0, b1      B[2t : 2t + 2, g], B[2t + 8 : 2t + 10, g]
-    c0, c1      C[g, 2t], C[g, 2t + 1]          c2, c3      C[g + 8, 2t], C[g + 8, 2t + 1]
+    c0, c1      C[g, 2t], C[g, 2t + 1]
+    c2, c3      C[g + 8, 2t], C[g + 8, 2t + 1]
+
+    A word of a or b holds two 16-bit numbers, the first in its low half.
     """
     words = np.array(cuda.of_all_lanes((a0, a1, a2, a3, b0, b1)), np.uint32)
-    numbers = read(words.view(np.uint16)).reshape(
-        8, 4, 3, 2, 2
-    )  # g, t, (a0 a1 | a2 a3 | b0 b1), the two, low and high half
+    # (g, t, a0 a1 | a2 a3 | b0 b1, which of the two, low or high half)
+    numbers = read(words.view(np.uint16)).reshape(8, 4, 3, 2, 2)
     a = numbers[:, :, :2].transpose(3, 0, 2, 1, 4).reshape(16, 16)
     b = numbers[:, :, 2].transpose(2, 1, 3, 0).reshape(16, 8)
-    c, (g, t) = a @ b, divmod(cuda.threadIdx.x & 31, 4)
+    c = a @ b
+    g, t = divmod(cuda.threadIdx.x & 31, 4)
     return c0 + c[g, 2 * t], c1 + c[g, 2 * t + 1], c2 + c[g + 8, 2 * t], c3 + c[g + 8, 2 * t + 1]
 
 
@@ -295,18 +302,21 @@ def product_float16(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
 
 
 def _tensor_core(kind):
+    """The code generator of the product of `kind`, bf16 or f16."""
+    name = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
+    result = "{$0, $1, $2, $3}"
+    a = "{$4, $5, $6, $7}"
+    b = "{$8, $9}"
+    c = "{$10, $11, $12, $13}"
+    code = f"{name} {result}, {a}, {b}, {c};"
+    registers = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
+
     def codegen(context, builder, kinds, args):
-        words, results = [f"${i}" for i in range(14)], ir.LiteralStructType([FLOAT] * 4)
-        c, a, b, old = (", ".join(words[at:to]) for at, to in ((0, 4), (4, 8), (8, 10), (10, 14)))
-        code = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{c}}}, {{{a}}}, {{{b}}}, {{{old}}};"
-        kind_of_code, registers = (
-            ir.FunctionType(results, [INT] * 6 + [FLOAT] * 4),
-            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-        )
-        made = builder.asm(kind_of_code, code, registers, args, True)
-        return context.make_tuple(
-            builder, kinds.return_type, [builder.extract_value(made, i) for i in range(4)]
-        )
+        sums = ir.LiteralStructType([FLOAT] * 4)
+        function = ir.FunctionType(sums, [INT] * 6 + [FLOAT] * 4)
+        sums = builder.asm(function, code, registers, args, True)
+        numbers = [builder.extract_value(sums, i) for i in range(4)]
+        return context.make_tuple(builder, kinds.return_type, numbers)
 
     return codegen
 
@@ -315,21 +325,36 @@ compiled(product_bfloat16, FOUR_FLOATS, *[U32] * 6, *[F32] * 4)(_tensor_core("bf
 compiled(product_float16, FOUR_FLOATS, *[U32] * 6, *[F32] * 4)(_tensor_core("f16"))
 
 
-# What the numbers of a tensor are, by the name of its dtype: how two are packed, one is read, and tensor cores multiply
+# By the name of a 16-bit dtype: how to pack two numbers, read one, and multiply on tensor cores
 KINDS = {
     "bfloat16": (pack_bfloat16, from_bfloat16, product_bfloat16),
     "float16": (pack_float16, from_float16, product_float16),
 }
 
 
-# A weight in 4 bits. Kernels that read one all take it as these arguments, made in launch.py:
-
-WEIGHT = (WORDS, FLOATS, FLOATS, BYTES, FLOATS, FLOATS, F32, U32, U32, U32)
+# A weight in 4 bits, as the one argument that each kernel that reads it takes; a pointer and a
+# number are parameters of their own in the compiled kernel. Made by launch_cuda.kernel_weight:
+#
+#     packed      WORDS, 8 codes each
+#     levels      FLOATS (16,)
+#     absmax      FLOATS: a scale per block or, with double quantization, per block of constants
+#     codes       BYTES, the 8-bit constants
+#     levels8     FLOATS (256,)
+#     offset      FLOATS (1,)
+#     largest     F32: constants are clamped to [0, largest]
+#     shift       U32, log2 of the block size
+#     shift8      U32, log2 of the constants' block size
+#     double      U32, whether the weight is double-quantized; if not, codes ... shift8 are not read
+WEIGHT = types.Tuple((WORDS, FLOATS, FLOATS, BYTES, FLOATS, FLOATS, F32, U32, U32, U32))
 
 
 @inlined
-def constant(block, absmax, codes, levels8, offset, largest, shift8, double):
-    """The scale of a block. Equation 6: product and sum are rounded one by one, as torch does; NaN stays NaN."""
+def constant(block, weight):
+    """The scale of a block of the weight.
+
+    Equation 6: product and sum are rounded one by one, as torch does; NaN stays NaN.
+    """
+    _, _, absmax, codes, levels8, offset, largest, _, shift8, double = weight
     if double:
         scale = add(mul(levels8[codes[block]], absmax[block >> shift8]), offset[0])
         scale = F32(0) if scale < F32(0) else scale

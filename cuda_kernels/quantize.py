@@ -1,18 +1,20 @@
-"""Blockwise quantization: a lane holds 8 numbers, a block is a few neighbouring lanes, and each number is read once.
+"""Blockwise quantization: a lane holds 8 numbers, neighbouring lanes hold a block.
 
     element     0 ... 7      8 ... 15     ...      56 ... 63      64 ...
-    lane        0            1                     7              8              block size 64: 8 lanes
-    absmax      [ - - - - - - - - the same in all 8 - - - - ]     [ ...          after 3 rounds of `shuffle_xor`
-    packed      4 bytes      4 bytes                                             32 lanes write 128 bytes side by side
+    lane        0            1                     7              8       block size 64: 8 lanes
+    absmax      [ - - - - - - - - the same in all 8 - - - - ]     [ ...   3 rounds of `shuffle_xor`
+    packed      4 bytes      4 bytes                                      32 lanes write 128 bytes
 
-The largest magnitude of a block goes round in shuffles: in round k lanes that differ in bit k of their number swap, and keep
-the larger. After log2 rounds all know it, and nothing went through memory. Magnitudes are compared as integers: those order
-alike, and a NaN comes out above infinity instead of vanishing, so the host sees from absmax whether all was finite.
+The lanes of a block find its absmax by shuffles: in round k, lanes that differ in bit k of their
+number swap, and keep the larger magnitude. After log2(lanes) rounds each has the absmax, without
+any access to memory. Magnitudes are compared as integers: these have the same order, and a NaN is
+larger than infinity and cannot get lost, so absmax shows whether all numbers were finite.
 
-A number's code is the count of midpoints below it: a binary search, 4 look-ups in shared memory. The 15 midpoints lie in 15
-different banks, so no two lanes ever wait for each other. No approximate division: it would flip codes next to a midpoint.
+The code of a number is the count of midpoints below it: a binary search, 4 look-ups in shared
+memory. The 15 midpoints are in 15 different banks, so lanes never wait for each other. Division is
+not approximate: an approximate one would change codes next to a midpoint.
 
-Bytes: 2 or 4 read, 1/2 + 4/64 written an element.
+Bytes per element: 2 or 4 read, once, and 1/2 + 4/64 written.
 """
 
 from numba import cuda
@@ -48,12 +50,14 @@ def code(x, midpoints):
 
 
 def blockwise(kind: str) -> Kernel:
-    """packed uint8 (ceil(n/2),) and absmax float32 (blocks,) of n numbers in `kind`; one thread for 8, rounded up to warps.
+    """packed uint8 (ceil(n/2),) and absmax float32 (blocks,) of n numbers of dtype `kind`.
 
-    `words` and `numbers` are the same memory, as are `packed` and `packed_words`. midpoints: float32 (15,), infinite where
-    there are fewer than 16 levels. A block has 1 ... 32 lanes. The bits of nf4.quantize: the same products, rounded one by one.
+    A thread takes 8 numbers. `words` and `numbers` are the same memory, as are `packed` and
+    `packed_words`. midpoints: float32 (15,), infinite where there are fewer than 16 levels. A block
+    has 1 ... 32 lanes. Equal to nf4.quantize bit for bit: the same products, rounded one by one.
     """
-    half, read = kind != "float32", KINDS[kind][1] if kind != "float32" else None
+    half = kind != "float32"
+    read = KINDS[kind][1] if half else None
 
     def quantize(words, numbers, midpoints, packed, packed_words, absmax, n, lanes):
         edges = cuda.shared.array(16, F32)
@@ -65,12 +69,13 @@ def blockwise(kind: str) -> Kernel:
         start = U32(lane * U32(8))
         x = cuda.local.array(8, F32)
         for i in range(8):
-            x[i] = F32(0)  # also what fills up the last block
+            x[i] = F32(0)  # the last block is filled up with zeros
         if start < n and n - start >= U32(8):
             if half:
                 four = load4(words, lane)
                 for i in range(4):
-                    x[2 * i], x[2 * i + 1] = read(four[i] & U32(0xFFFF)), read(four[i] >> U32(16))
+                    x[2 * i] = read(four[i] & U32(0xFFFF))
+                    x[2 * i + 1] = read(four[i] >> U32(16))
             else:
                 for j in range(2):
                     four = load4(words, U32(2) * lane + U32(j))
@@ -78,12 +83,9 @@ def blockwise(kind: str) -> Kernel:
                         x[4 * j + i] = number(four[i])
         else:
             for i in range(8):
-                if U32(start + U32(i)) < n:
-                    x[i] = (
-                        read(U32(numbers[U32(start + U32(i))]))
-                        if half
-                        else numbers[U32(start + U32(i))]
-                    )
+                at = U32(start + U32(i))
+                if at < n:
+                    x[i] = read(U32(numbers[at])) if half else numbers[at]
 
         top = U32(0)
         for i in range(8):
@@ -93,21 +95,18 @@ def blockwise(kind: str) -> Kernel:
             top = max(top, shuffle_xor(top, step))
             step = U32(step << U32(1))
         scale = number(top)
-        # 1/absmax must not leave float32's normal range: a power of two, which changes no code, moves it in.
-        power = (
-            F32(2.0**64)
-            if scale < F32(2.0**-64)
-            else F32(2.0**-64)
-            if scale > F32(2.0**64)
-            else F32(1)
-        )
+        # A power of two, which changes no code, keeps 1/absmax in the normal range of float32.
+        is_tiny = scale < F32(2.0**-64)
+        is_huge = scale > F32(2.0**64)
+        power = F32(2.0**64) if is_tiny else F32(2.0**-64) if is_huge else F32(1)
         reciprocal = F32(1) / mul(scale, power) if scale > F32(0) else F32(0)
 
         word = U32(0)
-        for i in range(8):  # byte i // 2, the even one in its high nibble
-            word |= code(mul(mul(x[i], power), reciprocal), edges) << U32(
+        for i in range(8):
+            place = U32(
                 8 * (i // 2) + 4 * (1 - i % 2)
-            )
+            )  # of two numbers the first in the high nibble
+            word |= code(mul(mul(x[i], power), reciprocal), edges) << place
         if start < n:
             if n - start >= U32(8):
                 packed_words[lane] = U32(word)

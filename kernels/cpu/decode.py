@@ -31,7 +31,7 @@ from numba import njit, prange, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic, overload
 
-# The processor that Numba compiles for is known only if nobody chose another one.
+# Numba compiles for this processor, unless its settings name another one with unknown features.
 IS_HOST = not (config.CPU_NAME or config.CPU_FEATURES)
 FEATURES = llvmlite.binding.get_host_cpu_features() if IS_HOST else {}
 # Whether it rounds to float16; an x86 from before 2012 does not.

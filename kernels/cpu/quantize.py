@@ -16,7 +16,7 @@ from numba import njit, prange, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-# The processor that Numba compiles for is known only if nobody chose another one.
+# Numba compiles for this processor, unless its settings name another one with unknown features.
 IS_HOST = not (config.CPU_NAME or config.CPU_FEATURES)
 FEATURES = llvmlite.binding.get_host_cpu_features() if IS_HOST else {}
 AVX512 = bool(FEATURES.get("avx512f", False))

@@ -1,7 +1,8 @@
-"""The laws of the CUDA kernels, on a machine without a GPU: their source runs in warpsim.py, by way of the host functions that
-launch them, on tensors of the CPU whose memory is garbage before it is written.
+"""The laws of the CUDA kernels, tested without a GPU.
 
-Every law is tried under three orders of threads. What only a GPU can show is in test_gpu.py.
+The functions that launch the kernels run their source in warpsim.py, on CPU tensors whose memory is
+garbage before it is written. Each law is tested under three orders of threads. What only a GPU can
+show is in test_gpu.py.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ FEW = settings(max_examples=25)
 def simulated(
     order: int = 0, capability: tuple[int, int] = (9, 0), processors: int = 2
 ) -> Iterator[list[str]]:
-    """dispatch.py takes tensors of the CPU for tensors of a GPU. -> the names of the kernels that ran"""
+    """Run CUDA kernels in the simulator, on CPU tensors. Yields the names of those that ran."""
     names: list[str] = []
 
     def run(
@@ -60,9 +61,8 @@ def simulated(
         patch.setattr(launch, "capability", lambda device: capability)
         patch.setattr(launch, "processors", lambda device: processors)
         patch.setattr(dispatch, "_kernels", lambda tensor: launch)
-        torch.use_deterministic_algorithms(
-            True
-        )  # and with that, torch.empty is NaN, or the largest integer
+        # With this, torch.empty gives NaN, or the largest integer.
+        torch.use_deterministic_algorithms(True)
         try:
             yield names
         finally:
@@ -227,7 +227,10 @@ def test_each_rung_of_the_ladder_has_the_same_bits(
     }[rung]
     threads = n // {"v1": 1, "v2": 2, "v3": 8, "v4": 32}[rung]
     warpsim.run(
-        kernel, -(-threads // kernel.threads), (*launch.weight(flatten(q, constants)), *rest), order
+        kernel,
+        -(-threads // kernel.threads),
+        (launch.kernel_weight(flatten(q, constants)), *rest),
+        order,
     )
     assert same_bits(out, dense(q, constants))
 
@@ -303,7 +306,7 @@ def test_a_product_is_the_same_however_many_tiles_share_their_columns(
 
 
 def test_every_weight_meets_its_own_number(order: int = 0) -> None:
-    """Rows of x that pick one column each give columns of W, rounded: no error of order hides in a sum."""
+    """Rows of x that pick one column each give columns of W, rounded: a wrong order would show."""
     q, constants = weight_of(Recipe((40, 192)), True)
     whole = dense(q, constants, torch.float32)
     for start in range(0, 192, 64):
@@ -460,13 +463,15 @@ def test_a_tensor_of_the_cpu_or_without_a_compiler_gets_no_kernel_of_the_gpu(
 def test_a_weight_too_large_for_32_bits_has_no_kernel() -> None:
     q, _ = weight_of(Recipe((64,)), False)
     assert (
-        launch.weight(flatten(dataclasses.replace(q, shape=torch.Size((2**16, 2**16))), None))
+        launch.kernel_weight(
+            flatten(dataclasses.replace(q, shape=torch.Size((2**16, 2**16))), None)
+        )
         is None
     )
 
 
 class FakeDriver:
-    """What launch.py calls of the driver, and what it was called with."""
+    """Takes the place of the driver, and records its calls."""
 
     CUresult = launch.driver.CUresult
 
@@ -501,7 +506,8 @@ def test_a_launch_gives_the_driver_addresses_and_numbers_on_torchs_stream(
 ) -> None:
     kernel, device = dequantize.v1("float32"), torch.device("cuda", 1)
     out = torch.empty(300)
-    arguments = (*[out] * 6, 2.5, 6, 8, 1, out, out, 0, 300)
+    weight = (*[out] * 6, 2.5, 6, 8, 1)
+    arguments = (weight, out, out, 0, 300)
     for _ in range(2):
         launch.launch(kernel, 2, device, *arguments)
     names = [name for name, *_ in fake_driver.calls]

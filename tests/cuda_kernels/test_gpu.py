@@ -1,12 +1,14 @@
-"""The CUDA kernels on a GPU: fresh random numbers, outputs that are garbage before, and float64 as the judge.
+"""The CUDA kernels on a GPU, with random numbers and outputs that are garbage before, in float64.
 
-What can be seen without a GPU is in test_cuda_kernels.py and test_sass.py; these run with `pytest -m gpu`.
+What can be tested without a GPU is in test_cuda_kernels.py and test_sass.py; these tests run with
+`pytest -m gpu`.
 """
 
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from test_cuda_kernels import scalars
 from torch import Tensor
 
 import double_quant
@@ -26,7 +28,7 @@ GROUP = {"betas": (0.9, 0.999), "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01}
 
 @pytest.fixture(autouse=True)
 def garbage_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """NaN, or the largest integer. Of cuBLAS it asks this setting, or warns."""
+    """NaN, or the largest integer. torch warns if cuBLAS does not have this setting."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -36,7 +38,7 @@ def garbage_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def weight_of(
     shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Quantized, double_quant.DoubleQuantized]:
-    """A random weight on the GPU in 4 bits, everything that belongs to it there too."""
+    """A random 4-bit weight with all its tensors on the GPU."""
     q = nf4.quantize((torch.randn(shape) / 30).to(dtype))
     constants = double_quant.quantize(q.absmax)
     there = [tensor.to(DEVICE) for tensor in (q.packed, q.absmax, q.codebook)]
@@ -67,7 +69,7 @@ def dense(q: Quantized, constants: double_quant.DoubleQuantized, dtype: torch.dt
 
 
 def test_the_gpu_has_kernels() -> None:
-    """Else all that follows would test the reference."""
+    """Otherwise the tests below would test the reference."""
     assert dispatch._kernels(torch.empty(1, device=DEVICE)) is not None
 
 
@@ -133,18 +135,8 @@ def test_an_update_has_the_bits_of_the_cpus(n: int) -> None:
     for step in (1, 2, 3):
         grad = torch.randn(n)
         dispatch.adamw(there[0], grad.to(DEVICE), step, GROUP)(0, there[1])
-        beta1, beta2 = GROUP["betas"]
-        scalars = (
-            step == 1,
-            1 - GROUP["lr"] * GROUP["weight_decay"],
-            1 - beta1,
-            beta2,
-            1 - beta2,
-            (1 - beta2**step) ** 0.5,
-            GROUP["eps"],
-            -GROUP["lr"] / (1 - beta1**step),
-        )
-        on_the_cpu.update(param.numpy(), grad.numpy(), moments.numpy(), *scalars)
+        arrays = (param.numpy(), grad.numpy(), moments.numpy())
+        on_the_cpu.update(*arrays, *scalars(step, **GROUP))
     assert same_bits(there[0].cpu(), param) and same_bits(there[1].cpu(), moments)
 
 

@@ -1,7 +1,7 @@
-"""The kernels for a GPU as machine code, on a machine without one: compiled for three generations and looked at.
+"""The machine code of the CUDA kernels, compiled for three generations of GPUs without having one.
 
-What cannot be seen in results is seen here: registers that were spilled to memory, loads narrower than was meant, tensor cores
-left idle, and loads that may return an old copy of what the kernel itself has written.
+It shows what results do not: registers spilled to memory, loads narrower than intended, unused
+tensor cores, and loads that may return an old copy of what the kernel itself has written.
 """
 
 import re
@@ -58,7 +58,7 @@ CASES += [
 
 
 class Code(NamedTuple):
-    """What the assembler reports of a kernel; its instructions, without what predicates them, and labels, `.L_x_1:`."""
+    """The assembler's report on a kernel; its instructions, without predicates, and its labels."""
 
     report: str
     lines: list[str]
@@ -71,7 +71,7 @@ class Code(NamedTuple):
         return sum(instruction.startswith(name) for instruction in self.instructions)
 
     def loop(self, name: str) -> list[str]:
-        """The innermost loop with such an instruction in it: from a label to a branch back to it."""
+        """The innermost loop with such an instruction: from a label to a branch back to it."""
         ends = [(at, re.search(r"BRA.*`\((\.L\w+)\)", line)) for at, line in enumerate(self.lines)]
         starts = {line[:-1]: at for at, line in enumerate(self.lines) if line.startswith(".L")}
         bodies = [
@@ -86,7 +86,7 @@ class Code(NamedTuple):
 
 @cache
 def compiled(name: str, gpu: str) -> Code:
-    """As launch.py has it compiled, with the assembler of the toolkit in place of the driver's."""
+    """Compiled as launch_cuda.py does, but with the toolkit's assembler, not the driver's."""
     ptx = assembly(name, (8, 0) if gpu in GENERATIONS else (7, 5))
     with TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
@@ -110,6 +110,11 @@ def run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True)
 
 
+def tiles_of(name: str) -> int:
+    """Of 8 rows of x, from the name of a product: matmul bfloat16 4x2 has 4."""
+    return int(name.split()[2].partition("x")[0])
+
+
 @pytest.mark.parametrize(("name", "gpu"), CASES)
 def test_no_register_is_spilled_and_no_array_lies_in_memory(name: str, gpu: str) -> None:
     code = compiled(name, gpu)
@@ -120,7 +125,8 @@ def test_no_register_is_spilled_and_no_array_lies_in_memory(name: str, gpu: str)
 @pytest.mark.parametrize(("name", "gpu"), CASES)
 def test_loads_and_stores_are_as_wide_as_the_docstrings_say(name: str, gpu: str) -> None:
     code = compiled(name, gpu)
-    wide, stored = code.count("LDG.E.128"), code.count("STG.E.128")
+    wide = code.count("LDG.E.128")
+    stored = code.count("STG.E.128")
     if name.startswith("quantize"):
         assert wide == (2 if "float32" in name else 1)
     elif "v4" in name:
@@ -132,9 +138,7 @@ def test_loads_and_stores_are_as_wide_as_the_docstrings_say(name: str, gpu: str)
     elif "portable" in name:
         assert wide >= 2
     elif "matmul" in name:
-        assert wide >= 4 + 2 * 2 * int(
-            name.split()[2].partition("x")[0]
-        )  # 4 of W, and 4 of x for each 8 rows of it
+        assert wide >= 4 + 4 * tiles_of(name)  # 4 of W, and 4 of x per 8 rows of it
 
 
 @pytest.mark.parametrize(
@@ -142,18 +146,16 @@ def test_loads_and_stores_are_as_wide_as_the_docstrings_say(name: str, gpu: str)
 )
 def test_tensor_cores_multiply(name: str, gpu: str) -> None:
     """Sixteen times for each 8 rows of x: 32 rows of W, two blocks of 64 columns."""
-    assert compiled(name, gpu).count("HMMA.16816.F32") >= 16 * int(
-        name.split()[2].partition("x")[0]
-    )
+    assert compiled(name, gpu).count("HMMA.16816.F32") >= 16 * tiles_of(name)
 
 
-# The only pointers that a kernel may read through the path for constant memory: what it never writes
+# How many loads of a kernel may use the read-only path, which is for what it never writes
 READ_ONLY = {"quantize": 2, "dequantize": 1, "matmul": None, "adamw": 1}
 
 
 @pytest.mark.parametrize(("name", "gpu"), CASES)
 def test_nothing_that_a_kernel_writes_is_read_as_if_it_were_constant(name: str, gpu: str) -> None:
-    """Of the gradient alone, in AdamW, may an old copy be used; the other kernels do not read what they write."""
+    """AdamW may do so for the gradient alone; the other kernels do not read what they write."""
     loads = [
         instruction
         for instruction in compiled(name, gpu).instructions
@@ -174,8 +176,11 @@ def test_each_rung_of_the_ladder_needs_fewer_instructions_an_element() -> None:
 
 
 def test_decoding_leaves_the_memory_time() -> None:
-    """A step of the product with 8 rows decodes 128 elements for each lane. An H100 has 4 schedulers on each of 132 processors,
-    which start an instruction for 32 lanes at each of 1.7e9 ticks; three quarters of 3e12 bytes a second are to be decoded.
+    """The product with 8 rows must decode three quarters of the 3e12 bytes that memory can read.
+
+    An H100 has 132 processors with 4 schedulers each. A scheduler starts an instruction for 32
+    lanes in each of 1.7e9 cycles. A step of the loop decodes 128 elements per lane.
     """
-    slots = 4 * 132 * 32 * 1.7e9 / (0.75 * 3e12 / (1 / 2 + 1 / 64))  # instructions an element
+    elements = 0.75 * 3e12 / (1 / 2 + 1 / 64)  # per second
+    slots = 4 * 132 * 32 * 1.7e9 / elements  # instructions per element
     assert len(compiled("matmul bfloat16 1x1", "sm_90").loop("HMMA")) / 128 < slots

@@ -1,12 +1,13 @@
-"""A GPU of Python: runs the source of a CUDA kernel without Numba's compiler and without a GPU, to find what is wrong in it.
+"""Simulates a GPU in Python: runs the source of a CUDA kernel without a compiler and without a GPU.
 
-Each thread is a greenlet. It runs until it must wait: for its block (`syncthreads`) or, in a shuffle, for its warp. Which warp
-is the fastest of its block, and in which order its lanes run, is drawn. A fast warp runs as far ahead as barriers let it: so a
-kernel that needs one it does not have reads what nobody has written yet, or overwrites what is still to be read. Shared and
-local memory start out as garbage (NaN, as floats).
+Each thread is a greenlet. It runs until it must wait: for its block (`syncthreads`) or, in a
+shuffle, for its warp. Which warp is the fastest of its block, and in which order its lanes run, is
+random. A fast warp runs as far ahead as barriers allow: so a kernel with a missing barrier reads
+what is not written yet, or overwrites what is still to be read. Shared and local memory start as
+garbage (NaN, as floats).
 
-A pointer is an array with the bounds of its tensor, and an index outside is an error. What a kernel sees as `cuda` is the class
-below, for as long as it runs, and its `inlined` functions are the Python that they were made of.
+A pointer is an array with the bounds of its tensor, and an index outside is an error. While a
+kernel runs, it sees the class FakeCuda as `cuda`, and its `inlined` functions as plain Python.
 """
 
 import sys
@@ -24,13 +25,13 @@ from torch import Tensor
 from cuda_kernels.device import F32, U8, U16, U32, Kernel
 
 GARBAGE = 0xFF  # of each byte
-PATIENCE = 20000  # waits of a block, after which it is taken to hang
+MAX_WAITS = 20000  # of a block; after more it counts as an endless loop
 NUMBERS = {U8: np.uint8, U16: np.uint16, U32: np.uint32, F32: np.float32}
 THE_WARP, THE_BLOCK = "its warp", "its block"
 
 
 class Thread(greenlet.greenlet):
-    """One thread: its place, what it waits for, and what it gets when the wait is over."""
+    """One thread: its index, what it waits for, and what it gets when the wait is over."""
 
     waits_for, brings, gets, shared = None, None, None, 0
 
@@ -39,17 +40,17 @@ class Thread(greenlet.greenlet):
     ) -> None:
         super().__init__(function)
         self.block, self.index, self.arrays = block, index, arrays
-        self.gr_context = copy_context()  # where NumPy keeps what it warns of
+        self.gr_context = copy_context()  # where NumPy keeps its warning state
 
     def wait(self, for_whom: str, value: object = None) -> list:
-        """Stop here until all of them have come to their next wait, too; what they all brought."""
+        """Wait until all of them have reached their next wait. Returns the values of all."""
         self.waits_for, self.brings = for_whom, value
         self.parent.switch()
         return self.gets
 
 
 class FakeCuda:
-    """What kernels use of numba.cuda, and `of_all_lanes`, of which device.py makes all that a warp does together."""
+    """What kernels use of numba.cuda, and `of_all_lanes`, by which device.py simulates a warp."""
 
     threadIdx = property(lambda _: SimpleNamespace(x=greenlet.getcurrent().index))
     blockIdx = property(lambda _: SimpleNamespace(x=greenlet.getcurrent().block))
@@ -66,7 +67,7 @@ class FakeCuda:
 
     @staticmethod
     def _shared(shape: int, kind: type[np.generic], alignment: int | None = None) -> np.ndarray:
-        """The first that a thread asks for is the first that each of its block has asked for, and so on."""
+        """A thread's first array is the first array of each thread of its block, and so on."""
         thread = greenlet.getcurrent()
         thread.shared += 1
         if len(thread.arrays) < thread.shared:
@@ -83,24 +84,21 @@ def garbage(shape: int | tuple[int, ...], kind: type[np.generic]) -> np.ndarray:
 def run_block(
     function: Callable, block: int, threads: int, arguments: list, draw: np.random.Generator
 ) -> None:
-    """Run one block to its end. Raises: RuntimeError if threads wait for others that are gone or wait elsewhere."""
+    """Run one block to its end.
+
+    Raises: RuntimeError if threads wait for others that have ended or wait elsewhere.
+    """
     arrays: list[np.ndarray] = []
     everyone = [Thread(function, block, index, arrays) for index in range(threads)]
     warps = [everyone[start : start + 32] for start in range(0, threads, 32)]
-    warps = [
-        warps[warp] for warp in draw.permutation(len(warps))
-    ]  # the fastest first: it runs as far ahead as it can
-    for _ in range(PATIENCE):
+    warps = [warps[warp] for warp in draw.permutation(len(warps))]  # the fastest first
+    for _ in range(MAX_WAITS):
         if all(thread.dead for thread in everyone):
             return
-        ready = [
-            warp
-            for warp in warps
-            if all(not thread.dead and thread.waits_for in (None, THE_WARP) for thread in warp)
-        ]
+        ready = [warp for warp in warps if all_wait_for(warp, None, THE_WARP)]
         if ready:
             resume(ready[0], draw, arguments)
-        elif all(not thread.dead and thread.waits_for == THE_BLOCK for thread in everyone):
+        elif all_wait_for(everyone, THE_BLOCK):
             for thread in everyone:
                 thread.waits_for = None
         else:
@@ -108,33 +106,33 @@ def run_block(
     raise RuntimeError("a loop never ends")
 
 
+def all_wait_for(threads: list[Thread], *for_what: str | None) -> bool:
+    return all(not thread.dead and thread.waits_for in for_what for thread in threads)
+
+
 def resume(warp: list[Thread], draw: np.random.Generator, arguments: list) -> None:
-    """Let the lanes of a warp start, or run on, to their next wait, one after the other."""
+    """Run the lanes of a warp, one after the other, to their next wait."""
     brought = [thread.brings for thread in warp]
     for lane in draw.permutation(len(warp)):
-        warp[lane].gets = brought
-        warp[lane].switch(
-            *([] if warp[lane] else arguments)
-        )  # a thread is true once it has started
+        thread = warp[lane]
+        thread.gets = brought
+        has_started = bool(thread)  # as greenlet defines it
+        thread.switch(*([] if has_started else arguments))
 
 
 @contextmanager
 def in_python() -> Iterator[None]:
-    """The files of kernels see the simulator as `cuda`, and their inlined functions as plain ones."""
-    fake, before = FakeCuda(), []
-    kernels = [
-        name
-        for name in sys.modules
-        if name.startswith("cuda_kernels.") and name != "kernels.launch_cuda"
-    ]
-    for module in [sys.modules[name] for name in kernels]:
+    """Modules of kernels see the simulator as `cuda`, and their inlined functions as plain ones."""
+    fake = FakeCuda()
+    before = []
+    for module in [sys.modules[name] for name in sys.modules if name.startswith("cuda_kernels.")]:
         for name, value in list(vars(module).items()):
-            plain = (
-                NUMBERS.get(value)
-                if isinstance(value, types.Type)
-                else getattr(value, "py_func", None)
-            )
-            plain = fake if name == "cuda" else plain
+            if name == "cuda":
+                plain = fake
+            elif isinstance(value, types.Type):
+                plain = NUMBERS.get(value)
+            else:
+                plain = getattr(value, "py_func", None)
             if plain is not None:
                 before.append((module, name, value))
                 setattr(module, name, plain)
@@ -147,22 +145,25 @@ def in_python() -> Iterator[None]:
 
 def pointer(tensor: Tensor, kind: type[np.generic]) -> np.ndarray:
     """The memory of a contiguous tensor as the kernel's pointer sees it."""
-    flat = tensor.detach().as_strided(
-        (tensor.numel(),), (1,)
-    )  # the stride of a single number may be anything
-    memory, width = flat.view(torch.uint8).numpy(), np.dtype(kind).itemsize
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # one number may have any stride
+    memory = flat.view(torch.uint8).numpy()
+    width = np.dtype(kind).itemsize
     return memory[: memory.size // width * width].view(kind)
 
 
+def seen_by_kernel(argument: Tensor | float | tuple, kind: types.Type) -> object:
+    """An argument as the kernel's parameter of this type."""
+    if isinstance(argument, tuple):
+        return tuple(seen_by_kernel(*pair) for pair in zip(argument, kind, strict=True))
+    if isinstance(argument, Tensor):
+        return pointer(argument, NUMBERS[kind.dtype])
+    return NUMBERS[kind](argument)
+
+
 def run(kernel: Kernel, blocks: int, arguments: tuple, seed: int = 0) -> None:
-    """Run a kernel as launch.launch would start it, on tensors of the CPU."""
+    """Run a kernel as launch_cuda.launch would start it, on tensors of the CPU."""
     draw = np.random.default_rng(seed)
-    seen = [
-        pointer(argument, NUMBERS[kind.dtype])
-        if isinstance(argument, Tensor)
-        else NUMBERS[kind](argument)
-        for argument, kind in zip(arguments, kernel.signature, strict=True)
-    ]
+    seen = [seen_by_kernel(*pair) for pair in zip(arguments, kernel.signature, strict=True)]
     with in_python(), np.errstate(all="ignore"):
         for block in draw.permutation(blocks):
             run_block(kernel.function, int(block), kernel.threads, seen, draw)

@@ -1,7 +1,7 @@
-"""The laws of the CPU kernels: the bits of the reference, whatever is cut out of a weight and by whichever way it is looked up.
+"""The laws of the CPU kernels: the bits of the reference, for any window and either look-up.
 
-Each kernel runs twice: compiled, and in Python, where NumPy checks every index. What is written goes into the middle of a
-larger array, whose rest must stay as it was.
+Each kernel runs twice: compiled, and in Python, where NumPy checks every index. Results go into the
+middle of a larger array, and the rest of that array must not change.
 """
 
 import dataclasses
@@ -262,7 +262,7 @@ def dense(q: nf4.Quantized, absmax: Tensor, dtype: torch.dtype) -> Tensor:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Whatever a test does to the number of threads is undone."""
+    """Restore the number of threads after a test."""
     before = numba.get_num_threads()
     yield
     numba.set_num_threads(before)
@@ -316,7 +316,7 @@ def test_codes_and_constants_are_those_of_the_reference_bit_for_bit(
 def test_the_constant_of_a_block_is_finite_if_its_numbers_are(
     how: str, avx512: bool, bad: int
 ) -> None:
-    """Infinity and every kind of NaN, anywhere in a block, the largest finite numbers beside them."""
+    """Infinity and every kind of NaN, anywhere in a block, next to the largest finite numbers."""
     for place in range(0, 128, 3):
         flat = torch.tensor([1.0, -LARGEST, 0.0, LARGEST]).repeat(32)
         flat.view(torch.int32)[place] = np.uint32(bad).astype(np.int32).item()
@@ -354,7 +354,7 @@ def test_any_window_of_a_weight_has_the_bits_of_the_reference(
 
 
 def near_the_edges_of_rounding(dtype: torch.dtype) -> np.ndarray:
-    """Of all 2**16 patterns of a 16-bit float: the number, the middle between it and the next, and what lies beside that."""
+    """For each of the 2**16 16-bit floats: it, the middle to the next, and its neighbours."""
     pattern = torch.arange(2**16, dtype=torch.int32)
     if dtype == torch.bfloat16:
         numbers = [(pattern << 16) + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]
@@ -403,81 +403,44 @@ def test_in_python_numbers_are_rounded_as_torch_does(dtype: torch.dtype) -> None
     assert is_rounded(numbers, results, dtype)
 
 
+def intrinsic_arguments(kind: type[np.generic]) -> list[tuple]:
+    """The types that look_up_avx512, code_avx512, dots_... and add_... take, in this order."""
+    bytes_ = types.uint8[::1]
+    floats = types.float32[::1]
+    out = numba.from_dtype(np.dtype(kind))[::1]
+    index = types.intp
+    scalar = types.float32
+    return [
+        (bytes_, index, floats, scalar, out, index, index),
+        (floats, index, scalar, scalar, floats, bytes_, index, index),
+        (bytes_, index, index, floats, floats, index, floats, index, floats),
+        (bytes_, index, index, floats, floats, index, floats, index, index, floats, index),
+    ]
+
+
 @pytest.mark.parametrize("dtype", KINDS)
 def test_the_code_for_avx512_is_well_formed(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it cannot run, too."""
-    bytes_, floats, number = types.uint8[::1], types.float32[::1], types.intp
-    out = numba.from_dtype(np.dtype(KINDS[dtype]))[::1]
+    """Also where it cannot run."""
+    look_up, code_16, dots, add = intrinsic_arguments(KINDS[dtype])
     for file, intrinsic, arguments, look_ups in [
-        (decode, "look_up_avx512", (bytes_, number, floats, types.float32, out, number, number), 1),
-        (
-            quantize,
-            "code_avx512",
-            (floats, number, types.float32, types.float32, floats, bytes_, number, number),
-            4,
-        ),
-        (
-            fused,
-            "dots_1",
-            (bytes_, number, number, floats, floats, number, floats, number, floats),
-            8,
-        ),
-        (
-            fused,
-            "dots_4",
-            (bytes_, number, number, floats, floats, number, floats, number, floats),
-            8,
-        ),
-        (
-            fused,
-            "add_1",
-            (
-                bytes_,
-                number,
-                number,
-                floats,
-                floats,
-                number,
-                floats,
-                number,
-                number,
-                floats,
-                number,
-            ),
-            4,
-        ),
-        (
-            fused,
-            "add_4",
-            (
-                bytes_,
-                number,
-                number,
-                floats,
-                floats,
-                number,
-                floats,
-                number,
-                number,
-                floats,
-                number,
-            ),
-            4,
-        ),
+        (decode, "look_up_avx512", look_up, 1),
+        (quantize, "code_avx512", code_16, 4),
+        (fused, "dots_1", dots, 8),
+        (fused, "dots_4", dots, 8),
+        (fused, "add_1", add, 4),
+        (fused, "add_4", add, 4),
     ]:
         monkeypatch.setattr(file, "AVX512", True)
         code = code_of(getattr(file, intrinsic), arguments)
         llvm.parse_assembly(code).verify()
-        assert (
-            code.count("@llvm.x86.avx512.permvar") + code.count('@"llvm.x86.avx512.permvar')
-            == look_ups + 1
-        )  # declared once
+        found = code.count("@llvm.x86.avx512.permvar") + code.count('@"llvm.x86.avx512.permvar')
+        assert found == look_ups + 1  # declared once
 
 
 def code_of(intrinsic: Callable, arguments: tuple) -> str:
-    """The instructions that an intrinsic stands for, as a function of its own."""
+    """The LLVM instructions that an intrinsic emits, as a function of its own."""
     context = registry.cpu_target.target_context
     signature, codegen = intrinsic._defn(registry.cpu_target.typing_context, *arguments)
     module = ir.Module()
@@ -494,30 +457,12 @@ def code_of(intrinsic: Callable, arguments: tuple) -> str:
 def test_where_there_is_no_avx512_its_code_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for file in (decode, quantize, fused):
         monkeypatch.setattr(file, "AVX512", False)
-    bytes_, floats, number = types.uint8[::1], types.float32[::1], types.intp
+    look_up, code_16, dots, add = intrinsic_arguments(np.float32)
     for intrinsic, arguments in [
-        (decode.look_up_avx512, (bytes_, number, floats, types.float32, floats, number, number)),
-        (
-            quantize.code_avx512,
-            (floats, number, types.float32, types.float32, floats, bytes_, number, number),
-        ),
-        (fused.dots_4, (bytes_, number, number, floats, floats, number, floats, number, floats)),
-        (
-            fused.add_4,
-            (
-                bytes_,
-                number,
-                number,
-                floats,
-                floats,
-                number,
-                floats,
-                number,
-                number,
-                floats,
-                number,
-            ),
-        ),
+        (decode.look_up_avx512, look_up),
+        (quantize.code_avx512, code_16),
+        (fused.dots_4, dots),
+        (fused.add_4, add),
     ]:
         assert "permvar" not in code_of(intrinsic, arguments)
 
@@ -527,7 +472,7 @@ def test_where_there_is_no_avx512_its_code_is_left_out(monkeypatch: pytest.Monke
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """A product that fused.py makes: x W^T, or x W. Pairs of rows, of whole blocks of at least 64."""
+    """A product by fused.py, x W^T or x W: pairs of rows, of whole blocks of at least 64."""
 
     rows: int = 2
     blocks: int = 1

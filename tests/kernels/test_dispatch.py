@@ -1,10 +1,15 @@
-"""The laws of dispatch.py: the results of the reference, by a kernel where there is one, by the reference where there is none.
+"""The laws of dispatch.py: the results of the reference, by a kernel where there is one.
 
-What a product holds while it is made is measured here, by calling the inside of the operator; test_stack.py measures the rest.
+The memory that a product needs is measured here, by calling the function inside the operator;
+test_stack.py measures the rest.
 """
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numba
 import pytest
@@ -85,7 +90,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that is called fails instead: on wrong sizes it would read what is not its own."""
+    """A kernel that is called fails instead: with wrong sizes it would read other memory."""
     for module, name in KERNELS:
         monkeypatch.setattr(
             module, name, lambda *_, name=name: pytest.fail(f"the kernel {name} was called")
@@ -94,7 +99,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of 64 rows or columns, and tokens 7 at a time, so that small products have remainders of both."""
+    """Windows of 64 rows or columns, and 7 tokens at a time: small products have remainders."""
     monkeypatch.setattr(launch, "WINDOW", 64)
     monkeypatch.setattr(launch, "TOKENS", 7)
     monkeypatch.setattr(launch, "AT_ONCE", 8)
@@ -106,7 +111,29 @@ def said(run: Callable[[], object]) -> str:
     return str(error.value)
 
 
-# who does it
+# which kernel runs
+
+
+@pytest.mark.parametrize("kernels", ["", "reference"])
+def test_numba_is_imported_when_the_first_kernel_runs(kernels: str) -> None:
+    """In a process of its own; never, where the reference is asked for."""
+    code = """if True:
+        import sys, torch
+        from kernels import dispatch
+        assert not {"numba", "llvmlite"} & {*sys.modules}
+        q = dispatch.quantize(torch.ones(2, 64))
+        dispatch.matmul(dispatch.dequantize(q), q)
+        print("numba" in sys.modules)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"QLORA_KERNELS": kernels},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(nf4.__file__).parent,
+    )
+    assert result.stdout.strip() == str(kernels != "reference")
 
 
 def test_what_has_a_kernel_gets_it(calls: list[str]) -> None:
@@ -208,7 +235,7 @@ def test_levels_in_another_order_are_found_by_the_reference_and_decoded_by_the_k
 
 
 def test_on_a_device_without_kernels_the_reference_runs(no_kernels: None) -> None:
-    """On the meta device, where tensors have no numbers; for a GPU there are test_cuda_kernels.py and test_gpu.py."""
+    """On the meta device; for a GPU there are test_cuda_kernels.py and test_gpu.py."""
     q, constants = weight_of(Recipe((33, 70)), True)
     there = dataclasses.replace(q, packed=q.packed.to("meta"), codebook=q.codebook.to("meta"))
     moved = {
@@ -503,7 +530,7 @@ class Product:
         )
 
     def bound(self, x: Tensor, q: Quantized, constants: Constants | None) -> Bounded:
-        """What it may be, whether W is rounded to the dtype of x before it multiplies, or is not; the bias is one more term."""
+        """The bound, whether or not W is rounded to the dtype of x; a bias is one more term."""
         weight = operand(dense(q, constants, torch.float32), self.dtype)
         weight, terms = weight.T if self.transposed else weight, Bounded.exact(x)
         if (bias := self.bias()) is not None:
@@ -714,7 +741,7 @@ def test_a_product_holds_one_window_and_nothing_else_beside_its_result(
     double: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And the sixteen levels. A window is at most WINDOW elements, a multiple of 64 rows or columns, and not more than W."""
+    """Besides the 16 levels. A window has at most WINDOW elements, in 64s of rows or columns."""
     monkeypatch.setattr(launch, "WINDOW", window)
     long, across = (shape[1], shape[0]) if transposed else shape
     size = min(max(window // long // 64 * 64, 64), across) * long
@@ -731,7 +758,7 @@ def test_a_product_holds_one_window_and_nothing_else_beside_its_result(
 def test_a_fused_product_holds_its_result_and_a_few_rows_of_each_factor(
     dtype: torch.dtype, tokens: int, transposed: bool
 ) -> None:
-    """The levels; y in float32, in 16 bits once more at last; of 32 rows at most, x in order, or x and y."""
+    """The levels, y in float32 and then in 16 bits, and x, or x and y, of at most 32 rows."""
     case = Product((512, 384), tokens, transposed, dtype)
     into, out = (384, 512) if transposed else (512, 384)
     y, most = most_alive(case)
