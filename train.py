@@ -7,6 +7,8 @@ torchrun --nproc-per-node 4 train.py               four processes, on as many GP
 python train.py --help                             all flags
 """
 
+from __future__ import annotations  # transformers loads its classes when they are used
+
 from training.options import QUANT_BITS, Options, parse_args
 
 if __name__ == "__main__":
@@ -17,11 +19,11 @@ import time
 from functools import partial
 
 import torch
+import transformers
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoints.base_model import PreTrainedModel, load_with_adapters
+from checkpoints.base_model import load_with_adapters
 from data import packing
 from data.dataset import Batch, batches_of_step
 from lora import QLoRALinear
@@ -85,7 +87,9 @@ def finetune(args: Options) -> dict:
     return summarize(args, job, model, optimizer, before, after, memory)
 
 
-def load_model(args: Options, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_model(
+    args: Options, tokenizer: transformers.PreTrainedTokenizerBase
+) -> transformers.PreTrainedModel:
     """The frozen base with adapters: each nn.Linear is quantized as it is read."""
     bits = QUANT_BITS[args.quant]
     quantization = {
@@ -125,14 +129,14 @@ def make_optimizer(model: nn.Module, args: Options) -> Optimizer:
 
 
 def evaluate_model(
-    model: PreTrainedModel, job: Job, args: Options, when: str | None = None
+    model: transformers.PreTrainedModel, job: Job, args: Options, when: str | None = None
 ) -> list:
     """The metric on the held-out rows, and on phrasings that training never sees."""
     return evaluate(model, job.tokenizer, job.task, args.batch_size, args.dtype, when)
 
 
 def train(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     optimizer: Optimizer,
     job: Job,
     start: int,

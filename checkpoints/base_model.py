@@ -23,6 +23,8 @@ Differs from transformers: nothing missing is replaced by random numbers, load_4
 and a model that is saved again has the bytes that were loaded.
 """
 
+from __future__ import annotations  # transformers loads its classes when they are used
+
 import copy
 import re
 import time
@@ -30,8 +32,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints import bnb_4bit, io, skeleton
 from lora import QLoRALinear, attach, names_of, naming, unadapted
@@ -61,7 +63,7 @@ def load_with_adapters(
     seed: int,
     adapter: dict,
     quantization: dict,
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """Loads and quantizes a model layer by layer and adds adapters, initialized as `start` says.
 
     Raises: ValueError as load_quantized and lora.attach do, and if `start` needs the dense weights
@@ -86,7 +88,7 @@ def load_with_adapters(
 
 def load_quantized(
     folder: Path, dtype: torch.dtype, device: str, make: MakeLayer
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """Loads the model of a folder, dense or in 4 bits, to a device, in evaluation mode.
 
     dtype: of its parameters. make: maps the weight (out, in) of a linear layer, in `dtype` on
@@ -126,7 +128,7 @@ def load_quantized(
 
 
 def _replace_linear(
-    model: PreTrainedModel, names: list[str], weight: Tensor, make: MakeLayer
+    model: transformers.PreTrainedModel, names: list[str], weight: Tensor, make: MakeLayer
 ) -> None:
     """Puts a quantized layer in the place of a linear layer, under all its names."""
     with naming(names[0]):
@@ -135,13 +137,13 @@ def _replace_linear(
         model.set_submodule(name, layer)
 
 
-def _ignored_names(model: PreTrainedModel) -> re.Pattern:
+def _ignored_names(model: transformers.PreTrainedModel) -> re.Pattern:
     """Matches tensors that older versions of transformers saved and that no model needs."""
     patterns = model._keys_to_ignore_on_load_unexpected or []
     return re.compile("|".join([*patterns, r"rotary_emb\.inv_freq$"]))
 
 
-def _check_supported(model: PreTrainedModel, where: Path) -> None:
+def _check_supported(model: transformers.PreTrainedModel, where: Path) -> None:
     """Raises a ValueError naming the first matrix outside nn.Linear, embeddings and the head."""
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
@@ -156,7 +158,9 @@ def _check_supported(model: PreTrainedModel, where: Path) -> None:
                 )
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def _cast(
+    model: transformers.PreTrainedModel, dtype: torch.dtype, device: str
+) -> transformers.PreTrainedModel:
     """Casts the parameters of a 4-bit model; its layers then compute in the dtype of their input.
 
     Buffers keep their dtype, as they do in a dense model.
@@ -172,7 +176,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype, device: str) -> PreTrained
 # Folders in 4 bits
 
 
-def load_4bit(folder: str | Path) -> PreTrainedModel:
+def load_4bit(folder: str | Path) -> transformers.PreTrainedModel:
     """Loads a model that save_4bit, or transformers with bitsandbytes, saved.
 
     The model is frozen and in evaluation mode. Each 4-bit layer is a QLoRALinear without an
@@ -229,7 +233,7 @@ def _read_quantization(folder: Path) -> dict:
     return quantization
 
 
-def save_4bit(model: PreTrainedModel, folder: str | Path) -> None:
+def save_4bit(model: transformers.PreTrainedModel, folder: str | Path) -> None:
     """Writes the frozen base of a model as transformers with bitsandbytes does, without adapters.
 
     Raises: ValueError if no layer is in 4 bits, or the format cannot hold one (it is dense, or
@@ -237,7 +241,7 @@ def save_4bit(model: PreTrainedModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     layers = names_of(model, QLoRALinear)
-    if not layers or not isinstance(model, PreTrainedModel):
+    if not layers or not isinstance(model, transformers.PreTrainedModel):
         raise ValueError(
             "save_4bit needs a model of transformers with layers in 4 bits: lora.attach makes them"
         )
@@ -255,7 +259,7 @@ def save_4bit(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def _dense_tensors(
-    model: PreTrainedModel, layers: dict[QLoRALinear, list[str]]
+    model: transformers.PreTrainedModel, layers: dict[QLoRALinear, list[str]]
 ) -> dict[str, Tensor]:
     """Finds the tensors that are saved as they are: no 4-bit weights, adapters or tied copies."""
     elsewhere = set(model.all_tied_weights_keys)
@@ -265,7 +269,9 @@ def _dense_tensors(
     return {name: t for name, t in model.state_dict().items() if name not in elsewhere}
 
 
-def _config_of(model: PreTrainedModel, layer: QLoRALinear) -> PretrainedConfig:
+def _config_of(
+    model: transformers.PreTrainedModel, layer: QLoRALinear
+) -> transformers.PretrainedConfig:
     """Copies the model's config and adds how `layer`, like all its 4-bit layers, is quantized.
 
     Entries of a quantization_config that is already there stay, unless they have become wrong.

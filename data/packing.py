@@ -16,12 +16,14 @@ Not every architecture derives the mask from position ids. So `check` tests the 
 of the logits after a jump may depend on the tokens before it.
 """
 
+from __future__ import annotations  # transformers loads its classes when they are used
+
 from bisect import bisect_left, insort
 from itertools import pairwise
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from data.chat_template import IGNORE_INDEX, Example
 
@@ -71,7 +73,7 @@ def position_ids(examples: list[Example], shape: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def check(model: PreTrainedModel) -> None:
+def check(model: transformers.PreTrainedModel) -> None:
     """Tests whether the model keeps packed documents apart.
 
     Raises: ValueError if a document changes any bit of the logits of the next document.

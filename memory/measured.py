@@ -18,6 +18,8 @@ of several processes each measures its own batches; DDP keeps its gradients from
 gradient accumulation does. FSDP2 is not measured: the prediction does not know its buffers.
 """
 
+from __future__ import annotations  # transformers loads its classes when they are used
+
 import resource
 import sys
 import weakref
@@ -27,10 +29,10 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 
 from data.dataset import Batch
 from kernels.page_store import Managed, Page
@@ -166,7 +168,7 @@ class Live(TorchDispatchMode):
 
 def measure_step(
     work: Callable[[], T],
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     optimizer: Optimizer,
     batches: list[Batch],
     settings: StepSettings,
@@ -202,7 +204,7 @@ def measure_step(
 
 
 def predicted_bytes(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     optimizer: Optimizer,
     batches: list[Batch],
     settings: StepSettings,

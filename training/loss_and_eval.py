@@ -13,13 +13,15 @@ A row of either follows from a row of logits. So both are computed a few rows at
 float32 temporaries have only that many rows.
 """
 
+from __future__ import annotations  # transformers loads its classes when they are used
+
 import math
 from dataclasses import replace
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from data.chat_template import IGNORE_INDEX, Example
 from data.dataset import Batch, Task, collate
@@ -61,7 +63,7 @@ class CrossEntropy(torch.autograd.Function):
         return gradient.mul_(g.to(gradient.dtype)), None
 
 
-def label_loss(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> Tensor:
+def label_loss(model: transformers.PreTrainedModel, batch: Batch, dtype: torch.dtype) -> Tensor:
     """Cross entropy summed over the labels of a batch: a float32 scalar."""
     labels = batch.labels[:, 1:]  # (B, T - 1): position t predicts token t + 1
     in_loss = labels != IGNORE_INDEX  # (B, T - 1)
@@ -78,7 +80,7 @@ def label_loss(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> Tens
 class LabelLoss(nn.Module):
     """label_loss of a model as a module, because DistributedDataParallel wraps only modules."""
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: transformers.PreTrainedModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
@@ -89,7 +91,7 @@ class LabelLoss(nn.Module):
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     examples: list[Example],
     batch_size: int,
     pad_id: int,
@@ -115,13 +117,13 @@ def perplexity(
 
 @torch.no_grad()
 def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     prompts: list[list[int]],
     length: int,
     dtype: torch.dtype,
     batch_size: int = 100,
-    streamer: TextStreamer | None = None,
+    streamer: transformers.TextStreamer | None = None,
 ) -> list[str]:
     """Greedy answers of at most `length` tokens to prompts, which are lists of token ids.
 
@@ -161,8 +163,8 @@ def _pad_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tu
 
 
 def exact_match(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     examples: list[Example],
     dtype: torch.dtype,
     show: int = 0,
@@ -190,8 +192,8 @@ def exact_match(
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     task: Task,
     batch_size: int,
     dtype: torch.dtype,

@@ -4,6 +4,8 @@ Weights take minutes to download, load and quantize. So the output folder, the m
 and the state to resume from are read first. A dry run is the beginning of a real run: it has no checks of its own.
 """
 
+from __future__ import annotations  # transformers loads its classes when they are used
+
 import os
 import shutil
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+import transformers
 
 from checkpoints import io, sources
 from data import dataset
@@ -32,8 +34,8 @@ class Job(NamedTuple):
     started: time.perf_counter() at its beginning
     """
 
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
+    config: transformers.PretrainedConfig
+    tokenizer: transformers.PreTrainedTokenizerBase
     task: dataset.Task
     settings: dict[str, str]
     state: State | None
@@ -82,7 +84,7 @@ def _check(args: Options) -> Job:
     return Job(config, tokenizer, task, settings, state, started)
 
 
-def _load_task(args: Options, tokenizer: PreTrainedTokenizerBase) -> dataset.Task:
+def _load_task(args: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> dataset.Task:
     return dataset.load_task(
         args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing
     )
@@ -130,7 +132,7 @@ def describe(job: Job, args: Options) -> str:
     return "\n".join(f"{what:10}{text}" for what, text in lines.items())
 
 
-def describe_memory(config: PretrainedConfig, args: Options, length: int) -> str:
+def describe_memory(config: transformers.PretrainedConfig, args: Options, length: int) -> str:
     """The predicted peak of a step, and the memory of the device."""
     available = device_bytes(args.device)
     device = f"{args.device} has {available / 1e9:.2f} GB"

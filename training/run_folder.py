@@ -6,15 +6,17 @@ loss.png                     drawn at the end and at each evaluation on the way
 adapter_model.safetensors, adapter_config.json
 """
 
+from __future__ import annotations  # transformers loads its classes when they are used
+
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import transformers
 from torch.optim import Optimizer
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from checkpoints import io
 from checkpoints.peft_adapter import adapter_tensors, save_adapter
@@ -30,7 +32,7 @@ class RunFolder:
     """The output folder of one run. Its methods are called by all processes, together."""
 
     def __init__(
-        self, args: Options, job: Job, model: PreTrainedModel, optimizer: Optimizer
+        self, args: Options, job: Job, model: transformers.PreTrainedModel, optimizer: Optimizer
     ) -> None:
         """Raises: ValueError if the folder cannot be written to or its disk lacks space."""
         self.args = args

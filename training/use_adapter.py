@@ -13,6 +13,8 @@ an update is small compared with the gaps between levels, so rounding removes mo
 audit of lora.merge tells how much before anything is written; 16 bits are the default.
 """
 
+from __future__ import annotations  # transformers loads its classes when they are used
+
 import math
 import os
 import shutil
@@ -21,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+import transformers
 
 import lora
 from checkpoints import base_model, io, peft_adapter, sources
@@ -32,7 +34,7 @@ from training.options import Options
 from variants import init
 
 # Writes a merged model to a folder; returns the audit in words.
-Merge = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], str]
+Merge = Callable[[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, Path], str]
 
 
 def use_adapter(args: Options) -> int:
@@ -50,7 +52,7 @@ def answer_prompt(args: Options) -> None:
     """Prints the answer to --prompt while it is generated."""
     model, tokenizer = load_adapted_model(args.adapter, args.model, args.dtype, args.device)
     prompts = [encode_prompt(tokenizer, args.prompt)]
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generate_answers(model, tokenizer, prompts, args.max_seq_len, args.dtype, streamer=streamer)
 
 
@@ -63,7 +65,7 @@ def merge_into(folder: Path, merge: Merge, args: Options) -> None:
 
 def load_adapted_model(
     adapter: Path, base: str | None, dtype: torch.dtype | None, device: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """Loads a base with a trained adapter, and its tokenizer.
 
     base, dtype: None stands for the base and the dtype that the adapter was trained with.
@@ -97,7 +99,11 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
 
 
 @torch.no_grad()
-def merge_16bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+def merge_16bit(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    folder: Path,
+) -> str:
     """Writes base + adapter as a dense model: float16 if the base is float16, else bfloat16.
 
     Returns the audit in words.
@@ -118,7 +124,11 @@ def merge_16bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 
 @torch.no_grad()
-def merge_4bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+def merge_4bit(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    folder: Path,
+) -> str:
     """Writes base + adapter as a 4-bit model, quantized as the base is.
 
     Returns the audit in words.
@@ -136,7 +146,11 @@ def merge_4bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     return describe_audit(audit)
 
 
-def save_4bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_4bit(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
     """Writes the frozen base of a model and its tokenizer.
 
     An adapter of this model that is saved later names this folder as its base.

@@ -14,8 +14,8 @@ from bench import capped_run, cuda, figures, peers_cuda
 from bench.cuda import Clock, race
 from bench.peers_cuda import Layer
 from helpers.bounds import Bounded
-from kernels.packed_weight import with_decoded_absmax
 from helpers.pages import text_of_pages
+from kernels.packed_weight import with_decoded_absmax
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
