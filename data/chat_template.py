@@ -107,7 +107,7 @@ class Template:
         answers = [index for index, turn in enumerate(turns) if is_in_loss(turn)]
         try:
             text = self._render(turns)
-            prefixes = [self._render_prompt_and_answer(turns, index) for index in answers]
+            prefixes = [self._render_prompt_and_answer(turns, index, text) for index in answers]
         except TemplateError as error:
             raise BadRow(f"{self.name} refuses it ({error})") from None
 
@@ -117,10 +117,16 @@ class Template:
             self._encode_answers([prefix], turns, index) for index, prefix in zip(answers, prefixes)
         ]
 
-    def _render_prompt_and_answer(self, turns: list[Turn], index: int) -> tuple[str, str]:
-        """The text before the answer in turn `index`, and the same text with the answer."""
+    def _render_prompt_and_answer(
+        self, turns: list[Turn], index: int, text: str
+    ) -> tuple[str, str]:
+        """The text before the answer in turn `index`, and the same text with the answer.
+
+        text: all turns, rendered.
+        """
         prompt = self._render(turns[:index], add_generation_prompt=True)
-        answered = self._render(turns[: index + 1])
+        is_last = index + 1 == len(turns)
+        answered = text if is_last else self._render(turns[: index + 1])
         if not answered.startswith(prompt):
             raise ValueError(
                 f"{self.name} ends a prompt with {prompt[-40:]!r}, but does not write a given "

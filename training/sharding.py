@@ -30,12 +30,9 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from kernels.dtensor import full_tensor, local_shard
+from kernels.dtensor import full_tensor, is_dtensor, local_shard
 from lora import FrozenWeight
 from training.distributed import all_reduce_sum, is_main, world_size
 
@@ -45,6 +42,9 @@ def shard_model(model: nn.Module, device: str) -> None:
 
     The blocks are the members of each nn.ModuleList, such as the decoder layers of a transformer.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # slow to import, and only for this
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(torch.device(device).type, (world_size(),))
     for frozen in frozen_weights(model):
         for name, tensor in base_buffers(frozen).items():
@@ -58,7 +58,7 @@ def shard_model(model: nn.Module, device: str) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether shard_model has split this model."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
 def frozen_weights(module: nn.Module) -> list[FrozenWeight]:
@@ -86,7 +86,7 @@ def weights_of(module: nn.Module) -> list[Tensor]:
 def bytes_on_this_rank(model: nn.Module) -> int:
     """Bytes of the parameters and the frozen base on this rank between steps."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if hasattr(module, "reshard"):  # a module of FSDP2
             module.reshard()
     return sum(local_shard(tensor).nbytes for tensor in weights_of(model))
 
@@ -152,7 +152,7 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:
     gradients = [local_shard(parameter.grad) for parameter in with_gradient]
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     squares = torch.stack(norms).square().sum().item()
-    if isinstance(parameters[0], DTensor):
+    if is_dtensor(parameters[0]):
         [squares] = all_reduce_sum(squares)
     norm = torch.tensor(squares).sqrt().item()  # in float32
     if norm > max_norm:

@@ -34,7 +34,9 @@ from training.options import Options
 from variants import init
 
 # Writes a merged model to a folder; returns the audit in words.
-Merge = Callable[[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, Path], str]
+Merge = Callable[
+    ["transformers.PreTrainedModel", "transformers.PreTrainedTokenizerBase", Path], str
+]
 
 
 def use_adapter(args: Options) -> int:
