@@ -1,6 +1,8 @@
-"""Fine-tune a language model through a frozen 4-bit base: load, quantize, adapt, train, evaluate, report.
+"""Fine-tune a language model through a frozen 4-bit base.
 
-python train.py                                    SmolLM2-135M learns to turn sentences into JSON orders
+Load, quantize, adapt, train, evaluate, report:
+
+python train.py                                    SmolLM2-135M learns to turn sentences into JSON
 python train.py --data my.jsonl --model my/model   your data, your model
 python train.py --adapter out --prompt "..."       ask the result
 torchrun --nproc-per-node 4 train.py               four processes, on as many GPUs or on none
@@ -143,8 +145,9 @@ def train(
     folder: RunFolder,
     args: Options,
 ) -> dict[str, dict[str, int | None]]:
-    """Take the steps start + 1 to args.max_steps. Returns the bytes of one step, predicted and measured.
+    """Take the steps start + 1 to args.max_steps.
 
+    Returns the bytes of one step, predicted and measured.
     Raises: KeyboardInterrupt after a signal, once the state is saved.
     """
     losses = sharding.wrap_ddp(LabelLoss(model.train(), args.dtype))
@@ -194,8 +197,8 @@ def train_step(
 ) -> tuple[float, float]:
     """Forward, backward and update. Of N processes, each works on every Nth batch.
 
-    `losses` maps a batch to the sum of its cross entropies. Returns the mean loss over all labels of
-    the step and the norm of the gradient.
+    `losses` maps a batch to the sum of its cross entropies. Returns the mean loss over all labels
+    of the step and the norm of the gradient.
     """
     world_size = distributed.world_size()
     n_labels = sum(batch.n_labels for batch in batches)
@@ -204,7 +207,7 @@ def train_step(
     for number in mine:
         seed_batch(args.seed, step * len(batches) + number)
         with sharding.gradient_sync(losses, number == mine[-1]):
-            # DDP and FSDP2 average the gradients of all processes: times world_size, it is their sum.
+            # DDP and FSDP2 average the gradients of all processes: times world_size is their sum.
             batch_loss = losses(batches[number].to(args.device)) / (n_labels / world_size)
             batch_loss.backward()
         loss += batch_loss.item() / world_size
@@ -220,7 +223,7 @@ def train_step(
 
 
 def learning_rate(step: int, args: Options) -> float:
-    """Linear warm-up over the first tenth of the steps, then half a cosine down to a tenth of --lr."""
+    """Linear warm-up over a tenth of the steps, then half a cosine down to a tenth of --lr."""
     warm_up = max(1, args.max_steps // 10)
     if step < warm_up:
         return args.lr * (step + 1) / warm_up

@@ -16,7 +16,10 @@ from training.state import saved_states
 
 
 def exit_status(run: Callable[[], None], args: Options, argv: list[str] | None) -> int:
-    """Call `run` and return the exit status. argv: the words of the command line, None for sys.argv."""
+    """Call `run` and return the exit status.
+
+    argv: the words of the command line, None for sys.argv.
+    """
     try:
         run()
     except (ValueError, OSError) as error:

@@ -1,7 +1,8 @@
-"""Checks everything that can be wrong before a weight is read; `--dry-run` prints the result and ends.
+"""Checks everything that can be wrong before a weight is read; `--dry-run` ends there.
 
-Weights take minutes to download, load and quantize. So the output folder, the model's config and tokenizer, every row of the data
-and the state to resume from are read first. A dry run is the beginning of a real run: it has no checks of its own.
+Weights take minutes to download, load and quantize. So the output folder, the model's config and
+tokenizer, every row of the data and the state to resume from are read first. A dry run prints the
+result and ends. It is the beginning of a real run: it has no checks of its own.
 """
 
 from __future__ import annotations  # transformers loads its classes when they are used
@@ -45,8 +46,8 @@ class Job(NamedTuple):
 def preflight(args: Options) -> Job:
     """Check folder, model, data and state. Sets args.max_steps where epochs are given.
 
-    Raises: ValueError for a folder that cannot be written to, a model, data or a state that cannot be read, settings that do
-    not fit one another, and processes that do not see the same.
+    Raises: ValueError for a folder that cannot be written to, a model, data or a state that cannot
+    be read, settings that do not fit one another, and processes that do not see the same.
     """
     restarted_by_torchrun = distributed.restart_count() > 0
     if restarted_by_torchrun and saved_states(args.output_dir):
@@ -66,7 +67,8 @@ def _check(args: Options) -> Job:
     context = getattr(config, "max_position_embeddings", None)
     if context and args.max_seq_len > context:
         raise ValueError(
-            f"--max-seq-len {args.max_seq_len} is longer than the model's context of {context} tokens"
+            f"--max-seq-len {args.max_seq_len} is longer than the model's context "
+            f"of {context} tokens"
         )
     task = _load_task(args, tokenizer)
     batches = args.grad_accum * distributed.world_size()
@@ -143,8 +145,8 @@ def describe_memory(config: transformers.PretrainedConfig, args: Options, length
     if predicted is None:
         known = " and ".join(formula.KNOWN_MODELS)
         return (
-            f"not predicted: the formula covers {known}, from dense weights, without biases or DoRA, "
-            f"and this is another {config.model_type}; {device}"
+            f"not predicted: the formula covers {known}, from dense weights, without biases "
+            f"or DoRA, and this is another {config.model_type}; {device}"
         )
     peak = predicted.peak()
     advice = ""

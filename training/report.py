@@ -1,4 +1,7 @@
-"""What a run shows people: loss.png, report.json and a table on the terminal, made from metrics.jsonl and the model."""
+"""What a run shows people: loss.png, report.json and a table on the terminal.
+
+They are made from metrics.jsonl and the model.
+"""
 
 import json
 import platform
@@ -94,7 +97,7 @@ def metrics_of(report: dict) -> dict:
 
 
 def write_report(report: dict, folder: Path) -> None:
-    """Write report.json, with the versions of the libraries. Of several processes, the main one writes."""
+    """Write report.json, with the versions of the libraries. Only the main process writes."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -133,7 +136,7 @@ def plot_loss(metrics: Path, picture: Path, metric: str = "") -> None:
 
 
 def command(words: list[str], processes: int = 1) -> str:
-    """A command line that runs train.py with these words and the current Python, in so many processes."""
+    """A command line that runs train.py with these words, this Python and so many processes."""
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())

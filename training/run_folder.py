@@ -1,4 +1,6 @@
-"""What a run leaves in its output folder: metrics, states, the plot of the loss, the adapter. The main process writes.
+"""What a run leaves in its output folder: metrics, states, the plot of the loss, the adapter.
+
+The main process writes:
 
 metrics.jsonl                one line a step, appended while the run goes on
 state-<step>.safetensors     from which --resume continues (state.py)
@@ -49,8 +51,9 @@ class RunFolder:
         run_on_main(partial(io.prepare_folder, self.path, needed))
 
     def begin(self, start: int, before: list[float | None]) -> None:
-        """Remove what earlier runs left, keep the metrics of the first `start` steps, save a state at step 0.
+        """Remove what earlier runs left and keep the metrics of the first `start` steps.
 
+        A run that starts at step 0 saves a state there.
         before: the metric of the pretrained model, which a state carries.
         """
         self.before = before

@@ -310,7 +310,8 @@ def test_other_data_are_refused_on_resume_unless_told_and_a_renamed_file_is_not(
     assert train.main([*run, "--data", str(other), "--resume"]) == 1
     said = capsys.readouterr().err
     assert re.search(
-        "cannot resume from .*: data .a hash of its token ids. was .*, is .*. Use the old settings or",
+        "cannot resume from .*: data .a hash of its token ids. was .*, is .*. "
+        "Use the old settings or",
         said,
     )
     assert train.main([*run, "--data", str(other), "--resume", "--resume-anyway"]) == 0
