@@ -618,11 +618,7 @@ CONSTANT_MUTANTS = [
 
 LORA_MUTANTS = [
     Mutant(
-        "scaling is lora_alpha, not lora_alpha / r",
-        "lora",
-        "else self.r)",
-        "else 1)",
-        PLAIN_LORA,
+        "scaling is lora_alpha, not lora_alpha / r", "lora", "else self.r)", "else 1)", PLAIN_LORA
     ),
     Mutant(
         "use_rslora is ignored",
@@ -641,11 +637,7 @@ LORA_MUTANTS = [
         PLAIN_LORA,
     ),
     Mutant(
-        "scaling is applied twice",
-        "lora",
-        "alpha=scaling)",
-        "alpha=scaling * scaling)",
-        PLAIN_LORA,
+        "scaling is applied twice", "lora", "alpha=scaling)", "alpha=scaling * scaling)", PLAIN_LORA
     ),
     Mutant(
         "scaling is applied before and after h",

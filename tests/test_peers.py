@@ -28,7 +28,7 @@ from torchao.quantization import to_nf4
 import double_quant
 import lora
 import nf4
-from checkpoints import peft_adapter as checkpoint
+from checkpoints import peft_adapter
 from helpers import models, naive
 from helpers.bounds import (
     UNIT_ROUNDOFF,
@@ -227,7 +227,9 @@ def assert_nearest_and_nearly(
     centred = (constants - dq.offset).double()  # the subtraction is float32's
     scale = dq.absmax.double().repeat_interleave(dq.block_size)[: len(centred)]
     assert (CODE8[dq.codes[scale == 0].long()] == 0).all()
-    x, ours, theirs = (centred / scale)[scale > 0], dq.codes[scale > 0], theirs[scale > 0]
+    x = (centred / scale)[scale > 0]
+    ours = dq.codes[scale > 0]
+    theirs = theirs[scale > 0]
     assert (outside(x, ours) <= decision_error()).all()
     assert (outside(x, theirs) <= table_error(TABLE)).all()
     low, high = cells()
@@ -318,9 +320,8 @@ def test_bitsandbytes_decodes_minus_zero_in_fp4_to_minus_zero_unless_by_avx512(
 def test_zero_is_coded_as_zero_where_bitsandbytes_makes_it_a_small_number() -> None:
     x = torch.tensor([1.0, 0.0, -0.0])
     q = nf4.quantize(x, codebook=double_quant.DYNAMIC)
-    assert q.packed[:, 0].tolist() == [255, 127, 127] and same_bits(
-        nf4.dequantize(q), torch.tensor([1.0, 0.0, 0.0])
-    )
+    assert q.packed[:, 0].tolist() == [255, 127, 127]
+    assert same_bits(nf4.dequantize(q), torch.tensor([1.0, 0.0, 0.0]))
     theirs = bnb.dequantize_blockwise(*bnb.quantize_blockwise(x, blocksize=64))
     assert (theirs[1:] > 0).all()  # the day this fails, the exception can go
 
@@ -362,7 +363,8 @@ def read_back(saved: dict[str, Tensor]) -> Tensor:
 def test_evaluating_changes_no_byte_where_bitsandbytes_spoils_what_it_saves(double: bool) -> None:
     """With AVX512-BF16 it repacks: constants become bfloat16, and are saved transposed if plain."""
     weight, x = normal(64, 128, seed=1, std=0.05), normal(5, 128)
-    ours, theirs = qlora(weight, double=double), linear4bit(weight, double=double)
+    ours = qlora(weight, double=double)
+    theirs = linear4bit(weight, double=double)
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     expected = by_hand(weight, double=double)
     for layer in (ours, theirs):
@@ -383,7 +385,8 @@ def test_evaluating_changes_no_byte_where_bitsandbytes_spoils_what_it_saves(doub
 @torch.no_grad()
 def test_float32_is_computed_in_float32_where_bitsandbytes_evaluates_in_bfloat16() -> None:
     weight, x = normal(64, 128, seed=1, std=0.05), normal(5, 128)
-    ours, theirs = qlora(weight, double=False), linear4bit(weight, double=False)
+    ours = qlora(weight, double=False)
+    theirs = linear4bit(weight, double=False)
     allowed = product(ours, x, by_hand(weight))
     assert allowed.allows(ours.train()(x)) and allowed.allows(ours.eval()(x))
     assert allowed.allows(theirs.train()(x))
@@ -397,7 +400,8 @@ def test_a_layer_of_any_shape_evaluates_where_that_of_bitsandbytes_raises(
     shape: tuple[int, int],
 ) -> None:
     """Repacking needs out_features of 32s and rows of whole blocks, and checks too late."""
-    weight, x = normal(*shape, seed=1, std=0.05), normal(5, shape[1])
+    weight = normal(*shape, seed=1, std=0.05)
+    x = normal(5, shape[1])
     ours, theirs = qlora(weight).eval(), linear4bit(weight).eval()
     assert product(ours, x, by_hand(weight, double=True)).allows(ours(x))
     if REPACKS:  # the day one of these fails, the exception can go
@@ -410,8 +414,11 @@ def test_a_layer_of_any_shape_evaluates_where_that_of_bitsandbytes_raises(
 
 @torch.no_grad()
 def test_a_forward_in_bfloat16_changes_no_later_result_where_bitsandbytes_rounds_the_bias() -> None:
-    weight, bias, x = normal(64, 128, seed=1, std=0.05), normal(64, seed=2), normal(5, 128)
-    ours, theirs = qlora(weight, bias, False), linear4bit(weight, bias, False)
+    weight = normal(64, 128, seed=1, std=0.05)
+    bias = normal(64, seed=2)
+    x = normal(5, 128)
+    ours = qlora(weight, bias, False)
+    theirs = linear4bit(weight, bias, False)
     for layer in (ours, theirs):
         layer(x.bfloat16())
     allowed = product(ours, x, by_hand(weight), bias)
@@ -478,7 +485,8 @@ def test_no_number_changes_its_sign_where_peers_decode_a_constant_below_zero() -
 
 
 def test_a_block_of_zeros_stays_zero_under_double_quantization_where_torchao_changes_it() -> None:
-    weight, zeros = blocks_of_all_sizes(), torch.zeros(64)
+    weight = blocks_of_all_sizes()
+    zeros = torch.zeros(64)
     weight[5] = 0
     assert same_bits(FrozenWeight(weight)()[5], zeros)
     assert torch.equal(by_bitsandbytes(weight, double=True)[5], zeros)  # on a CPU
@@ -560,7 +568,8 @@ def test_a_merge_keeps_the_update_where_peft_rounds_it_to_4_bits_as_the_audit_pr
     """
     weight = normal(64, 128, seed=4, std=0.02)
     theirs, ours = with_adapter(weight.double(), double, size)
-    base, update = by_hand(weight, double=double).double(), ours.update()
+    base = by_hand(weight, double=double).double()
+    update = ours.update()
     model, audit = lora.merge(nn.ModuleDict({"proj": ours}))
     assert torch.equal(model["proj"].weight, base + update)
 
@@ -569,8 +578,10 @@ def test_a_merge_keeps_the_update_where_peft_rounds_it_to_4_bits_as_the_audit_pr
     lost = (merged - (base + update)).abs()
     rounding = cast(merged.abs(), torch.float32)
     assert (lost > rounding).any()  # the day this fails, the exception can go
-    realised, length = merged - base, update.norm()
-    dot, moved = (realised * update).sum(), realised.norm()
+    realised = merged - base
+    length = update.norm()
+    dot = (realised * update).sum()
+    moved = realised.norm()
     to_float64 = UNIT_ROUNDOFF[torch.float64] / UNIT_ROUNDOFF[torch.float32]
     in_float64 = 2 * cosine(weight.numel()) * to_float64  # in the audit, and here
     assert abs(audit["proj"].cosine - dot / (length * moved)) <= in_float64
@@ -616,7 +627,7 @@ def adapted() -> nn.Module:
 
 def damaged(folder: Path, change: str) -> Path:
     """The folder of an adapter whose tensors are renamed, removed or added to."""
-    checkpoint.save_adapter(adapted(), folder)
+    peft_adapter.save_adapter(adapted(), folder)
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     deepest = {name: tensor for name, tensor in tensors.items() if ".layers.1." in name}
@@ -660,7 +671,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name_where_peft_goes_on_with
 ) -> None:
     folder = damaged(tmp_path, change)
     with pytest.raises(ValueError, match=f"{name} {complaint}"):
-        checkpoint.load_adapter(adapted(), folder)
+        peft_adapter.load_adapter(adapted(), folder)
     plain = models.tiny_llama(vocab_size=256)
     without = plain(IDS).logits
     # The day PEFT raises here, the exception can go.

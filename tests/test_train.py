@@ -25,25 +25,13 @@ from lora import QLoRALinear, attach
 from training import loss_and_eval, use_adapter
 from training.dtypes import resolve_device_and_dtype
 
-REPORT_KEYS = {
-    "metric",
-    "before",
-    "after",
-    "before_unseen",
-    "after_unseen",
-    "seconds",
-    "steps",
-    "tokens_per_second",
-    "peak_rss_bytes",
-    "bits_per_weight",
-    "base_bytes_16bit",
-    "base_bytes_4bit",
-    "trainable_parameters",
-    "total_parameters",
-    "pager",
-    "seed",
-    "versions",
-}
+REPORT_KEYS = set(
+    """
+    metric before after before_unseen after_unseen seconds steps tokens_per_second peak_rss_bytes
+    bits_per_weight base_bytes_16bit base_bytes_4bit trainable_parameters total_parameters pager
+    seed versions
+""".split()
+)
 METRIC_KEYS = {"step", "loss", "tokens", "seconds", "lr", "grad_norm", "rss_bytes"}
 
 

@@ -112,11 +112,9 @@ def test_a_streamed_model_has_the_bits_of_from_pretrained_and_attach(
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     ours = base_model.load_quantized(tmp_path, dtype, "cpu", quantized)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    assert (
-        ours.config.dtype == theirs.config.dtype
-        and ours.name_or_path == theirs.name_or_path
-        and not ours.training
-    )
+    assert ours.config.dtype == theirs.config.dtype
+    assert ours.name_or_path == theirs.name_or_path
+    assert not ours.training
     assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
     torch.manual_seed(1)
     attach(theirs)
@@ -174,9 +172,8 @@ def test_a_folder_in_4_bits_is_cast_to_the_dtype_that_was_asked_for_and_its_code
         layer.compute_dtype is None for layer in again.modules() if isinstance(layer, QLoRALinear)
     )
     buffers = [dict(model.named_buffers(remove_duplicate=False)) for model in (first, again)]
-    assert all(
-        same_bits(buffers[0][name], buffers[1][name]) for name in buffers[0]
-    )  # constants, and rotary frequencies
+    # Constants, and rotary frequencies.
+    assert all(same_bits(buffers[0][name], buffers[1][name]) for name in buffers[0])
 
 
 def test_tensors_that_only_older_versions_saved_are_ignored(tmp_path: Path) -> None:

@@ -35,13 +35,15 @@ from checkpoints import bnb_4bit, peft_adapter
 from helpers import models
 from helpers.strategies import bits
 from lora import QLoRALinear
-from memory import measured as memory
+from memory import measured
 from paged_optim import PagedAdamW
-from training import state as resume
+from training import state
 
 Contents = dict[str, bytes]
 COUNTS: Counter = Counter()
-SECONDS, GROWTH, SEAL = 10, 2**28, "a" * 64
+SECONDS = 10
+GROWTH = 2**28
+SEAL = "a" * 64
 INDEX = "model.safetensors.index.json"
 MODELS = ["nested", "plain", "shards"]  # with double quantization, without, in two files
 ADAPTERS = ["adapter for a dense model", "adapter for an adapted model"]
@@ -180,7 +182,8 @@ def assert_is_the_file(model: nn.Module, paths: list[Path]) -> None:
             ours |= bnb_4bit.pack(layer.base, f"{name}.weight")
     assert ours.keys() == theirs.keys() - model.all_tied_weights_keys.keys()
     for name, tensor in ours.items():
-        (shape, data), (its_shape, its_data) = raw(tensor), theirs[name]
+        shape, data = raw(tensor)
+        its_shape, its_data = theirs[name]
         if bnb_4bit.STATE in name:
             mine, its = json.loads(data), json.loads(its_data)
             if "nested_offset" in its:
@@ -209,7 +212,8 @@ def load_one(kind: str, folder: Path) -> None:
         assert snapshot(model) == before, "a refused adapter has changed the model"
         raise
     data = (folder / "adapter_model.safetensors").read_bytes()
-    ours, theirs = peft_adapter.adapter_tensors(model), load(data)
+    ours = peft_adapter.adapter_tensors(model)
+    theirs = load(data)
     assert ours and ours.keys() == parsed(data).keys()
     for name, tensor in ours.items():
         assert raw(tensor) == raw(theirs[name].to(tensor.dtype)) and tensor.isfinite().all(), name
@@ -224,7 +228,7 @@ def outcome(
 ) -> str:
     """Returns the error message, or "" if the folder was loaded; else fails."""
     said = ""
-    peak = memory.peak_rss_bytes()
+    peak = measured.peak_rss_bytes()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "stranger"
         folder.mkdir()
@@ -241,7 +245,7 @@ def outcome(
             assert str(folder) in said, said
         assert listing(Path(name)) == before, "a file was made"
     assert torch.get_default_dtype() == torch.float32
-    assert memory.peak_rss_bytes() - peak < GROWTH, "too much memory"
+    assert measured.peak_rss_bytes() - peak < GROWTH, "too much memory"
     COUNTS[damage, "refused" if said else "loaded"] += 1
     return said
 
@@ -468,8 +472,8 @@ def progress_damage(draw: st.DrawFn, data: bytes) -> bytes:
     """Changes the JSON in the header of a run's state."""
     header, rest = split(data)
     entries = json.loads(header)
-    state = entries["__metadata__"]["state"].encode()
-    entries["__metadata__"]["state"] = draw(json_damage(state)).decode(errors="replace")
+    progress = entries["__metadata__"]["state"].encode()
+    entries["__metadata__"]["state"] = draw(json_damage(progress)).decode(errors="replace")
     return joined(json.dumps(entries).encode(), rest)
 
 
@@ -594,7 +598,9 @@ def sparse(path: Path) -> None:
     os.truncate(path, 10**11)
 
 
-W, NORM, A = "model.safetensors", "model.norm.weight", "adapter_model.safetensors"
+W = "model.safetensors"
+NORM = "model.norm.weight"
+A = "adapter_model.safetensors"
 # What takes the place of a file: the kind of folder, how to create it, the error message.
 ODDITIES: dict[str, tuple] = {
     **{
@@ -818,11 +824,12 @@ def state_of(model: nn.Module, optimizer: PagedAdamW) -> dict[str, tuple[list[in
 @contextmanager
 def sealed() -> Iterator[None]:
     """Makes every checksum valid, as an attacker would (test_state.py tests damaged ones)."""
-    whole, resume.checksum = resume.checksum, lambda tensors, progress: SEAL
+    checksum = state.checksum
+    state.checksum = lambda tensors, progress: SEAL
     try:
         yield
     finally:
-        resume.checksum = whole
+        state.checksum = checksum
 
 
 def resumed(data: bytes, damage: str) -> str:
@@ -830,23 +837,24 @@ def resumed(data: bytes, damage: str) -> str:
     said = ""
     model = copy.deepcopy(adapted())
     optimizer = stepped(model)
-    before, held = snapshot(model), state_of(model, optimizer)
+    before = snapshot(model)
+    held = state_of(model, optimizer)
     with tempfile.TemporaryDirectory() as name, in_time(), sealed():
         path = Path(name) / "state"
         path.write_bytes(data)
         try:
-            state = resume.read_state(path)
-            resume.require_same_settings(state, {"lr": "1"}, anyway=False)
-            resume.load_state(model, optimizer, state)
+            saved = state.read_state(path)
+            state.require_same_settings(saved, {"lr": "1"}, anyway=False)
+            state.load_state(model, optimizer, saved)
         except ValueError as error:
             said = str(error)
             assert type(error) is ValueError and str(path) in said, repr(error)
-            assert snapshot(model) == before and state_of(model, optimizer) == held, (
-                "a refused state has changed something"
-            )
+            assert snapshot(model) == before, "a refused state has changed something"
+            assert state_of(model, optimizer) == held, "a refused state has changed something"
         else:
-            assert type(state.step) is int and state.step >= 0
-            ours, theirs = state_of(model, optimizer), load(data)
+            assert type(saved.step) is int and saved.step >= 0
+            ours = state_of(model, optimizer)
+            theirs = load(data)
             theirs = {
                 name: tensor.float() if tensor.is_floating_point() else tensor
                 for name, tensor in theirs.items()
@@ -864,8 +872,8 @@ def saved_state(**entries: object) -> bytes:
     usual = {"settings": {"lr": "1"}, "step": 1, "before": [0.5, None]}
     with tempfile.TemporaryDirectory() as name, sealed():
         path = Path(name) / "state"
-        tensors = resume.state_tensors(model, stepped(model))
-        resume.write_state(tensors, **(usual | entries), path=path)
+        tensors = state.state_tensors(model, stepped(model))
+        state.write_state(tensors, **(usual | entries), path=path)
         return path.read_bytes()
 
 

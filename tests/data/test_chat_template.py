@@ -247,7 +247,8 @@ def test_without_a_template_a_tokenizer_that_adds_bos_adds_it_once(
 ) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    plain, begin = with_template(tokenizer, None), ("<|endoftext|>", 0)
+    plain = with_template(tokenizer, None)
+    begin = ("<|endoftext|>", 0)
     plain.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[begin]
     )
@@ -257,9 +258,8 @@ def test_without_a_template_a_tokenizer_that_adds_bos_adds_it_once(
     assert plain.decode(found.ids) == "<|endoftext|>a\nb<|im_end|>c\nd<|im_end|>"
     assert made.encode_prompt("a") == found.ids[: found.n_prompt]
     document = made.encode_document("e")
-    assert (
-        plain.decode(document.ids) == "<|endoftext|>e<|im_end|>" and document.labels == document.ids
-    )
+    assert plain.decode(document.ids) == "<|endoftext|>e<|im_end|>"
+    assert document.labels == document.ids
     plain.chat_template = MARKED
     assert chat_template.Template(plain).encode_prompt("a")[0] != 0, "a template writes BOS itself"
 

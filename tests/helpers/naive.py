@@ -349,7 +349,9 @@ def adamw(
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2, with
     the decay multiplied by the learning rate as in torch.optim.AdamW.
     """
-    new_param, new_exp_avg, new_exp_avg_sq = [], [], []
+    new_param = []
+    new_exp_avg = []
+    new_exp_avg_sq = []
     for p, g, m, v in zip(param, grad, exp_avg, exp_avg_sq):
         p = p - lr * weight_decay * p
         m = m + (1 - beta1) * (g - m)

@@ -126,7 +126,10 @@ def largest_difference(alone: Path, folder: Path) -> float:
 def moments(root: Path, count: int) -> dict[str, object]:
     """One of two processes is killed; then 1 or 2 resume, either way, until the run ends."""
     draw = random.Random(0)
-    kills, stuck, messages, number = 0, 0, 0, 0
+    kills = 0
+    stuck = 0
+    messages = 0
+    number = 0
     different = []
     whole = root / "whole"
     began = time.monotonic()
@@ -180,7 +183,8 @@ def apart(root: Path) -> dict[str, tuple[list[int | None], str]]:
             killed.disturb_operation(12, killed.fail_like_a_full_disk, root / "seen")
 
     def one_is_asked_to_stop(rank: int) -> None:
-        real, steps = train.train_step, []
+        real = train.train_step
+        steps = []
 
         def step(*args: object) -> tuple[float, float]:
             steps.append(1)

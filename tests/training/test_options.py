@@ -156,31 +156,13 @@ def test_a_wrong_flag_gets_one_line_before_anything_is_loaded(
 def test_a_resumed_run_must_share_the_flags_that_the_bits_depend_on() -> None:
     flags = "--output-dir elsewhere --lora-alpha 16 --num-train-epochs 3"
     settings = parse_args(flags.split()).settings()
-    assert settings.keys() == {
-        "model",
-        "quant",
-        "no_double_quant",
-        "block_size",
-        "dtype",
-        "device",
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "use_dora",
-        "lora_start",
-        "save_4bit",
-        "max_seq_len",
-        "train_on_prompt",
-        "packing",
-        "group_by_length",
-        "max_steps",
-        "batch_size",
-        "lr",
-        "max_grad_norm",
-        "grad_checkpoint",
-        "seed",
-    }
+    assert settings.keys() == set(
+        """
+        model quant no_double_quant block_size dtype device lora_r lora_alpha lora_dropout
+        use_rslora use_dora lora_start save_4bit max_seq_len train_on_prompt packing group_by_length
+        max_steps batch_size lr max_grad_norm grad_checkpoint seed
+    """.split()
+    )
     assert settings["lora_alpha"] == parse_args([]).settings()["lora_alpha"] == "16.0"
 
 
@@ -280,7 +262,8 @@ def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(
     known = "not predicted: the formula covers llama and mistral, from dense weights, "
     known += "without biases or DoRA, and this is another "
     assert preflight.describe_memory(config, args, 64).startswith(f"{known}gemma; cpu has")
-    config.model_type, config.attention_bias = "llama", True
+    config.model_type = "llama"
+    config.attention_bias = True
     assert preflight.describe_memory(config, args, 64).startswith(f"{known}llama; cpu has")
 
 

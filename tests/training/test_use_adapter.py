@@ -74,9 +74,8 @@ def test_a_merge_into_the_base_of_a_4_bit_folder_is_dense_and_stays_float16(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     for name, layer in peft_adapter.adapted_layers(model).items():
         weight = merged.get_submodule(name).weight
-        assert weight.dtype == torch.float16 and torch.equal(
-            weight, (layer.base(torch.float32) + layer.update()).half()
-        )
+        assert weight.dtype == torch.float16
+        assert torch.equal(weight, (layer.base(torch.float32) + layer.update()).half())
     assert not hasattr(merged.config, "quantization_config")
 
 
@@ -97,16 +96,17 @@ def test_a_merge_into_4_bits_keeps_what_the_audit_said_and_transformers_loads_it
     for name, update in updates.items():
         weight = theirs.get_submodule(name).weight
         base = merged.get_submodule(name).base
-        assert (
-            torch.equal(base(), bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state))
-            and base.dtype == DTYPE
+        assert torch.equal(
+            base(), bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)
         )
+        assert base.dtype == DTYPE
         after = base(torch.float32)
         change = (after - before[name]).double().flatten() @ update.double().flatten()
         length = update.double().norm() ** 2
         moved = (after - before[name]).double().norm() / length.sqrt()
         assert abs(change / length - audit[name].kept) <= cosine(update.numel()) * moved, name
-        wanted, realised = wanted + length, realised + change
+        wanted = wanted + length
+        realised = realised + change
     assert 0 < said < 1 and abs(said - realised / wanted) <= HALF_A_PERCENT + cosine(2**14)
 
 
@@ -151,7 +151,8 @@ def test_a_merge_overwrites_nothing_and_leaves_nothing_incomplete(
 def test_an_adapter_records_its_base(out: Path) -> None:
     quantization, dtype = peft_adapter.base_of(out)
     assert dtype == DTYPE and quantization.keys() == {"block_size", "double_quant", "codebook"}
-    assert torch.equal(quantization.pop("codebook"), lora.NF4) and quantization == {
+    assert torch.equal(quantization.pop("codebook"), lora.NF4)
+    assert quantization == {
         "block_size": 64,
         "double_quant": True,
     }
@@ -178,9 +179,8 @@ def test_a_header_that_describes_no_base_is_refused(
     )
     if complaint is None:
         quantization, dtype = peft_adapter.base_of(out)
-        assert (quantization["codebook"] is None) == (dtype == torch.float16) and math.log2(
-            quantization["block_size"]
-        ) == 6
+        assert (quantization["codebook"] is None) == (dtype == torch.float16)
+        assert math.log2(quantization["block_size"]) == 6
     else:
         with pytest.raises(ValueError, match=complaint):
             peft_adapter.base_of(out)

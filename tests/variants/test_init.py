@@ -103,7 +103,8 @@ def test_both_start_nearer_to_the_weight_than_quantization_does_whatever_the_sca
 def test_the_error_of_loftq_falls_with_its_steps_and_is_what_rank_r_must_leave(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, errors = weight_of(shape), []
+    weight = weight_of(shape)
+    errors = []
     for steps in (1, 2, 5):
         monkeypatch.setattr(init, "LOFTQ_STEPS", steps)
         layer = started("loftq", weight)
