@@ -93,7 +93,7 @@ WINDOWS = "test_any_window_of_a_weight_has_the_bits_of_the_reference"
 FUSED = "test_a_fused_product_keeps_within_its_arrays"
 ROUNDING = "test_the_compiled_kernels_round_as_torch_does"
 BLOCKWISE = "test_codes_and_constants_are_those_of_the_reference_bit_for_bit"
-REMAINDERS = "test_every_row_and_column_is_made_whatever_windows_leave_over"
+REMAINDERS = "test_every_row_and_column_is_computed_for_any_remainder_of_the_windows"
 ATTACH = "test_attach_adapts_every_linear_layer_but_the_head_and_freezes_the_rest"
 PLAIN_DORA = "test_output_and_gradients_are_those_of_a_plain_autograd_dora"
 ROW_NORMS = "test_the_norm_is_that_of_the_rows_of_the_dense_sum"
@@ -1333,7 +1333,7 @@ KERNEL_MUTANTS = [
         "kernels.cpu.launch",
         "min(step, outer)",
         "outer",
-        "test_a_product_holds_one_window_and_nothing_else_beside_its_result",
+        "test_a_product_holds_one_window_and_its_result_and_nothing_else",
         {
             "shape": (512, 384),
             "window": 2**14,
@@ -1348,7 +1348,7 @@ KERNEL_MUTANTS = [
         "kernels.cpu.launch",
         "decode.decode(weight, rows * run, 0, 1, rest, numbers[rows * run :])",
         "pass",
-        "test_dequantizing_into_a_given_tensor_fills_it_and_nothing_beside_it",
+        "test_dequantizing_into_a_given_tensor_fills_it_and_nothing_else",
         {
             "recipe": Recipe((33, 70)),
             "double": True,
@@ -1513,7 +1513,7 @@ OPTIMIZER_MUTANTS = [
         "kernels.page_store",
         "reverse=True",
         "reverse=False",
-        "test_a_page_starts_at_a_multiple_of_its_elements_size_whatever_was_reserved_before_it",
+        "test_a_page_starts_at_a_multiple_of_its_elements_size_after_any_other_page",
         {"dtype": torch.float64},
     ),
     Mutant(

@@ -338,7 +338,7 @@ def test_a_clean_page_that_is_resident_is_not_announced() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_page_starts_at_a_multiple_of_its_elements_size_whatever_was_reserved_before_it(
+def test_a_page_starts_at_a_multiple_of_its_elements_size_after_any_other_page(
     dtype: torch.dtype,
 ) -> None:
     narrow = Page((3, 1), torch.float16, CPU)

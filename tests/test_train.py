@@ -375,7 +375,7 @@ def test_a_preview_reads_no_weights_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_packed_rows_train_and_what_was_packed_may_not_be_unpacked_on_resume(
+def test_packed_rows_train_and_resuming_without_packing_is_refused(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     rows = tmp_path / "rows.jsonl"

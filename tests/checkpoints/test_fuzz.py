@@ -1,4 +1,4 @@
-"""Any folder from a stranger is loaded bit for bit, or refused by a ValueError that names the file.
+"""An untrusted folder is loaded bit for bit, or refused by a ValueError that names the file.
 
 Nothing else happens: no other exception, no code runs, no long wait, no memory beyond the files'
 own, no new file, no half-changed model.
@@ -74,7 +74,7 @@ def adapted() -> nn.Module:
 
 
 @functools.cache
-def whole(kind: str) -> Contents:
+def undamaged(kind: str) -> Contents:
     """The contents of an undamaged folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -348,7 +348,7 @@ def split(data: bytes) -> tuple[bytes, bytes]:
     return data[8:end], data[end:]
 
 
-def joined(header: bytes, rest: bytes) -> bytes:
+def assemble(header: bytes, rest: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + rest
 
 
@@ -410,7 +410,7 @@ def header_damage(draw: st.DrawFn, data: bytes) -> bytes:
     entry = entries[name]
     if kind == "any" or name == "__metadata__":
         path = draw(st.sampled_from(spots(entries)))
-        return joined(replaced(header, path, draw(st.sampled_from(WEIRD))), rest)
+        return assemble(replaced(header, path, draw(st.sampled_from(WEIRD))), rest)
     if kind == "dtype":
         entry["dtype"] = draw(st.sampled_from(DTYPES))
     elif kind == "shape":
@@ -428,7 +428,7 @@ def header_damage(draw: st.DrawFn, data: bytes) -> bytes:
         entries[name], entries[other] = entries.get(other, entry), entry
         if kind == "rename":
             del entries[name]
-    return joined(json.dumps(entries, separators=(",", ":")).encode(), rest)
+    return assemble(json.dumps(entries, separators=(",", ":")).encode(), rest)
 
 
 @st.composite
@@ -474,7 +474,7 @@ def progress_damage(draw: st.DrawFn, data: bytes) -> bytes:
     entries = json.loads(header)
     progress = entries["__metadata__"]["state"].encode()
     entries["__metadata__"]["state"] = draw(json_damage(progress)).decode(errors="replace")
-    return joined(json.dumps(entries).encode(), rest)
+    return assemble(json.dumps(entries).encode(), rest)
 
 
 @dataclass(repr=False)
@@ -496,15 +496,15 @@ class Case:
         printer.text(repr(self))
 
     def contents(self) -> Contents:
-        old = whole(self.kind)[self.file]
-        return whole(self.kind) | {self.file: old[: self.start] + self.new + old[self.end :]}
+        old = undamaged(self.kind)[self.file]
+        return undamaged(self.kind) | {self.file: old[: self.start] + self.new + old[self.end :]}
 
 
 @st.composite
 def cases(draw: st.DrawFn, kinds: list[str]) -> Case:
     kind = draw(st.sampled_from(kinds))
-    file = draw(st.sampled_from(sorted(whole(kind))))
-    old = whole(kind)[file]
+    file = draw(st.sampled_from(sorted(undamaged(kind))))
+    old = undamaged(kind)[file]
     damages = (
         {"raw": raw_damage, "JSON": json_damage}
         if file.endswith("json")
@@ -687,7 +687,7 @@ ODDITIES: dict[str, tuple] = {
 @pytest.mark.parametrize("oddity", ODDITIES)
 def test_anything_in_the_place_of_a_file_is_refused_by_name_and_never_run(oddity: str) -> None:
     kind, prepare, complaint = ODDITIES[oddity]
-    assert re.search(complaint, outcome(kind, whole(kind), "oddity", prepare), re.DOTALL)
+    assert re.search(complaint, outcome(kind, undamaged(kind), "oddity", prepare), re.DOTALL)
 
 
 CONFIGS = {
@@ -719,7 +719,7 @@ ENDLESS = {
     ids=lambda entries: str(entries)[:50],
 )
 def test_a_config_that_asks_for_endless_work_is_refused_at_once(entries: dict) -> None:
-    contents = whole("nested")
+    contents = undamaged("nested")
     config = json.dumps(json.loads(contents["config.json"]) | entries).encode()
     assert outcome("nested", contents | {"config.json": config}, "config")
 
@@ -747,8 +747,8 @@ ADAPTER_CONFIGS = [
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_hostile_adapter_config_is_refused_at_once(kind: str, key: str, value: object) -> None:
     name = "adapter_config.json"
-    config = replaced(whole(kind)[name], (key,), value)
-    assert name in outcome(kind, whole(kind) | {name: config}, "config")
+    config = replaced(undamaged(kind)[name], (key,), value)
+    assert name in outcome(kind, undamaged(kind) | {name: config}, "config")
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -788,13 +788,13 @@ TENSORS = {  # the name of a tensor, its replacement, the error message
 @pytest.mark.parametrize("what", TENSORS)
 def test_a_tensor_that_is_something_else_is_refused_by_name(what: str) -> None:
     name, tensor, complaint = TENSORS[what]
-    tensors = load(whole("nested")[W])
+    tensors = load(undamaged("nested")[W])
     if tensor is None:
         head = lora.FrozenWeight(dense().lm_head.weight.detach())
         tensors |= bnb_4bit.pack(head, "lm_head.weight")
     else:
         tensors[name] = tensor
-    contents = whole("nested") | {W: save(tensors, {"format": "pt"})}
+    contents = undamaged("nested") | {W: save(tensors, {"format": "pt"})}
     assert re.search(complaint, outcome("nested", contents, "tensor"))
 
 
@@ -803,11 +803,11 @@ def test_a_tensor_that_is_something_else_is_refused_by_name(what: str) -> None:
 def test_a_header_that_promises_more_than_there_is_or_can_be_is_damaged(
     kind: str, file: str, shape: list[int]
 ) -> None:
-    header, rest = split(whole(kind)[file])
+    header, rest = split(undamaged(kind)[file])
     entries = json.loads(header)
     entries["x"] = {"dtype": "U8", "shape": shape, "data_offsets": [len(rest), len(rest)]}
-    data = joined(json.dumps(entries).encode(), rest)
-    assert f"{file} is damaged" in outcome(kind, whole(kind) | {file: data}, "header")
+    data = assemble(json.dumps(entries).encode(), rest)
+    assert f"{file} is damaged" in outcome(kind, undamaged(kind) | {file: data}, "header")
 
 
 def state_of(model: nn.Module, optimizer: PagedAdamW) -> dict[str, tuple[list[int], bytes]]:
@@ -901,21 +901,21 @@ def test_an_adapter_of_nothing_or_of_numbers_beyond_float32_is_refused(
 ) -> None:
     tensors = {}
     if number is not None:
-        tensors = {name: tensor.double() for name, tensor in load(whole(kind)[A]).items()}
+        tensors = {name: tensor.double() for name, tensor in load(undamaged(kind)[A]).items()}
     for tensor in tensors.values():
         tensor[0, 0] = number
-    assert outcome(kind, whole(kind) | {A: save(tensors, {"format": "pt"})}, "tensor")
+    assert outcome(kind, undamaged(kind) | {A: save(tensors, {"format": "pt"})}, "tensor")
 
 
 @pytest.mark.parametrize("kind", ["nested", "plain", *ADAPTERS])
 def test_a_bit_of_a_number_is_another_number_and_a_byte_less_is_refused(kind: str) -> None:
     """The laws above are not empty: some damage cannot be detected, and some must be."""
     name = A if kind in ADAPTERS else "model.safetensors"
-    data = whole(kind)[name]
+    data = undamaged(kind)[name]
     first = 8 + int.from_bytes(data[:8], "little")  # the lowest byte of a float32
     flipped = data[:first] + bytes([data[first] ^ 1]) + data[first + 1 :]
-    assert not outcome(kind, whole(kind) | {name: flipped}, "raw")
-    assert outcome(kind, whole(kind) | {name: data[:-1]}, "raw")
+    assert not outcome(kind, undamaged(kind) | {name: flipped}, "raw")
+    assert outcome(kind, undamaged(kind) | {name: data[:-1]}, "raw")
 
 
 @pytest.fixture(scope="module", autouse=True)

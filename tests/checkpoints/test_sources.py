@@ -65,9 +65,8 @@ def test_a_flipped_bit_in_the_converted_weights_is_noticed(tmp_path: Path) -> No
 def test_a_folder_that_is_there_is_taken_with_its_tokenizer(tmp_path: Path) -> None:
     folder = models.save_tiny_llama(tmp_path)
     assert sources.find_model(str(folder)) == folder
-    assert (
-        sources.load_tokenizer(folder)("order").input_ids == models.tokenizer()("order").input_ids
-    )
+    ids = sources.load_tokenizer(folder)("order").input_ids
+    assert ids == models.tokenizer()("order").input_ids
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -159,7 +158,9 @@ def test_of_a_hubs_folder_no_pickle_is_fetched(
     assert sources.find_model("owner/model") == tmp_path and asked == [("owner/model", cached)]
 
 
-def test_a_download_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_breaks_off_is_an_error_of_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise OSError("the line is dead\nTraceback")
 
@@ -183,7 +184,7 @@ def test_the_package_is_looked_up_where_it_is_installed(
     assert sources._find_gguf(tmp_path / "models") == tmp_path / sources.MODULE / sources.GGUF
 
 
-def test_the_package_is_installed_once_beside_the_models(
+def test_the_package_is_installed_once_next_to_the_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gguf = tmp_path / "package" / sources.MODULE / sources.GGUF

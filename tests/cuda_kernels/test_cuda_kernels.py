@@ -117,8 +117,8 @@ def test_what_is_not_finite_is_refused_as_the_reference_does(
         weight = random(200, dtype=dtype)
         weight[place] = bad
         with simulated():
-            told = said(lambda weight=weight: dispatch.quantize(weight))
-        assert told == said(lambda weight=weight: nf4.quantize(weight))
+            message = said(lambda weight=weight: dispatch.quantize(weight))
+        assert message == said(lambda weight=weight: nf4.quantize(weight))
 
 
 @pytest.mark.parametrize(
@@ -424,15 +424,11 @@ def test_an_update_has_the_bits_of_the_cpus_wherever_it_starts(
 def test_a_parameter_of_16_bits_has_no_kernel() -> None:
     group = {"betas": (0.9, 0.999), "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01}
     with simulated():
-        assert (
-            dispatch.adamw(
-                random(4, dtype=torch.bfloat16), random(4, dtype=torch.bfloat16), 1, group
-            )
-            is None
-        )
+        param = random(4, dtype=torch.bfloat16)
+        assert dispatch.adamw(param, param.clone(), 1, group) is None
 
 
-# what goes where
+# which call goes to which implementation
 
 
 def test_a_tensor_of_the_cpu_or_without_a_compiler_gets_no_kernel_of_the_gpu(
@@ -451,12 +447,8 @@ def test_a_tensor_of_the_cpu_or_without_a_compiler_gets_no_kernel_of_the_gpu(
 
 def test_a_weight_too_large_for_32_bits_has_no_kernel() -> None:
     q, _ = weight_of(Recipe((64,)), False)
-    assert (
-        launch_cuda.kernel_weight(
-            flatten(dataclasses.replace(q, shape=torch.Size((2**16, 2**16))), None)
-        )
-        is None
-    )
+    large = dataclasses.replace(q, shape=torch.Size((2**16, 2**16)))
+    assert launch_cuda.kernel_weight(flatten(large, None)) is None
 
 
 class FakeDriver:

@@ -230,7 +230,7 @@ def test_what_was_sent_to_the_device_and_not_back_never_exceeds_the_budget(
     )
 
 
-def test_the_next_parameter_is_asked_back_in_one_call_aside_if_all_of_it_is_resident() -> None:
+def test_the_next_parameter_is_prefetched_in_one_call_if_all_of_it_is_resident() -> None:
     with recording() as recorder:
         # Pages of 4, 4 and 2 elements, 80 bytes.
         params = [nn.Parameter(torch.zeros(10)) for _ in range(3)]
@@ -275,7 +275,7 @@ def test_memory_is_freed_with_its_last_tensor_when_the_kernels_are_done() -> Non
         assert recorder.log == ["synchronize", "free"]
 
 
-def test_torch_is_told_address_and_size_and_copies_nothing() -> None:
+def test_torch_gets_address_and_size_and_copies_nothing() -> None:
     asked = []
     memory_tensor = unified_memory.Memory.tensor
     with recording() as recorder, pytest.MonkeyPatch.context() as patch:

@@ -57,10 +57,8 @@ def test_every_format_gives_the_same_turns(question: str, answer: str, more: str
     assert row_of({"instruction": question, "output": answer}).turns == asked
     assert row_of({"instruction": question, "input": "", "output": answer}).turns == asked
     whole = f"{question}\n\n{more}" if more else question
-    assert (
-        row_of({"instruction": question, "input": more, "output": answer}).turns[1]["content"]
-        == whole
-    )
+    row = row_of({"instruction": question, "input": more, "output": answer})
+    assert row.turns[1]["content"] == whole
     assert row_of({"messages": chat(question, answer)}).turns == chat(question, answer)
     sharegpt = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     assert row_of({"conversations": sharegpt, "id": 7}).turns == chat(question, answer)
@@ -264,10 +262,8 @@ def check_rows(folder: Path, module: ModuleType) -> None:
     sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     assert row_of({"conversations": sharegpt, "system": "s"}, module).turns[0]["content"] == "s"
     assert row_of({"conversations": sharegpt}, module).turns == chat("a", "b")
-    assert (
-        row_of({"instruction": "a", "input": "b", "output": "c"}, module).turns[1]["content"]
-        == "a\n\nb"
-    )
+    row = row_of({"instruction": "a", "input": "b", "output": "c"}, module)
+    assert row.turns[1]["content"] == "a\n\nb"
     assert row_of({"instruction": "a", "output": "c", "text": "d"}, module).turns
     assert not module.is_in_loss(
         row_of({"messages": chat("a", "b", "c", "d", weights={1: 0})}, module).turns[1]

@@ -162,7 +162,7 @@ def moments(root: Path, count: int) -> dict[str, object]:
 
 
 def apart(root: Path) -> dict[str, tuple[list[int | None], str]]:
-    """How the processes ended after each mishap, and everything that they printed."""
+    """How the processes ended after each failure, and everything that they printed."""
 
     def other_rows(rank: int) -> None:
         if rank == 1:

@@ -69,7 +69,7 @@ def look_up_in_python(
     at: int,
     groups: int,
 ) -> None:
-    """What look_up_avx512 promises to be."""
+    """What look_up_avx512 must compute."""
     DECODE["in Python"].look_up(
         packed, byte, levels, scale, out, at, groups, np.empty(16, out.dtype)
     )
@@ -85,7 +85,7 @@ def code_in_python(
     byte: int,
     groups: int,
 ) -> None:
-    """What code_avx512 promises to be."""
+    """What code_avx512 must compute."""
     for i in range(8 * groups):
         high, low = (
             QUANTIZE["in Python"]._code(flat[start + k] * power * reciprocal, midpoints)
@@ -106,7 +106,7 @@ def elements_in_python(
 
 
 def dots_in_python(tokens: int) -> Callable[..., None]:
-    """What dots_1 and dots_4 promise to be."""
+    """What dots_1 and dots_4 must compute."""
 
     def dots(
         packed: np.ndarray,
@@ -135,7 +135,7 @@ def dots_in_python(tokens: int) -> Callable[..., None]:
 
 
 def add_in_python(tokens: int) -> Callable[..., None]:
-    """What add_1 and add_4 promise to be."""
+    """What add_1 and add_4 must compute."""
 
     def add(
         packed: np.ndarray,
@@ -167,7 +167,7 @@ def add_in_python(tokens: int) -> Callable[..., None]:
 QUANTIZE = {"compiled": quantize, "in Python": in_python(quantize)}
 DECODE = {"compiled": decode, "in Python": in_python(decode)}
 FUSED = {"compiled": fused, "in Python": in_python(fused)}
-# They are made of instructions, and Python has none to run
+# They are machine instructions, which Python cannot run
 DECODE["in Python"].look_up_avx512 = look_up_in_python
 QUANTIZE["in Python"].code_avx512 = code_in_python
 for tokens_ in (1, 4):
@@ -627,9 +627,9 @@ def shared_by_threads(run: str, avx512: bool) -> Callable[[], bytes]:
     "run", ["quantize", "quantize_wide", "decode", "multiply", "multiply_back"]
 )
 def test_two_threads_give_the_bits_of_one(run: str, avx512: bool, threads: None) -> None:
-    """Again and again, so that they meet in every way."""
+    """Many times, so that the threads run in many orders."""
     if run.startswith("multiply") and not avx512:
-        return  # there are none
+        return  # there is no such kernel
     call = shared_by_threads(run, avx512)
     numba.set_num_threads(1)
     alone = call()

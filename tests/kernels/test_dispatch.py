@@ -117,7 +117,7 @@ def said(run: Callable[[], object]) -> str:
 
 @pytest.mark.parametrize("kernels", ["", "reference"])
 def test_numba_is_imported_when_the_first_kernel_runs(kernels: str) -> None:
-    """In a process of its own; never, where the reference is asked for."""
+    """In a new process; with QLORA_KERNELS=reference it is never imported."""
     code = """if True:
         import sys, torch
         from kernels import dispatch
@@ -305,10 +305,10 @@ def test_what_is_not_finite_is_refused_as_the_reference_does(
     weight = random(33, 39, dtype=dtype)
     weight.view(-1)[place : place + 100 : 50] = bad
     count = 1 if place == 1286 else 2
-    told = said(lambda: dispatch.quantize(weight))
-    assert told == said(lambda: nf4.quantize(weight))
-    assert told.startswith(f"{count} of 1287 ")
-    assert f"the first at index {(place // 39, place % 39)}" in told
+    message = said(lambda: dispatch.quantize(weight))
+    assert message == said(lambda: nf4.quantize(weight))
+    assert message.startswith(f"{count} of 1287 ")
+    assert f"the first at index {(place // 39, place % 39)}" in message
 
 
 def test_a_float64_beyond_float32_is_refused() -> None:
@@ -347,7 +347,7 @@ def test_dequantizing_gives_the_bits_of_the_reference(
 
 
 @given(recipes, st.booleans(), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS))
-def test_dequantizing_into_a_given_tensor_fills_it_and_nothing_beside_it(
+def test_dequantizing_into_a_given_tensor_fills_it_and_nothing_else(
     recipe: Recipe, double: bool, dtype: torch.dtype, layout: str
 ) -> None:
     q, constants = weight_of(recipe, double)
@@ -365,7 +365,7 @@ def test_dequantizing_into_a_given_tensor_fills_it_and_nothing_beside_it(
 def test_constants_that_are_not_finite_decode_as_the_reference_decodes_them(
     bad: float, dtype: torch.dtype
 ) -> None:
-    """A damaged checkpoint is no worse for the kernels; of NaN there are many, and any will do."""
+    """A damaged checkpoint gives the same results; any NaN counts as equal to any other."""
     q, constants = weight_of(Recipe((10, 640)), True)
     absmax, nested = q.absmax.clone(), constants.absmax.clone()
     absmax[3] = nested[0] = bad
@@ -437,7 +437,7 @@ def outcome(run: Callable[[], Tensor]) -> Tensor | str:
     """The result, or the name of the error."""
     try:
         return run()
-    except Exception as error:  # whatever the reference makes of it
+    except Exception as error:  # any error that the reference raises
         return type(error).__name__
 
 
@@ -564,7 +564,7 @@ def test_a_product_is_within_the_bound_of_its_dtype(case: Product) -> None:
     "shape", [(150, 40), (40, 150), (64, 128), (65, 129), (128, 128), (66, 192), (7, 3)]
 )
 @pytest.mark.parametrize("tokens", [*ROWS, 21])
-def test_every_row_and_column_is_made_whatever_windows_leave_over(
+def test_every_row_and_column_is_computed_for_any_remainder_of_the_windows(
     dtype: torch.dtype, transposed: bool, shape: tuple[int, int], tokens: int, small_windows: None
 ) -> None:
     for double, biased in [(True, False), (False, True)]:
@@ -575,7 +575,7 @@ def test_every_row_and_column_is_made_whatever_windows_leave_over(
 def test_windows_change_nothing_but_the_order_of_no_sum(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A product with ones and zeros picks a row of W: exact, whatever is cut where."""
+    """A product with ones and zeros picks a row of W: exact, wherever the windows are cut."""
     for shape, transposed in [((150, 40), False), ((40, 150), True)]:
         q, constants = weight_of(Recipe(shape), True)
         x = torch.eye(shape[1 if transposed else 0], dtype=dtype)
@@ -729,7 +729,7 @@ def most_alive(case: Product) -> tuple[int, int]:
     ("shape", "window"),
     [((512, 384), 2**14), ((384, 512), 2**15), ((256, 1000), 2**14), ((64, 30), 2**20)],
 )
-def test_a_product_holds_one_window_and_nothing_else_beside_its_result(
+def test_a_product_holds_one_window_and_its_result_and_nothing_else(
     shape: tuple[int, int],
     window: int,
     dtype: torch.dtype,

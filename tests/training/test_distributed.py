@@ -102,7 +102,7 @@ NCCL_CAUSE = "NCCL communicator was aborted on rank 1"
         (NCCL_CAUSE, NCCL_CAUSE),
     ],
 )
-def test_a_broken_connection_is_told_from_other_errors(
+def test_a_broken_connection_is_distinguished_from_other_errors(
     group: None, message: str, cause: str
 ) -> None:
     described = distributed.describe_lost_process(RuntimeError(message))

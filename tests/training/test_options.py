@@ -274,7 +274,7 @@ def test_a_gpus_memory_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert preflight.device_bytes("cuda:0") == 24 < preflight.device_bytes("cpu")
 
 
-def test_other_data_are_refused_on_resume_unless_told_and_a_renamed_file_is_not(
+def test_other_data_are_refused_on_resume_unless_allowed_and_a_renamed_file_is_not(
     tiny: Path,
     rows: Path,
     tmp_path: Path,

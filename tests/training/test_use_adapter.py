@@ -48,10 +48,8 @@ def test_a_merge_is_what_peft_merges_into_the_decoded_base_and_transformers_load
     theirs = PeftModel.from_pretrained(dense, out).merge_and_unload()
     for (name, one), other in zip(merged.named_parameters(), theirs.parameters()):
         assert one.dtype == DTYPE and torch.equal(one, other.to(DTYPE)), name
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path / "merged")("order").input_ids
-        == models.tokenizer()("order").input_ids
-    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer("order").input_ids == models.tokenizer()("order").input_ids
     assert "quantization_config" not in json.loads(
         (tmp_path / "merged" / "config.json").read_text()
     )
@@ -68,9 +66,8 @@ def test_a_merge_into_the_base_of_a_4_bit_folder_is_dense_and_stays_float16(
     assert peft_adapter.read_config(tmp_path / "out")["base_model_name_or_path"] == str(
         tmp_path / "base"
     )
-    assert (
-        train.main(["--adapter", str(tmp_path / "out"), "--merge", str(tmp_path / "merged")]) == 0
-    )
+    flags = ["--adapter", str(tmp_path / "out"), "--merge", str(tmp_path / "merged")]
+    assert train.main(flags) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     for name, layer in peft_adapter.adapted_layers(model).items():
         weight = merged.get_submodule(name).weight

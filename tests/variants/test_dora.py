@@ -116,7 +116,7 @@ def test_an_untrained_layer_gives_the_output_of_its_base_to_the_bit(
 
 
 @given(adapted, st.sampled_from([0.5, 2.0, 8.0, -1.0]))
-def test_a_layer_whose_magnitudes_double_gives_the_double_output_whatever_its_adapter(
+def test_a_layer_whose_magnitudes_double_gives_the_double_output_for_any_adapter(
     case: Adapted, factor: float
 ) -> None:
     layer = adapt(case, lora_dropout=0.0)
@@ -506,7 +506,7 @@ def test_a_row_of_zeros_is_finite_where_peft_makes_it_nan() -> None:
     x = torch.randn(3, 8)
     assert same_bits(ours(x), plain(x))
     theirs = get_peft_model(plain, LoraConfig(r=2, target_modules=["0"], use_dora=True))
-    assert theirs(x)[:, 2].isnan().all()  # if this fails, PEFT is fixed: remove the exception
+    assert theirs(x)[:, 2].isnan().all()  # if this fails, remove the exception
 
 
 def test_dropout_leaves_the_frozen_branch_alone_where_peft_drops_its_inputs_too() -> None:

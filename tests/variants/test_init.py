@@ -87,7 +87,7 @@ def test_loftq_has_the_adapter_and_the_codes_of_peft_and_bitsandbytes_where_alph
     st.sampled_from([1, 4, 12]),
     st.sampled_from([1.0, 16.0]),
 )
-def test_both_start_nearer_to_the_weight_than_quantization_does_whatever_the_scaling(
+def test_both_start_nearer_to_the_weight_than_quantization_does_for_any_scaling(
     shape: tuple[int, int], seed: int, r: int, lora_alpha: float
 ) -> None:
     weight = weight_of(shape, seed)
