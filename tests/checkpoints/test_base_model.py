@@ -78,18 +78,14 @@ def saved(
 
 def assert_same_model(ours: nn.Module, theirs: nn.Module) -> None:
     for kind in ("named_parameters", "named_buffers"):
-        one, other = (
-            dict(getattr(model, kind)(remove_duplicate=False)) for model in (ours, theirs)
-        )
+        one = dict(getattr(ours, kind)(remove_duplicate=False))
+        other = dict(getattr(theirs, kind)(remove_duplicate=False))
         assert one.keys() == other.keys()
-        assert all(
-            same_bits(one[name], other[name])
-            and one[name].requires_grad == other[name].requires_grad
-            for name in one
-        )
-    assert [name for name, _ in ours.named_modules()] == [
-        name for name, _ in theirs.named_modules()
-    ]
+        for name in one:
+            assert same_bits(one[name], other[name])
+            assert one[name].requires_grad == other[name].requires_grad
+    names = [name for name, _ in ours.named_modules()]
+    assert names == [name for name, _ in theirs.named_modules()]
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         assert same_bits(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
@@ -286,10 +282,13 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(
 ) -> None:
     change(saved(ARCHITECTURES[0], tmp_path), what)
     made = []
+
+    def make(weight: torch.Tensor, bias: torch.Tensor | None) -> QLoRALinear:
+        made.append(weight)
+        return quantized(weight, bias)
+
     with pytest.raises(ValueError, match=complaint):
-        base_model.load_quantized(
-            tmp_path, torch.bfloat16, "cpu", lambda w, b: made.append(1) or quantized(w, b)
-        )
+        base_model.load_quantized(tmp_path, torch.bfloat16, "cpu", make)
     assert "NaN" in what or not made, "refused before any layer was quantized"
     assert not (tmp_path / "ran").exists()
 

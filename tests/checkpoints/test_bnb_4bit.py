@@ -318,9 +318,12 @@ def test_a_layer_without_an_adapter_passes_the_gradient_on_and_saves_nothing(
     layer = checkpoints.load_4bit(saved).model.layers[0].mlp.up_proj
     x = torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
-    ):
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = layer(x)
     assert sum(tensor.numel() for tensor in kept) == 0
     y.sum().backward()

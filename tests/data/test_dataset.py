@@ -219,12 +219,11 @@ def test_training_on_prompts_changes_the_training_labels_and_not_the_held_out_on
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path, [{"prompt": str(i), "completion": "b"} for i in range(20)])
-    plain, whole = (
-        dataset.load_task(path, tokenizer, 256, 0, train_on_prompt)
-        for train_on_prompt in (False, True)
-    )
-    assert whole.test == plain.test and [e.ids for e in whole.train] == [e.ids for e in plain.train]
-    assert all(example.labels == example.ids for example in whole.train)
+    plain = dataset.load_task(path, tokenizer, 256, 0, train_on_prompt=False)
+    on_prompt = dataset.load_task(path, tokenizer, 256, 0, train_on_prompt=True)
+    assert on_prompt.test == plain.test
+    assert [e.ids for e in on_prompt.train] == [e.ids for e in plain.train]
+    assert all(example.labels == example.ids for example in on_prompt.train)
     assert not any(example.labels == example.ids for example in plain.train)
 
 

@@ -79,13 +79,16 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that have been called."""
     names: list[str] = []
+
+    def recording(name: str, kernel: Callable[..., None]) -> Callable[..., None]:
+        def record_and_run(*args: object) -> None:
+            names.append(name)
+            kernel(*args)
+
+        return record_and_run
+
     for module, name in KERNELS:
-        kernel = getattr(module, name)
-        monkeypatch.setattr(
-            module,
-            name,
-            lambda *args, kernel=kernel, name=name: (names.append(name), kernel(*args)),
-        )
+        monkeypatch.setattr(module, name, recording(name, getattr(module, name)))
     return names
 
 
@@ -646,9 +649,12 @@ def test_the_gradient_of_either_product_is_the_other(case: Product) -> None:
 def test_a_product_keeps_nothing_for_its_gradient_but_the_weight() -> None:
     q, constants = weight_of(Recipe((33, 70)), True)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
-    ):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         dispatch.matmul(random(40, 70).requires_grad_(), q, constants)
     stored = {q.packed.data_ptr(), q.codebook.data_ptr()}
     stored |= {

@@ -243,10 +243,8 @@ def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = models.tiny_llama(vocab_size=256).config
-    args, in_float32 = (
-        resolve_device_and_dtype(parse_args(["--dtype", dtype, "--device", "cpu"]))
-        for dtype in ("bfloat16", "float32")
-    )
+    args = resolve_device_and_dtype(parse_args("--dtype bfloat16 --device cpu".split()))
+    in_float32 = resolve_device_and_dtype(parse_args("--dtype float32 --device cpu".split()))
     predicted = preflight.describe_memory(config, in_float32, 64)
     assert predicted.startswith("0.00 GB at a step's peak, predicted; cpu has")
     half, full = (
