@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numba
@@ -374,18 +375,15 @@ def test_a_beta1_that_rounds_to_zero_is_invariant_in_the_sign_of_zero_too(
 def test_an_infinite_gradient_does_what_it_does_in_torch(beta1: float, dtype: torch.dtype) -> None:
     """Also with beta1 = 0: lerp_ is then g - (g - m) * 0, so torch's moment stays NaN forever."""
     outcomes = []
-    for make in (
-        plain,
-        lambda groups, **hyper: PagedAdamW(groups, page_bytes=64, resident_bytes=64, **hyper),
-    ):
+    paged = partial(PagedAdamW, page_bytes=64, resident_bytes=64)
+    for make in (plain, paged):
         param = nn.Parameter(torch.ones(41, dtype=dtype))
         optimizer = make([param], betas=(beta1, 0.9))
         for step in range(3):
             param.grad = torch.linspace(1, 2, 41, dtype=dtype)
             if step == 1:
-                param.grad[[0, 7, 40]] = torch.tensor(
-                    [INF, -INF, torch.finfo(dtype).max], dtype=dtype
-                )
+                extremes = [INF, -INF, torch.finfo(dtype).max]
+                param.grad[[0, 7, 40]] = torch.tensor(extremes, dtype=dtype)
             optimizer.step()
         outcomes.append(snapshot([param], optimizer))
     assert outcomes[0] == outcomes[1]
@@ -442,19 +440,12 @@ def test_a_torch_that_does_not_fuse_gets_the_reference(monkeypatch: pytest.Monke
 
 def test_kernels_leave_the_number_of_torchs_threads_alone() -> None:
     """In a new process, because Numba's threads would change the number when they start."""
-    said = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import torch; from kernels import dispatch; torch.set_num_threads(1); "
-            "dispatch.quantize(torch.ones(64)); print(torch.get_num_threads())",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(paged_optim.__file__).parent,
-    )
-    assert said.stdout == "1\n"
+    code = "import torch; from kernels import dispatch; torch.set_num_threads(1); "
+    code += "dispatch.quantize(torch.ones(64)); print(torch.get_num_threads())"
+    command = [sys.executable, "-c", code]
+    root = Path(paged_optim.__file__).parent
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout == "1\n"
 
 
 # The kernel, which does the work of adamw_ for float32 on a CPU
@@ -492,15 +483,11 @@ class Update:
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
         """Parameter, gradient and moments; before the first step the moments are random bits."""
         make = torch.Generator().manual_seed(self.seed)
-        patterns = (
-            torch.randint(-(2**31), 2**31, (4, self.n), generator=make)
-            .to(torch.int32)
-            .view(torch.float32)
-        )
+        words = torch.randint(-(2**31), 2**31, (4, self.n), generator=make)
+        patterns = words.to(torch.int32).view(torch.float32)
         spread = (2 * torch.rand(4, self.n, generator=make, dtype=torch.float64) - 1) * self.spread
-        scaled = torch.randn(4, self.n, generator=make, dtype=torch.float64) * 2 ** (
-            self.exponent + spread
-        )
+        unscaled = torch.randn(4, self.n, generator=make, dtype=torch.float64)
+        scaled = unscaled * 2 ** (self.exponent + spread)
         numbers = patterns if self.patterns else scaled.float()
         moments = patterns[2:] if self.step == 1 else torch.stack([numbers[2], numbers[3].abs()])
         return numbers[0].clone(), numbers[1].clone(), moments.clone()
@@ -626,7 +613,8 @@ def test_above_the_budget_each_step_moves_all_of_the_state_in_and_out(
     sizes: list[int], elements: int, pages: int, steps: int
 ) -> None:
     run = Run(shapes=[(1, n) for n in sizes], missing=0, steps=steps)
-    page_bytes, state = 8 * elements, 8 * sum(sizes)
+    page_bytes = 8 * elements
+    state = 8 * sum(sizes)
     params = run.params()
     optimizer = PagedAdamW(params, page_bytes=page_bytes, resident_bytes=pages * page_bytes)
     run.train(optimizer, params)
@@ -785,13 +773,11 @@ def test_the_layout_of_the_state_is_that_of_torch() -> None:
     theirs = Run().outcome(plain)[1].state_dict()
     assert list(mine) == list(theirs) and list(mine["state"]) == list(theirs["state"])
     for index, slot in theirs["state"].items():
-        looks = {name: (value.shape, value.dtype) for name, value in slot.items()}
-        assert {
-            name: (value.shape, value.dtype) for name, value in mine["state"][index].items()
-        } == looks
-    assert [group["params"] for group in mine["param_groups"]] == [
-        group["params"] for group in theirs["param_groups"]
-    ]
+        expected = {name: (value.shape, value.dtype) for name, value in slot.items()}
+        ours = mine["state"][index].items()
+        assert {name: (value.shape, value.dtype) for name, value in ours} == expected
+    numbers = [group["params"] for group in mine["param_groups"]]
+    assert numbers == [group["params"] for group in theirs["param_groups"]]
 
 
 def test_a_parameter_that_is_not_in_the_loaded_state_starts_again() -> None:
@@ -813,16 +799,17 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     optimizer = PagedAdamW(params, page_bytes=16, resident_bytes=16)
     Run().train(optimizer, params)
     before = snapshot(params, optimizer)
-    wrong_shape, amsgrad, fewer, partial = (copy.deepcopy(optimizer.state_dict()) for _ in range(4))
+    copies = [copy.deepcopy(optimizer.state_dict()) for _ in range(4)]
+    wrong_shape, amsgrad, fewer, incomplete = copies
     wrong_shape["state"][0]["exp_avg"] = torch.zeros(5, 3)
     amsgrad["param_groups"][0]["amsgrad"] = True
     fewer["param_groups"][0]["params"].pop()
-    del partial["state"][2]["exp_avg_sq"]
+    del incomplete["state"][2]["exp_avg_sq"]
     for state, message in [
         (wrong_shape, r"exp_avg must have shape \(3, 5\), got \(5, 3\)"),
         (amsgrad, "amsgrad"),
         (fewer, "size of optimizer's group"),
-        (partial, r"exp_avg_sq must have shape \(2, 2\), got nothing"),
+        (incomplete, r"exp_avg_sq must have shape \(2, 2\), got nothing"),
     ]:
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(state)
@@ -872,7 +859,7 @@ def test_a_foreign_state_is_refused_by_what_it_lacks_and_changes_nothing(
 
 def test_schedulers_closures_and_zero_grad_work_as_in_torch() -> None:
     ends = []
-    for make in (plain, lambda groups: PagedAdamW(groups, page_bytes=16, resident_bytes=16)):
+    for make in (plain, partial(PagedAdamW, page_bytes=16, resident_bytes=16)):
         weight = nn.Parameter(torch.arange(5.0))
         optimizer = make([{"params": [weight]}])
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)

@@ -100,9 +100,9 @@ def elements_in_python(
     """The 32 elements in 16 bytes: the even ones, then the odd ones."""
     pairs = [int(pair) for pair in packed[byte : byte + 16]]
     assert len(pairs) == 16
-    return [levels[pair >> 4] * scale for pair in pairs] + [
-        levels[pair & 15] * scale for pair in pairs
-    ]
+    even = [levels[pair >> 4] * scale for pair in pairs]
+    odd = [levels[pair & 15] * scale for pair in pairs]
+    return even + odd
 
 
 def dots_in_python(tokens: int) -> Callable[..., None]:
@@ -157,9 +157,8 @@ def add_in_python(tokens: int) -> Callable[..., None]:
                 )
                 for t in range(tokens):
                     for i in range(32):
-                        y[to + (half * tokens + t) * 32 + i] += (
-                            elements[i] * x[at + row * tokens + t]
-                        )
+                        place = to + (half * tokens + t) * 32 + i
+                        y[place] += elements[i] * x[at + row * tokens + t]
 
     return add
 
@@ -196,9 +195,8 @@ class Framed:
     """Room for `count` results, in the middle of numbers that must stay."""
 
     def __init__(self, count: int, kind: type[np.generic]) -> None:
-        self.whole = np.frombuffer(
-            b"\xa5" * (count + 2 * EDGE) * np.dtype(kind).itemsize, kind
-        ).copy()
+        pattern = b"\xa5" * (count + 2 * EDGE) * np.dtype(kind).itemsize
+        self.whole = np.frombuffer(pattern, kind).copy()
         self.inside = self.whole[EDGE : EDGE + count]
 
     def is_intact(self) -> bool:
@@ -250,11 +248,8 @@ def frozen(
     if not double:
         return q, None, q.absmax
     constants = double_quant.quantize(q.absmax, block_size8)
-    return (
-        q,
-        constants,
-        double_quant.dequantize(constants).clamp(max=min(torch.finfo(q.dtype).max, LARGEST)),
-    )
+    largest = min(torch.finfo(q.dtype).max, LARGEST)
+    return q, constants, double_quant.dequantize(constants).clamp(max=largest)
 
 
 def dense(q: nf4.Quantized, absmax: Tensor, dtype: torch.dtype) -> Tensor:
