@@ -361,14 +361,10 @@ def near_the_edges_of_rounding(dtype: torch.dtype) -> np.ndarray:
     numbers = pattern.to(torch.int16).view(dtype).float()
     with np.errstate(invalid="ignore"):
         middles = ((numbers + numbers.roll(-1)) / 2).numpy()
-        both = [
-            np.nextafter(middles, np.float32(np.inf)),
-            np.nextafter(middles, np.float32(-np.inf)),
-        ]
-        beyond = np.float32(
-            [65519.996, 65520, 65536, 1e30, -65519.996, -65520, 2**-25, -(2**-25), 2**-150]
-        )
-        return np.concatenate([numbers.numpy(), middles, *both, beyond])
+        above = np.nextafter(middles, np.float32(np.inf))
+        below = np.nextafter(middles, np.float32(-np.inf))
+        beyond = [65519.996, 65520, 65536, 1e30, -65519.996, -65520, 2**-25, -(2**-25), 2**-150]
+        return np.concatenate([numbers.numpy(), middles, above, below, np.float32(beyond)])
 
 
 def is_rounded(numbers: np.ndarray, results: np.ndarray, dtype: torch.dtype) -> bool:
@@ -495,9 +491,8 @@ class Fused:
         weight = weight_of(q, constants, True)
         assert fused.takes(weight, height, width)
         x = Recipe((self.tokens, width if self.transposed else height), seed=self.seed + 1).tensor()
-        padded = torch.nn.functional.pad(x, (0, 0, 0, -self.tokens % at_once)).reshape(
-            -1, at_once, x.shape[1]
-        )
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -self.tokens % at_once))
+        padded = padded.reshape(-1, at_once, x.shape[1])
         if self.transposed:
             given = torch.stack([padded[..., 0::2], padded[..., 1::2]], 2)
             given = given.unflatten(3, (-1, 16))  # (n, at_once, 2, width / 32, 16)
@@ -512,12 +507,9 @@ class Fused:
             y = Framed(padded.shape[0] * at_once * width, np.float32)
             y.inside[:] = 0
             FUSED[how].multiply_back(weight, width, given.numpy(), at_once, y.inside, self.parts)
-            made = (
-                torch.from_numpy(y.inside)
-                .reshape(-1, width // 32, at_once, 2, 16)
-                .permute(0, 2, 3, 1, 4)
-            )
-            made = made.flatten(3).transpose(2, 3).reshape(-1, width)[: self.tokens]
+            made = torch.from_numpy(y.inside).reshape(-1, width // 32, at_once, 2, 16)
+            made = made.permute(0, 2, 3, 1, 4).flatten(3)  # (n, at_once, 2, width / 2)
+            made = made.transpose(2, 3).reshape(-1, width)[: self.tokens]  # (tokens, width)
         assert y.is_intact()
         whole = Bounded.exact(dense(q, absmax, torch.float32).reshape(shape))
         bound = Bounded.exact(x).matmul(whole.T if self.transposed else whole, torch.float32)
@@ -574,9 +566,8 @@ def test_other_shapes_and_processors_are_not_taken() -> None:
     assert fused.takes(weight, 4, 128)
     assert not fused.takes(weight, 3, 128) and not fused.takes(weight, 4, 96)
     assert not fused.takes((*weight[:-1], False), 4, 128)
-    assert not fused.takes(
-        weight_of(*frozen(Recipe((4, 128), block_size=32), True)[:2], True), 4, 128
-    )
+    small_blocks = weight_of(*frozen(Recipe((4, 128), block_size=32), True)[:2], True)
+    assert not fused.takes(small_blocks, 4, 128)
 
 
 # threads
@@ -594,13 +585,8 @@ def shared_by_threads(run: str, avx512: bool) -> Callable[[], bytes]:
 
     def call() -> bytes:
         if run.startswith("quantize"):
-            results = blockwise(
-                "compiled",
-                avx512,
-                flat,
-                64,
-                double_quant.DYNAMIC if run == "quantize_wide" else nf4.NF4,
-            )
+            codebook = double_quant.DYNAMIC if run == "quantize_wide" else nf4.NF4
+            results = blockwise("compiled", avx512, flat, 64, codebook)
             return b"".join(tensor.numpy().tobytes() for tensor in results)
         if run == "decode":
             decode.decode(weight, 0, 1024, 640, 1024, out)
