@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from checkpoints.base_model import load_with_adapters
 from data import packing
-from data.dataset import Batch, batches_of_step
+from data.dataset import Batch
 from lora import QLoRALinear
 from memory.measured import measure_step, rss_bytes
 from nf4 import normal_float
@@ -34,7 +34,15 @@ from training import distributed, sharding
 from training.dtypes import dtype_table, resolve_device_and_dtype
 from training.exit_status import exit_status
 from training.loss_and_eval import LabelLoss, evaluate
-from training.preflight import Job, base_folder, describe, preflight, preview, step_settings
+from training.preflight import (
+    Job,
+    base_folder,
+    batches_of,
+    describe,
+    preflight,
+    preview,
+    step_settings,
+)
 from training.report import metrics_of, print_report, summarize, write_report
 from training.run_folder import RunFolder
 from training.state import StopAfterStep, load_state, seed_batch
@@ -79,11 +87,12 @@ def finetune(args: Options) -> dict:
         start, before = job.state.step, job.state.before
         load_state(model, optimizer, job.state)
     else:
-        start, before = 0, evaluate_model(model, job, args, "before")
+        start = 0
+        before = evaluate(model, job.tokenizer, job.task, args.batch_size, args.dtype, "before")
     folder.begin(start, before)
     memory = train(model, optimizer, job, start, folder, args)
     folder.save_adapter()
-    after = evaluate_model(model, job, args, "after")
+    after = evaluate(model, job.tokenizer, job.task, args.batch_size, args.dtype, "after")
     return summarize(args, job, model, optimizer, before, after, memory)
 
 
@@ -128,22 +137,12 @@ def make_optimizer(model: nn.Module, args: Options) -> Optimizer:
     return PagedAdamW(trainable, weight_decay=0.0, resident_bytes=resident)
 
 
-def evaluate_model(
-    model: transformers.PreTrainedModel, job: Job, args: Options, when: str | None = None
-) -> list:
-    """The metric on the held-out rows, and on phrasings that training never sees."""
-    return evaluate(model, job.tokenizer, job.task, args.batch_size, args.dtype, when)
-
-
 def train(
-    model: transformers.PreTrainedModel,
-    optimizer: Optimizer,
-    job: Job,
-    start: int,
-    folder: RunFolder,
-    args: Options,
-) -> dict[str, dict[str, int | None]]:
-    """Take the steps start + 1 to args.max_steps. Returns the bytes of one step, predicted and measured.
+    model: nn.Module, optimizer: Optimizer, job: Job, start: int, folder: RunFolder, args: Options
+) -> dict:
+    """Take the steps start + 1 to args.max_steps.
+
+    Returns the bytes of one step by component, predicted and measured.
 
     Raises: KeyboardInterrupt after a signal, once the state is saved.
     """
@@ -155,15 +154,7 @@ def train(
         for step in steps:
             began = time.perf_counter()
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-            batches = batches_of_step(
-                job.task.train,
-                step,
-                args.batch_size,
-                args.grad_accum * world_size,
-                args.seed,
-                job.tokenizer.eos_token_id,
-                args.group_by_length,
-            )
+            batches = batches_of(job, step, args)
             work = partial(train_step, losses, optimizer, batches, step, args)
             if step == measured_step and not args.shard:
                 mine = batches[distributed.rank() :: world_size]
@@ -178,7 +169,7 @@ def train(
             line |= {"grad_norm": norm, "rss_bytes": rss_bytes()}
             is_last = step + 1 == args.max_steps
             if is_due(step, args.eval_every) and not is_last:
-                line["eval"] = evaluate_model(model, job, args)
+                line["eval"] = evaluate(model, job.tokenizer, job.task, args.batch_size, args.dtype)
                 model.train()
             folder.log(line)
             [stop_requested] = distributed.all_reduce_sum(stop.requested)  # all stop together

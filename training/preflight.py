@@ -96,6 +96,19 @@ def preview(args: Options) -> str:
     return dataset.preview(_load_task(args, tokenizer), tokenizer, sys.stdout.isatty())
 
 
+def batches_of(job: Job, step: int, args: Options) -> list[dataset.Batch]:
+    """The batches of one step, of all processes. They depend on the step and the seed alone."""
+    return dataset.batches_of_step(
+        job.task.train,
+        step,
+        args.batch_size,
+        args.grad_accum * distributed.world_size(),
+        args.seed,
+        job.tokenizer.eos_token_id,
+        args.group_by_length,
+    )
+
+
 def base_folder(args: Options) -> tuple[Path, str]:
     """The folder that the base is read from, and how its adapters start.
 
