@@ -305,7 +305,8 @@ class _Pass(NamedTuple):
             return product
         if self.width == 4:
             layer -= 4 * d * tokens  # the checkpoint is the float32 input of the first norm
-        random_numbers = (4 * f + 2 * self.width * d) * tokens  # while down is recomputed
+        # The random numbers of dropout exist while down is recomputed.
+        random_numbers = (4 * f + 2 * self.width * d) * tokens
         return layer + max(product, random_numbers if self.dropout else 0)
 
     def gradients(self, trained: int) -> tuple[int, int, int]:

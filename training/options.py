@@ -85,7 +85,9 @@ class Options:
     use_rslora: bool = flag(False, "scale by alpha / sqrt(r) instead of alpha / r, for large r")
     use_dora: bool = flag(False, "train the norm of each weight row separately (variants/dora.py)")
     lora_start: str = flag(
-        "default", "see variants/init.py; pissa and loftq need --save-4bit", choices=LORA_STARTS
+        "default",
+        "initial adapters (variants/init.py); pissa, loftq: with --save-4bit",
+        choices=LORA_STARTS,
     )
 
     data: str = flag("orders", "orders, text, roman, a .txt, .jsonl or .json file, or a hub id")
