@@ -221,8 +221,8 @@ class QLoRALinear(nn.Module):
 
     base: FrozenWeight (out, in). lora_A (r, in) and lora_B (out, r): float32, or float64 if the
     base is float64; the products cast them. bias (out,): frozen, or None.
-    `QLoRALinear(base, bias)` has rank 0, which means no adapter: so are layers that are loaded from
-    a 4-bit checkpoint.
+    `QLoRALinear(base, bias)` has rank 0, which means no adapter; the layers of a loaded 4-bit
+    checkpoint are like this.
     """
 
     def __init__(
@@ -276,7 +276,8 @@ class QLoRALinear(nn.Module):
         """Quantize a dense layer and add an adapter. If `linear` is a QLoRALinear, keep its base.
 
         codebook=None keeps the weight dense, for 16-bit LoRA. compute_dtype: see `forward`.
-        Raises: ValueError if r, lora_alpha or lora_dropout is out of range, or as `nf4.quantize`.
+        Raises: ValueError if r, lora_alpha or lora_dropout is out of range, and where
+        `nf4.quantize` does.
         """
         if type(r) is not int or r < 1:
             raise ValueError(f"r must be an integer >= 1, such as 8; got {r}")
@@ -334,7 +335,7 @@ def attach(
     necessary to match 16-bit fine-tuning. Other targets are names: a layer is adapted if its dotted
     name is one of them, or ends in a dot and one of them. A layer that is already in 4 bits keeps
     its base. settings: as in `from_linear`.
-    Raises: ValueError if no layer matches; or if a layer cannot be quantized, with its name. The
+    Raises: ValueError if no layer matches or if one cannot be quantized (the message names it). The
     model is then unchanged.
     """
     groups = unadapted(model)
@@ -371,7 +372,7 @@ def adapt(
 ) -> tuple[int, int]:
     """Adapt all given layers, or none if one of them cannot be quantized.
 
-    layers: (names, settings) for each layer. Returns the bytes of their weights before and now.
+    layers: (names, settings) for each layer. Returns the bytes of their weights before and after.
     """
     for names, _ in layers:
         linear = model.get_submodule(names[0])
@@ -435,7 +436,7 @@ class MergeAudit(NamedTuple):
     """
 
     update_norm: float  # the Frobenius norm of the update
-    kept: float  # <realized, update> / <update, update>: 1: all is kept, 0: rounding removes it
+    kept: float  # <realized, update> / <update, update>: 1 keeps all, 0 loses all to rounding
     cosine: float  # between realized and update: 1 if the change has the right direction
 
 

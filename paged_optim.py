@@ -25,8 +25,7 @@ and updated run by run. The moments of a run of k elements are a page, (2, k):
 
 A step visits all pages in a fixed order. This is the worst case for "least recently used": the page
 that leaves is the one needed next. If the pages exceed the budget by any amount, every page faults
-in every step, and all bytes move out and in. The counters show this. CUDA's driver uses the same
-rule.
+in every step, and all bytes move out and in. The counters show it. CUDA's driver has the same rule.
 
 For a sharded parameter (a DTensor) each process pages the moments of its own rows only.
 
@@ -164,7 +163,7 @@ def sqrt(x: Tensor) -> Tensor:
     """The square root, in float32 rounded to nearest.
 
     It is computed in float64. The root of a float32 number is never so close to the midpoint of two
-    float32 numbers that the second rounding, to float32, gives the wrong one of them.
+    float32 numbers that the second rounding, to float32, chooses the wrong one.
     """
     return x.double().sqrt_().float() if x.dtype == torch.float32 else x.sqrt()
 

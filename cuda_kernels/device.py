@@ -352,7 +352,7 @@ WEIGHT = types.Tuple((WORDS, FLOATS, FLOATS, BYTES, FLOATS, FLOATS, F32, U32, U3
 def constant(block, weight):
     """The scale of a block of the weight.
 
-    Equation 6: product and sum are rounded one by one, as torch does; NaN stays NaN.
+    Equation 6: product and sum are rounded separately, as torch does; NaN stays NaN.
     """
     _, _, absmax, codes, levels8, offset, largest, _, shift8, double = weight
     if double:

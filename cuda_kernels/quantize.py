@@ -54,7 +54,7 @@ def blockwise(kind: str) -> Kernel:
 
     A thread takes 8 numbers. `words` and `numbers` are the same memory, as are `packed` and
     `packed_words`. midpoints: float32 (15,), infinite where there are fewer than 16 levels. A block
-    has 1 ... 32 lanes. Equal to nf4.quantize bit for bit: the same products, rounded one by one.
+    has 1 ... 32 lanes. Equal to nf4.quantize bit for bit: the same products, rounded separately.
     """
     half = kind != "float32"
     read = KINDS[kind][1] if half else None

@@ -10,8 +10,8 @@ cuMemAllocManaged reserves addresses. Memory is taken at first use, and is zero.
 
 When the device is full, the driver also makes room for ordinary tensors: it moves managed pages to
 the host. A paged optimizer depends on this. The driver does not report where a page is: it
-records where a range was last sent, but neither faults nor its own evictions update that. So this
-module does not report it either.
+records where a range was last sent, but neither faults nor its own evictions update this record. So
+this module does not report it either.
 
 The calls go to libcuda through ctypes: it is on every machine with a GPU, and its functions do not
 change. Those that end in _v2 take a CUmemLocation, two integers. The headers of CUDA 13 map the

@@ -13,7 +13,7 @@ PiSSA (arXiv 2404.02948) trains the directions in which W is largest, so less is
 LoftQ (arXiv 2310.08659) starts with an error |W - Q - s B A| of at most |W - Q|. In both, A and B
 are each scaled by the square roots of the singular values.
 
-In both, Q is not quantize(W), and the adapter works with this Q only. So Q must be saved too
+With both, Q is not quantize(W), and the adapter works with this Q only. So Q must be saved too
 (--save-4bit). DoRA (dora.py) works with each start: its magnitudes start as the row norms of
 Q + s B A. rsLoRA (arXiv 2312.03732) is the option use_rslora of QLoRALinear.
 

@@ -68,7 +68,7 @@ def _decode_run(weight, start, count, out, at, table, ahead):
         block = i >> shift
         stop = min((block + 1) << shift, end)
         scale = absmax[block >> shift8]
-        if codes.size:  # equation 6; product and sum are rounded one by one, as torch does
+        if codes.size:  # equation 6; product and sum are rounded separately, as torch does
             scale = levels8[codes[block]] * scale + offset
             scale = min(max(scale, np.float32(0)), largest)
         if i & 1:
@@ -113,7 +113,7 @@ def cast(number, out):
     return np.uint16(0x7FC0 if np.isnan(number) else rounded)
 
 
-# Numba has neither 16-bit floats nor vectors. The rest writes LLVM instructions one by one.
+# Numba has neither 16-bit floats nor vectors. The rest emits LLVM instructions directly.
 
 FLOAT = ir.FloatType()
 BYTE = ir.IntType(8)

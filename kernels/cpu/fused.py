@@ -125,14 +125,14 @@ def _decode_scales(weight, start, count, scales):
     for i in range(blocks):
         block = (start >> shift) + i
         scale = absmax[block >> shift8]
-        if codes.size:  # equation 6; product and sum are rounded one by one, as torch does
+        if codes.size:  # equation 6; product and sum are rounded separately, as torch does
             scale = levels8[codes[block]] * scale + offset
             scale = min(max(scale, np.float32(0)), largest)
         scales[i] = scale
     return blocks
 
 
-# Numba has no vectors. The rest writes LLVM instructions one by one.
+# Numba has no vectors. The rest emits LLVM instructions directly.
 
 FLOAT = ir.FloatType()
 LONG = ir.IntType(64)

@@ -29,7 +29,7 @@ def quantize(flat, bits, midpoints, shift, packed, absmax, absmax_bits, avx512):
 
     midpoints: float32 (16,), between ascending levels, then infinite. packed: (ceil(n/2),), absmax:
     (ceil(n/2**shift),). `bits` and `absmax_bits` are uint32 views. avx512: whether to use it.
-    Equal to nf4.quantize bit for bit: the same products, rounded one by one.
+    Equal to nf4.quantize bit for bit: the same products, rounded separately.
     """
     for block in prange(absmax.size):
         start = np.int64(block << shift)
@@ -96,7 +96,7 @@ def _code(number, midpoints):
     return below
 
 
-# Numba has no vectors. The rest writes LLVM instructions one by one.
+# Numba has no vectors. The rest emits LLVM instructions directly.
 
 INT = ir.IntType(32)
 BYTES = ir.VectorType(ir.IntType(8), 8)
