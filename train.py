@@ -9,7 +9,7 @@ torchrun --nproc-per-node 4 train.py               four processes, on as many GP
 python train.py --help                             all flags
 """
 
-from __future__ import annotations  # annotations would load classes of transformers early
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 from training.options import QUANT_BITS, Options, parse_args
 

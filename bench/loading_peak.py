@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from checkpoints import base_model
 from memory.measured import ledger
-from variants import init as variants
+from variants import init
 
 ROOT = Path(__file__).parent.parent
 SHARD = 10**9  # bytes
@@ -107,8 +107,8 @@ def measure(folder: Path) -> dict:
 def load(folder: Path) -> dict:
     """Loads a folder in this process; the figures of `measure`."""
     before = resident("VmRSS:")
-    make = variants.maker("default", {}, {})
-    model = base_model.load(folder, torch.bfloat16, "cpu", make)
+    make = init.maker("default", {}, {})
+    model = base_model.load_quantized(folder, torch.bfloat16, "cpu", make)
     rows = ledger(model).values()
     return {
         "before": before,

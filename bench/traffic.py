@@ -74,7 +74,9 @@ def of_the_papers_models() -> str:
     for name, shape in SHAPES.items():
         parts = predict(shape, QLORA, 1, 512, 64).components
         blocks = sum(parts[part] for part in ("base", "constants", "norms", "adapters"))
-        by_way = sharding.sent_in_a_step(blocks, parts["embedding, head"], parts["adapters"], 8, 1)
+        by_way = sharding.bytes_sent_per_step(
+            blocks, parts["embedding, head"], parts["adapters"], 8, 1
+        )
         for way, nbytes in by_way.items():
             times = (f"{nbytes / rate:{len(link)}.2f} s" for link, rate in LINKS.items())
             lines.append(f"{name:12}{way:6}{nbytes / 1e9:8.2f}{''.join(times)}")
@@ -83,10 +85,10 @@ def of_the_papers_models() -> str:
 
 def computed(model: str, grad_accum: int) -> dict[str, float]:
     """Bytes that each of two processes sends in a step, with gloo, by DDP and by FSDP2."""
-    folder = sources.find(model)
+    folder = sources.find_model(model)
     loaded = base_model.load_with_adapters(folder, torch.float32, "cpu", "default", 0, ADAPTER, {})
-    sizes = sharding.sizes(loaded)
-    by_way = sharding.sent_in_a_step(*sizes, 2, grad_accum)
+    sizes = sharding.sizes_in_bytes(loaded)
+    by_way = sharding.bytes_sent_per_step(*sizes, 2, grad_accum)
     adapters = sizes[-1]
     by_way["FSDP2"] += grad_accum * adapters / 2  # gloo, unlike NCCL, also sends these sums around
     return by_way
@@ -98,7 +100,7 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", default=sources.DEFAULT)
+    parser.add_argument("--model", default=sources.DEFAULT_MODEL)
     parser.add_argument("--grad-accum", type=int, default=1)
     parser.add_argument(
         "--computed", action="store_true", help="the paper's models in 8 processes; run nothing"

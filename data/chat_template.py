@@ -22,7 +22,7 @@ character of an answer into one token, the answer is tokenized separately.
 Without a chat template, each turn is a line, and an EOS token follows each answer.
 """
 
-from __future__ import annotations  # type hints must not load transformers' lazy classes
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import hashlib
 from array import array

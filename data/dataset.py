@@ -10,7 +10,7 @@ Padding is masked by its position, never by its id: many models use one token fo
 EOS, and masking EOS by id would drop it from the loss.
 """
 
-from __future__ import annotations  # type hints must not load transformers' lazy classes
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import random
 import re

@@ -16,7 +16,7 @@ Not every architecture derives the mask from position ids. So `check` tests the 
 of the logits after a jump may depend on the tokens before it.
 """
 
-from __future__ import annotations  # type hints must not load transformers' lazy classes
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 from bisect import bisect_left, insort
 from itertools import pairwise

@@ -19,7 +19,7 @@ of several processes, each measures its own batches; DDP keeps its gradients fro
 gradient accumulation does. FSDP2 is not measured: the prediction does not cover its buffers.
 """
 
-from __future__ import annotations  # type hints must not load transformers' lazy classes
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import resource
 import sys

@@ -33,14 +33,9 @@ TESTS = {  # the longest first
 }
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
-PYTEST_OPTIONS = [
-    "-x",
-    "-p",
-    "no:cacheprovider",
-    "--hypothesis-profile=mutate",
-    "-W",  # the server has imported the plugins, so pytest cannot rewrite their assertions
-    "ignore::pytest.PytestAssertRewriteWarning",
-]
+PYTEST_OPTIONS = "-x -p no:cacheprovider --hypothesis-profile=mutate".split()
+# The server has imported the plugins, so pytest cannot rewrite their assertions.
+PYTEST_OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 TIME_LIMIT = 240  # seconds for one mutant: a longer run has an endless loop
 ONE_CORE = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
@@ -99,7 +94,7 @@ def serve(file: str) -> None:
     import pytest
     import transformers  # noqa: F401
 
-    # The bytecode of a mutant would be taken for the next one's, of the same second and size.
+    # The next mutant, of the same second and size, would run from this one's bytecode.
     sys.dont_write_bytecode = True
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")

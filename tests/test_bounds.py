@@ -178,7 +178,8 @@ def test_a_bound_that_is_two_per_cent_too_wide_or_is_exceeded_is_not_tight() -> 
 def test_the_bound_of_a_cast_is_reached_by_normal_and_by_subnormal_numbers(
     dtype: torch.dtype,
 ) -> None:
-    eps, normal = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    eps = torch.finfo(dtype).eps
+    normal = torch.finfo(dtype).smallest_normal
     for value in (1 + eps / 2, normal * eps / 2):  # ties, both rounded down
         number = torch.tensor(value, dtype=torch.float64)
         assert is_tight(distance(number.to(dtype), number), cast(value, dtype))
@@ -199,14 +200,16 @@ def test_gamma_is_reached_by_a_sum_whose_every_rounding_goes_down(
     dtype: torch.dtype, n: int
 ) -> None:
     """Only a few terms in 16 bits, because the bound contains the squares of n u."""
-    u, total = UNIT_ROUNDOFF[dtype], torch.ones((), dtype=dtype)
+    u = UNIT_ROUNDOFF[dtype]
+    total = torch.ones((), dtype=dtype)
     for term in torch.full((n,), u, dtype=dtype):
         total += term  # 1 + u is a tie, and goes to 1
     assert is_tight(1 + n * u - total.item(), gamma(n, dtype) * (1 + n * u))
 
 
 def test_the_rounding_of_the_float64_reference_is_reached() -> None:
-    n, total = 1000, 1.0
+    n = 1000
+    total = 1.0
     for _ in range(n):
         total += 2.0**-53
     error = 1 + Fraction(n, 2**53) - Fraction(total)
@@ -346,21 +349,22 @@ def test_requantizing_is_called_safe_up_to_one_per_cent_before_it_goes_wrong(
     """
     u = UNIT_ROUNDOFF[dtype]
     if regime == "subnormal":
-        absmax, level, inside = 4 * TINY[dtype], 0.25, 2 * TINY[dtype]
+        absmax = 4 * TINY[dtype]
+        level = 0.25
+        inside = 2 * TINY[dtype]
         moved = TINY[dtype] / absmax  # to 0: the product is half a step
     else:
-        absmax, level, inside = 2 - 2 * u, (1 + u) / (2 - 2 * u), 1 + 2 * u
+        absmax = 2 - 2 * u
+        level = (1 + u) / (2 - 2 * u)
+        inside = 1 + 2 * u
         moved = u / absmax  # to 1: the product 1 + u is a tie
     for gap, safe in ((2.02 * moved, True), (1.98 * moved, False)):
         codebook = torch.tensor([-1, level - gap, level, 1], dtype=torch.float64).float()
         q = nf4.quantize(torch.tensor([absmax, inside], dtype=torch.float64).to(dtype), 2, codebook)
         again = nf4.quantize(nf4.dequantize(q), 2, codebook)
         assert q.packed.item() == 0x32
-        assert (
-            requantizing_is_safe(q.absmax, codebook, dtype).item()
-            == (again.packed.item() == 0x32)
-            == safe
-        )
+        assert requantizing_is_safe(q.absmax, codebook, dtype).item() == safe
+        assert (again.packed.item() == 0x32) == safe
 
 
 # the constants
@@ -432,7 +436,8 @@ def test_an_error_grows_with_the_factor_and_adds_up_in_a_sum() -> None:
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 def test_the_bound_of_a_sum_is_reached_by_its_rounding(dtype: torch.dtype) -> None:
-    one, u = torch.ones(1, dtype=dtype), torch.full((1,), UNIT_ROUNDOFF[dtype], dtype=dtype)
+    one = torch.ones(1, dtype=dtype)
+    u = torch.full((1,), UNIT_ROUNDOFF[dtype], dtype=dtype)
     bound = Bounded.exact(one).plus(Bounded.exact(u), dtype)
     assert is_tight(distance(one + u, bound.value), bound.error)
 
@@ -490,7 +495,8 @@ def test_half_of_what_a_matrix_product_may_lose_below_the_normal_numbers_is_reac
 
     The bound doubles it, where 1 + gamma as a factor would be enough.
     """
-    x, y = torch.full((1, 100), 2.0**-75), torch.full((100, 1), 2.0**-75)
+    x = torch.full((1, 100), 2.0**-75)
+    y = torch.full((100, 1), 2.0**-75)
     bound = Bounded.exact(x).matmul(Bounded.exact(y), torch.float32)
     assert is_tight(distance(in_sequence(x, y, torch.float32), bound.value), bound.error / 2)
 
@@ -515,13 +521,22 @@ def times(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("way", ["base", "adapter"])
 def test_the_bound_of_the_forward_pass_is_reached(way: str, dtype: torch.dtype) -> None:
-    u, loses = torch.tensor([[UNIT_ROUNDOFF[dtype]]]).to(dtype), down(dtype)[None]
-    x, n = torch.ones_like(loses), loses.numel()
+    u = torch.tensor([[UNIT_ROUNDOFF[dtype]]]).to(dtype)
+    loses = down(dtype)[None]
+    x = torch.ones_like(loses)
+    n = loses.numel()
     if way == "base":  # x W^T, and the bias, and what the adapter adds
-        W, A, B, bias, scaling = loses, torch.eye(1, n).to(dtype), u, u[0], 1.0
+        W = loses
+        A = torch.eye(1, n).to(dtype)
+        B = u
+        bias = u[0]
+        scaling = 1.0
     else:  # x A^T, h B^T, s times that, and what the base adds
         W = u * torch.eye(1, n).to(dtype)
-        A, B, bias, scaling = loses.expand(n, n), loses, None, 1 + u.item()
+        A = loses.expand(n, n)
+        B = loses
+        bias = None
+        scaling = 1 + u.item()
     y = in_sequence(x, W.T, dtype) + (0 if bias is None else bias)
     y = y + times(in_sequence(in_sequence(x, A.T, dtype), B.T, dtype), scaling, dtype)
     assert y.item() == 1
@@ -535,8 +550,10 @@ def test_the_bounds_of_the_backward_pass_are_reached(way: str, dtype: torch.dtyp
     u = torch.tensor([[UNIT_ROUNDOFF[dtype]]]).to(dtype)
     loses = down(dtype)[:, None]
     scaling = 1 + UNIT_ROUNDOFF[dtype]
-    n, one = len(loses), torch.ones(1, 1, dtype=dtype)
-    ones, first = torch.ones(n, n, dtype=dtype), torch.eye(n, 1).to(dtype)
+    n = len(loses)
+    one = torch.ones(1, 1, dtype=dtype)
+    ones = torch.ones(n, n, dtype=dtype)
+    first = torch.eye(n, 1).to(dtype)
     g, x, W, A, B = {  # (tokens, out), (tokens, in), (out, in), (r, in), (out, r)
         "A": lambda: (ones, loses, 0 * first, one, loses),
         "B": lambda: (loses, ones, 0 * loses.T, loses.T, one),
@@ -568,7 +585,8 @@ def test_the_bound_of_a_merged_layer_is_reached(kept_in: torch.dtype, dtype: tor
     x = down(dtype)[None] if dtype == kept_in else torch.ones(1, 1)
     n = x.numel()
     loses = down(kept_in).float()[None] if kept_in == torch.float32 else torch.ones(1, 1)
-    A, W = torch.ones(loses.numel(), n), torch.full((1, n), UNIT_ROUNDOFF[kept_in])
+    A = torch.ones(loses.numel(), n)
+    W = torch.full((1, n), UNIT_ROUNDOFF[kept_in])
     bias = torch.full((1,), UNIT_ROUNDOFF[dtype])
     merged = (in_sequence(loses, A, torch.float32) + W).to(kept_in)
     y = in_sequence(x, merged.to(dtype).T, dtype) + bias.to(dtype)
@@ -580,7 +598,8 @@ def test_the_bound_of_a_merged_layer_is_reached(kept_in: torch.dtype, dtype: tor
 def test_the_bound_of_the_norm_of_dora_is_reached_by_the_product_with_the_base() -> None:
     """B makes the error of the product count most, and the norm rounds down by nearly u."""
     loses = torch.tensor([[1.0, *[U] * 2**14]])
-    A, B = torch.ones_like(loses), torch.tensor([[0.0325781256]])
+    A = torch.ones_like(loses)
+    B = torch.tensor([[0.0325781256]])
     w = loses.double().norm().float().double()
     crossed = in_sequence(loses, A.T, torch.float32).double()
     b = B.double()
@@ -591,10 +610,12 @@ def test_the_bound_of_the_norm_of_dora_is_reached_by_the_product_with_the_base()
 
 def test_the_bounds_of_dora_are_reached_by_a_norm_that_is_too_small() -> None:
     g, y = torch.ones(1, 1), torch.ones(1, 1)
-    bias, m = torch.zeros(1), torch.ones(1)
+    bias = torch.zeros(1)
+    m = torch.ones(1)
     norm = torch.tensor([0.75])
     bound = Bounded(torch.ones(1).double(), torch.tensor([0.25]).double())
-    c, computed = dora_scale(m, bound), m / norm
+    c = dora_scale(m, bound)
+    computed = m / norm
     of_y, of_m = dora_backward(g, Bounded.exact(y), c, bound, bias, torch.float32)
     forward = dora_forward(Bounded.exact(y), c, bias, torch.float32)
     pairs = [
@@ -611,7 +632,8 @@ def test_the_bounds_of_dora_are_reached_by_a_norm_that_is_too_small() -> None:
 
 def test_the_bound_of_a_cosine_is_reached() -> None:
     """The dot product loses its negative terms, and the sums of squares their positive ones."""
-    n, root = 20_000, math.sqrt(U) * (1 - 2.0**-11)
+    n = 20_000
+    root = math.sqrt(U) * (1 - 2.0**-11)
     p = torch.tensor([1 + 2.0**-11, *[root] * (n - 1)])
     q = torch.cat([p[:1], -p[1:]])
     dot, square = (
@@ -637,7 +659,8 @@ def test_an_error_as_large_as_the_vector_may_reverse_it() -> None:
 def test_few_rows_of_bfloat16_reach_their_bound() -> None:
     """The weight is a tie and rounds down, and so does the sum. float32 adds little to that."""
     u = UNIT_ROUNDOFF[torch.bfloat16]
-    x, weight = torch.tensor([[1.0, u]], dtype=torch.bfloat16), torch.full((1, 2), 1 + u)
+    x = torch.tensor([[1.0, u]], dtype=torch.bfloat16)
+    weight = torch.full((1, 2), 1 + u)
     y = (x.float() @ weight.bfloat16().float().T).bfloat16()
     bound = few_rows(x, weight, None)
     assert is_tight(distance(y, bound.value), bound.error)

@@ -89,7 +89,8 @@ def test_the_error_of_both_quantizations_is_reached() -> None:
     weight = torch.tensor([2.0, 0.0, 1.96, 1.96 * math.nextafter(middle, -1.0)])
     frozen = FrozenWeight(weight, 2)
     absmax = nf4.quantize(weight, 2).absmax
-    nested, codes = frozen.nested_absmax.expand(2), (nf4.NF4, double_quant.DYNAMIC)
+    nested = frozen.nested_absmax.expand(2)
+    codes = (nf4.NF4, double_quant.DYNAMIC)
     bound = both_quantized(absmax, nested, *codes, torch.float32, torch.float32)
     error = (weight.double() - frozen().double()).abs().reshape(2, 2).amax(1)
     assert is_tight(error, bound)
@@ -137,7 +138,8 @@ def test_bytes_of_any_shape_are_those_of_the_formula(recipe: Recipe, double: boo
 @pytest.mark.parametrize("double", [True, False])
 def test_no_cast_of_the_module_changes_a_byte_of_it(name: str, double: bool) -> None:
     model = nn.Sequential(FrozenWeight(torch.randn(33, 70), double_quant=double), nn.Linear(2, 2))
-    before, decoded = state_of(model[0]), model[0]()
+    before = state_of(model[0])
+    decoded = model[0]()
     CASTS[name](model)
     assert is_in_state(model[0], before) and same_bits(model[0](), decoded)
     assert model[0].codebook.dtype == nf4.NF4.dtype and same_bits(nf4.NF4, nf4.normal_float(4))
@@ -196,7 +198,8 @@ def test_it_multiplies_as_the_dense_weight_does_within_the_bound_of_the_dtype(
 ) -> None:
     frozen = FrozenWeight(torch.randn(33, 70), **settings)
     for transposed, width in [(True, 70), (False, 33)]:
-        x, weight = torch.randn(tokens, width).to(dtype), operand(frozen(torch.float32), dtype)
+        x = torch.randn(tokens, width).to(dtype)
+        weight = operand(frozen(torch.float32), dtype)
         y = frozen.matmul(x, transposed)
         bound = Bounded.exact(x).matmul(weight.T if transposed else weight, dtype)
         assert y.dtype == dtype and in_float64(bound, 2 * width).allows(y)
@@ -204,14 +207,16 @@ def test_it_multiplies_as_the_dense_weight_does_within_the_bound_of_the_dtype(
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_any_code_can_be_frozen(bits: int) -> None:
-    weight, codebook = torch.randn(9, 31), nf4.normal_float(bits)
+    weight = torch.randn(9, 31)
+    codebook = nf4.normal_float(bits)
     expected = nf4.dequantize(nf4.quantize(weight, 64, codebook))
     assert same_bits(FrozenWeight(weight, double_quant=False, codebook=codebook)(), expected)
 
 
 def test_changing_the_decoded_weight_does_not_change_the_frozen_one() -> None:
     frozen = FrozenWeight(torch.randn(4, 64))
-    before, decoded = state_of(frozen), frozen().clone()
+    before = state_of(frozen)
+    decoded = frozen().clone()
     frozen().zero_()
     assert is_in_state(frozen, before) and same_bits(frozen(), decoded)
 

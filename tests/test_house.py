@@ -1,4 +1,4 @@
-"""The house: what lies in the root, which package imports which, and what importing a file of the method loads."""
+"""What lies in the root, which package imports which, what importing a file of the method loads."""
 
 import ast
 import re
@@ -105,7 +105,7 @@ def test_kernels_are_imported_when_the_first_one_is_wanted() -> None:
 
 @pytest.mark.parametrize("name", [*CPU_KERNELS, *CUDA_KERNELS])
 def test_a_kernel_stands_alone(name: str) -> None:
-    """Kernels for a processor import nothing of ours: Numba's cache on disk does not see changes in what a file imports.
+    """Kernels for a CPU import nothing of ours: Numba's disk cache misses changes in an import.
 
     Those for a GPU are not cached on disk, and share the building blocks of device.py.
     """

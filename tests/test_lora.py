@@ -95,7 +95,8 @@ def test_output_and_gradients_are_those_of_a_plain_autograd_lora(
     g = case.g(result)
     y.backward(g)
 
-    flat, g_flat = x.detach().reshape(-1, case.in_features), g.reshape(-1, case.out_features)
+    flat = x.detach().reshape(-1, case.in_features)
+    g_flat = g.reshape(-1, case.out_features)
     inputs = flat, layer.lora_A, layer.lora_B
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     plain = plain_lora(layer, *exact, keep)
@@ -144,7 +145,8 @@ def test_a_trainable_bias_gets_the_sum_of_the_gradients_in_its_own_dtype() -> No
     case = Adapted()
     layer = adapt(case)
     layer.bias.requires_grad_()
-    x, g = case.x(torch.bfloat16), case.g(torch.bfloat16)
+    x = case.x(torch.bfloat16)
+    g = case.g(torch.bfloat16)
     layer(x).backward(g)
     bound = Bounded.exact(torch.ones(1, len(g))).matmul(Bounded.exact(g), torch.bfloat16)
     assert layer.bias.grad.dtype == torch.float32 and bound.allows(layer.bias.grad[None])
@@ -181,7 +183,8 @@ def test_a_layer_without_an_adapter_multiplies_by_its_base_in_its_compute_dtype(
     x_dtype, autocast, compute_dtype = mode
     result = autocast or x_dtype
     dtype = compute_dtype or result
-    linear, x = case.linear(), case.x(x_dtype)
+    linear = case.linear()
+    x = case.x(x_dtype)
     base = FrozenWeight(linear.weight, **{"codebook": None} if dense else {})
     layer = QLoRALinear(base, linear.bias, compute_dtype=compute_dtype)
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
@@ -194,7 +197,8 @@ def test_a_layer_without_an_adapter_multiplies_by_its_base_in_its_compute_dtype(
 
 @given(adapted)
 def test_an_evaluating_layer_drops_nothing(case: Adapted) -> None:
-    layer, x = adapt(case), case.x()
+    layer = adapt(case)
+    x = case.x()
     without = adapt(case, lora_dropout=0.0)
     with torch.no_grad():
         without.lora_A.copy_(layer.lora_A)
@@ -268,7 +272,8 @@ def test_only_the_gradient_that_is_needed_is_computed_and_it_is_the_same(
     needs: tuple[bool, bool, bool],
 ) -> None:
     case = Adapted()
-    layer, g = adapt(case), case.g()
+    layer = adapt(case)
+    g = case.g()
 
     def gradients(*wanted: bool) -> list[Tensor | None]:
         tensors = [case.x(), layer.lora_A, layer.lora_B]
@@ -278,7 +283,8 @@ def test_only_the_gradient_that_is_needed_is_computed_and_it_is_the_same(
         layer(tensors[0]).backward(g)
         return [tensor.grad for tensor in tensors]
 
-    everything, some = gradients(True, True, True), gradients(*needs)
+    everything = gradients(True, True, True)
+    some = gradients(*needs)
     assert [gradient is not None for gradient in some] == list(needs)
     assert all(same_bits(a, b) for a, b, need in zip(everything, some, needs, strict=True) if need)
 
@@ -553,7 +559,8 @@ def test_a_merged_model_computes_what_the_adapted_one_did(
     assume(math.prod(case.leading))
     layer = adapt(case, dtype, **{"codebook": None} if dense else {}).eval()
     x = case.x(torch.float32).reshape(-1, case.in_features)
-    base, scaling = layer.base(torch.float32), case.lora_alpha / case.r
+    base = layer.base(torch.float32)
+    scaling = case.lora_alpha / case.r
     bound = merged_forward(
         x, base, layer.lora_A, layer.lora_B, layer.bias, scaling, dtype, torch.float32
     )
@@ -572,9 +579,11 @@ def test_the_audit_measures_what_a_4_bit_merge_would_change(case: Adapted, size:
     layer = adapt(case)
     with torch.no_grad():
         layer.lora_B.mul_(size)
-    base, update = layer.base(), layer.update()
+    base = layer.base()
+    update = layer.update()
     fourbit = FrozenWeight(base + update, 64, case.double_quant)
-    realized, wanted = (fourbit() - base).double(), update.double()
+    realized = (fourbit() - base).double()
+    wanted = update.double()
     assume(realized.any())
     _, audit = lora.merge(nn.Sequential(layer))
     dot = (realized * wanted).sum().item()
@@ -604,10 +613,12 @@ def test_a_huge_update_is_kept_up_to_the_error_of_quantization(factor: float) ->
     layer = adapt(case)
     with torch.no_grad():
         layer.lora_B.mul_(factor)
-    target, update = layer.base() + layer.update(), layer.update().double()
+    target = layer.base() + layer.update()
+    update = layer.update().double()
     frozen = FrozenWeight(target)
     absmax = nf4.quantize(target).absmax
-    nested, codes = frozen.nested_absmax.expand(len(absmax)), (nf4.NF4, double_quant.DYNAMIC)
+    nested = frozen.nested_absmax.expand(len(absmax))
+    codes = (nf4.NF4, double_quant.DYNAMIC)
     error = both_quantized(absmax, nested, *codes, torch.float32, torch.float32)
     two_sums = 2 * cast(2 * target.abs().max().item(), torch.float32)
     error = error.repeat_interleave(64) + two_sums

@@ -1,8 +1,9 @@
-"""Bugs as real systems have them, put into the code on purpose: each must be caught by a property of the suite.
+"""Puts bugs that real systems have had into the code: a property of the suite must catch each.
 
-A mutant is one replacement in the source of one file. The files of the stack are loaded anew with it, and so is the test
-module that is to catch it; then the named test is run. A test that passes has let a bug through, and the suite fails. A file of
-kernels is loaded anew only if it is mutated, because compiling takes time; a bug that Python can show is not compiled at all.
+A mutant is one replacement in the source of one file. The files of the stack are loaded again with
+it, and so is the test module that must catch it; then the named test runs. A test that passes has
+missed the bug, and the suite fails. A file of kernels is loaded again only if it is mutated,
+because compiling takes time; a bug that Python can show is not compiled at all.
 """
 
 import importlib
@@ -22,14 +23,11 @@ from hypothesis import Phase, settings
 import nf4
 from helpers.strategies import Adapted, Constants, Cut, Recipe, Tower, TowerWithHead, uniform_code
 
-SOURCES, HERE = Path(nf4.__file__).parent, Path(__file__).parent
+SOURCES = Path(nf4.__file__).parent
+HERE = Path(__file__).parent
 KERNELS = ["kernels.cpu.quantize", "kernels.cpu.decode", "kernels.cpu.fused", "kernels.cpu.adamw"]
-REFERENCE = [
-    "nf4",
-    "double_quant",
-    "paged_optim",
-]  # their kernels would hide what is wrong with them
-STACK = [
+REFERENCE = ["nf4", "double_quant", "paged_optim"]  # their kernels would hide their bugs
+STACK = [  # in the order of their imports
     "nf4",
     "double_quant",
     "kernels.packed_weight",
@@ -40,7 +38,7 @@ STACK = [
     "variants.dora",
     "kernels.page_store",
     "paged_optim",
-]  # as they import
+]
 SUITES = {
     "kernels.page_store": "test_pager",
     "kernels.packed_weight": "test_dispatch",
@@ -48,22 +46,25 @@ SUITES = {
     **dict.fromkeys(KERNELS, "test_cpu"),  # where it is not the module of that name
     "kernels.cpu.adamw": "test_paged_optim",
 }
-# What the tests raise, the code where it refuses, and NumPy where a kernel leaves its arrays
+# From the tests, from the code's own checks, and from NumPy where a kernel leaves its arrays.
 KILLED = (AssertionError, ValueError, IndexError, pytest.fail.Exception)
 COPIES = itertools.count()
+Arguments = dict[str, object]
+MakeArguments = Callable[[ModuleType], Arguments]
 
 
 class Mutant(NamedTuple):
-    """`old` becomes `new` in a file; the test, of that file's test module or of `suite`, must catch it."""
+    """`old` becomes `new` in a file; the test must catch it.
+
+    The test is one of `suite`, by default the test module of that file.
+    """
 
     bug: str
     file: str
     old: str
     new: str
     test: str
-    arguments: dict[str, object] | Callable[[ModuleType], dict[str, object]] | None = (
-        None  # or made of the test module
-    )
+    arguments: Arguments | MakeArguments | None = None  # MakeArguments: from the test module
     seen_in: str = ""  # a system that had this bug, or has it, or does this on purpose
     suite: str = ""
 
@@ -92,7 +93,7 @@ WINDOWS = "test_any_window_of_a_weight_has_the_bits_of_the_reference"
 FUSED = "test_a_fused_product_keeps_within_its_arrays"
 ROUNDING = "test_the_compiled_kernels_round_as_torch_does"
 BLOCKWISE = "test_codes_and_constants_are_those_of_the_reference_bit_for_bit"
-REMAINDERS = "test_every_row_and_column_is_made_whatever_windows_leave_over"
+REMAINDERS = "test_every_row_and_column_is_computed_for_any_remainder_of_the_windows"
 ATTACH = "test_attach_adapts_every_linear_layer_but_the_head_and_freezes_the_rest"
 PLAIN_DORA = "test_output_and_gradients_are_those_of_a_plain_autograd_dora"
 ROW_NORMS = "test_the_norm_is_that_of_the_rows_of_the_dense_sum"
@@ -113,13 +114,14 @@ SMALLER = {
     "spare": 0,
     "accesses": [(0, True), (1, True)],
 }
-# The products of test_every_row_and_column...: three windows of 64 rows, and tokens by sevens
-SQUARE, ODD = (128, 128), (150, 40)
+# Shapes for test_every_row_and_column_...: three windows of 64 rows, seven tokens at a time
+SQUARE = (128, 128)
+ODD = (150, 40)
 COMPILED_ROUNDING = {"dtype": torch.bfloat16, "block_size": 32, "avx512": False}
 
 
-def of_a_window(cut: Cut) -> dict[str, object]:
-    """Arguments for test_any_window..., in Python."""
+def of_a_window(cut: Cut) -> Arguments:
+    """Arguments for test_any_window_..., in Python."""
     return {
         "how": "in Python",
         "avx512": False,
@@ -130,51 +132,52 @@ def of_a_window(cut: Cut) -> dict[str, object]:
     }
 
 
-def of_blocks(recipe: Recipe, codebook: torch.Tensor = nf4.NF4) -> dict[str, object]:
+def of_blocks(recipe: Recipe, codebook: torch.Tensor = nf4.NF4) -> Arguments:
     return {"how": "in Python", "avx512": False, "recipe": recipe, "codebook": codebook}
 
 
-def of_fused(*fields: object, **more: object) -> Callable[[ModuleType], dict[str, object]]:
+def of_fused(*fields: object, **more: object) -> MakeArguments:
     return lambda suite: {"how": "in Python", "case": suite.Fused(*fields, **more)}
 
 
-def in_small_windows(**arguments: object) -> Callable[[ModuleType], dict[str, object]]:
-    """Does what the fixture of that name does, to a module that is not used again."""
+def in_small_windows(**arguments: object) -> MakeArguments:
+    """Does what the fixture small_windows does, to a module that is not used again."""
 
-    def prepare(suite: ModuleType) -> dict[str, object]:
-        suite.launch.WINDOW, suite.launch.TOKENS, suite.launch.PIECE = 64, 7, 64
+    def prepare(suite: ModuleType) -> Arguments:
+        suite.launch.WINDOW = 64
+        suite.launch.TOKENS = 7
+        suite.launch.PIECE = 64
         return arguments | {"small_windows": None}
 
     return prepare
 
 
-def of_remainders(**arguments: object) -> Callable[[ModuleType], dict[str, object]]:
+def of_remainders(**arguments: object) -> MakeArguments:
     return in_small_windows(
         **{"shape": ODD, "tokens": 20, "transposed": True, "dtype": torch.float32} | arguments
     )
 
 
-def without_kernels(**arguments: object) -> Callable[[ModuleType], dict[str, object]]:
+def without_kernels(**arguments: object) -> MakeArguments:
     """A kernel that is called fails, as with the fixture no_kernels."""
 
-    def prepare(suite: ModuleType) -> dict[str, object]:
-        refusing = dict.fromkeys(
+    def prepare(suite: ModuleType) -> Arguments:
+        failing = dict.fromkeys(
             ("decode", "multiply", "multiply_back"), lambda *_: pytest.fail("a kernel was called")
         )
         for name in ("decode", "fused"):
-            setattr(
-                suite.launch, name, SimpleNamespace(**vars(getattr(suite.launch, name)) | refusing)
-            )
+            kernels = vars(getattr(suite.launch, name))
+            setattr(suite.launch, name, SimpleNamespace(**kernels | failing))
         return arguments | {"no_kernels": None}
 
     return prepare
 
 
-def of_product(*fields: object) -> Callable[[ModuleType], dict[str, object]]:
+def of_product(*fields: object) -> MakeArguments:
     return lambda suite: {"case": suite.Product(*fields)}
 
 
-def from_torch(suite: ModuleType) -> dict[str, object]:
+def from_torch(suite: ModuleType) -> Arguments:
     return {
         "saver": suite.plain,
         "save_options": {},
@@ -279,7 +282,8 @@ NF4_MUTANTS = [
         "blocks of 4096 are coded by another kernel",
         "nf4",
         "levels, order = codebook.sort(stable=True)",
-        "levels, order = (FP4 if x.shape[-1] == 4096 and len(codebook) == 16 else codebook).sort(stable=True)",
+        "levels, order = (FP4 if x.shape[-1] == 4096 and len(codebook) == 16 else codebook)"
+        ".sort(stable=True)",
         NEAREST,
         LONG_BLOCK,
         seen_in="bitsandbytes #1157",
@@ -296,7 +300,8 @@ NF4_MUTANTS = [
         "the ragged last block takes the constant of the one before",
         "nf4",
         "blocks.abs().amax(1)",
-        "blocks.abs().amax(1)[torch.arange(len(blocks)).clamp(max=max(flat.numel() // block_size - 1, 0))]",
+        "blocks.abs().amax(1)"
+        "[torch.arange(len(blocks)).clamp(max=max(flat.numel() // block_size - 1, 0))]",
         NEAREST,
         seen_in="bitsandbytes 0.50 with AVX-512, in dequantization",
     ),
@@ -304,7 +309,8 @@ NF4_MUTANTS = [
         "dequantization takes all blocks for blocks of 64",
         "nf4",
         "blocks.mul_(q.absmax[:, None])",
-        "blocks.mul_(q.absmax[torch.arange(len(blocks)) * q.block_size // 64 % max(len(q.absmax), 1)][:, None])",
+        "blocks.mul_(q.absmax"
+        "[torch.arange(len(blocks)) * q.block_size // 64 % max(len(q.absmax), 1)][:, None])",
         ROUNDTRIP,
     ),
     Mutant(
@@ -446,7 +452,8 @@ CONSTANT_MUTANTS = [
         "the mean is added before the product",
         "double_quant",
         "nf4.dequantize(q) + dq.offset",
-        "nf4.dequantize(q) + dq.offset * nf4.dequantize(nf4.Quantized(torch.full_like(dq.codes, 255), dq.absmax,"
+        "nf4.dequantize(q) + dq.offset * nf4.dequantize("
+        "nf4.Quantized(torch.full_like(dq.codes, 255), dq.absmax,"
         " dq.codebook, dq.codes.shape, torch.float32, dq.block_size))",
         CONSTANTS,
     ),
@@ -580,7 +587,7 @@ CONSTANT_MUTANTS = [
         suite="test_frozen_weight",
     ),
     Mutant(
-        "the dense weight is kept beside its codes",
+        "the dense weight is kept with its codes",
         "lora",
         "q = dispatch.quantize(weight, block_size, codebook)",
         "q, self.__dict__['source'] = dispatch.quantize(weight, block_size, codebook), weight",
@@ -611,11 +618,7 @@ CONSTANT_MUTANTS = [
 
 LORA_MUTANTS = [
     Mutant(
-        "scaling is lora_alpha, not lora_alpha / r",
-        "lora",
-        "else self.r)",
-        "else 1)",
-        PLAIN_LORA,
+        "scaling is lora_alpha, not lora_alpha / r", "lora", "else self.r)", "else 1)", PLAIN_LORA
     ),
     Mutant(
         "use_rslora is ignored",
@@ -634,11 +637,7 @@ LORA_MUTANTS = [
         PLAIN_LORA,
     ),
     Mutant(
-        "scaling is applied twice",
-        "lora",
-        "alpha=scaling)",
-        "alpha=scaling * scaling)",
-        PLAIN_LORA,
+        "scaling is applied twice", "lora", "alpha=scaling)", "alpha=scaling * scaling)", PLAIN_LORA
     ),
     Mutant(
         "scaling is applied before and after h",
@@ -698,7 +697,7 @@ LORA_MUTANTS = [
         PLAIN_LORA,
     ),
     Mutant(
-        "the base is multiplied in float16 whatever is computed",
+        "the base is multiplied in float16 for every compute dtype",
         "lora",
         "y = base.matmul(x, bias=bias)",
         "y = base.matmul(x.half(), bias=None if bias is None else bias.half()).to(x.dtype)",
@@ -708,7 +707,8 @@ LORA_MUTANTS = [
         "autocast reaches into the update",
         "lora",
         "with torch.autocast(self.lora_A.device.type, enabled=False):",
-        "with torch.autocast(self.lora_A.device.type, enabled=torch.is_autocast_enabled(self.lora_A.device.type)):",
+        "with torch.autocast(self.lora_A.device.type,"
+        " enabled=torch.is_autocast_enabled(self.lora_A.device.type)):",
         "test_the_update_is_made_in_the_dtype_of_the_adapter_within_autocast_too",
     ),
     Mutant(
@@ -994,7 +994,7 @@ DORA_MUTANTS = [
         {"seed": 1, "size": 1e25},
     ),
     Mutant(
-        "the root is drawn of a number below zero",
+        "the root is taken of a number below zero",
         "variants.dora",
         ".clamp(min=0)",
         "",
@@ -1166,7 +1166,7 @@ KERNEL_MUTANTS = [
         {"dtype": torch.bfloat16},
     ),
     Mutant(
-        "rows that make no whole team are left out",
+        "rows that do not fill a team are left out",
         "kernels.cpu.fused",
         "prange((height + TEAM - 1) // TEAM)",
         "prange(height // TEAM)",
@@ -1198,7 +1198,7 @@ KERNEL_MUTANTS = [
         of_fused(17, 3, tokens=5, transposed=False),
     ),
     Mutant(
-        "the columns that make no whole part are left out",
+        "the columns that do not fill a part are left out",
         "kernels.cpu.fused",
         "(strips + parts - 1) // parts",
         "strips // parts",
@@ -1225,7 +1225,8 @@ KERNEL_MUTANTS = [
         "a NaN vanishes in a maximum",
         "kernels.cpu.quantize",
         "top = max(top, bits[i] & np.uint32(0x7FFFFFFF))",
-        "top = max(top, bits[i] & np.uint32(0x7FFFFFFF)) if bits.view(np.float32)[i] == bits.view(np.float32)[i] else top",
+        "top = max(top, bits[i] & np.uint32(0x7FFFFFFF))"
+        " if bits.view(np.float32)[i] == bits.view(np.float32)[i] else top",
         "test_the_constant_of_a_block_is_finite_if_its_numbers_are",
         {"how": "in Python", "avx512": False, "bad": 0x7FC00000},
         seen_in="bitsandbytes",
@@ -1332,7 +1333,7 @@ KERNEL_MUTANTS = [
         "kernels.cpu.launch",
         "min(step, outer)",
         "outer",
-        "test_a_product_holds_one_window_and_nothing_else_beside_its_result",
+        "test_a_product_holds_one_window_and_its_result_and_nothing_else",
         {
             "shape": (512, 384),
             "window": 2**14,
@@ -1343,11 +1344,11 @@ KERNEL_MUTANTS = [
         },
     ),
     Mutant(
-        "the numbers after the last whole run are not decoded",
+        "the numbers after the last full run are not decoded",
         "kernels.cpu.launch",
         "decode.decode(weight, rows * run, 0, 1, rest, numbers[rows * run :])",
         "pass",
-        "test_dequantizing_into_a_given_tensor_fills_it_and_nothing_beside_it",
+        "test_dequantizing_into_a_given_tensor_fills_it_and_nothing_else",
         {
             "recipe": Recipe((33, 70)),
             "double": True,
@@ -1512,7 +1513,7 @@ OPTIMIZER_MUTANTS = [
         "kernels.page_store",
         "reverse=True",
         "reverse=False",
-        "test_a_page_starts_at_a_multiple_of_its_elements_size_whatever_was_reserved_before_it",
+        "test_a_page_starts_at_a_multiple_of_its_elements_size_after_any_other_page",
         {"dtype": torch.float64},
     ),
     Mutant(
@@ -1547,7 +1548,8 @@ OPTIMIZER_MUTANTS = [
         "there is one step for all parameters",
         "paged_optim",
         'self.state[param].get("step", 0) + 1',
-        'max(self.state[param].get("step", 0) + 1, *(slot.get("step", 0) for slot in self.state.values()))',
+        'max(self.state[param].get("step", 0) + 1,'
+        ' *(slot.get("step", 0) for slot in self.state.values()))',
         TORCH_BITS,
         seen_in="apex and DeepSpeed #8471",
     ),
@@ -1595,8 +1597,10 @@ OPTIMIZER_MUTANTS = [
         "a parameter without a gradient decays",
         "paged_optim",
         "        updates = [\n",
-        "        for group in self.param_groups:\n            for param in (p for p in group['params'] if p.grad is None):\n"
-        "                param.mul_(1 - group['lr'] * group['weight_decay'])\n        updates = [\n",
+        "        for group in self.param_groups:\n"
+        "            for param in (p for p in group['params'] if p.grad is None):\n"
+        "                param.mul_(1 - group['lr'] * group['weight_decay'])\n"
+        "        updates = [\n",
         TORCH_BITS,
     ),
     Mutant(
@@ -1610,7 +1614,9 @@ OPTIMIZER_MUTANTS = [
         "an empty parameter ends the step",
         "paged_optim",
         "            self._update(param, group)\n",
-        "            if not param.numel():\n                break\n            self._update(param, group)\n",
+        "            if not param.numel():\n"
+        "                break\n"
+        "            self._update(param, group)\n",
         TORCH_BITS,
         seen_in="TransformerEngine #3207",
     ),
@@ -1655,14 +1661,14 @@ OPTIMIZER_MUTANTS = [
         seen_in="the code of the paper: its resume leaves the optimizer out",
     ),
 ]
-MUTANTS = (
-    NF4_MUTANTS
-    + CONSTANT_MUTANTS
-    + LORA_MUTANTS
-    + DORA_MUTANTS
-    + KERNEL_MUTANTS
-    + OPTIMIZER_MUTANTS
-)
+MUTANTS = [
+    *NF4_MUTANTS,
+    *CONSTANT_MUTANTS,
+    *LORA_MUTANTS,
+    *DORA_MUTANTS,
+    *KERNEL_MUTANTS,
+    *OPTIMIZER_MUTANTS,
+]
 warnings_of_python = pytest.mark.filterwarnings(
     r"ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning"
 )
@@ -1670,7 +1676,7 @@ warnings_of_python = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def few_examples() -> Iterator[None]:
-    """Enough to find the bug, the same each time, without shrinking it and without remembering it."""
+    """Enough examples to find the bug, the same each time; none is shrunk or saved."""
     usual = settings.get_current_profile_name()
     phases = [Phase.explicit, Phase.generate]
     settings.register_profile(
@@ -1688,7 +1694,7 @@ def few_examples() -> Iterator[None]:
 
 
 def load(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Import a file anew, as the module that others import by this name."""
+    """Import a file again, as the module that others import by this name."""
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
@@ -1717,14 +1723,14 @@ def mutated(source: str, mutant: Mutant) -> str:
 def suite_on(
     mutant: Mutant | None, suite: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> ModuleType:
-    """A fresh copy of a test module that stands on fresh copies of the files, one of them mutated."""
+    """A fresh copy of a test module, on fresh copies of the files, one of them mutated."""
     for name in STACK:
         source = SOURCES.joinpath(*name.split(".")).with_suffix(".py").read_text()
         if mutant and name == mutant.file:
             source = mutated(source, mutant)
         elif name in KERNELS:
             continue
-        if name == "kernels.dispatch":  # of each name torch allows one library of operators
+        if name == "kernels.dispatch":  # torch allows one library of operators for each name
             source = source.replace("qlora", f"qlora{next(COPIES)}")
         (folder / f"{name}.py").write_text(source)
         module = load(name, folder / f"{name}.py", monkeypatch)
@@ -1738,10 +1744,12 @@ def suite_of(mutant: Mutant) -> str:
 
 
 def run(mutant: Mutant, suite: ModuleType) -> None:
-    """A property test runs on its examples, or on the one that the arguments are."""
+    """Run the named test: with the arguments of the mutant, or on its own examples."""
     arguments = mutant.arguments(suite) if callable(mutant.arguments) else mutant.arguments or {}
     test = getattr(suite, mutant.test)
-    (test.hypothesis.inner_test if arguments and hasattr(test, "hypothesis") else test)(**arguments)
+    if arguments and hasattr(test, "hypothesis"):
+        test = test.hypothesis.inner_test
+    test(**arguments)
 
 
 @warnings_of_python
@@ -1762,10 +1770,10 @@ def test_the_code_itself_survives_what_kills_its_mutants(
     name: str, few_examples: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = suite_on(None, name, tmp_path, monkeypatch)
-    for mutant in {
-        f"{mutant.test} {mutant.arguments}": mutant
-        for mutant in MUTANTS
-        if suite_of(mutant) == name
-    }.values():
-        changed = callable(mutant.arguments)  # what makes them may change the modules
-        run(mutant, suite_on(None, name, tmp_path, monkeypatch) if changed else suite)
+    mutants = [mutant for mutant in MUTANTS if suite_of(mutant) == name]
+    distinct = {f"{mutant.test} {mutant.arguments}": mutant for mutant in mutants}
+    for mutant in distinct.values():
+        if callable(mutant.arguments):  # the function may change the modules
+            run(mutant, suite_on(None, name, tmp_path, monkeypatch))
+        else:
+            run(mutant, suite)

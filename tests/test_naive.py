@@ -165,7 +165,8 @@ def test_the_gradients_of_the_oracle_are_the_differences_of_its_forward(
         return sum(g[t][i] * y[t][i] for t in range(tokens) for i in range(outputs))
 
     def differences(row: list[float]) -> list[float]:
-        slopes, before = [], loss()
+        slopes = []
+        before = loss()
         for k in range(len(row)):
             row[k] += 1
             slopes.append(loss() - before)
@@ -201,9 +202,8 @@ def test_without_eps_and_decay_the_first_step_of_the_oracle_is_lr_times_the_sign
 
 def test_the_nf4_and_fp4_levels_are_those_of_the_oracle_and_of_bitsandbytes() -> None:
     for ours, wanted, peer in [(nf4.NF4, naive.NF4, "nf4"), (nf4.FP4, naive.FP4, "fp4")]:
-        assert is_exactly(ours, wanted) and is_exactly(
-            bnb.get_4bit_type(peer, device="cpu"), wanted
-        )
+        assert is_exactly(ours, wanted)
+        assert is_exactly(bnb.get_4bit_type(peer, device="cpu"), wanted)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -243,7 +243,8 @@ def test_the_levels_of_the_dynamic_code_are_those_of_the_oracle() -> None:
 def test_bytes_constants_and_decoded_values_are_those_of_the_oracle(
     recipe: Recipe, codebook: Tensor, wanted: torch.dtype
 ) -> None:
-    weight, levels = recipe.tensor(), codebook.tolist()
+    weight = recipe.tensor()
+    levels = codebook.tolist()
     q = nf4.quantize(weight, recipe.block_size, codebook)
     packed, absmax = naive.quantize(numbers(weight), recipe.block_size, levels)
     assert q.packed.flatten().tolist() == packed
@@ -282,7 +283,8 @@ def test_double_quantization_is_that_of_the_oracle_about_a_mean_within_rounding_
 ) -> None:
     absmax = recipe.tensor()
     dq = double_quant.quantize(absmax, block_size)
-    offset, mean = dq.offset.item(), naive.mean(numbers(absmax))
+    offset = dq.offset.item()
+    mean = naive.mean(numbers(absmax))
     rounding = gamma(absmax.numel()) * mean + cast(mean, torch.float32)
     assert abs(offset - mean) <= rounding  # n - 1 additions, one division
     codes, nested_absmax = naive.double_quantize(numbers(absmax), offset, block_size, DYNAMIC)
@@ -346,7 +348,9 @@ def test_the_output_and_the_gradients_of_a_layer_are_within_rounding_of_the_orac
     weight = weight_of_the_oracle(linear.weight, block_size, case.double_quant)
     assert is_exactly(layer.base(dtype), numbers(weight))
 
-    x, g, masks = case.x(dtype).requires_grad_(), case.g(dtype), []
+    x = case.x(dtype).requires_grad_()
+    g = case.g(dtype)
+    masks = []
 
     def pack(tensor: Tensor) -> Tensor:
         masks.extend([tensor] if tensor.dtype == torch.bool else [])
@@ -358,7 +362,8 @@ def test_the_output_and_the_gradients_of_a_layer_are_within_rounding_of_the_orac
         y = layer(x)
     y.backward(g)
 
-    flat, g = x.detach().reshape(-1, case.in_features), g.reshape(-1, case.out_features)
+    flat = x.detach().reshape(-1, case.in_features)
+    g = g.reshape(-1, case.out_features)
     keep = masks[0] if case.lora_dropout else None
     mask = matrix(torch.ones_like(flat) if keep is None else keep)
     bias = numbers(layer.bias) if case.bias else [0.0] * case.out_features
@@ -382,7 +387,8 @@ def test_the_output_and_the_gradients_of_a_layer_are_within_rounding_of_the_orac
     ):
         assert within(got, exact, *bounds)
     if case.bias:
-        ones, incoming = Bounded.exact(torch.ones(1, len(g))), Bounded.exact(g)
+        ones = Bounded.exact(torch.ones(1, len(g)))
+        incoming = Bounded.exact(g)
         assert within(layer.bias.grad, wanted[3], *(ones.matmul(incoming, each) for each in both))
 
 
@@ -532,7 +538,10 @@ def test_a_mutant_of_adamw_leaves_the_bound(
 
 def test_the_bounds_of_a_product_a_quotient_and_a_root_are_reached() -> None:
     one, eighth, zero = (in_float64([x]) for x in (1.0, 0.125, 0.0))
-    wrong, both, more, less = Bounded(one, eighth), torch.float64, one + eighth, one - eighth
+    wrong = Bounded(one, eighth)
+    both = torch.float64
+    more = one + eighth
+    less = one - eighth
     for bound, worst in [
         (product(wrong, wrong, both), more * more),
         (quotient(wrong, wrong, both), more / less),
@@ -547,7 +556,8 @@ def test_the_bound_of_a_decayed_parameter_is_reached_where_three_roundings_go_do
 
     So are the product of p and the decay, and the sum.
     """
-    change, decay = 0.998 * U, 0.5 + 1001.499 * U
+    change = 0.998 * U
+    decay = 0.5 + 1001.499 * U
     hyper = {"lr": change, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": (1 - decay) / change}
     param = 2 + torch.arange(8000) * 2.0**-22
     grad = torch.full((8000,), -1.0)
@@ -566,7 +576,8 @@ def test_the_bound_of_the_first_moment_is_reached_where_four_roundings_go_down()
     So are g - m, the product and the sum. lerp_ fuses the last two on most CPUs and rounds only
     three times, so the formula is written out here.
     """
-    weight, zeros = 2.0**-7 * (1 + 2002.998 * U), torch.zeros(8000)
+    weight = 2.0**-7 * (1 + 2002.998 * U)
+    zeros = torch.zeros(8000)
     grad = 1 + torch.arange(8000) * 2.0**-23
     exp_avg = torch.full((8000,), -(U - 2.0**-31 + 2.0**-40))
     state = (Bounded.exact(each) for each in (zeros, exp_avg, zeros))

@@ -234,7 +234,7 @@ def test_where_division_would_choose_another_level_the_reciprocal_decides() -> N
     assert torch.equal(codes_of(nf4.quantize(weight, 2)).reshape(-1, 2)[:, 1] == 10, by_reciprocal)
 
 
-# what leaves the codes alone
+# what does not change the codes
 
 
 @given(recipes, st.sampled_from([nf4.NF4, nf4.normal_float(2), nf4.normal_float(5)]))
@@ -512,7 +512,7 @@ def test_a_ragged_last_block_is_normalised_like_all_others_where_bitsandbytes_di
 
 @pytest.mark.parametrize("shape", [(64, 96), (33, 64), (40, 16)])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-def test_rows_that_are_no_whole_blocks_are_decoded_right_where_bitsandbytes_may_be_wrong(
+def test_rows_that_are_not_whole_blocks_are_decoded_right_where_bitsandbytes_may_be_wrong(
     dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     """With AVX-512, bitsandbytes 0.50.2 may take the absmax of another block.

@@ -24,7 +24,7 @@ import paged_optim
 from helpers.bounds import Bounded, adamw, apart
 from helpers.strategies import DTYPES, LAYOUTS, laid_out, seeds
 from kernels import dispatch
-from kernels.cpu import adamw as kernels
+from kernels.cpu import adamw as adamw_kernel
 from kernels.page_store import Page
 from paged_optim import PagedAdamW, Pager
 
@@ -174,9 +174,10 @@ runs = st.builds(
 @example(Run(shapes=[(7, 33)], dtype=torch.float16), 31, 1)
 @example(Run(eps=1e-3), 3, 2)
 @example(Run(betas=(0.0, 0.0), scale=INF, layout="inner", grad_layout="transposed"), 3, 2)
+# The signs of zeros.
 @example(
     Run(shapes=[(2, 4)], dtype=torch.float64, betas=(0.0, 0.0), steps=1, missing=0, scale=0.0), 1, 1
-)  # zeros' signs
+)
 def test_any_page_size_and_budget_gives_the_bits_of_one_page_and_of_torch(
     run: Run, elements: int, budget: int
 ) -> None:
@@ -203,9 +204,8 @@ long_runs = st.builds(
     missing=st.integers(0, 3),
     weight_decay=st.one_of(st.sampled_from([0.0, 0.01]), st.floats(1e-6, 1.0)),
     scale=st.sampled_from([0.0, 1e-30, 1.0, 1e4]),
-    lr_decay=st.sampled_from(
-        [1.0, 0.98, 1.003, 0.0]
-    ),  # lr * weight_decay stays below 2, beyond which parameters explode
+    # lr * weight_decay stays below 2, beyond which parameters explode.
+    lr_decay=st.sampled_from([1.0, 0.98, 1.003, 0.0]),
 )
 quarter = settings(max_examples=max(settings().max_examples // 4, 1))  # such a run takes a while
 
@@ -225,14 +225,11 @@ def one_kernel(groups: list[dict], **hyper: object) -> torch.optim.AdamW:
 @example(Run(steps=200, lr=0.0, betas=(0.0, 0.0), eps=0.0, scale=0.0))  # 0 / 0 in every element
 @example(Run(steps=200, dtype=torch.bfloat16, betas=(0.5, 0.999), lr_decay=1.01))
 def test_two_hundred_steps_give_the_bits_of_torch_one_by_one_and_many_at_once(run: Run) -> None:
-    paged = positive_zeros(
-        run.outcome(PagedAdamW, page_bytes=2 * 8 * 2, resident_bytes=2 * 8 * 4)[0], run
-    )
+    paged, _ = run.outcome(PagedAdamW, page_bytes=2 * 8 * 2, resident_bytes=2 * 8 * 4)
+    paged = positive_zeros(paged, run)
     assert paged == positive_zeros(run.outcome(plain)[0], run)
-    if run.dtype in (
-        torch.float32,
-        torch.float64,
-    ):  # in 16 bits torch's foreach=True rounds otherwise than its foreach=False
+    # In 16 bits, torch's foreach=True does not round as its foreach=False does.
+    if run.dtype in (torch.float32, torch.float64):
         assert paged == positive_zeros(run.outcome(many_at_once)[0], run)
 
 
@@ -252,12 +249,11 @@ def bounds_of(run: Run) -> list[list[Bounded]]:
         for index, grad in enumerate(run.grads(params, step)):
             if grad is not None:
                 steps[index] += 1
-                hyper = (
-                    run.hyper() | {"lr": rates[index]} | ({"weight_decay": 0.0} if index else {})
-                )  # as in run.groups
-                states[index] = list(
-                    adamw(*states[index], grad, steps[index], **hyper, dtype=run.dtype)
-                )
+                hyper = run.hyper() | {"lr": rates[index]}
+                if index:
+                    hyper["weight_decay"] = 0.0  # as in run.groups
+                after = adamw(*states[index], grad, steps[index], **hyper, dtype=run.dtype)
+                states[index] = list(after)
         rates = [lr * run.lr_decay for lr in rates]
     return [state if count else state[:1] for state, count in zip(states, steps)]
 
@@ -294,13 +290,12 @@ def within_rounding(
 def test_two_hundred_steps_end_within_rounding_of_torchs_one_kernel(
     run: Run, dtype: torch.dtype
 ) -> None:
-    run = replace(
-        run, dtype=dtype, scale=run.scale if run.eps else 1.0
-    )  # with eps = 0 a square that underflows is 0 / 0
+    # With eps = 0 a square that underflows is 0 / 0.
+    run = replace(run, dtype=dtype, scale=run.scale if run.eps else 1.0)
     assert within_rounding(run, PagedAdamW, one_kernel)
 
 
-def test_the_one_kernel_of_torch_rounds_otherwise_so_that_a_bound_is_needed() -> None:
+def test_the_one_kernel_of_torch_rounds_differently_so_a_bound_is_needed() -> None:
     run = Run(steps=200, missing=0)
     assert run.outcome(one_kernel)[0] != run.outcome(plain)[0]
 
@@ -318,21 +313,16 @@ def test_pages_of_odd_sizes_and_tensors_split_between_threads_keep_the_bits(
     """
     run = Run(shapes=[(1, n)], dtype=dtype, steps=3, missing=0)
     width = 2 * dtype.itemsize
-    assert (
-        run.outcome(PagedAdamW, page_bytes=width * elements, resident_bytes=width * elements)[0]
-        == run.outcome(plain)[0]
-    )
+    page_bytes = width * elements
+    paged, _ = run.outcome(PagedAdamW, page_bytes=page_bytes, resident_bytes=page_bytes)
+    assert paged == run.outcome(plain)[0]
 
 
 def test_a_million_odd_elements_keep_the_bits() -> None:
-    mine, theirs = (
-        Run(shapes=[(1, 1000003)], steps=2).params()[0],
-        Run(shapes=[(1, 1000003)], steps=2).params()[0],
-    )
-    paged, whole = (
-        PagedAdamW([mine], page_bytes=2**17 - 8, resident_bytes=2**18),
-        plain([{"params": [theirs]}]),
-    )
+    mine = Run(shapes=[(1, 1000003)], steps=2).params()[0]
+    theirs = Run(shapes=[(1, 1000003)], steps=2).params()[0]
+    paged = PagedAdamW([mine], page_bytes=2**17 - 8, resident_bytes=2**18)
+    whole = plain([{"params": [theirs]}])
     for param, optimizer in [(mine, paged), (theirs, whole)]:
         for seed in range(2):
             param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed))
@@ -354,7 +344,8 @@ def test_lerp_with_weight_one_is_not_invariant_in_the_sign_of_zero_so_zero_is_ad
     """torch.optim.AdamW with beta1 = 0 inherits this: the moment of a gradient of -0 depends on
     the element's place.
     """
-    starts, ends = torch.zeros(65), torch.zeros(65).neg()
+    starts = torch.zeros(65)
+    ends = torch.zeros(65).neg()
     whole = starts.lerp(ends, 1.0)
     apart = torch.cat([start.lerp(end, 1.0) for start, end in zip(starts.split(1), ends.split(1))])
     assert torch.equal(whole, apart)
@@ -432,18 +423,14 @@ def test_a_step_allocates_nothing_larger_than_a_page_unless_the_parameter_is_str
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "reference")
-    assert (
-        largest_output_of_a_step("contiguous", page_bytes=800, resident_bytes=1600) == 800
-    )  # a page that is loaded
-    assert (
-        largest_output_of_a_step("contiguous", page_bytes=800) == 800
-    )  # all resident: the roots, in float64
-    assert (
-        largest_output_of_a_step("transposed", page_bytes=800) == 16000
-    )  # the copy, as documented
-    assert (
-        largest_output_of_a_step("contiguous") == 32000
-    )  # the measure sees temporaries as large as the parameter
+    # A page that is loaded.
+    assert largest_output_of_a_step("contiguous", page_bytes=800, resident_bytes=1600) == 800
+    # All resident: the roots, in float64.
+    assert largest_output_of_a_step("contiguous", page_bytes=800) == 800
+    # The copy, as documented.
+    assert largest_output_of_a_step("transposed", page_bytes=800) == 16000
+    # The measure sees temporaries as large as the parameter.
+    assert largest_output_of_a_step("contiguous") == 32000
 
 
 def test_a_torch_that_does_not_fuse_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,7 +459,7 @@ def test_kernels_leave_the_number_of_torchs_threads_alone() -> None:
 
 # The kernel, which does the work of adamw_ for float32 on a CPU
 
-PYTHON = in_python(kernels)
+PYTHON = in_python(adamw_kernel)
 PYTHON.PIECE = 3  # so that a few elements are many pieces
 warnings_of_python = pytest.mark.filterwarnings(
     r"ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning"
@@ -568,13 +555,15 @@ def test_the_kernel_does_the_same_in_python(update: Update, n: int) -> None:
     update = replace(update, n=n)
     compiled = update.by(by_kernel)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "update", PYTHON.update)
+        patch.setattr(adamw_kernel, "update", PYTHON.update)
         assert update.by(by_kernel) == compiled
 
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="Numba has one thread here")
 def test_two_threads_update_to_the_bits_of_one() -> None:
-    before, outcomes, update = torch.get_num_threads(), [], Update(20_557)
+    before = torch.get_num_threads()
+    outcomes = []
+    update = Update(20_557)
     for threads in (1, 2, 2, 2):
         torch.set_num_threads(threads)
         outcomes.append(update.by(by_kernel))
@@ -588,7 +577,7 @@ def test_the_kernel_updates_float32_unless_the_environment_asks_for_the_referenc
     dtype: torch.dtype, asked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     updated = []
-    monkeypatch.setattr(kernels, "update", lambda param, *_: updated.append(param.size))
+    monkeypatch.setattr(adamw_kernel, "update", lambda param, *_: updated.append(param.size))
     monkeypatch.setenv("QLORA_KERNELS", asked)
     Run(dtype=dtype, missing=0, steps=1, layout="transposed").outcome(
         PagedAdamW, page_bytes=10 * 2 * dtype.itemsize
@@ -613,7 +602,8 @@ def test_a_step_size_that_float32_cannot_hold_is_refused_by_kernel_reference_and
 
 
 def test_the_budget_holds_after_every_access(monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch, seen = Pager.fetch, []
+    fetch = Pager.fetch
+    seen = []
 
     def watched(self: Pager, page: Page, write: bool = False) -> Tensor:
         moments = fetch(self, page, write)
@@ -640,7 +630,8 @@ def test_above_the_budget_each_step_moves_all_of_the_state_in_and_out(
     params = run.params()
     optimizer = PagedAdamW(params, page_bytes=page_bytes, resident_bytes=pages * page_bytes)
     run.train(optimizer, params)
-    count, rest = sum(-(-n // elements) for n in sizes), optimizer.pager.resident
+    count = sum(-(-n // elements) for n in sizes)
+    rest = optimizer.pager.resident
     if state <= pages * page_bytes:
         wanted = {
             "hits": (steps - 1) * count,
@@ -766,7 +757,8 @@ def test_a_state_saved_by_either_optimizer_continues_in_either(
 
 
 def test_a_loaded_state_is_a_copy_and_a_saved_one_a_snapshot() -> None:
-    run, params = Run(), Run().params()
+    run = Run()
+    params = Run().params()
     optimizer = PagedAdamW(params, page_bytes=16, resident_bytes=16)
     run.train(optimizer, params)
     saved = optimizer.state_dict()
@@ -789,7 +781,8 @@ def test_a_copy_is_refused_because_it_would_have_no_pages() -> None:
 
 
 def test_the_layout_of_the_state_is_that_of_torch() -> None:
-    mine, theirs = Run().outcome(PagedAdamW)[1].state_dict(), Run().outcome(plain)[1].state_dict()
+    mine = Run().outcome(PagedAdamW)[1].state_dict()
+    theirs = Run().outcome(plain)[1].state_dict()
     assert list(mine) == list(theirs) and list(mine["state"]) == list(theirs["state"])
     for index, slot in theirs["state"].items():
         looks = {name: (value.shape, value.dtype) for name, value in slot.items()}
@@ -802,7 +795,8 @@ def test_the_layout_of_the_state_is_that_of_torch() -> None:
 
 
 def test_a_parameter_that_is_not_in_the_loaded_state_starts_again() -> None:
-    run, params = Run(missing=0), Run().params()
+    run = Run(missing=0)
+    params = Run().params()
     optimizer = PagedAdamW(params, page_bytes=16, resident_bytes=16)
     run.train(optimizer, params)
     optimizer.load_state_dict(PagedAdamW(Run().params()).state_dict())
@@ -856,23 +850,21 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
 def test_a_foreign_state_is_refused_by_what_it_lacks_and_changes_nothing(
     foreign: Callable, missing: str
 ) -> None:
-    run, params = Run(missing=0), Run().params()
+    run = Run(missing=0)
+    params = Run().params()
     optimizer = PagedAdamW(params, page_bytes=16, resident_bytes=16)
     run.train(optimizer, params)
     theirs = Run().params()
     other = foreign(theirs)
     run.train(other, theirs)
-    before, groups = (
-        snapshot(params, optimizer),
-        copy.deepcopy(optimizer.state_dict()["param_groups"]),
-    )
+    before = snapshot(params, optimizer)
+    groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
     counts = dict(optimizer.counters)
     with pytest.raises(ValueError, match=missing):
         optimizer.load_state_dict(other.state_dict())
     assert optimizer.counters == counts
-    assert (
-        snapshot(params, optimizer) == before and optimizer.state_dict()["param_groups"] == groups
-    )
+    assert snapshot(params, optimizer) == before
+    assert optimizer.state_dict()["param_groups"] == groups
 
 
 # The optimizer as torch knows it
@@ -905,7 +897,8 @@ def test_schedulers_closures_and_zero_grad_work_as_in_torch() -> None:
 def test_a_sparse_gradient_is_refused_before_anything_changes() -> None:
     dense, sparse = (nn.Parameter(torch.ones(4)) for _ in range(2))
     optimizer = PagedAdamW([dense, sparse])
-    dense.grad, sparse.grad = torch.ones(4), torch.ones(4).to_sparse()
+    dense.grad = torch.ones(4)
+    sparse.grad = torch.ones(4).to_sparse()
     with pytest.raises(ValueError, match=r"dense, got torch.sparse_coo; call to_dense"):
         optimizer.step()
     assert dense.tolist() == [1, 1, 1, 1] and not optimizer.state
@@ -984,12 +977,12 @@ def test_a_mutant_of_the_arithmetic_is_noticed(
 def test_a_pager_that_forgets_a_page_was_written_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fetch, wanted = Pager.fetch, Run().outcome(plain)[0]
+    fetch = Pager.fetch
+    wanted = Run().outcome(plain)[0]
 
     def forgetful(self: Pager, page: Page, write: bool = False) -> Tensor:
-        return fetch(
-            self, page, write and not page.saved
-        )  # the first value is kept, later ones are lost
+        # The first value is kept, later ones are lost.
+        return fetch(self, page, write and not page.saved)
 
     monkeypatch.setattr(Pager, "fetch", forgetful)
     assert Run().outcome(PagedAdamW, page_bytes=24, resident_bytes=24)[0] != wanted

@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 
 def three_pages(budget: int = 32) -> tuple[Pager, list[Page]]:
     """Pages of 16 bytes."""
-    pager, pages = Pager(budget), [Page((2, 2), torch.float32, CPU) for _ in range(3)]
+    pager = Pager(budget)
+    pages = [Page((2, 2), torch.float32, CPU) for _ in range(3)]
     pager.reserve_store(pages)
     return pager, pages
 
@@ -72,18 +73,21 @@ accesses = st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=40)
 
 
 @given(shapes, accesses, st.integers(0, 300))
+# Alignment.
 @example(
     [((2, 1), torch.float16), ((2, 1), torch.float64)],
     [(0, True), (1, True), (0, False), (1, False)],
     0,
-)  # alignment
+)
 def test_every_page_says_what_was_last_written_and_every_counter_is_a_plain_recount(
     looks: list[tuple[tuple[int, int], torch.dtype]], accesses: list[tuple[int, bool]], spare: int
 ) -> None:
     pages = [Page(shape, dtype, CPU) for shape, dtype in looks]
     budget = max(page.nbytes for page in pages) + spare
     fetches = [(index % len(pages), write) for index, write in accesses]
-    pager, written, peaks = Pager(budget), {}, [0]
+    pager = Pager(budget)
+    written = {}
+    peaks = [0]
     pager.reserve_store(pages)
     for value, (index, write) in enumerate(fetches):
         tensor = pager.fetch(pages[index], write=write)
@@ -202,19 +206,18 @@ for end in ("exit", "raise", "kill"):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform does not fork")
 def test_no_file_and_no_complaint_is_left_however_the_process_ends(tmp_path: Path) -> None:
+    # A forked process has no other thread.
     one_thread = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-    }  # a forked process has no other
+    }
     command = [sys.executable, "-W", "error", "-c", CHILDREN, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["exit 0 []", "raise 1 []", f"kill {-signal.SIGKILL} []"]
-    assert (
-        done.returncode == 0
-        and done.stderr.count("Traceback") == 1
-        and done.stderr.endswith("KeyError: 'on purpose'\n")
-    )
+    assert done.returncode == 0
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.endswith("KeyError: 'on purpose'\n")
 
 
 @pytest.fixture(params=["posix_fallocate", "zeros"])
@@ -240,7 +243,8 @@ def files_of_at_most(nbytes: int) -> Iterator[None]:
 def test_a_store_that_the_system_refuses_is_one_clear_error_and_no_page_gets_a_place(
     reservation: str,
 ) -> None:
-    pager, pages = Pager(2**20), [Page((2, 2**17), torch.float32, CPU) for _ in range(3)]
+    pager = Pager(2**20)
+    pages = [Page((2, 2**17), torch.float32, CPU) for _ in range(3)]
     message = r"must hold 3145728 bytes, got 'File too large'; set TMPDIR or raise resident_bytes"
     with files_of_at_most(2**21), pytest.raises(OSError, match=message) as caught:
         pager.reserve_store(pages)
@@ -323,7 +327,8 @@ def test_a_mutant_of_the_pager_is_noticed(mutant: object, monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the platform takes no hints")
 def test_a_clean_page_that_is_resident_is_not_announced() -> None:
-    pager, pages = Pager(32), [Page((2, 2), torch.float32, CPU) for _ in range(3)]
+    pager = Pager(32)
+    pages = [Page((2, 2), torch.float32, CPU) for _ in range(3)]
     pager.reserve_store(pages)
     for page in pages:
         pager.fetch(page, write=True)
@@ -333,7 +338,7 @@ def test_a_clean_page_that_is_resident_is_not_announced() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_page_starts_at_a_multiple_of_its_elements_size_whatever_was_reserved_before_it(
+def test_a_page_starts_at_a_multiple_of_its_elements_size_after_any_other_page(
     dtype: torch.dtype,
 ) -> None:
     narrow = Page((3, 1), torch.float16, CPU)

@@ -28,7 +28,7 @@ from torchao.quantization import to_nf4
 import double_quant
 import lora
 import nf4
-from checkpoints import peft_adapter as checkpoint
+from checkpoints import peft_adapter
 from helpers import models, naive
 from helpers.bounds import (
     UNIT_ROUNDOFF,
@@ -227,7 +227,9 @@ def assert_nearest_and_nearly(
     centred = (constants - dq.offset).double()  # the subtraction is float32's
     scale = dq.absmax.double().repeat_interleave(dq.block_size)[: len(centred)]
     assert (CODE8[dq.codes[scale == 0].long()] == 0).all()
-    x, ours, theirs = (centred / scale)[scale > 0], dq.codes[scale > 0], theirs[scale > 0]
+    x = (centred / scale)[scale > 0]
+    ours = dq.codes[scale > 0]
+    theirs = theirs[scale > 0]
     assert (outside(x, ours) <= decision_error()).all()
     assert (outside(x, theirs) <= table_error(TABLE)).all()
     low, high = cells()
@@ -280,7 +282,7 @@ def test_the_table_of_bitsandbytes_is_off_by_half_its_step_and_ours_by_rounding(
     assert ours[:256].tolist() == [*range(256)]  # each level takes its own code
     assert outside(x.double(), ours).max() <= decision_error()
     worst = outside(x.double(), theirs).max()
-    # The day one of these fails, the exception can go. It never uses seven levels: zero and its
+    # If one of these fails, remove the exception. It never uses seven levels: zero and its
     # neighbours.
     assert 0.99 / (TABLE - 1) <= worst <= table_error(TABLE)
     assert set(range(124, 131)).isdisjoint(theirs.tolist())
@@ -290,7 +292,7 @@ def test_minus_zero_in_fp4_is_written_by_bitsandbytes_and_not_by_us() -> None:
     weight = torch.tensor([1.0, 0.001, -0.001, 0.0] * 16)
     packed, _ = bnb.quantize_4bit(weight, quant_type="fp4")
     assert codes_of(nf4.quantize(weight, codebook=nf4.FP4).packed).tolist() == [3, 0, 0, 0] * 16
-    assert (codes_of(packed) == 8).any()  # the day this fails, the exception can go
+    assert (codes_of(packed) == 8).any()  # if this fails, remove the exception
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
@@ -309,7 +311,7 @@ def test_bitsandbytes_decodes_minus_zero_in_fp4_to_minus_zero_unless_by_avx512(
     assert torch.equal(decoded[0], levels.repeat(4))
     unlike = (decoded[0].signbit() != levels.repeat(4).signbit()).nonzero().flatten()
     expected = [8, 24, 40, 56] if kind == "fp4" and not AVX512 else []
-    assert unlike.tolist() == expected  # the day this fails, decoded_levels needs no exception
+    assert unlike.tolist() == expected  # if this fails, decoded_levels needs no exception
 
 
 # bitsandbytes: 8 bits
@@ -318,11 +320,10 @@ def test_bitsandbytes_decodes_minus_zero_in_fp4_to_minus_zero_unless_by_avx512(
 def test_zero_is_coded_as_zero_where_bitsandbytes_makes_it_a_small_number() -> None:
     x = torch.tensor([1.0, 0.0, -0.0])
     q = nf4.quantize(x, codebook=double_quant.DYNAMIC)
-    assert q.packed[:, 0].tolist() == [255, 127, 127] and same_bits(
-        nf4.dequantize(q), torch.tensor([1.0, 0.0, 0.0])
-    )
+    assert q.packed[:, 0].tolist() == [255, 127, 127]
+    assert same_bits(nf4.dequantize(q), torch.tensor([1.0, 0.0, 0.0]))
     theirs = bnb.dequantize_blockwise(*bnb.quantize_blockwise(x, blocksize=64))
-    assert (theirs[1:] > 0).all()  # the day this fails, the exception can go
+    assert (theirs[1:] > 0).all()  # if this fails, remove the exception
 
 
 def test_a_parameter_whose_gradient_is_zero_does_not_move_where_8_bit_adam_moves_it() -> None:
@@ -340,7 +341,7 @@ def test_a_parameter_whose_gradient_is_zero_does_not_move_where_8_bit_adam_moves
             optimizer.step()
     ours, theirs = (parameter.detach() for parameter in parameters)
     assert (ours[~moving] == expected[0][0]).all() and (ours[moving] < 1).all()
-    assert (theirs[~moving] != 1).all()  # the day this fails, the exception can go
+    assert (theirs[~moving] != 1).all()  # if this fails, remove the exception
 
 
 # bitsandbytes: the linear layer
@@ -362,14 +363,15 @@ def read_back(saved: dict[str, Tensor]) -> Tensor:
 def test_evaluating_changes_no_byte_where_bitsandbytes_spoils_what_it_saves(double: bool) -> None:
     """With AVX512-BF16 it repacks: constants become bfloat16, and are saved transposed if plain."""
     weight, x = normal(64, 128, seed=1, std=0.05), normal(5, 128)
-    ours, theirs = qlora(weight, double=double), linear4bit(weight, double=double)
+    ours = qlora(weight, double=double)
+    theirs = linear4bit(weight, double=double)
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     expected = by_hand(weight, double=double)
     for layer in (ours, theirs):
         layer.eval()(x)
     assert all(same_bits(tensor, before[name]) for name, tensor in ours.state_dict().items())
     assert same_bits(ours.base(), expected)
-    if REPACKS:  # the day one of these fails, the exception can go
+    if REPACKS:  # if one of these fails, remove the exception
         restored = read_back(theirs.state_dict())
         assert not torch.equal(restored, expected)
         if not double:
@@ -383,12 +385,13 @@ def test_evaluating_changes_no_byte_where_bitsandbytes_spoils_what_it_saves(doub
 @torch.no_grad()
 def test_float32_is_computed_in_float32_where_bitsandbytes_evaluates_in_bfloat16() -> None:
     weight, x = normal(64, 128, seed=1, std=0.05), normal(5, 128)
-    ours, theirs = qlora(weight, double=False), linear4bit(weight, double=False)
+    ours = qlora(weight, double=False)
+    theirs = linear4bit(weight, double=False)
     allowed = product(ours, x, by_hand(weight))
     assert allowed.allows(ours.train()(x)) and allowed.allows(ours.eval()(x))
     assert allowed.allows(theirs.train()(x))
     if REPACKS:
-        assert not allowed.allows(theirs.eval()(x))  # the day this fails, the exception can go
+        assert not allowed.allows(theirs.eval()(x))  # if this fails, remove the exception
 
 
 @pytest.mark.parametrize("shape", [(100, 128), (64, 96)])
@@ -397,10 +400,11 @@ def test_a_layer_of_any_shape_evaluates_where_that_of_bitsandbytes_raises(
     shape: tuple[int, int],
 ) -> None:
     """Repacking needs out_features of 32s and rows of whole blocks, and checks too late."""
-    weight, x = normal(*shape, seed=1, std=0.05), normal(5, shape[1])
+    weight = normal(*shape, seed=1, std=0.05)
+    x = normal(5, shape[1])
     ours, theirs = qlora(weight).eval(), linear4bit(weight).eval()
     assert product(ours, x, by_hand(weight, double=True)).allows(ours(x))
-    if REPACKS:  # the day one of these fails, the exception can go
+    if REPACKS:  # if one of these fails, remove the exception
         message = "divisible by block_n|is invalid for input"
         with pytest.raises((AssertionError, RuntimeError), match=message):
             theirs(x)
@@ -410,13 +414,16 @@ def test_a_layer_of_any_shape_evaluates_where_that_of_bitsandbytes_raises(
 
 @torch.no_grad()
 def test_a_forward_in_bfloat16_changes_no_later_result_where_bitsandbytes_rounds_the_bias() -> None:
-    weight, bias, x = normal(64, 128, seed=1, std=0.05), normal(64, seed=2), normal(5, 128)
-    ours, theirs = qlora(weight, bias, False), linear4bit(weight, bias, False)
+    weight = normal(64, 128, seed=1, std=0.05)
+    bias = normal(64, seed=2)
+    x = normal(5, 128)
+    ours = qlora(weight, bias, False)
+    theirs = linear4bit(weight, bias, False)
     for layer in (ours, theirs):
         layer(x.bfloat16())
     allowed = product(ours, x, by_hand(weight), bias)
     assert same_bits(ours.bias, bias) and allowed.allows(ours(x))
-    # The day one of these fails, the exception can go.
+    # If one of these fails, remove the exception.
     assert same_bits(theirs.bias, bias.bfloat16())
     assert not allowed.allows(theirs(x))
 
@@ -433,7 +440,7 @@ def test_one_bad_number_is_refused_by_count_and_index_where_peers_make_all_of_th
     message = r"^1 of 16384 weights are NaN, infinite .* first at index \(3, 5\)"
     with pytest.raises(ValueError, match=message):
         FrozenWeight(weight)
-    # The day one of these fails, the exception can go.
+    # If one of these fails, remove the exception.
     assert by_bitsandbytes(weight, double=True).isnan().all()
     assert by_torchao(weight).isnan().all()
 
@@ -441,14 +448,14 @@ def test_one_bad_number_is_refused_by_count_and_index_where_peers_make_all_of_th
 def test_a_block_of_the_smallest_numbers_survives_where_bitsandbytes_loses_it() -> None:
     weight = normal(4, 64).double().mul(1e-40).float()
     assert same_bits(nf4.dequantize(nf4.quantize(weight)), by_hand(weight))
-    assert (by_bitsandbytes(weight) == 0).all()  # the day this fails, the exception can go
+    assert (by_bitsandbytes(weight) == 0).all()  # if this fails, remove the exception
 
 
 def test_a_weight_of_the_largest_numbers_survives_where_bitsandbytes_makes_it_nan() -> None:
     weight = normal(64, 64).clamp(-1, 1) * 3e38  # the float32 sum of the constants overflows
     assert same_bits(FrozenWeight(weight)(), by_hand(weight, double=True))
     theirs = by_bitsandbytes(weight, double=True)
-    assert theirs.isnan().all()  # the day this fails, the exception can go
+    assert theirs.isnan().all()  # if this fails, remove the exception
 
 
 def test_a_finite_float16_weight_stays_finite_where_bitsandbytes_makes_it_infinite() -> None:
@@ -460,7 +467,7 @@ def test_a_finite_float16_weight_stays_finite_where_bitsandbytes_makes_it_infini
     allowed = both_quantized(absmax, nested, nf4.NF4, CODE8, torch.float16, torch.float16)
     assert ((ours.double() - weight.double()).abs() <= allowed[:, None]).all()
     theirs = by_bitsandbytes(weight, double=True)
-    assert theirs.isinf().any()  # the day this fails, the exception can go
+    assert theirs.isinf().any()  # if this fails, remove the exception
 
 
 def blocks_of_all_sizes() -> Tensor:
@@ -472,17 +479,18 @@ def test_no_number_changes_its_sign_where_peers_decode_a_constant_below_zero() -
     weight = blocks_of_all_sizes().reshape(128, 128)
     ours = FrozenWeight(weight)()
     assert same_bits(ours, by_hand(weight, double=True)) and (ours * weight >= 0).all()
-    # The day one of these fails, the exception can go.
+    # If one of these fails, remove the exception.
     assert (by_bitsandbytes(weight, double=True) * weight < 0).any()
     assert (by_torchao(weight) * weight < 0).any()
 
 
 def test_a_block_of_zeros_stays_zero_under_double_quantization_where_torchao_changes_it() -> None:
-    weight, zeros = blocks_of_all_sizes(), torch.zeros(64)
+    weight = blocks_of_all_sizes()
+    zeros = torch.zeros(64)
     weight[5] = 0
     assert same_bits(FrozenWeight(weight)()[5], zeros)
     assert torch.equal(by_bitsandbytes(weight, double=True)[5], zeros)  # on a CPU
-    assert (by_torchao(weight)[5] != 0).all()  # the day this fails, the exception can go
+    assert (by_torchao(weight)[5] != 0).all()  # if this fails, remove the exception
 
 
 @pytest.mark.parametrize("shape", [(64,), (2,), (1, 2), (2, 1), (0,)])
@@ -490,14 +498,14 @@ def test_a_shape_comes_back_where_bitsandbytes_changes_it(shape: tuple[int, ...]
     weight = normal(*shape)
     ours = nf4.dequantize(nf4.quantize(weight))
     assert same_bits(ours, by_hand(weight))
-    assert by_bitsandbytes(weight).shape != shape  # the day this fails, the exception can go
+    assert by_bitsandbytes(weight).shape != shape  # if this fails, remove the exception
 
 
 @pytest.mark.parametrize("double", [False, True])
 def test_a_number_without_dimensions_is_one_number_where_bitsandbytes_raises(double: bool) -> None:
     weight = torch.tensor(1.5)
     assert same_bits(FrozenWeight(weight, double_quant=double)(), by_hand(weight, double=double))
-    with pytest.raises(IndexError):  # the day this fails, the exception can go
+    with pytest.raises(IndexError):  # if this fails, remove the exception
         by_bitsandbytes(weight, double)
 
 
@@ -505,7 +513,7 @@ def test_the_mean_of_no_constants_is_zero_where_bitsandbytes_stores_nan() -> Non
     frozen = FrozenWeight(torch.zeros(0, 8))
     assert frozen.nested_offset.tolist() == [0.0] and frozen().shape == (0, 8)
     _, state = bnb.quantize_4bit(torch.zeros(0, 8), compress_statistics=True)
-    assert state.offset.isnan()  # the day this fails, the exception can go
+    assert state.offset.isnan()  # if this fails, remove the exception
 
 
 # PEFT: merging
@@ -560,7 +568,8 @@ def test_a_merge_keeps_the_update_where_peft_rounds_it_to_4_bits_as_the_audit_pr
     """
     weight = normal(64, 128, seed=4, std=0.02)
     theirs, ours = with_adapter(weight.double(), double, size)
-    base, update = by_hand(weight, double=double).double(), ours.update()
+    base = by_hand(weight, double=double).double()
+    update = ours.update()
     model, audit = lora.merge(nn.ModuleDict({"proj": ours}))
     assert torch.equal(model["proj"].weight, base + update)
 
@@ -568,9 +577,11 @@ def test_a_merge_keeps_the_update_where_peft_rounds_it_to_4_bits_as_the_audit_pr
     merged = merged_by_peft(theirs).double()
     lost = (merged - (base + update)).abs()
     rounding = cast(merged.abs(), torch.float32)
-    assert (lost > rounding).any()  # the day this fails, the exception can go
-    realised, length = merged - base, update.norm()
-    dot, moved = (realised * update).sum(), realised.norm()
+    assert (lost > rounding).any()  # if this fails, remove the exception
+    realised = merged - base
+    length = update.norm()
+    dot = (realised * update).sum()
+    moved = realised.norm()
     to_float64 = UNIT_ROUNDOFF[torch.float64] / UNIT_ROUNDOFF[torch.float32]
     in_float64 = 2 * cosine(weight.numel()) * to_float64  # in the audit, and here
     assert abs(audit["proj"].cosine - dot / (length * moved)) <= in_float64
@@ -597,7 +608,7 @@ def test_what_is_not_quantized_keeps_its_bytes_where_peft_doubles_them() -> None
     theirs = others(prepare_model_for_kbit_training(theirs, use_gradient_checkpointing=False))
     for name in before:
         doubled = 2 * before[name].nbytes
-        assert theirs[name].nbytes == doubled  # the day this fails, the exception can go
+        assert theirs[name].nbytes == doubled  # if this fails, remove the exception
 
 
 IDS = torch.arange(5, 25)[None]
@@ -616,7 +627,7 @@ def adapted() -> nn.Module:
 
 def damaged(folder: Path, change: str) -> Path:
     """The folder of an adapter whose tensors are renamed, removed or added to."""
-    checkpoint.save_adapter(adapted(), folder)
+    peft_adapter.save_adapter(adapted(), folder)
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     deepest = {name: tensor for name, tensor in tensors.items() if ".layers.1." in name}
@@ -660,10 +671,10 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name_where_peft_goes_on_with
 ) -> None:
     folder = damaged(tmp_path, change)
     with pytest.raises(ValueError, match=f"{name} {complaint}"):
-        checkpoint.load_adapter(adapted(), folder)
+        peft_adapter.load_adapter(adapted(), folder)
     plain = models.tiny_llama(vocab_size=256)
     without = plain(IDS).logits
-    # The day PEFT raises here, the exception can go.
+    # If PEFT raises here, remove the exception.
     if change == "a layer too many":
         PeftModel.from_pretrained(plain, folder)  # without a warning, which would be an error
     else:
@@ -682,7 +693,7 @@ def test_any_number_of_elements_can_be_quantized_where_torchao_asks_for_multiple
 ) -> None:
     weight = normal(*shape)
     assert same_bits(FrozenWeight(weight)(), by_hand(weight, double=True))
-    with pytest.raises(AssertionError):  # the day this fails, the exception can go
+    with pytest.raises(AssertionError):  # if this fails, remove the exception
         by_torchao(weight)
 
 
@@ -693,7 +704,7 @@ def test_a_weight_made_of_levels_keeps_every_bit_where_torchao_has_four_decimals
     theirs = by_torchao(weight)
     rounded = torch.tensor([round(level, 4) for level in naive.NF4])
     assert torch.equal(theirs, rounded.repeat(1024).reshape(128, 128))
-    assert not torch.equal(theirs, weight)  # the day this fails, the exception can go
+    assert not torch.equal(theirs, weight)  # if this fails, remove the exception
 
 
 def test_a_copy_is_a_copy_where_torchao_quantizes_again_and_forgets_the_block_size() -> None:
@@ -704,5 +715,5 @@ def test_a_copy_is_a_copy_where_torchao_quantizes_again_and_forgets_the_block_si
     assert same_bits(again(), ours()) and again.block_size == 32
     theirs = to_nf4(weight, 32, 256)
     copy = theirs.clone()
-    assert copy.block_size == 64  # the day one of these fails, the exception can go
+    assert copy.block_size == 64  # if one of these fails, remove the exception
     assert not torch.equal(copy.get_original_weight(), theirs.get_original_weight())

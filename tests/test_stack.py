@@ -15,7 +15,10 @@ import lora
 from lora import FrozenWeight, LoRAMatmul, QLoRALinear
 from memory.measured import Live
 
-LAYERS, WIDTH, RANK, BLOCK = 12, 256, 8, 64
+LAYERS = 12
+WIDTH = 256
+RANK = 8
+BLOCK = 64
 
 
 def stack(dtype: torch.dtype, dropout: float = 0.0, **settings: object) -> nn.Sequential:
@@ -38,7 +41,8 @@ def forward_and_backward(
     x = torch.ones(tokens, WIDTH, dtype=dtype, requires_grad=True)
     g = torch.ones(tokens, WIDTH, dtype=dtype)
     with Live(*model.parameters(), *model.buffers(), x, g) as live:
-        before, y = live.now(), x
+        before = live.now()
+        y = x
         for start in range(0, LAYERS, segment):
             part = model[start : start + segment]
             y = part(y) if segment == LAYERS else checkpoint(part, y, use_reentrant=False)
@@ -107,7 +111,9 @@ def test_the_peak_is_the_packed_bytes_and_the_activations_and_no_dense_layer(
 
 
 def test_the_bytes_of_a_stack_are_its_weights_its_adapters_and_two_shared_codebooks() -> None:
-    n, adapters, codebooks = WIDTH**2, LAYERS * 2 * RANK * WIDTH * 4, 4 * (16 + 256)
+    n = WIDTH**2
+    adapters = LAYERS * 2 * RANK * WIDTH * 4
+    codebooks = 4 * (16 + 256)
     bits = LAYERS * (4 * n + 8 * n // 64 + 32 * n // (64 * 256) + 32)
     assert held_by(stack(torch.float32)) == bits // 8 + adapters + codebooks
 

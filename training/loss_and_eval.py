@@ -13,7 +13,7 @@ The term i of the loss and row i of the gradient depend only on row i of the log
 computed a few rows at a time, and the float32 temporaries have only that many rows.
 """
 
-from __future__ import annotations  # type hints must not load transformers' lazy classes
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import math
 from dataclasses import replace

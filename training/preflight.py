@@ -5,7 +5,7 @@ tokenizer, every row of the data and the state to resume from are checked first.
 beginning of a real run: it has no checks of its own.
 """
 
-from __future__ import annotations  # type hints must not load transformers' lazy classes
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import os
 import shutil

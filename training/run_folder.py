@@ -8,7 +8,7 @@
 Only rank 0 writes.
 """
 
-from __future__ import annotations  # type hints must not load transformers' lazy classes
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import json
 import os

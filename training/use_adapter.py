@@ -14,7 +14,7 @@ audit of lora.merge says how much. A 16-bit merge prints it, too, so that a user
 4-bit merge.
 """
 
-from __future__ import annotations  # type hints must not load transformers' lazy classes
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import math
 import os

@@ -78,18 +78,14 @@ def saved(
 
 def assert_same_model(ours: nn.Module, theirs: nn.Module) -> None:
     for kind in ("named_parameters", "named_buffers"):
-        one, other = (
-            dict(getattr(model, kind)(remove_duplicate=False)) for model in (ours, theirs)
-        )
+        one = dict(getattr(ours, kind)(remove_duplicate=False))
+        other = dict(getattr(theirs, kind)(remove_duplicate=False))
         assert one.keys() == other.keys()
-        assert all(
-            same_bits(one[name], other[name])
-            and one[name].requires_grad == other[name].requires_grad
-            for name in one
-        )
-    assert [name for name, _ in ours.named_modules()] == [
-        name for name, _ in theirs.named_modules()
-    ]
+        for name in one:
+            assert same_bits(one[name], other[name])
+            assert one[name].requires_grad == other[name].requires_grad
+    names = [name for name, _ in ours.named_modules()]
+    assert names == [name for name, _ in theirs.named_modules()]
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         assert same_bits(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
@@ -112,11 +108,9 @@ def test_a_streamed_model_has_the_bits_of_from_pretrained_and_attach(
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     ours = base_model.load_quantized(tmp_path, dtype, "cpu", quantized)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    assert (
-        ours.config.dtype == theirs.config.dtype
-        and ours.name_or_path == theirs.name_or_path
-        and not ours.training
-    )
+    assert ours.config.dtype == theirs.config.dtype
+    assert ours.name_or_path == theirs.name_or_path
+    assert not ours.training
     assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
     torch.manual_seed(1)
     attach(theirs)
@@ -174,9 +168,8 @@ def test_a_folder_in_4_bits_is_cast_to_the_dtype_that_was_asked_for_and_its_code
         layer.compute_dtype is None for layer in again.modules() if isinstance(layer, QLoRALinear)
     )
     buffers = [dict(model.named_buffers(remove_duplicate=False)) for model in (first, again)]
-    assert all(
-        same_bits(buffers[0][name], buffers[1][name]) for name in buffers[0]
-    )  # constants, and rotary frequencies
+    # Constants, and rotary frequencies.
+    assert all(same_bits(buffers[0][name], buffers[1][name]) for name in buffers[0])
 
 
 def test_tensors_that_only_older_versions_saved_are_ignored(tmp_path: Path) -> None:
@@ -289,10 +282,13 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(
 ) -> None:
     change(saved(ARCHITECTURES[0], tmp_path), what)
     made = []
+
+    def make(weight: torch.Tensor, bias: torch.Tensor | None) -> QLoRALinear:
+        made.append(weight)
+        return quantized(weight, bias)
+
     with pytest.raises(ValueError, match=complaint):
-        base_model.load_quantized(
-            tmp_path, torch.bfloat16, "cpu", lambda w, b: made.append(1) or quantized(w, b)
-        )
+        base_model.load_quantized(tmp_path, torch.bfloat16, "cpu", make)
     assert "NaN" in what or not made, "refused before any layer was quantized"
     assert not (tmp_path / "ran").exists()
 
@@ -309,8 +305,5 @@ def test_loading_takes_no_more_than_the_4_bit_model_its_largest_tensor_and_300_m
     )
     got = loading_peak.measure(tmp_path)
     bound = got["kept"] + largest + loading_peak.ALLOWED
-    assert (
-        got["peak"] - got["before"]
-        <= bound
-        < sum(path.stat().st_size for path in tmp_path.iterdir())
-    )
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert got["peak"] - got["before"] <= bound < size

@@ -83,7 +83,8 @@ def test_a_folder_of_transformers_and_bitsandbytes_is_loaded_and_saved_again_bit
         "bnb_4bit_compute_dtype": dtype,
     }
     folder = quantized_by_peer(models.tiny_llama(dtype, vocab_size=256), tmp_path, **settings)
-    ours, theirs = checkpoints.load_4bit(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ours = checkpoints.load_4bit(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
     assert not ours.training and not any(parameter.requires_grad for parameter in ours.parameters())
     layers = {name: layer for name, layer in ours.named_modules() if isinstance(layer, QLoRALinear)}
     assert len(layers) == 14
@@ -181,7 +182,8 @@ def test_several_architectures_come_back_with_the_same_logits(
     folder = quantized_by_peer(
         dense, tmp_path, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
-    ours, theirs = checkpoints.load_4bit(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ours = checkpoints.load_4bit(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
     assert same_bits(logits(ours), logits(theirs))
     for name, buffer in theirs.named_buffers():
         assert same_bits(ours.get_buffer(name), buffer), name
@@ -295,9 +297,8 @@ def test_attach_keeps_the_bytes_of_a_layer_that_is_in_4_bits_already(saved: Path
     }
     plain = logits(model)
     lora.attach(model, r=2, block_size=128, codebook=nf4.FP4)  # which concern dense layers
-    assert same_bits(logits(model), plain) and len(peft_adapter.adapted_layers(model)) == len(
-        before
-    )
+    assert same_bits(logits(model), plain)
+    assert len(peft_adapter.adapted_layers(model)) == len(before)
     for name, layer in peft_adapter.adapted_layers(model).items():
         assert all(
             same_bits(tensor, before[name][key]) for key, tensor in bytes_of(layer.base).items()
@@ -315,10 +316,14 @@ def test_a_layer_without_an_adapter_passes_the_gradient_on_and_saves_nothing(
 ) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "reference")  # it multiplies as torch does
     layer = checkpoints.load_4bit(saved).model.layers[0].mlp.up_proj
-    x, kept = torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
-    ):
+    x = torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = layer(x)
     assert sum(tensor.numel() for tensor in kept) == 0
     y.sum().backward()

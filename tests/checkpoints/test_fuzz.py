@@ -1,4 +1,4 @@
-"""Any folder from a stranger is loaded bit for bit, or refused by a ValueError that names the file.
+"""An untrusted folder is loaded bit for bit, or refused by a ValueError that names the file.
 
 Nothing else happens: no other exception, no code runs, no long wait, no memory beyond the files'
 own, no new file, no half-changed model.
@@ -35,13 +35,15 @@ from checkpoints import bnb_4bit, peft_adapter
 from helpers import models
 from helpers.strategies import bits
 from lora import QLoRALinear
-from memory import measured as memory
+from memory import measured
 from paged_optim import PagedAdamW
-from training import state as resume
+from training import state
 
 Contents = dict[str, bytes]
 COUNTS: Counter = Counter()
-SECONDS, GROWTH, SEAL = 10, 2**28, "a" * 64
+SECONDS = 10
+GROWTH = 2**28
+SEAL = "a" * 64
 INDEX = "model.safetensors.index.json"
 MODELS = ["nested", "plain", "shards"]  # with double quantization, without, in two files
 ADAPTERS = ["adapter for a dense model", "adapter for an adapted model"]
@@ -72,7 +74,7 @@ def adapted() -> nn.Module:
 
 
 @functools.cache
-def whole(kind: str) -> Contents:
+def undamaged(kind: str) -> Contents:
     """The contents of an undamaged folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -180,7 +182,8 @@ def assert_is_the_file(model: nn.Module, paths: list[Path]) -> None:
             ours |= bnb_4bit.pack(layer.base, f"{name}.weight")
     assert ours.keys() == theirs.keys() - model.all_tied_weights_keys.keys()
     for name, tensor in ours.items():
-        (shape, data), (its_shape, its_data) = raw(tensor), theirs[name]
+        shape, data = raw(tensor)
+        its_shape, its_data = theirs[name]
         if bnb_4bit.STATE in name:
             mine, its = json.loads(data), json.loads(its_data)
             if "nested_offset" in its:
@@ -209,7 +212,8 @@ def load_one(kind: str, folder: Path) -> None:
         assert snapshot(model) == before, "a refused adapter has changed the model"
         raise
     data = (folder / "adapter_model.safetensors").read_bytes()
-    ours, theirs = peft_adapter.adapter_tensors(model), load(data)
+    ours = peft_adapter.adapter_tensors(model)
+    theirs = load(data)
     assert ours and ours.keys() == parsed(data).keys()
     for name, tensor in ours.items():
         assert raw(tensor) == raw(theirs[name].to(tensor.dtype)) and tensor.isfinite().all(), name
@@ -224,7 +228,7 @@ def outcome(
 ) -> str:
     """Returns the error message, or "" if the folder was loaded; else fails."""
     said = ""
-    peak = memory.peak_rss_bytes()
+    peak = measured.peak_rss_bytes()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "stranger"
         folder.mkdir()
@@ -241,7 +245,7 @@ def outcome(
             assert str(folder) in said, said
         assert listing(Path(name)) == before, "a file was made"
     assert torch.get_default_dtype() == torch.float32
-    assert memory.peak_rss_bytes() - peak < GROWTH, "too much memory"
+    assert measured.peak_rss_bytes() - peak < GROWTH, "too much memory"
     COUNTS[damage, "refused" if said else "loaded"] += 1
     return said
 
@@ -344,7 +348,7 @@ def split(data: bytes) -> tuple[bytes, bytes]:
     return data[8:end], data[end:]
 
 
-def joined(header: bytes, rest: bytes) -> bytes:
+def assemble(header: bytes, rest: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + rest
 
 
@@ -406,7 +410,7 @@ def header_damage(draw: st.DrawFn, data: bytes) -> bytes:
     entry = entries[name]
     if kind == "any" or name == "__metadata__":
         path = draw(st.sampled_from(spots(entries)))
-        return joined(replaced(header, path, draw(st.sampled_from(WEIRD))), rest)
+        return assemble(replaced(header, path, draw(st.sampled_from(WEIRD))), rest)
     if kind == "dtype":
         entry["dtype"] = draw(st.sampled_from(DTYPES))
     elif kind == "shape":
@@ -424,7 +428,7 @@ def header_damage(draw: st.DrawFn, data: bytes) -> bytes:
         entries[name], entries[other] = entries.get(other, entry), entry
         if kind == "rename":
             del entries[name]
-    return joined(json.dumps(entries, separators=(",", ":")).encode(), rest)
+    return assemble(json.dumps(entries, separators=(",", ":")).encode(), rest)
 
 
 @st.composite
@@ -468,9 +472,9 @@ def progress_damage(draw: st.DrawFn, data: bytes) -> bytes:
     """Changes the JSON in the header of a run's state."""
     header, rest = split(data)
     entries = json.loads(header)
-    state = entries["__metadata__"]["state"].encode()
-    entries["__metadata__"]["state"] = draw(json_damage(state)).decode(errors="replace")
-    return joined(json.dumps(entries).encode(), rest)
+    progress = entries["__metadata__"]["state"].encode()
+    entries["__metadata__"]["state"] = draw(json_damage(progress)).decode(errors="replace")
+    return assemble(json.dumps(entries).encode(), rest)
 
 
 @dataclass(repr=False)
@@ -492,15 +496,15 @@ class Case:
         printer.text(repr(self))
 
     def contents(self) -> Contents:
-        old = whole(self.kind)[self.file]
-        return whole(self.kind) | {self.file: old[: self.start] + self.new + old[self.end :]}
+        old = undamaged(self.kind)[self.file]
+        return undamaged(self.kind) | {self.file: old[: self.start] + self.new + old[self.end :]}
 
 
 @st.composite
 def cases(draw: st.DrawFn, kinds: list[str]) -> Case:
     kind = draw(st.sampled_from(kinds))
-    file = draw(st.sampled_from(sorted(whole(kind))))
-    old = whole(kind)[file]
+    file = draw(st.sampled_from(sorted(undamaged(kind))))
+    old = undamaged(kind)[file]
     damages = (
         {"raw": raw_damage, "JSON": json_damage}
         if file.endswith("json")
@@ -594,7 +598,9 @@ def sparse(path: Path) -> None:
     os.truncate(path, 10**11)
 
 
-W, NORM, A = "model.safetensors", "model.norm.weight", "adapter_model.safetensors"
+W = "model.safetensors"
+NORM = "model.norm.weight"
+A = "adapter_model.safetensors"
 # What takes the place of a file: the kind of folder, how to create it, the error message.
 ODDITIES: dict[str, tuple] = {
     **{
@@ -681,7 +687,7 @@ ODDITIES: dict[str, tuple] = {
 @pytest.mark.parametrize("oddity", ODDITIES)
 def test_anything_in_the_place_of_a_file_is_refused_by_name_and_never_run(oddity: str) -> None:
     kind, prepare, complaint = ODDITIES[oddity]
-    assert re.search(complaint, outcome(kind, whole(kind), "oddity", prepare), re.DOTALL)
+    assert re.search(complaint, outcome(kind, undamaged(kind), "oddity", prepare), re.DOTALL)
 
 
 CONFIGS = {
@@ -713,7 +719,7 @@ ENDLESS = {
     ids=lambda entries: str(entries)[:50],
 )
 def test_a_config_that_asks_for_endless_work_is_refused_at_once(entries: dict) -> None:
-    contents = whole("nested")
+    contents = undamaged("nested")
     config = json.dumps(json.loads(contents["config.json"]) | entries).encode()
     assert outcome("nested", contents | {"config.json": config}, "config")
 
@@ -741,8 +747,8 @@ ADAPTER_CONFIGS = [
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_hostile_adapter_config_is_refused_at_once(kind: str, key: str, value: object) -> None:
     name = "adapter_config.json"
-    config = replaced(whole(kind)[name], (key,), value)
-    assert name in outcome(kind, whole(kind) | {name: config}, "config")
+    config = replaced(undamaged(kind)[name], (key,), value)
+    assert name in outcome(kind, undamaged(kind) | {name: config}, "config")
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -782,13 +788,13 @@ TENSORS = {  # the name of a tensor, its replacement, the error message
 @pytest.mark.parametrize("what", TENSORS)
 def test_a_tensor_that_is_something_else_is_refused_by_name(what: str) -> None:
     name, tensor, complaint = TENSORS[what]
-    tensors = load(whole("nested")[W])
+    tensors = load(undamaged("nested")[W])
     if tensor is None:
         head = lora.FrozenWeight(dense().lm_head.weight.detach())
         tensors |= bnb_4bit.pack(head, "lm_head.weight")
     else:
         tensors[name] = tensor
-    contents = whole("nested") | {W: save(tensors, {"format": "pt"})}
+    contents = undamaged("nested") | {W: save(tensors, {"format": "pt"})}
     assert re.search(complaint, outcome("nested", contents, "tensor"))
 
 
@@ -797,11 +803,11 @@ def test_a_tensor_that_is_something_else_is_refused_by_name(what: str) -> None:
 def test_a_header_that_promises_more_than_there_is_or_can_be_is_damaged(
     kind: str, file: str, shape: list[int]
 ) -> None:
-    header, rest = split(whole(kind)[file])
+    header, rest = split(undamaged(kind)[file])
     entries = json.loads(header)
     entries["x"] = {"dtype": "U8", "shape": shape, "data_offsets": [len(rest), len(rest)]}
-    data = joined(json.dumps(entries).encode(), rest)
-    assert f"{file} is damaged" in outcome(kind, whole(kind) | {file: data}, "header")
+    data = assemble(json.dumps(entries).encode(), rest)
+    assert f"{file} is damaged" in outcome(kind, undamaged(kind) | {file: data}, "header")
 
 
 def state_of(model: nn.Module, optimizer: PagedAdamW) -> dict[str, tuple[list[int], bytes]]:
@@ -818,11 +824,12 @@ def state_of(model: nn.Module, optimizer: PagedAdamW) -> dict[str, tuple[list[in
 @contextmanager
 def sealed() -> Iterator[None]:
     """Makes every checksum valid, as an attacker would (test_state.py tests damaged ones)."""
-    whole, resume.checksum = resume.checksum, lambda tensors, progress: SEAL
+    checksum = state.checksum
+    state.checksum = lambda tensors, progress: SEAL
     try:
         yield
     finally:
-        resume.checksum = whole
+        state.checksum = checksum
 
 
 def resumed(data: bytes, damage: str) -> str:
@@ -830,23 +837,24 @@ def resumed(data: bytes, damage: str) -> str:
     said = ""
     model = copy.deepcopy(adapted())
     optimizer = stepped(model)
-    before, held = snapshot(model), state_of(model, optimizer)
+    before = snapshot(model)
+    held = state_of(model, optimizer)
     with tempfile.TemporaryDirectory() as name, in_time(), sealed():
         path = Path(name) / "state"
         path.write_bytes(data)
         try:
-            state = resume.read_state(path)
-            resume.require_same_settings(state, {"lr": "1"}, anyway=False)
-            resume.load_state(model, optimizer, state)
+            saved = state.read_state(path)
+            state.require_same_settings(saved, {"lr": "1"}, anyway=False)
+            state.load_state(model, optimizer, saved)
         except ValueError as error:
             said = str(error)
             assert type(error) is ValueError and str(path) in said, repr(error)
-            assert snapshot(model) == before and state_of(model, optimizer) == held, (
-                "a refused state has changed something"
-            )
+            assert snapshot(model) == before, "a refused state has changed something"
+            assert state_of(model, optimizer) == held, "a refused state has changed something"
         else:
-            assert type(state.step) is int and state.step >= 0
-            ours, theirs = state_of(model, optimizer), load(data)
+            assert type(saved.step) is int and saved.step >= 0
+            ours = state_of(model, optimizer)
+            theirs = load(data)
             theirs = {
                 name: tensor.float() if tensor.is_floating_point() else tensor
                 for name, tensor in theirs.items()
@@ -864,8 +872,8 @@ def saved_state(**entries: object) -> bytes:
     usual = {"settings": {"lr": "1"}, "step": 1, "before": [0.5, None]}
     with tempfile.TemporaryDirectory() as name, sealed():
         path = Path(name) / "state"
-        tensors = resume.state_tensors(model, stepped(model))
-        resume.write_state(tensors, **(usual | entries), path=path)
+        tensors = state.state_tensors(model, stepped(model))
+        state.write_state(tensors, **(usual | entries), path=path)
         return path.read_bytes()
 
 
@@ -893,21 +901,21 @@ def test_an_adapter_of_nothing_or_of_numbers_beyond_float32_is_refused(
 ) -> None:
     tensors = {}
     if number is not None:
-        tensors = {name: tensor.double() for name, tensor in load(whole(kind)[A]).items()}
+        tensors = {name: tensor.double() for name, tensor in load(undamaged(kind)[A]).items()}
     for tensor in tensors.values():
         tensor[0, 0] = number
-    assert outcome(kind, whole(kind) | {A: save(tensors, {"format": "pt"})}, "tensor")
+    assert outcome(kind, undamaged(kind) | {A: save(tensors, {"format": "pt"})}, "tensor")
 
 
 @pytest.mark.parametrize("kind", ["nested", "plain", *ADAPTERS])
 def test_a_bit_of_a_number_is_another_number_and_a_byte_less_is_refused(kind: str) -> None:
     """The laws above are not empty: some damage cannot be detected, and some must be."""
     name = A if kind in ADAPTERS else "model.safetensors"
-    data = whole(kind)[name]
+    data = undamaged(kind)[name]
     first = 8 + int.from_bytes(data[:8], "little")  # the lowest byte of a float32
     flipped = data[:first] + bytes([data[first] ^ 1]) + data[first + 1 :]
-    assert not outcome(kind, whole(kind) | {name: flipped}, "raw")
-    assert outcome(kind, whole(kind) | {name: data[:-1]}, "raw")
+    assert not outcome(kind, undamaged(kind) | {name: flipped}, "raw")
+    assert outcome(kind, undamaged(kind) | {name: data[:-1]}, "raw")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,4 +1,4 @@
-"""Writes are atomic; a file from a stranger is read, or refused by name."""
+"""Writes are atomic; an untrusted file is read, or refused by name."""
 
 import errno
 import json

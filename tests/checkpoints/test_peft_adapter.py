@@ -89,9 +89,8 @@ def test_peft_loads_layers_of_different_ranks_and_scalings(
     trained(ours)
     checkpoints.save_adapter(ours, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert sorted(config["rank_pattern"].values()) == [2, 2] and list(
-        config["alpha_pattern"].values()
-    ) == [3]
+    assert sorted(config["rank_pattern"].values()) == [2, 2]
+    assert list(config["alpha_pattern"].values()) == [3]
     assert_peft_computes_the_same(ours, tmp_path)
     again = checkpoints.load_adapter(base(), tmp_path)
     assert torch.equal(logits(again), logits(ours))
@@ -128,11 +127,8 @@ def test_we_load_the_adapter_of_peft_and_compute_the_same(tmp_path: Path, config
     assert_peft_computes_the_same(ours, tmp_path)
     for name, layer in peft_adapter.adapted_layers(ours).items():
         assert layer.lora_dropout == config.get("lora_dropout", 0.0)
-        assert (
-            layer.lora_A.shape[0]
-            == layer.r
-            == theirs.base_model.model.get_submodule(name).r["default"]
-        )
+        their = theirs.base_model.model.get_submodule(name)
+        assert layer.lora_A.shape[0] == layer.r == their.r["default"]
 
 
 def test_the_base_is_read_from_the_header_also_if_that_has_the_two_entries_of_older_files(
@@ -177,7 +173,7 @@ def test_a_model_without_adapters_gets_those_of_the_folder(tmp_path: Path) -> No
     assert trainable == {"lora_A", "lora_B"}
 
 
-def test_layers_whose_short_names_others_share_are_saved_by_their_whole_names(
+def test_layers_whose_short_names_others_share_are_saved_by_their_full_names(
     tmp_path: Path,
 ) -> None:
     model = attach(base(), ["layers.0.self_attn.q_proj"], r=3)
@@ -193,7 +189,7 @@ def test_adapters_that_one_config_cannot_describe_are_not_saved(tmp_path: Path) 
     assert not (tmp_path / "folder").exists()
 
 
-def test_a_weight_that_cannot_be_quantized_leaves_the_whole_model_dense(tmp_path: Path) -> None:
+def test_a_weight_that_cannot_be_quantized_leaves_the_model_dense(tmp_path: Path) -> None:
     checkpoints.save_adapter(adapted(), tmp_path)
     model = base()
     with torch.no_grad():
@@ -207,8 +203,10 @@ def test_a_weight_that_cannot_be_quantized_leaves_the_whole_model_dense(tmp_path
 
 def rewrite(folder: Path, change: str | dict) -> None:
     """Spoil an adapter folder in one of the ways that happen."""
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    tensors, settings = load_file(weights), json.loads(config.read_text())
+    weights = folder / "adapter_model.safetensors"
+    config = folder / "adapter_config.json"
+    tensors = load_file(weights)
+    settings = json.loads(config.read_text())
     if change == "no prefix":
         tensors = {
             name.removeprefix(peft_adapter.PREFIX): tensor for name, tensor in tensors.items()
@@ -293,7 +291,8 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(
     checkpoints.save_adapter(adapted(), tmp_path)
     rewrite(tmp_path, change)
     model = adapted(lora_alpha=5) if has_adapters else base()
-    before, names = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
+    before = copy.deepcopy(model.state_dict())
+    names = [name for name, _ in model.named_modules()]
     fits_a_model_without = not has_adapters and "has 4" in complaint
     with pytest.raises(ValueError, match=r"is \(4, 64\)" if fits_a_model_without else complaint):
         checkpoints.load_adapter(model, tmp_path)
@@ -304,7 +303,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(
 
 
 @pytest.mark.parametrize("pattern", ["(a|aa)(a|aa)", ".*.*.*.*x", "a{2}{3}{4}{5}", "a" * 2000, "["])
-def test_a_pattern_that_may_take_for_ever_to_match_is_none(pattern: str) -> None:
+def test_a_text_that_may_take_forever_to_match_is_no_pattern(pattern: str) -> None:
     assert not peft_adapter.is_pattern(pattern)
 
 

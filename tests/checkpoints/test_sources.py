@@ -65,9 +65,8 @@ def test_a_flipped_bit_in_the_converted_weights_is_noticed(tmp_path: Path) -> No
 def test_a_folder_that_is_there_is_taken_with_its_tokenizer(tmp_path: Path) -> None:
     folder = models.save_tiny_llama(tmp_path)
     assert sources.find_model(str(folder)) == folder
-    assert (
-        sources.load_tokenizer(folder)("order").input_ids == models.tokenizer()("order").input_ids
-    )
+    ids = sources.load_tokenizer(folder)("order").input_ids
+    assert ids == models.tokenizer()("order").input_ids
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -116,7 +115,8 @@ def test_an_unknown_model_is_refused_with_the_way_to_the_default(
 def test_the_model_is_converted_once_and_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer, tiny = models.tokenizer(), models.tiny_llama(torch.bfloat16)
+    tokenizer = models.tokenizer()
+    tiny = models.tiny_llama(torch.bfloat16)
     monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
     monkeypatch.setattr(
         sources.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny
@@ -141,17 +141,10 @@ def test_of_a_hubs_folder_no_pickle_is_fetched(
 
     def download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.append((name, local_files_only))
-        there = [
-            "model-00001-of-2.safetensors",
-            "config.json",
-            "tokenizer.model",
-            "pytorch_model.bin",
-            "code.py",
-            "x.pt",
-            "consolidated.safetensors",
-            "model.safetensors.index.json",
-            "chat_template.jinja",
-        ]
+        there = """
+            model-00001-of-2.safetensors config.json tokenizer.model pytorch_model.bin code.py x.pt
+            consolidated.safetensors model.safetensors.index.json chat_template.jinja
+        """.split()
         wanted = [
             each
             for each in there
@@ -165,7 +158,9 @@ def test_of_a_hubs_folder_no_pickle_is_fetched(
     assert sources.find_model("owner/model") == tmp_path and asked == [("owner/model", cached)]
 
 
-def test_a_download_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_breaks_off_is_an_error_of_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise OSError("the line is dead\nTraceback")
 
@@ -189,10 +184,11 @@ def test_the_package_is_looked_up_where_it_is_installed(
     assert sources._find_gguf(tmp_path / "models") == tmp_path / sources.MODULE / sources.GGUF
 
 
-def test_the_package_is_installed_once_beside_the_models(
+def test_the_package_is_installed_once_next_to_the_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gguf, commands = tmp_path / "package" / sources.MODULE / sources.GGUF, []
+    gguf = tmp_path / "package" / sources.MODULE / sources.GGUF
+    commands = []
 
     def pip(command: list[str], check: bool) -> subprocess.CompletedProcess:
         commands.append(command)

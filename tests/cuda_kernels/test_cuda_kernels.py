@@ -31,10 +31,8 @@ from helpers.strategies import (
     codes_of_2_to_16_levels,
     same_bits,
 )
-from kernels import dispatch
-from kernels import launch_cuda as launch
-from kernels.cpu import adamw as on_the_cpu
-from kernels.cpu import launch as launch_cpu
+from kernels import dispatch, launch_cuda
+from kernels.cpu import adamw, launch
 from kernels.packed_weight import flatten
 
 orders = st.integers(0, 2)
@@ -51,16 +49,16 @@ def simulated(
     names: list[str] = []
 
     def run(
-        kernel: launch.Kernel, blocks: int, device: torch.device, *arguments: Tensor | float
+        kernel: launch_cuda.Kernel, blocks: int, device: torch.device, *arguments: Tensor | float
     ) -> None:
         names.extend([kernel.function.__name__] * bool(blocks))
         warpsim.run(kernel, blocks, arguments, order)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "launch", run)
-        patch.setattr(launch, "capability", lambda device: capability)
-        patch.setattr(launch, "processors", lambda device: processors)
-        patch.setattr(dispatch, "_kernels", lambda tensor: launch)
+        patch.setattr(launch_cuda, "launch", run)
+        patch.setattr(launch_cuda, "capability", lambda device: capability)
+        patch.setattr(launch_cuda, "processors", lambda device: processors)
+        patch.setattr(dispatch, "_kernels", lambda tensor: launch_cuda)
         # With this, torch.empty gives NaN, or the largest integer.
         torch.use_deterministic_algorithms(True)
         try:
@@ -104,11 +102,9 @@ def test_codes_and_constants_are_those_of_the_reference_bit_for_bit(
     expected = nf4.quantize(weight, recipe.block_size, codebook)
     with simulated(order) as ran:
         q = dispatch.quantize(weight, recipe.block_size, codebook)
-    assert (
-        ran == ["quantize"]
-        and same_bits(q.packed, expected.packed)
-        and same_bits(q.absmax, expected.absmax)
-    )
+    assert ran == ["quantize"]
+    assert same_bits(q.packed, expected.packed)
+    assert same_bits(q.absmax, expected.absmax)
     assert (q.shape, q.dtype, q.block_size) == (expected.shape, expected.dtype, expected.block_size)
 
 
@@ -121,8 +117,8 @@ def test_what_is_not_finite_is_refused_as_the_reference_does(
         weight = random(200, dtype=dtype)
         weight[place] = bad
         with simulated():
-            told = said(lambda weight=weight: dispatch.quantize(weight))
-        assert told == said(lambda weight=weight: nf4.quantize(weight))
+            message = said(lambda weight=weight: dispatch.quantize(weight))
+        assert message == said(lambda weight=weight: nf4.quantize(weight))
 
 
 @pytest.mark.parametrize(
@@ -166,9 +162,8 @@ tensors = st.builds(
 @FEW
 @given(tensors, st.booleans(), st.sampled_from(HALF_AND_SINGLE), orders)
 @example(Recipe((1024,)), True, torch.bfloat16, 0)  # nothing left for v1
-@example(
-    Recipe((9217,), torch.bfloat16), True, torch.bfloat16, 1
-)  # a second block of v4, and one element
+# A second block of v4, and one element.
+@example(Recipe((9217,), torch.bfloat16), True, torch.bfloat16, 1)
 @example(
     Recipe((2049,), torch.float16, block_size=8, pattern="blocks of all sizes"),
     True,
@@ -200,12 +195,11 @@ def test_constants_that_are_not_finite_decode_as_the_reference_decodes_them(bad:
         expected = dense(q, broken)
         with simulated():
             decoded = dispatch.dequantize(q, None, broken)
-        assert torch.equal(decoded.isnan(), expected.isnan()) and same_bits(
-            decoded.nan_to_num(7), expected.nan_to_num(7)
-        )
+        assert torch.equal(decoded.isnan(), expected.isnan())
+        assert same_bits(decoded.nan_to_num(7), expected.nan_to_num(7))
 
 
-RUNGS: dict[str, Callable[[str], launch.Kernel]] = {
+RUNGS: dict[str, Callable[[str], launch_cuda.Kernel]] = {
     name: getattr(dequantize, name) for name in ("v1", "v2", "v3", "v4")
 }
 
@@ -218,7 +212,8 @@ def test_each_rung_of_the_ladder_has_the_same_bits(
 ) -> None:
     n = 9 * 1024  # more than a block of each
     q, constants = weight_of(Recipe((n,), dtype), True)
-    kernel, out = RUNGS[rung](launch.NAMES[dtype]), torch.full((n,), torch.nan, dtype=dtype)
+    kernel = RUNGS[rung](launch_cuda.NAMES[dtype])
+    out = torch.full((n,), torch.nan, dtype=dtype)
     rest = {
         "v1": (q.packed, out, 0, n),
         "v2": (q.packed, out, n),
@@ -229,7 +224,7 @@ def test_each_rung_of_the_ladder_has_the_same_bits(
     warpsim.run(
         kernel,
         -(-threads // kernel.threads),
-        (launch.kernel_weight(flatten(q, constants)), *rest),
+        (launch_cuda.kernel_weight(flatten(q, constants)), *rest),
         order,
     )
     assert same_bits(out, dense(q, constants))
@@ -260,13 +255,11 @@ class Product:
 
     def is_within_its_bound(self, order: int) -> bool:
         recipe = Recipe(self.shape, block_size=self.block_size, seed=self.tokens, exponent=-3)
-        (q, constants), x = (
-            weight_of(recipe, self.double),
-            random(self.tokens, self.shape[1], dtype=self.dtype),
-        )
+        q, constants = weight_of(recipe, self.double)
+        x = random(self.tokens, self.shape[1], dtype=self.dtype)
         b = random(self.shape[0], seed=1) if self.bias else None
         with simulated(order, self.capability):
-            y = launch.few_rows(x, flatten(q, constants), b)
+            y = launch_cuda.few_rows(x, flatten(q, constants), b)
         return y.dtype == self.dtype and few_rows(x, dense(q, constants, torch.float32), b).allows(
             y
         )
@@ -301,7 +294,7 @@ def test_a_product_is_within_its_bound(product: Product) -> None:
 def test_a_product_is_the_same_however_many_tiles_share_their_columns(
     groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "widest", lambda height, tiles, device: groups)
+    monkeypatch.setattr(launch_cuda, "widest", lambda height, tiles, device: groups)
     assert Product(17, (200, 640), bias=True).is_within_its_bound(0)
 
 
@@ -312,16 +305,17 @@ def test_every_weight_meets_its_own_number(order: int = 0) -> None:
     for start in range(0, 192, 64):
         x = torch.eye(192, dtype=torch.bfloat16)[start : start + 64]
         with simulated(order):
-            y = launch.few_rows(x, flatten(q, constants))
+            y = launch_cuda.few_rows(x, flatten(q, constants))
         assert few_rows(x, whole, None).allows(y)
 
 
 def test_the_same_product_has_the_same_bits_in_every_order() -> None:
-    (q, constants), x = weight_of(Recipe((40, 1088)), True), random(9, 1088, dtype=torch.bfloat16)
+    q, constants = weight_of(Recipe((40, 1088)), True)
+    x = random(9, 1088, dtype=torch.bfloat16)
     results = []
     for order in range(3):
         with simulated(order):
-            results.append(launch.few_rows(x, flatten(q, constants)))
+            results.append(launch_cuda.few_rows(x, flatten(q, constants)))
     assert all(same_bits(result, results[0]) for result in results)
 
 
@@ -341,18 +335,18 @@ def test_what_the_product_has_no_kernel_for_is_multiplied_dense(product: Product
     q, constants = weight_of(Recipe(product.shape, block_size=product.block_size), True)
     x = random(product.tokens, product.shape[1], dtype=product.dtype)
     with simulated(capability=product.capability) as ran:
-        assert launch.few_rows(x, flatten(q, constants)) is None
+        assert launch_cuda.few_rows(x, flatten(q, constants)) is None
         y = dispatch.matmul(x, q, constants)
     assert "matmul" not in ran and same_bits(y, torch.mm(x, dense(q, constants, product.dtype).T))
 
 
 def test_gradients_are_multiplied_dense_and_by_a_kernel_where_there_is_one() -> None:
-    (q, constants), g = weight_of(Recipe((128, 64)), True), random(3, 128, dtype=torch.bfloat16)
+    q, constants = weight_of(Recipe((128, 64)), True)
+    g = random(3, 128, dtype=torch.bfloat16)
     with simulated() as ran:
         dx = dispatch.matmul(g, q, constants, transposed=False)
-        assert ran == ["swapped"] and same_bits(
-            dx, torch.mm(g, dense(q, constants, torch.bfloat16))
-        )
+        assert ran == ["swapped"]
+        assert same_bits(dx, torch.mm(g, dense(q, constants, torch.bfloat16)))
         dispatch.matmul(random(3, 64, dtype=torch.bfloat16), q, constants)
         assert ran == ["swapped", "matmul"]
 
@@ -360,14 +354,11 @@ def test_gradients_are_multiplied_dense_and_by_a_kernel_where_there_is_one() -> 
 def test_wide_tiles_leave_no_processor_idle() -> None:
     with simulated(processors=100):
         device = torch.device("cpu")
-        assert [launch.widest(height, 8, device) for height in (12800, 12799, 6400, 6399, 10)] == [
-            4,
-            2,
-            2,
-            1,
-            1,
-        ]
-        assert [launch.widest(10**6, tiles, device) for tiles in (1, 2, 4, 8)] == [1, 2, 4, 4]
+        heights = (12800, 12799, 6400, 6399, 10)
+        by_height = [launch_cuda.widest(height, 8, device) for height in heights]
+        assert by_height == [4, 2, 2, 1, 1]
+        by_tiles = [launch_cuda.widest(10**6, tiles, device) for tiles in (1, 2, 4, 8)]
+        assert by_tiles == [1, 2, 4, 4]
 
 
 # AdamW
@@ -416,14 +407,12 @@ def test_an_update_has_the_bits_of_the_cpus_wherever_it_starts(
     n: int, start: int, seed: int, group: dict, order: int
 ) -> None:
     """And that of the CPU has those of paged_optim.adamw_, as test_paged_optim.py shows."""
-    param, grad, moments = (
-        special(n + start, seed)[start:],
-        special(n, seed + 1),
-        special(2 * n, seed + 2).view(2, n),
-    )
+    param = special(n + start, seed)[start:]
+    grad = special(n, seed + 1)
+    moments = special(2 * n, seed + 2).view(2, n)
     moments[1] = moments[1].abs().nan_to_num()
     expected = param.clone(), grad.clone(), moments.clone()
-    on_the_cpu.update(*[tensor.numpy() for tensor in expected], *scalars(**group))
+    adamw.update(*[tensor.numpy() for tensor in expected], *scalars(**group))
     with simulated(order) as ran:
         dispatch.adamw(param, grad, group["step"], group)(0, moments)
     assert ran == ["adamw"]
@@ -435,22 +424,18 @@ def test_an_update_has_the_bits_of_the_cpus_wherever_it_starts(
 def test_a_parameter_of_16_bits_has_no_kernel() -> None:
     group = {"betas": (0.9, 0.999), "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01}
     with simulated():
-        assert (
-            dispatch.adamw(
-                random(4, dtype=torch.bfloat16), random(4, dtype=torch.bfloat16), 1, group
-            )
-            is None
-        )
+        param = random(4, dtype=torch.bfloat16)
+        assert dispatch.adamw(param, param.clone(), 1, group) is None
 
 
-# what goes where
+# which call goes to which implementation
 
 
 def test_a_tensor_of_the_cpu_or_without_a_compiler_gets_no_kernel_of_the_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     there = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
-    assert dispatch._kernels(random(3)) is launch_cpu and dispatch._kernels(there) is launch
+    assert dispatch._kernels(random(3)) is launch and dispatch._kernels(there) is launch_cuda
     monkeypatch.setenv("QLORA_KERNELS", "reference")
     assert dispatch._kernels(there) is None
     monkeypatch.delenv("QLORA_KERNELS")
@@ -462,18 +447,14 @@ def test_a_tensor_of_the_cpu_or_without_a_compiler_gets_no_kernel_of_the_gpu(
 
 def test_a_weight_too_large_for_32_bits_has_no_kernel() -> None:
     q, _ = weight_of(Recipe((64,)), False)
-    assert (
-        launch.kernel_weight(
-            flatten(dataclasses.replace(q, shape=torch.Size((2**16, 2**16))), None)
-        )
-        is None
-    )
+    large = dataclasses.replace(q, shape=torch.Size((2**16, 2**16)))
+    assert launch_cuda.kernel_weight(flatten(large, None)) is None
 
 
 class FakeDriver:
     """Takes the place of the driver, and records its calls."""
 
-    CUresult = launch.driver.CUresult
+    CUresult = launch_cuda.driver.CUresult
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
@@ -490,7 +471,7 @@ class FakeDriver:
 @pytest.fixture
 def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     driver = FakeDriver()
-    monkeypatch.setattr(launch, "driver", driver)
+    monkeypatch.setattr(launch_cuda, "driver", driver)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=7)
@@ -504,12 +485,13 @@ def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 def test_a_launch_gives_the_driver_addresses_and_numbers_on_torchs_stream(
     fake_driver: FakeDriver,
 ) -> None:
-    kernel, device = dequantize.v1("float32"), torch.device("cuda", 1)
+    kernel = dequantize.v1("float32")
+    device = torch.device("cuda", 1)
     out = torch.empty(300)
     weight = (*[out] * 6, 2.5, 6, 8, 1)
     arguments = (weight, out, out, 0, 300)
     for _ in range(2):
-        launch.launch(kernel, 2, device, *arguments)
+        launch_cuda.launch(kernel, 2, device, *arguments)
     names = [name for name, *_ in fake_driver.calls]
     assert names.count("cuModuleLoadData") == 1 and names.count("cuLaunchKernel") == 2
     assert names.count("cuCtxPushCurrent") == names.count("cuCtxPopCurrent") == 3
@@ -529,18 +511,19 @@ def test_a_launch_gives_the_driver_addresses_and_numbers_on_torchs_stream(
     assert values == (*[out.data_ptr()] * 6, 2.5, 6, 8, 1, out.data_ptr(), out.data_ptr(), 0, 300)
     wanted = ["c_void_p"] * 6 + ["c_float"] + ["c_uint"] * 3 + ["c_void_p"] * 2 + ["c_uint"] * 2
     assert [kind.__name__ for kind in kinds] == wanted
-    launch.launch(kernel, 0, device, *arguments)
+    launch_cuda.launch(kernel, 0, device, *arguments)
     assert len(fake_driver.calls) == len(names)
-    assert launch.capability(device) == (9, 0) and launch.processors(device) == 7
+    assert launch_cuda.capability(device) == (9, 0) and launch_cuda.processors(device) == 7
 
 
 def test_a_driver_that_refuses_is_an_error(fake_driver: FakeDriver) -> None:
-    kernel, device = dequantize.v1("float32"), torch.device("cuda", 0)
+    kernel = dequantize.v1("float32")
+    device = torch.device("cuda", 0)
     fake_driver.status = FakeDriver.CUresult.CUDA_ERROR_UNSUPPORTED_PTX_VERSION
     with pytest.raises(
         RuntimeError, match="CUDA_ERROR_UNSUPPORTED_PTX_VERSION; QLORA_KERNELS=reference"
     ):
-        launch.launch(kernel, 1, device)
+        launch_cuda.launch(kernel, 1, device)
 
 
 # the simulator itself
@@ -551,7 +534,7 @@ def test_the_simulator_finds_a_thread_that_never_comes_to_the_barrier() -> None:
         if warpsim.FakeCuda().threadIdx.x < n:
             warpsim.FakeCuda.syncthreads()
 
-    kernel = launch.Kernel(guarded, (warpsim.U32,), 64)
+    kernel = launch_cuda.Kernel(guarded, (warpsim.U32,), 64)
     warpsim.run(kernel, 1, (64,))
     with pytest.raises(RuntimeError, match="never reach"):
         warpsim.run(kernel, 1, (40,))
@@ -563,7 +546,7 @@ def test_the_simulator_finds_a_loop_without_end() -> None:
             warpsim.FakeCuda.syncthreads()
 
     with pytest.raises(RuntimeError, match="never ends"):
-        warpsim.run(launch.Kernel(endless, (warpsim.U32,), 1), 1, (1,))
+        warpsim.run(launch_cuda.Kernel(endless, (warpsim.U32,), 1), 1, (1,))
 
 
 def test_the_simulator_starts_with_garbage_and_knows_bounds() -> None:

@@ -21,12 +21,11 @@ import nf4
 from helpers import warpsim
 from helpers.bounds import few_rows
 from helpers.strategies import Recipe, same_bits
-from kernels import dispatch
-from kernels import launch_cuda as launch
-from kernels.cpu import adamw as on_the_cpu
+from kernels import dispatch, launch_cuda
+from kernels.cpu import adamw
 from kernels.packed_weight import flatten
 
-FOLDER = Path(launch.__file__).parent.parent / "cuda_kernels"
+FOLDER = Path(launch_cuda.__file__).parent.parent / "cuda_kernels"
 OTHER = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
 SIGNS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 
@@ -156,7 +155,7 @@ def mutated(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def quantizes(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> bool:
-    patch.setattr(launch, "blockwise", kernels.blockwise)
+    patch.setattr(launch_cuda, "blockwise", kernels.blockwise)
     exact = torch.arange(-8, 8) / 8  # levels with exact midpoints, each of which is a tie
     ties = torch.cat([torch.ones(1), (exact[1:] + exact[:-1]) / 2])
     for weight, block_size, codebook in [
@@ -174,8 +173,8 @@ def quantizes(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> boo
 
 
 def dequantizes(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> bool:
-    patch.setattr(launch, "v1", kernels.v1)
-    patch.setattr(launch, "v4", kernels.v4)
+    patch.setattr(launch_cuda, "v1", kernels.v1)
+    patch.setattr(launch_cuda, "v4", kernels.v4)
     q, constants = weight_of(Recipe((2048,), torch.bfloat16), True)
     for rung, unit in ((kernels.v2, 2), (kernels.v3, 8)):
         out = torch.full((2048,), torch.nan, dtype=torch.bfloat16)
@@ -184,7 +183,7 @@ def dequantizes(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> b
         warpsim.run(
             kernel,
             2048 // unit // kernel.threads + 1,
-            (launch.kernel_weight(flatten(q, constants)), *rest),
+            (launch_cuda.kernel_weight(flatten(q, constants)), *rest),
             order,
         )
         if not same_bits(out, dense(q, constants)):
@@ -201,9 +200,9 @@ def dequantizes(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> b
 
 
 def multiplies(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> bool:
-    patch.setattr(launch, "tensor_core", kernels.tensor_core)
-    patch.setattr(launch, "portable", kernels.portable)
-    patch.setattr(launch, "widest", lambda height, tiles, device: min(tiles, 2))
+    patch.setattr(launch_cuda, "tensor_core", kernels.tensor_core)
+    patch.setattr(launch_cuda, "portable", kernels.portable)
+    patch.setattr(launch_cuda, "widest", lambda height, tiles, device: min(tiles, 2))
     for tokens, shape, dtype, block_size, capability in [
         (3, (9, 64), torch.float32, 32, (9, 0)),
         (4, (2, 1056), torch.float32, 32, (9, 0)),
@@ -211,25 +210,25 @@ def multiplies(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> bo
         (10, (40, 320), torch.bfloat16, 64, (9, 0)),
         (8, (32, 1088), torch.float16, 128, (8, 0)),
     ]:
-        (q, constants), x = (
-            weight_of(Recipe(shape, block_size=block_size), True),
-            random(tokens, shape[1], dtype=dtype),
-        )
+        q, constants = weight_of(Recipe(shape, block_size=block_size), True)
+        x = random(tokens, shape[1], dtype=dtype)
         bias = random(shape[0], seed=1)
         with simulated(order, capability):
-            y = launch.few_rows(x, flatten(q, constants), bias)
+            y = launch_cuda.few_rows(x, flatten(q, constants), bias)
         if not few_rows(x, dense(q, constants, torch.float32), bias).allows(y):
             return False
     return True
 
 
 def updates(kernels: ModuleType, order: int, patch: pytest.MonkeyPatch) -> bool:
-    patch.setattr(launch.optimizer, "ADAMW", kernels.ADAMW)
+    patch.setattr(launch_cuda.optimizer, "ADAMW", kernels.ADAMW)
     group = {"betas": (0.9, 0.999), "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01}
     for n in (1032, 261):
-        param, grad, moments = special(n, 1), special(n, 2), special(2 * n, 3).view(2, n).abs()
+        param = special(n, 1)
+        grad = special(n, 2)
+        moments = special(2 * n, 3).view(2, n).abs()
         expected = param.clone(), moments.clone()
-        on_the_cpu.update(
+        adamw.update(
             expected[0].numpy(), grad.numpy(), expected[1].numpy(), *scalars(step=2, **group)
         )
         with simulated(order):

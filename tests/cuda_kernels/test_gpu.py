@@ -17,7 +17,7 @@ import paged_optim
 from helpers.bounds import few_rows, in_float64, operand
 from helpers.strategies import HALF_AND_SINGLE, same_bits
 from kernels import dispatch
-from kernels.cpu import adamw as on_the_cpu
+from kernels.cpu import adamw
 from nf4 import Quantized
 
 pytestmark = pytest.mark.gpu
@@ -80,7 +80,8 @@ def test_quantizing_gives_the_bits_of_the_reference(
     shape: tuple[int, ...], dtype: torch.dtype, block_size: int
 ) -> None:
     weight = torch.randn(shape).to(dtype)
-    q, expected = dispatch.quantize(weight.to(DEVICE), block_size), nf4.quantize(weight, block_size)
+    q = dispatch.quantize(weight.to(DEVICE), block_size)
+    expected = nf4.quantize(weight, block_size)
     assert same_bits(q.packed.cpu(), expected.packed) and same_bits(q.absmax.cpu(), expected.absmax)
 
 
@@ -110,19 +111,16 @@ def test_a_product_with_few_rows_is_within_its_bound(
     q, constants = weight_of(shape)
     x = torch.randn(tokens, shape[1], dtype=dtype)
     y = dispatch.matmul(x.to(DEVICE), q, constants)
-    assert y.dtype == dtype and few_rows(x, dense(q, constants, torch.float32), None).allows(
-        y.cpu()
-    )
+    assert y.dtype == dtype
+    assert few_rows(x, dense(q, constants, torch.float32), None).allows(y.cpu())
 
 
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 def test_a_product_with_many_rows_is_within_its_bound(transposed: bool, dtype: torch.dtype) -> None:
     q, constants = weight_of((1000, 192))
-    x, weight = (
-        torch.randn(200, 192 if transposed else 1000, dtype=dtype),
-        dense(q, constants, dtype),
-    )
+    x = torch.randn(200, 192 if transposed else 1000, dtype=dtype)
+    weight = dense(q, constants, dtype)
     y = dispatch.matmul(x.to(DEVICE), q, constants, transposed)
     bound = operand(x, dtype).matmul(operand(weight.T if transposed else weight, dtype), dtype)
     assert in_float64(bound, 2 * x.shape[1]).allows(y.cpu())
@@ -130,13 +128,14 @@ def test_a_product_with_many_rows_is_within_its_bound(transposed: bool, dtype: t
 
 @pytest.mark.parametrize("n", [1, 3, 1000, 2**20, 2**20 + 1])
 def test_an_update_has_the_bits_of_the_cpus(n: int) -> None:
-    param, moments = torch.randn(n), torch.zeros(2, n)
+    param = torch.randn(n)
+    moments = torch.zeros(2, n)
     there = param.to(DEVICE), torch.full((2, n), torch.nan, device=DEVICE)
     for step in (1, 2, 3):
         grad = torch.randn(n)
         dispatch.adamw(there[0], grad.to(DEVICE), step, GROUP)(0, there[1])
         arrays = (param.numpy(), grad.numpy(), moments.numpy())
-        on_the_cpu.update(*arrays, *scalars(step, **GROUP))
+        adamw.update(*arrays, *scalars(step, **GROUP))
     assert same_bits(there[0].cpu(), param) and same_bits(there[1].cpu(), moments)
 
 
@@ -168,12 +167,11 @@ WORK: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("what", WORK)
 def test_another_stream_sees_what_was_put_on_it_before(what: str) -> None:
     """A kernel on the default stream would overtake the copy that is still to come."""
-    (q, constants), x, stream = (
-        weight_of((512, 256)),
-        torch.randn(100, 256, device=DEVICE).bfloat16(),
-        torch.cuda.Stream(),
-    )
-    expected, late = WORK[what](x, q, constants), torch.zeros_like(x)
+    q, constants = weight_of((512, 256))
+    x = torch.randn(100, 256, device=DEVICE).bfloat16()
+    stream = torch.cuda.Stream()
+    expected = WORK[what](x, q, constants)
+    late = torch.zeros_like(x)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**8)
@@ -185,7 +183,8 @@ def test_another_stream_sees_what_was_put_on_it_before(what: str) -> None:
 
 @pytest.mark.parametrize("what", WORK)
 def test_a_graph_replays_it_with_new_numbers(what: str) -> None:
-    (q, constants), x = weight_of((512, 256)), torch.randn(100, 256, device=DEVICE).bfloat16()
+    q, constants = weight_of((512, 256))
+    x = torch.randn(100, 256, device=DEVICE).bfloat16()
     WORK[what](x, q, constants)  # compiled and loaded before the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -199,7 +198,8 @@ def test_a_graph_replays_it_with_new_numbers(what: str) -> None:
 
 @pytest.mark.parametrize("what", WORK)
 def test_torch_compile_takes_it_as_it_is(what: str) -> None:
-    (q, constants), x = weight_of((512, 256)), torch.randn(100, 256, device=DEVICE).bfloat16()
+    q, constants = weight_of((512, 256))
+    x = torch.randn(100, 256, device=DEVICE).bfloat16()
     compiled = torch.compile(
         lambda x: WORK[what](x, q, constants), fullgraph=True, backend="aot_eager"
     )

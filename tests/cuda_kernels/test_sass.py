@@ -17,7 +17,7 @@ import pytest
 
 from cuda_kernels import adamw, dequantize, matmul, quantize
 from cuda_kernels.device import Kernel
-from kernels import launch_cuda as launch
+from kernels import launch_cuda
 
 TOOLS = Path(nvidia.__path__[0], "cu13", "bin")
 GENERATIONS = ["sm_80", "sm_89", "sm_90"]
@@ -89,7 +89,8 @@ def compiled(name: str, gpu: str) -> Code:
     """Compiled as launch_cuda.py does, but with the toolkit's assembler, not the driver's."""
     ptx = assembly(name, (8, 0) if gpu in GENERATIONS else (7, 5))
     with TemporaryDirectory() as folder:
-        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source = Path(folder, "kernel.ptx")
+        binary = Path(folder, "kernel.cubin")
         source.write_text(ptx)
         made = run("ptxas", "-v", f"-arch={gpu}", source, "-o", binary)
         listing = run("nvdisasm", "-c", binary)
@@ -103,7 +104,7 @@ def compiled(name: str, gpu: str) -> Code:
 
 @cache
 def assembly(name: str, generation: tuple[int, int]) -> str:
-    return launch.assembly(KERNELS[name](), generation)
+    return launch_cuda.assembly(KERNELS[name](), generation)
 
 
 def run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess:

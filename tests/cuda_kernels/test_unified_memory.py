@@ -141,10 +141,8 @@ budgets = st.one_of(st.none(), st.integers(1, 9))
 def test_on_unified_memory_bits_and_counters_are_those_of_the_file_and_nothing_is_left(
     sizes: list[int], elements: int, pages: int | None, dtype: torch.dtype
 ) -> None:
-    run, page_bytes = (
-        Run(shapes=[(1, n) for n in sizes], dtype=dtype),
-        2 * dtype.itemsize * elements,
-    )
+    run = Run(shapes=[(1, n) for n in sizes], dtype=dtype)
+    page_bytes = 2 * dtype.itemsize * elements
     settings = {
         "page_bytes": page_bytes,
         "resident_bytes": None if pages is None else pages * page_bytes,
@@ -174,7 +172,8 @@ def test_on_pinned_memory_too(sizes: list[int], elements: int, pages: int) -> No
 
 def three_pages(budget: float) -> tuple[Pager, list[Page]]:
     """Pages of 16 bytes; to be made while recording."""
-    pager, pages = Pager(budget), [Page((2, 2), torch.float32, CPU) for _ in range(3)]
+    pager = Pager(budget)
+    pages = [Page((2, 2), torch.float32, CPU) for _ in range(3)]
     pager.reserve_store(pages)
     return pager, pages
 
@@ -184,8 +183,11 @@ def test_faults_send_pages_to_the_device_and_evictions_to_the_host_in_stream_ord
         pager, (a, b, c) = three_pages(budget=32)
         for page in (a, b, a, c, b):
             pager.fetch(page, write=True)
-        device, host = (unified_memory.ON_DEVICE, CURRENT), (unified_memory.ON_HOST, CURRENT)
-        one, two, three = (0, 0), (0, 16), (0, 32)
+        device = (unified_memory.ON_DEVICE, CURRENT)
+        host = (unified_memory.ON_HOST, CURRENT)
+        one = (0, 0)
+        two = (0, 16)
+        three = (0, 32)
         assert recorder.moves == [
             (one, 16, *device),
             (two, 16, *device),
@@ -194,9 +196,8 @@ def test_faults_send_pages_to_the_device_and_evictions_to_the_host_in_stream_ord
             (one, 16, *host),
             (two, 16, *device),
         ]
-        assert recorder.advice == [
-            move[:3] for move in recorder.moves
-        ]  # each place is made the preferred one
+        # Each place is made the preferred one.
+        assert recorder.advice == [move[:3] for move in recorder.moves]
         del pager, page, a, b, c
     assert not recorder.blocks
 
@@ -229,11 +230,10 @@ def test_what_was_sent_to_the_device_and_not_back_never_exceeds_the_budget(
     )
 
 
-def test_the_next_parameter_is_asked_back_in_one_call_aside_if_all_of_it_is_resident() -> None:
+def test_the_next_parameter_is_prefetched_in_one_call_if_all_of_it_is_resident() -> None:
     with recording() as recorder:
-        params = [
-            nn.Parameter(torch.zeros(10)) for _ in range(3)
-        ]  # pages of 4, 4 and 2 elements, 80 bytes
+        # Pages of 4, 4 and 2 elements, 80 bytes.
+        params = [nn.Parameter(torch.zeros(10)) for _ in range(3)]
         optimizer = PagedAdamW(params, page_bytes=32)
         for param in params:
             param.grad = torch.ones(10)
@@ -275,7 +275,7 @@ def test_memory_is_freed_with_its_last_tensor_when_the_kernels_are_done() -> Non
         assert recorder.log == ["synchronize", "free"]
 
 
-def test_torch_is_told_address_and_size_and_copies_nothing() -> None:
+def test_torch_gets_address_and_size_and_copies_nothing() -> None:
     asked = []
     memory_tensor = unified_memory.Memory.tensor
     with recording() as recorder, pytest.MonkeyPatch.context() as patch:
@@ -433,11 +433,13 @@ def test_on_a_gpu_managed_pages_are_tensors_of_it_and_leave_with_the_optimizer()
     trained(params, optimizer)
     assert stores_of(optimizer) == {Managed}
     assert all(tensor.is_cuda for tensor in optimizer.pager.cache.values())
-    freed, free = [], unified_memory.Driver.free
+    freed = []
+    free = unified_memory.Driver.free
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unified_memory.Driver, "free", lambda self, address: freed.append(address))
         memory = unified_memory.Memory(unified_memory.driver_of(torch.device("cuda")), 2**21)
-        address, tensor = memory.address, memory.tensor()
+        address = memory.address
+        tensor = memory.tensor()
         del memory
         gc.collect()
         assert freed == [] and tensor.data_ptr() == address  # the tensor keeps what it looks at
@@ -452,25 +454,24 @@ def test_on_a_gpu_state_makes_room_for_unforeseen_activations() -> None:
     """The paper's claim: ordinary tensors evict managed pages, which return with their bits."""
     if unified_memory.driver_of(torch.device("cuda")) is None:
         pytest.skip("this GPU shares no pages with the host")
-    size = (
-        torch.cuda.mem_get_info()[0] // 4 // 8
-    )  # elements whose moments take a quarter of what is free
+    # Elements whose moments take a quarter of what is free.
+    size = torch.cuda.mem_get_info()[0] // 4 // 8
     param = nn.Parameter(torch.zeros(size, device="cuda"))
     param.grad = torch.full_like(param, 0.5)
     optimizer = PagedAdamW([param], page_bytes=2**27)
     optimizer.step()
     before = param.detach()[:: size // 1000].clone()
-    room = (
-        torch.cuda.mem_get_info()[0] + optimizer.pager.resident // 2
-    )  # half of it must be taken from the pages
+    # Half of it must be taken from the pages.
+    room = torch.cuda.mem_get_info()[0] + optimizer.pager.resident // 2
     activations = torch.ones(room, dtype=torch.uint8, device="cuda")
     assert activations[-1] == 1
     del activations
     torch.cuda.empty_cache()
     optimizer.step()
     moments = next(iter(optimizer.pager.cache.values()))
-    first, second = (1 - 0.9) * 0.5, (1 - 0.999) * 0.25
+    first = (1 - 0.9) * 0.5
+    second = (1 - 0.999) * 0.25
     assert (param.detach()[:: size // 1000] < before).all()
-    assert (moments[0] > first).all() and (
-        moments[1] > second
-    ).all()  # two steps' worth: the first was not lost
+    # Both are of two steps: the first step was not lost.
+    assert (moments[0] > first).all()
+    assert (moments[1] > second).all()

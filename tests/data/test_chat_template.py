@@ -1,4 +1,4 @@
-"""In the loss is each answer with its end and no other token, for any template and any text."""
+"""The loss covers each answer with its end and no other token, for any template and text."""
 
 import copy
 import re
@@ -191,10 +191,8 @@ def test_a_template_without_system_messages_drops_ours_but_no_other_turn(
 ) -> None:
     strict = chat_template.Template(with_template(tokenizer, STRICT))
     [found] = strict.encode_conversation(rows.pair_turns("a", " b "))
-    assert (
-        tokenizer.decode(found.ids)
-        == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>"
-    )
+    text = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>"
+    assert tokenizer.decode(found.ids) == text
     assert found.ids[: found.n_prompt] == strict.encode_prompt("a")
     with pytest.raises(
         rows.BadRow, match="^the chat template of .*SmolLM2.* refuses it .turns alternate"
@@ -247,7 +245,8 @@ def test_without_a_template_a_tokenizer_that_adds_bos_adds_it_once(
 ) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    plain, begin = with_template(tokenizer, None), ("<|endoftext|>", 0)
+    plain = with_template(tokenizer, None)
+    begin = ("<|endoftext|>", 0)
     plain.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[begin]
     )
@@ -257,9 +256,8 @@ def test_without_a_template_a_tokenizer_that_adds_bos_adds_it_once(
     assert plain.decode(found.ids) == "<|endoftext|>a\nb<|im_end|>c\nd<|im_end|>"
     assert made.encode_prompt("a") == found.ids[: found.n_prompt]
     document = made.encode_document("e")
-    assert (
-        plain.decode(document.ids) == "<|endoftext|>e<|im_end|>" and document.labels == document.ids
-    )
+    assert plain.decode(document.ids) == "<|endoftext|>e<|im_end|>"
+    assert document.labels == document.ids
     plain.chat_template = MARKED
     assert chat_template.Template(plain).encode_prompt("a")[0] != 0, "a template writes BOS itself"
 
@@ -269,10 +267,8 @@ def test_a_sequence_is_shown_with_its_loss_marked_and_without_control_characters
 ) -> None:
     turns = turns_of([("a\x1b[2J\n", "日b", True), ("c", "d", True)])
     [found] = chat_template.Template(with_template(tokenizer, TIGHT)).encode_conversation(turns)
-    assert (
-        chat_template.show_example(found, tokenizer, colour=False)
-        == "a\\x1b[2J\n⟦日b<|im_end|>⟧c⟦d<|im_end|>⟧"
-    )
+    shown = chat_template.show_example(found, tokenizer, colour=False)
+    assert shown == "a\\x1b[2J\n⟦日b<|im_end|>⟧c⟦d<|im_end|>⟧"
     coloured = chat_template.show_example(found, tokenizer, colour=True)
     assert re.findall("\033\\[32m(.*?)\033\\[0m", coloured) == ["日b<|im_end|>", "d<|im_end|>"]
     assert re.findall("\033\\[2m(.*?)\033\\[0m", coloured, re.DOTALL) == ["a\\x1b[2J\n", "c"]

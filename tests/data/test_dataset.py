@@ -39,11 +39,9 @@ def test_generated_tasks_follow_from_the_seed_and_train_on_no_prompt_that_is_hel
 
 def test_unseen_phrasings_do_not_occur_in_training() -> None:
     train, test, unseen = toy_tasks.orders(random.Random(0))
-    assert (
-        len(toy_tasks.PHRASINGS) >= 12
-        and len(toy_tasks.UNSEEN_PHRASINGS) == 4
-        and len(unseen) == 50
-    )
+    assert len(toy_tasks.PHRASINGS) >= 12
+    assert len(toy_tasks.UNSEEN_PHRASINGS) == 4
+    assert len(unseen) == 50
 
     def phrasing_of(prompt: str) -> list[str]:
         sentence = prompt.removeprefix("Extract the order as JSON: ")
@@ -124,9 +122,8 @@ def test_text_is_cut_into_sequences_whose_tokens_are_all_in_the_loss(
         "a last single token has no label"
     )
     batch = dataset.collate(task.train[:2], 0)
-    assert torch.equal(batch.labels, batch.input_ids) and batch.n_labels == 2 * 63, (
-        "the first token of each is not predicted"
-    )
+    assert torch.equal(batch.labels, batch.input_ids)
+    assert batch.n_labels == 2 * 63, "the first token of each is not predicted"
 
 
 def test_the_pages_of_help_are_a_data_set(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -222,12 +219,11 @@ def test_training_on_prompts_changes_the_training_labels_and_not_the_held_out_on
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path, [{"prompt": str(i), "completion": "b"} for i in range(20)])
-    plain, whole = (
-        dataset.load_task(path, tokenizer, 256, 0, train_on_prompt)
-        for train_on_prompt in (False, True)
-    )
-    assert whole.test == plain.test and [e.ids for e in whole.train] == [e.ids for e in plain.train]
-    assert all(example.labels == example.ids for example in whole.train)
+    plain = dataset.load_task(path, tokenizer, 256, 0, train_on_prompt=False)
+    on_prompt = dataset.load_task(path, tokenizer, 256, 0, train_on_prompt=True)
+    assert on_prompt.test == plain.test
+    assert [e.ids for e in on_prompt.train] == [e.ids for e in plain.train]
+    assert all(example.labels == example.ids for example in on_prompt.train)
     assert not any(example.labels == example.ids for example in plain.train)
 
 
@@ -270,11 +266,9 @@ def test_long_rows_are_counted_with_their_lines_and_cut_or_dropped(
         for line, row in ((2, cut), (3, dropped))
     }
     said = capsys.readouterr().out
-    assert (
-        "3 of 5 rows of" in said
-        and "exceed --max-seq-len 24" in said
-        and "and 1 sequences with no answer left are dropped" in said
-    )
+    assert "3 of 5 rows of" in said
+    assert "exceed --max-seq-len 24" in said
+    assert "and 1 sequences with no answer left are dropped" in said
     assert said.endswith(
         f"dropped: {path}:2 has {whole[2]}, {path}:3 has {whole[3]}, {path}:4 has 51\n"
     )
@@ -376,7 +370,8 @@ def rows_of(lengths: list[int]) -> list[dataset.Example]:
 def test_by_length_an_epoch_has_each_example_once_and_a_step_depends_on_no_other(
     lengths: list[int], batch_size: int, count: int, seed: int, epoch: int
 ) -> None:
-    rows, step_size = rows_of(lengths), batch_size * count
+    rows = rows_of(lengths)
+    step_size = batch_size * count
     steps = range(epoch * len(rows) // step_size, -(-(epoch + 1) * len(rows) // step_size))
 
     def seen(by_length: bool) -> list[dataset.Batch]:
@@ -386,9 +381,8 @@ def test_by_length_an_epoch_has_each_example_once_and_a_step_depends_on_no_other
             for batch in dataset.batches_of_step(rows, step, batch_size, count, seed, 2, by_length)
         ]
 
-    again = dataset.batches_of_step(
-        rows, steps[-1], batch_size, count, seed, 2, True
-    )  # as a resumed run would
+    # As a resumed run would.
+    again = dataset.batches_of_step(rows, steps[-1], batch_size, count, seed, 2, True)
     assert all(
         torch.equal(one.input_ids, other.input_ids)
         for one, other in zip(again, seen(True)[-count:])

@@ -14,7 +14,7 @@ from data import dataset, packing
 from helpers import bounds, models
 from helpers.bounds import Bounded
 from helpers.mutants import mutated
-from training import loss_and_eval as evaluate
+from training import loss_and_eval
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=30)
 SMALL = {
@@ -119,7 +119,8 @@ class Rotations(torch.nn.Module):
     def __init__(self, inv_freq: Tensor) -> None:
         super().__init__()
         angles = torch.arange(64)[:, None] * inv_freq.double().repeat(2)  # (places, head_dim)
-        self.cos, self.sin = angles.cos(), angles.sin()
+        self.cos = angles.cos()
+        self.sin = angles.sin()
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.cos[position_ids], self.sin[position_ids]
@@ -127,12 +128,12 @@ class Rotations(torch.nn.Module):
 
 def llama(model: LlamaForCausalLM, ids: list[int]) -> Bounded:
     """The logits of one document, (T, vocabulary), by the formulas, with an error bound."""
-    config, weights, dtype = model.config, model.state_dict(), torch.float64
+    config = model.config
+    weights = model.state_dict()
+    dtype = torch.float64
     rotations = model.model.rotary_emb(None, torch.arange(len(ids)))
-    heads, per_group = (
-        config.num_attention_heads,
-        config.num_attention_heads // config.num_key_value_heads,
-    )
+    heads = config.num_attention_heads
+    per_group = config.num_attention_heads // config.num_key_value_heads
     width, eps = config.head_dim, config.rms_norm_eps
     unseen = torch.full((len(ids), len(ids)), -torch.inf, dtype=torch.float64).triu(1)
 
@@ -198,7 +199,8 @@ def exact_llama() -> LlamaForCausalLM:
 
 @torch.no_grad()
 def test_the_logits_of_a_packed_document_are_those_of_the_document_alone() -> None:
-    model, documents = exact_llama(), [[5, 6, 7, 8, 9, 10, 11], [5, 90, 91], [92], [6, 7, 8, 93]]
+    model = exact_llama()
+    documents = [[5, 6, 7, 8, 9, 10, 11], [5, 90, 91], [92], [6, 7, 8, 93]]
     packs = packing.pack([dataset.Example(ids, ids) for ids in documents], 20)
     batch = dataset.collate([*packs, dataset.Example([1, 2], [1, 2])], pad_id=2)
     in_order = sorted(documents, key=len, reverse=True)
@@ -219,15 +221,16 @@ def test_the_logits_of_a_packed_document_are_those_of_the_document_alone() -> No
 
 @torch.no_grad()
 def test_the_loss_of_a_pack_is_the_sum_of_the_losses_of_its_documents() -> None:
-    model, documents = exact_llama(), [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
+    model = exact_llama()
+    documents = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
     examples = [dataset.Example(ids, [dataset.IGNORE_INDEX, *ids[1:]]) for ids in documents]
     alone = [
-        evaluate.label_loss(model, dataset.collate([example], 2), torch.float32).item()
+        loss_and_eval.label_loss(model, dataset.collate([example], 2), torch.float32).item()
         for example in examples
     ]
     batch = dataset.collate(packing.pack(examples, 12), 2)
     assert len(batch.input_ids) == 1 and batch.n_labels == 4 - 1 + 3 - 1 + 5 - 1
-    together = evaluate.label_loss(model, batch, torch.float32).item()
+    together = loss_and_eval.label_loss(model, batch, torch.float32).item()
     # A loss is log sum exp l - l. A logit has its error twice: once alone and once packed.
     logits = [2 * llama(model, ids).error.amax(1)[:-1] for ids in documents]
     rounding = bounds.gamma(256 + 8 + batch.n_labels, torch.float64) * 2 * sum(alone)
@@ -240,7 +243,9 @@ def test_the_bounds_of_the_parts_of_a_transformer_are_reached() -> None:
     def off(x: Tensor, error: float) -> Bounded:
         return Bounded(x, torch.full_like(x, error))
 
-    one, many, dtype = torch.tensor(1.0, dtype=torch.float64), 10**4, torch.float64
+    one = torch.tensor(1.0, dtype=torch.float64)
+    many = 10**4
+    dtype = torch.float64
     worst = torch.where(torch.arange(many) == 0, one, -one)  # the first up, all others down
     e = 2.0**-20
     assert bounds.is_tight(
@@ -263,10 +268,8 @@ def test_the_bounds_of_the_parts_of_a_transformer_are_reached() -> None:
 @pytest.mark.parametrize(
     "old, new",
     [
-        (
-            "labels += [IGNORE_INDEX, *example.labels[1:]]",
-            "labels += example.labels",
-        ),  # one example predicts the next
+        # One example predicts the next.
+        ("labels += [IGNORE_INDEX, *example.labels[1:]]", "labels += example.labels"),
         ("starts.append(len(ids))", "starts.append(0)"),
         ("(room - n, index)", "(room, index)"),
         ("packs[index].append(example)", "packs[-1].append(example)"),

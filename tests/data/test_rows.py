@@ -22,24 +22,10 @@ JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=8,
 )
-KEYS = [
-    "messages",
-    "conversations",
-    "prompt",
-    "completion",
-    "question",
-    "answer",
-    "instruction",
-    "input",
-    "output",
-    "text",
-    "system",
-    "role",
-    "content",
-    "from",
-    "value",
-    "weight",
-]
+KEYS = """
+    messages conversations prompt completion question answer instruction input output text system
+    role content from value weight
+""".split()
 LIKELY = st.recursive(
     JSON | st.sampled_from(["user", "assistant", "gpt", "human", "system"]),
     lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(KEYS), inner),
@@ -71,10 +57,8 @@ def test_every_format_gives_the_same_turns(question: str, answer: str, more: str
     assert row_of({"instruction": question, "output": answer}).turns == asked
     assert row_of({"instruction": question, "input": "", "output": answer}).turns == asked
     whole = f"{question}\n\n{more}" if more else question
-    assert (
-        row_of({"instruction": question, "input": more, "output": answer}).turns[1]["content"]
-        == whole
-    )
+    row = row_of({"instruction": question, "input": more, "output": answer})
+    assert row.turns[1]["content"] == whole
     assert row_of({"messages": chat(question, answer)}).turns == chat(question, answer)
     sharegpt = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     assert row_of({"conversations": sharegpt, "id": 7}).turns == chat(question, answer)
@@ -174,9 +158,8 @@ def check_faults(folder: Path, module: ModuleType = rows) -> None:
     path.write_text("".join(f"{good}\n{text}\n" for text in bad))
     found = module.read_file(path)
     assert [row.where for row in found] == [f"{path}:{line}" for line in range(1, 2 * len(bad) + 1)]
-    assert not any(row.fault for row in found[::2]) and all(
-        row.turns[1:] == chat("a", "b") for row in found[::2]
-    )
+    assert not any(row.fault for row in found[::2])
+    assert all(row.turns[1:] == chat("a", "b") for row in found[::2])
     for row, reason in zip(found[1::2], bad.values()):
         assert reason in row.fault or reason == "not JSON" and "recursion" in row.fault, row.fault
 
@@ -206,11 +189,9 @@ def test_a_broken_list_is_a_bad_row_at_its_syntax_error(
     path = tmp_path / "rows.json"
     path.write_text(text)
     [*good, bad] = rows.read_file(path)
-    assert (
-        not any(row.fault for row in good)
-        and bad.where == f"{path}:{where}"
-        and re.search(reason, bad.fault)
-    ), bad
+    assert not any(row.fault for row in good), bad
+    assert bad.where == f"{path}:{where}", bad
+    assert re.search(reason, bad.fault), bad
 
 
 @given(JSON | LIKELY)
@@ -241,9 +222,8 @@ def test_all_faults_are_counted_and_the_first_twenty_shown() -> None:
     faults = [f"my.jsonl:{line}: bad" for line in range(1, 31)]
     with pytest.raises(ValueError) as error:
         rows.raise_if_any(faults, 99, "my.jsonl")
-    assert str(error.value).split("\n  ")[1:] == [*faults[:20], "..."] and "30 of 99 rows" in str(
-        error.value
-    )
+    assert str(error.value).split("\n  ")[1:] == [*faults[:20], "..."]
+    assert "30 of 99 rows" in str(error.value)
 
 
 def test_a_hub_data_set_is_read_if_the_library_is_installed(
@@ -282,10 +262,8 @@ def check_rows(folder: Path, module: ModuleType) -> None:
     sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     assert row_of({"conversations": sharegpt, "system": "s"}, module).turns[0]["content"] == "s"
     assert row_of({"conversations": sharegpt}, module).turns == chat("a", "b")
-    assert (
-        row_of({"instruction": "a", "input": "b", "output": "c"}, module).turns[1]["content"]
-        == "a\n\nb"
-    )
+    row = row_of({"instruction": "a", "input": "b", "output": "c"}, module)
+    assert row.turns[1]["content"] == "a\n\nb"
     assert row_of({"instruction": "a", "output": "c", "text": "d"}, module).turns
     assert not module.is_in_loss(
         row_of({"messages": chat("a", "b", "c", "d", weights={1: 0})}, module).turns[1]

@@ -115,7 +115,8 @@ def requantizing_is_safe(absmax: Tensor, codebook: Tensor, dtype: torch.dtype) -
     absmax is close to the subnormal numbers, or the format is too coarse for the code. A block of
     zeros decodes to zeros.
     """
-    a, levels = absmax.double()[:, None], codebook.double()
+    a = absmax.double()[:, None]
+    levels = codebook.double()
     gaps = levels[1:] - levels[:-1]
     inf = torch.full((1,), math.inf, dtype=torch.float64)
     room = torch.minimum(torch.cat([inf, gaps]), torch.cat([gaps, inf])) / 2  # (levels,)

@@ -70,27 +70,11 @@ def from_bits(word: int) -> float:
 # levels
 
 
-NF4 = [
-    from_bits(word)
-    for word in (
-        0xBF800000,
-        0xBF3239B1,
-        0xBF066B30,
-        0xBECA32A0,
-        0xBE91A24D,
-        0xBE3D353F,
-        0xBDBA7871,
-        0x00000000,
-        0x3DA2FAFF,
-        0x3E24CAE3,
-        0x3E7C04DD,
-        0x3EAD033A,
-        0x3EE1A4B8,
-        0x3F1007AB,
-        0x3F3913B3,
-        0x3F800000,
-    )
-]
+NF4_BITS = """
+    BF800000 BF3239B1 BF066B30 BECA32A0 BE91A24D BE3D353F BDBA7871 00000000
+    3DA2FAFF 3E24CAE3 3E7C04DD 3EAD033A 3EE1A4B8 3F1007AB 3F3913B3 3F800000
+""".split()
+NF4 = [from_bits(int(word, 16)) for word in NF4_BITS]
 
 # By code, in twelfths. Code 8 is minus zero; its level in the table of bitsandbytes is 0.
 FP4 = [
@@ -349,7 +333,9 @@ def adamw(
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2, with
     the decay multiplied by the learning rate as in torch.optim.AdamW.
     """
-    new_param, new_exp_avg, new_exp_avg_sq = [], [], []
+    new_param = []
+    new_exp_avg = []
+    new_exp_avg_sq = []
     for p, g, m, v in zip(param, grad, exp_avg, exp_avg_sq):
         p = p - lr * weight_decay * p
         m = m + (1 - beta1) * (g - m)

@@ -126,7 +126,10 @@ def largest_difference(alone: Path, folder: Path) -> float:
 def moments(root: Path, count: int) -> dict[str, object]:
     """One of two processes is killed; then 1 or 2 resume, either way, until the run ends."""
     draw = random.Random(0)
-    kills, stuck, messages, number = 0, 0, 0, 0
+    kills = 0
+    stuck = 0
+    messages = 0
+    number = 0
     different = []
     whole = root / "whole"
     began = time.monotonic()
@@ -159,7 +162,7 @@ def moments(root: Path, count: int) -> dict[str, object]:
 
 
 def apart(root: Path) -> dict[str, tuple[list[int | None], str]]:
-    """How the processes ended after each mishap, and everything that they printed."""
+    """How the processes ended after each failure, and everything that they printed."""
 
     def other_rows(rank: int) -> None:
         if rank == 1:
@@ -180,7 +183,8 @@ def apart(root: Path) -> dict[str, tuple[list[int | None], str]]:
             killed.disturb_operation(12, killed.fail_like_a_full_disk, root / "seen")
 
     def one_is_asked_to_stop(rank: int) -> None:
-        real, steps = train.train_step, []
+        real = train.train_step
+        steps = []
 
         def step(*args: object) -> tuple[float, float]:
             steps.append(1)

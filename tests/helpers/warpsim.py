@@ -33,13 +33,18 @@ THE_WARP, THE_BLOCK = "its warp", "its block"
 class Thread(greenlet.greenlet):
     """One thread: its index, what it waits for, and what it gets when the wait is over."""
 
-    waits_for, brings, gets, shared = None, None, None, 0
+    waits_for = None
+    brings = None
+    gets = None
+    shared = 0
 
     def __init__(
         self, function: Callable, block: int, index: int, arrays: list[np.ndarray]
     ) -> None:
         super().__init__(function)
-        self.block, self.index, self.arrays = block, index, arrays
+        self.block = block
+        self.index = index
+        self.arrays = arrays
         self.gr_context = copy_context()  # where NumPy keeps its warning state
 
     def wait(self, for_whom: str, value: object = None) -> list:

@@ -35,11 +35,12 @@ from helpers.strategies import (
 )
 from kernels.cpu import decode, fused, quantize
 
+# The types as the kernels see them.
 KINDS = {
     torch.float32: np.float32,
     torch.bfloat16: np.uint16,
     torch.float16: np.int16,
-}  # as the kernels see them
+}
 EDGE = 3  # elements before and after each result that no kernel may touch
 LARGEST = torch.finfo(torch.float32).max
 # Their constants decode to more than float16's largest number, and to less than 0:
@@ -68,7 +69,7 @@ def look_up_in_python(
     at: int,
     groups: int,
 ) -> None:
-    """What look_up_avx512 promises to be."""
+    """What look_up_avx512 must compute."""
     DECODE["in Python"].look_up(
         packed, byte, levels, scale, out, at, groups, np.empty(16, out.dtype)
     )
@@ -84,7 +85,7 @@ def code_in_python(
     byte: int,
     groups: int,
 ) -> None:
-    """What code_avx512 promises to be."""
+    """What code_avx512 must compute."""
     for i in range(8 * groups):
         high, low = (
             QUANTIZE["in Python"]._code(flat[start + k] * power * reciprocal, midpoints)
@@ -105,7 +106,7 @@ def elements_in_python(
 
 
 def dots_in_python(tokens: int) -> Callable[..., None]:
-    """What dots_1 and dots_4 promise to be."""
+    """What dots_1 and dots_4 must compute."""
 
     def dots(
         packed: np.ndarray,
@@ -134,7 +135,7 @@ def dots_in_python(tokens: int) -> Callable[..., None]:
 
 
 def add_in_python(tokens: int) -> Callable[..., None]:
-    """What add_1 and add_4 promise to be."""
+    """What add_1 and add_4 must compute."""
 
     def add(
         packed: np.ndarray,
@@ -166,7 +167,7 @@ def add_in_python(tokens: int) -> Callable[..., None]:
 QUANTIZE = {"compiled": quantize, "in Python": in_python(quantize)}
 DECODE = {"compiled": decode, "in Python": in_python(decode)}
 FUSED = {"compiled": fused, "in Python": in_python(fused)}
-# They are made of instructions, and Python has none to run
+# They are machine instructions, which Python cannot run
 DECODE["in Python"].look_up_avx512 = look_up_in_python
 QUANTIZE["in Python"].code_avx512 = code_in_python
 for tokens_ in (1, 4):
@@ -185,9 +186,10 @@ HOW = [
     pytest.param("compiled", True, id="compiled, AVX-512", marks=WITH_AVX512),
 ]
 TARGETS = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=WITH_FLOAT16)]
+# NumPy raises these where a kernel runs in Python.
 pytestmark = pytest.mark.filterwarnings(
     r"ignore:(overflow|invalid value) encountered:RuntimeWarning"
-)  # in Python, by NumPy
+)
 
 
 class Framed:
@@ -210,7 +212,8 @@ def weight_of(
     """A weight as decode.py documents it."""
     levels = np.zeros(16, np.float32)
     levels[: q.codebook.numel()] = q.codebook.numpy()
-    packed, shift = q.packed.numpy().reshape(-1), int(q.block_size).bit_length() - 1
+    packed = q.packed.numpy().reshape(-1)
+    shift = int(q.block_size).bit_length() - 1
     largest = np.float32(min(torch.finfo(q.dtype).max, LARGEST))
     if constants is None:
         return (
@@ -280,7 +283,9 @@ def blockwise(
     midpoints[: codebook.numel() - 1] = ((codebook[1:] + codebook[:-1]) / 2).numpy()
     packed = Framed(flat.numel() if wide else -(-flat.numel() // 2), np.uint8)
     absmax = Framed(-(-flat.numel() // block_size), np.float32)
-    numbers, constants, shift = flat.numpy(), absmax.inside, block_size.bit_length() - 1
+    numbers = flat.numpy()
+    constants = absmax.inside
+    shift = block_size.bit_length() - 1
     results = packed.inside, constants, constants.view(np.uint32)
     if wide:
         QUANTIZE[how].quantize_wide(numbers, numbers.view(np.uint32), midpoints, shift, *results)
@@ -336,9 +341,8 @@ def test_the_constant_of_a_block_is_finite_if_its_numbers_are(
     block_size8=st.sampled_from([2, 256]),
 )
 @example(cut=Cut(), codebook=nf4.NF4, block_size8=256)
-@example(
-    cut=Cut(double_quant=False, start=1, rows=69, cols=32), codebook=nf4.NF4, block_size8=256
-)  # narrow, and odd
+# A narrow, odd window.
+@example(cut=Cut(double_quant=False, start=1, rows=69, cols=32), codebook=nf4.NF4, block_size8=256)
 @example(cut=Cut(ABOVE, True, 0, 99, 7, 99), codebook=nf4.NF4, block_size8=256)
 @example(cut=Cut(BELOW, True, 1, 99, 6, 98), codebook=nf4.NF4, block_size8=256)
 def test_any_window_of_a_weight_has_the_bits_of_the_reference(
@@ -374,7 +378,8 @@ def near_the_edges_of_rounding(dtype: torch.dtype) -> np.ndarray:
 
 def is_rounded(numbers: np.ndarray, results: np.ndarray, dtype: torch.dtype) -> bool:
     """Bit for bit as torch rounds, but for the bits of a NaN, of which there are many."""
-    expected, given = torch.from_numpy(numbers).to(dtype), torch.from_numpy(results).view(dtype)
+    expected = torch.from_numpy(numbers).to(dtype)
+    given = torch.from_numpy(results).view(dtype)
     nan = torch.from_numpy(numbers).isnan()
     return bool(given[nan].isnan().all()) and same_bits(given[~nan], expected[~nan])
 
@@ -387,8 +392,10 @@ def test_the_compiled_kernels_round_as_torch_does(
 ) -> None:
     """One block for each number: 1 times it."""
     numbers = near_the_edges_of_rounding(dtype)
-    packed, levels = np.zeros(numbers.size * block_size // 2, np.uint8), np.ones(16, np.float32)
-    shift, none = block_size.bit_length() - 1, np.empty(0, np.uint8)
+    packed = np.zeros(numbers.size * block_size // 2, np.uint8)
+    levels = np.ones(16, np.float32)
+    shift = block_size.bit_length() - 1
+    none = np.empty(0, np.uint8)
     weight = packed, levels, numbers, none, levels, np.float32(0), np.float32(0), shift, 0, avx512
     out = np.empty((numbers.size, block_size), KINDS[dtype])
     decode.decode(weight, 0, block_size, numbers.size, block_size, out.reshape(-1))
@@ -398,7 +405,8 @@ def test_the_compiled_kernels_round_as_torch_does(
 
 @pytest.mark.parametrize("dtype", TARGETS[1:])
 def test_in_python_numbers_are_rounded_as_torch_does(dtype: torch.dtype) -> None:
-    numbers, out = near_the_edges_of_rounding(dtype), np.empty(0, KINDS[dtype])
+    numbers = near_the_edges_of_rounding(dtype)
+    out = np.empty(0, KINDS[dtype])
     results = np.array([decode.cast(number, out) for number in numbers], KINDS[dtype])
     assert is_rounded(numbers, results, dtype)
 
@@ -488,19 +496,17 @@ class Fused:
         height, width = shape = 2 * self.rows, self.blocks * self.block_size
         recipe = Recipe(shape, block_size=self.block_size, exponent=-3, seed=self.seed)
         q, constants, absmax = frozen(recipe, self.double_quant)
-        at_once, weight = 1 if self.tokens == 1 else 4, weight_of(q, constants, True)
+        at_once = 1 if self.tokens == 1 else 4
+        weight = weight_of(q, constants, True)
         assert fused.takes(weight, height, width)
         x = Recipe((self.tokens, width if self.transposed else height), seed=self.seed + 1).tensor()
         padded = torch.nn.functional.pad(x, (0, 0, 0, -self.tokens % at_once)).reshape(
             -1, at_once, x.shape[1]
         )
         if self.transposed:
-            given = torch.stack(
-                [padded[..., 0::2], padded[..., 1::2]], 2
-            )  # (n, at_once, 2, width / 2)
-            given = (
-                given.unflatten(3, (-1, 16)).permute(0, 3, 1, 2, 4).flatten()
-            )  # (n, width / 32, at_once, 2, 16)
+            given = torch.stack([padded[..., 0::2], padded[..., 1::2]], 2)
+            given = given.unflatten(3, (-1, 16))  # (n, at_once, 2, width / 32, 16)
+            given = given.permute(0, 3, 1, 2, 4).flatten()  # (n, width / 32, at_once, 2, 16)
             y = Framed(self.tokens * height, np.float32)
             FUSED[how].multiply(
                 weight, width, given.numpy(), at_once, y.inside.reshape(self.tokens, height)
@@ -584,9 +590,12 @@ def test_other_shapes_and_processors_are_not_taken() -> None:
 def shared_by_threads(run: str, avx512: bool) -> Callable[[], bytes]:
     """A kernel with work for many threads: each call does it, and gives the result."""
     recipe = Recipe((640, 1024), block_size=1024)
-    flat, (q, constants, _) = recipe.tensor().flatten(), frozen(recipe, True)
-    weight, x = weight_of(q, constants, avx512), Recipe((4, 1024)).tensor().flatten().numpy()
-    y, out = np.empty((4, 640), np.float32), np.empty(655360, np.uint16)
+    flat = recipe.tensor().flatten()
+    q, constants, _ = frozen(recipe, True)
+    weight = weight_of(q, constants, avx512)
+    x = Recipe((4, 1024)).tensor().flatten().numpy()
+    y = np.empty((4, 640), np.float32)
+    out = np.empty(655360, np.uint16)
 
     def call() -> bytes:
         if run.startswith("quantize"):
@@ -618,9 +627,9 @@ def shared_by_threads(run: str, avx512: bool) -> Callable[[], bytes]:
     "run", ["quantize", "quantize_wide", "decode", "multiply", "multiply_back"]
 )
 def test_two_threads_give_the_bits_of_one(run: str, avx512: bool, threads: None) -> None:
-    """Again and again, so that they meet in every way."""
+    """Many times, so that the threads run in many orders."""
     if run.startswith("multiply") and not avx512:
-        return  # there are none
+        return  # there is no such kernel
     call = shared_by_threads(run, avx512)
     numba.set_num_threads(1)
     alone = call()

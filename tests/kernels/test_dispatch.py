@@ -48,9 +48,10 @@ KERNELS = [
     (launch.blockwise, "quantize"),
     (launch.blockwise, "quantize_wide"),
 ]
+# NumPy raises these where a kernel runs in Python.
 pytestmark = pytest.mark.filterwarnings(
     r"ignore:(overflow|invalid value) encountered:RuntimeWarning"
-)  # in Python, by NumPy
+)
 
 
 def weight_of(
@@ -78,13 +79,16 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that have been called."""
     names: list[str] = []
+
+    def recording(name: str, kernel: Callable[..., None]) -> Callable[..., None]:
+        def record_and_run(*args: object) -> None:
+            names.append(name)
+            kernel(*args)
+
+        return record_and_run
+
     for module, name in KERNELS:
-        kernel = getattr(module, name)
-        monkeypatch.setattr(
-            module,
-            name,
-            lambda *args, kernel=kernel, name=name: (names.append(name), kernel(*args)),
-        )
+        monkeypatch.setattr(module, name, recording(name, getattr(module, name)))
     return names
 
 
@@ -116,7 +120,7 @@ def said(run: Callable[[], object]) -> str:
 
 @pytest.mark.parametrize("kernels", ["", "reference"])
 def test_numba_is_imported_when_the_first_kernel_runs(kernels: str) -> None:
-    """In a process of its own; never, where the reference is asked for."""
+    """In a new process; with QLORA_KERNELS=reference it is never imported."""
     code = """if True:
         import sys, torch
         from kernels import dispatch
@@ -168,14 +172,11 @@ def test_a_weight_of_odd_shape_is_multiplied_by_windows(calls: list[str]) -> Non
 
 def test_an_8_bit_code_is_quantized_by_its_kernel(calls: list[str]) -> None:
     absmax = random(1000).abs()
-    constants, expected = (
-        double_quant.quantize(absmax, quantizer=dispatch.quantize),
-        double_quant.quantize(absmax),
-    )
+    constants = double_quant.quantize(absmax, quantizer=dispatch.quantize)
+    expected = double_quant.quantize(absmax)
     assert calls == ["quantize_wide"]
-    assert same_bits(constants.codes, expected.codes) and same_bits(
-        constants.absmax, expected.absmax
-    )
+    assert same_bits(constants.codes, expected.codes)
+    assert same_bits(constants.absmax, expected.absmax)
     assert same_bits(constants.offset, expected.offset)
 
 
@@ -183,11 +184,12 @@ def test_the_environment_can_ask_for_the_reference(
     monkeypatch: pytest.MonkeyPatch, no_kernels: None
 ) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "reference")
-    weight, x, g = random(33, 70), random(5, 70, seed=1), random(5, 33, seed=2)
+    weight = random(33, 70)
+    x = random(5, 70, seed=1)
+    g = random(5, 33, seed=2)
     q = dispatch.quantize(weight)
-    assert same_bits(q.packed, nf4.quantize(weight).packed) and same_bits(
-        q.absmax, nf4.quantize(weight).absmax
-    )
+    assert same_bits(q.packed, nf4.quantize(weight).packed)
+    assert same_bits(q.absmax, nf4.quantize(weight).absmax)
     constants = double_quant.quantize(q.absmax)
     whole = dense(q, constants)
     assert same_bits(dispatch.dequantize(q, None, constants), whole)
@@ -211,10 +213,8 @@ def test_what_has_no_kernel_goes_to_the_reference(
     what: str, transposed: bool, no_kernels: None
 ) -> None:
     (q, constants), dtype = WITHOUT_A_KERNEL[what]()
-    whole, x = (
-        dense(q, constants, dtype),
-        random(20, q.shape[1] if transposed else q.shape[0], dtype=dtype),
-    )
+    whole = dense(q, constants, dtype)
+    x = random(20, q.shape[1] if transposed else q.shape[0], dtype=dtype)
     assert same_bits(dispatch.dequantize(q, dtype, constants), whole)
     assert same_bits(
         dispatch.matmul(x, q, constants, transposed), x @ (whole.T if transposed else whole)
@@ -225,10 +225,8 @@ def test_levels_in_another_order_are_found_by_the_reference_and_decoded_by_the_k
     calls: list[str],
 ) -> None:
     for codebook in (nf4.FP4, nf4.NF4.flip(0)):
-        q, expected = (
-            dispatch.quantize(random(5, 64), 64, codebook),
-            nf4.quantize(random(5, 64), 64, codebook),
-        )
+        q = dispatch.quantize(random(5, 64), 64, codebook)
+        expected = nf4.quantize(random(5, 64), 64, codebook)
         assert same_bits(q.packed, expected.packed) and calls == []
         assert same_bits(dispatch.dequantize(q), nf4.dequantize(q)) and calls
         del calls[:]
@@ -265,9 +263,8 @@ def test_torch_keeps_its_number_of_threads_when_those_of_numba_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setattr(
-        numba, "set_num_threads", lambda count: torch.set_num_threads(count + 1)
-    )  # as they do
+    # Numba's threads change torch's number.
+    monkeypatch.setattr(numba, "set_num_threads", lambda count: torch.set_num_threads(count + 1))
     launch.follow_torch()
     assert torch.get_num_threads() == before
 
@@ -282,19 +279,18 @@ def test_torch_keeps_its_number_of_threads_when_those_of_numba_start(
 )
 @example(Recipe((60,), layout="every other"), nf4.NF4, 64)
 @example(Recipe((5, 130), torch.bfloat16, "every other", 2), nf4.NF4, 64)
-@example(
-    Recipe((9, 130), torch.float16, block_size=64), torch.tensor([-1.0, 0.0, 0.0, 1.0]), 64
-)  # two codes for one level
+# Two codes for one level.
+@example(Recipe((9, 130), torch.float16, block_size=64), torch.tensor([-1.0, 0.0, 0.0, 1.0]), 64)
 @example(Recipe((9, 129), torch.float64, "transposed", 4096), nf4.NF4, 64)
 def test_quantizing_gives_what_the_reference_gives(
     recipe: Recipe, codebook: Tensor, window: int
 ) -> None:
     weight = recipe.tensor()
-    before, expected = weight.clone(), nf4.quantize(weight, recipe.block_size, codebook)
+    before = weight.clone()
+    expected = nf4.quantize(weight, recipe.block_size, codebook)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            launch, "PIECE", window
-        )  # 16-bit and float64 numbers are converted so many at a time
+        # 16-bit and float64 numbers are converted so many at a time.
+        patch.setattr(launch, "PIECE", window)
         q = dispatch.quantize(weight, recipe.block_size, codebook)
     assert same_bits(q.packed, expected.packed) and same_bits(q.absmax, expected.absmax)
     assert same_bits(q.codebook, expected.codebook)
@@ -312,12 +308,10 @@ def test_what_is_not_finite_is_refused_as_the_reference_does(
     weight = random(33, 39, dtype=dtype)
     weight.view(-1)[place : place + 100 : 50] = bad
     count = 1 if place == 1286 else 2
-    told = said(lambda: dispatch.quantize(weight))
-    assert told == said(lambda: nf4.quantize(weight))
-    assert (
-        told.startswith(f"{count} of 1287 ")
-        and f"the first at index {(place // 39, place % 39)}" in told
-    )
+    message = said(lambda: dispatch.quantize(weight))
+    assert message == said(lambda: nf4.quantize(weight))
+    assert message.startswith(f"{count} of 1287 ")
+    assert f"the first at index {(place // 39, place % 39)}" in message
 
 
 def test_a_float64_beyond_float32_is_refused() -> None:
@@ -356,7 +350,7 @@ def test_dequantizing_gives_the_bits_of_the_reference(
 
 
 @given(recipes, st.booleans(), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS))
-def test_dequantizing_into_a_given_tensor_fills_it_and_nothing_beside_it(
+def test_dequantizing_into_a_given_tensor_fills_it_and_nothing_else(
     recipe: Recipe, double: bool, dtype: torch.dtype, layout: str
 ) -> None:
     q, constants = weight_of(recipe, double)
@@ -374,7 +368,7 @@ def test_dequantizing_into_a_given_tensor_fills_it_and_nothing_beside_it(
 def test_constants_that_are_not_finite_decode_as_the_reference_decodes_them(
     bad: float, dtype: torch.dtype
 ) -> None:
-    """A damaged checkpoint is no worse for the kernels; of NaN there are many, and any will do."""
+    """A damaged checkpoint gives the same results; any NaN counts as equal to any other."""
     q, constants = weight_of(Recipe((10, 640)), True)
     absmax, nested = q.absmax.clone(), constants.absmax.clone()
     absmax[3] = nested[0] = bad
@@ -383,7 +377,8 @@ def test_constants_that_are_not_finite_decode_as_the_reference_decodes_them(
         (q, dataclasses.replace(constants, absmax=nested)),
         (q, dataclasses.replace(constants, offset=torch.tensor([bad]))),
     ]:
-        decoded, expected = dispatch.dequantize(q_, dtype, constants_), dense(q_, constants_, dtype)
+        decoded = dispatch.dequantize(q_, dtype, constants_)
+        expected = dense(q_, constants_, dtype)
         assert torch.equal(decoded.isnan(), expected.isnan())
         assert same_bits(decoded.nan_to_num(7), expected.nan_to_num(7))
 
@@ -445,7 +440,7 @@ def outcome(run: Callable[[], Tensor]) -> Tensor | str:
     """The result, or the name of the error."""
     try:
         return run()
-    except Exception as error:  # whatever the reference makes of it
+    except Exception as error:  # any error that the reference raises
         return type(error).__name__
 
 
@@ -454,10 +449,8 @@ def test_sizes_that_do_not_fit_together_get_what_the_reference_gives_or_raises(
     what: str, no_kernels: None
 ) -> None:
     q, constants = DAMAGE[what](*weight_of(Recipe((33, 70), block_size=2), True))
-    expected, given = (
-        outcome(lambda: dense(q, constants)),
-        outcome(lambda: dispatch.dequantize(q, None, constants)),
-    )
+    expected = outcome(lambda: dense(q, constants))
+    given = outcome(lambda: dispatch.dequantize(q, None, constants))
     assert given == expected if isinstance(expected, str) else same_bits(given, expected)
     for transposed, width in [(True, 70), (False, 33)]:
         x = random(5, width)
@@ -532,7 +525,8 @@ class Product:
     def bound(self, x: Tensor, q: Quantized, constants: Constants | None) -> Bounded:
         """The bound, whether or not W is rounded to the dtype of x; a bias is one more term."""
         weight = operand(dense(q, constants, torch.float32), self.dtype)
-        weight, terms = weight.T if self.transposed else weight, Bounded.exact(x)
+        weight = weight.T if self.transposed else weight
+        terms = Bounded.exact(x)
         if (bias := self.bias()) is not None:
             value = torch.cat([weight.value, bias.double()[None]])
             weight = Bounded(value, torch.cat([weight.error, torch.zeros_like(value[:1])]))
@@ -573,7 +567,7 @@ def test_a_product_is_within_the_bound_of_its_dtype(case: Product) -> None:
     "shape", [(150, 40), (40, 150), (64, 128), (65, 129), (128, 128), (66, 192), (7, 3)]
 )
 @pytest.mark.parametrize("tokens", [*ROWS, 21])
-def test_every_row_and_column_is_made_whatever_windows_leave_over(
+def test_every_row_and_column_is_computed_for_any_remainder_of_the_windows(
     dtype: torch.dtype, transposed: bool, shape: tuple[int, int], tokens: int, small_windows: None
 ) -> None:
     for double, biased in [(True, False), (False, True)]:
@@ -584,10 +578,11 @@ def test_every_row_and_column_is_made_whatever_windows_leave_over(
 def test_windows_change_nothing_but_the_order_of_no_sum(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A product with ones and zeros picks a row of W: exact, whatever is cut where."""
+    """A product with ones and zeros picks a row of W: exact, wherever the windows are cut."""
     for shape, transposed in [((150, 40), False), ((40, 150), True)]:
         q, constants = weight_of(Recipe(shape), True)
-        x, whole = torch.eye(shape[1 if transposed else 0], dtype=dtype), dense(q, constants, dtype)
+        x = torch.eye(shape[1 if transposed else 0], dtype=dtype)
+        whole = dense(q, constants, dtype)
         for window in (64, 2**20):
             monkeypatch.setattr(launch, "WINDOW", window)
             y = dispatch.matmul(x, q, constants, transposed)
@@ -638,7 +633,8 @@ def test_a_product_passes_gradcheck_in_float64(transposed: bool, shape: tuple[in
 @example(Product((65, 65), 40, False))
 def test_the_gradient_of_either_product_is_the_other(case: Product) -> None:
     q, constants = case.weight()
-    x, bias = case.x().requires_grad_(), case.bias()
+    x = case.x().requires_grad_()
+    bias = case.bias()
     other = dataclasses.replace(case, transposed=not case.transposed, biased=False)
     g = other.x(seed=2)
     dispatch.matmul(
@@ -653,9 +649,12 @@ def test_the_gradient_of_either_product_is_the_other(case: Product) -> None:
 def test_a_product_keeps_nothing_for_its_gradient_but_the_weight() -> None:
     q, constants = weight_of(Recipe((33, 70)), True)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
-    ):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         dispatch.matmul(random(40, 70).requires_grad_(), q, constants)
     stored = {q.packed.data_ptr(), q.codebook.data_ptr()}
     stored |= {
@@ -695,7 +694,8 @@ def fresh_compiler() -> Iterator[None]:
 def test_torch_compile_takes_them_as_they_are(
     dtype: torch.dtype, double: bool, fresh_compiler: None
 ) -> None:
-    (q, constants), bias = weight_of(Recipe((33, 70)), double), random(33, dtype=dtype)
+    q, constants = weight_of(Recipe((33, 70)), double)
+    bias = random(33, dtype=dtype)
 
     def layer(x: Tensor) -> tuple[Tensor, Tensor]:
         h = dispatch.matmul(torch.relu(x), q, constants, bias=bias)
@@ -706,7 +706,8 @@ def test_torch_compile_takes_them_as_they_are(
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for tokens in (3, 40):
         twins = [random(tokens, 70, dtype=dtype).requires_grad_() for _ in range(2)]
-        (y, whole), (y_compiled, whole_compiled) = layer(twins[0]), compiled(twins[1])
+        y, whole = layer(twins[0])
+        y_compiled, whole_compiled = compiled(twins[1])
         assert same_bits(y_compiled, y) and same_bits(whole_compiled, whole)
         for result in (y, y_compiled):
             result.backward(random(tokens, 70, dtype=dtype, seed=1))
@@ -719,7 +720,8 @@ def test_torch_compile_takes_them_as_they_are(
 def most_alive(case: Product) -> tuple[int, int]:
     """The bytes of y, and the most that is alive within the product besides x and the weight."""
     q, constants = case.weight()
-    stored, x = flatten(q, constants), case.x()
+    stored = flatten(q, constants)
+    x = case.x()
     with Live(x, *(part for part in stored if isinstance(part, Tensor))) as live:
         before = live.now()
         y = dispatch._matmul(x, None, *stored, case.transposed)
@@ -733,7 +735,7 @@ def most_alive(case: Product) -> tuple[int, int]:
     ("shape", "window"),
     [((512, 384), 2**14), ((384, 512), 2**15), ((256, 1000), 2**14), ((64, 30), 2**20)],
 )
-def test_a_product_holds_one_window_and_nothing_else_beside_its_result(
+def test_a_product_holds_one_window_and_its_result_and_nothing_else(
     shape: tuple[int, int],
     window: int,
     dtype: torch.dtype,

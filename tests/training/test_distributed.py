@@ -102,7 +102,7 @@ NCCL_CAUSE = "NCCL communicator was aborted on rank 1"
         (NCCL_CAUSE, NCCL_CAUSE),
     ],
 )
-def test_a_broken_connection_is_told_from_other_errors(
+def test_a_broken_connection_is_distinguished_from_other_errors(
     group: None, message: str, cause: str
 ) -> None:
     described = distributed.describe_lost_process(RuntimeError(message))
@@ -114,7 +114,9 @@ def test_a_broken_connection_is_told_from_other_errors(
 def test_processes_join_and_all_but_rank_0_are_silent(
     monkeypatch: pytest.MonkeyPatch, device: str, backend: str
 ) -> None:
-    joined, gpus, out = [], [], sys.stdout
+    joined = []
+    gpus = []
+    out = sys.stdout
 
     def init_process_group(*args: object, **kwargs: object) -> None:
         joined.append((args, kwargs))

@@ -124,7 +124,8 @@ def test_what_the_table_says_is_what_a_step_does(
 
     gradients = {parameter.grad.dtype for parameter in parameters}
     assert table["gradients"].kept == words(gradients) == "float32"
-    paged, resident = PagedAdamW(parameters), torch.optim.AdamW(parameters)
+    paged = PagedAdamW(parameters)
+    resident = torch.optim.AdamW(parameters)
     paged.step()
     resident.step()
     states = resident.state.values()
@@ -159,7 +160,8 @@ def test_the_head_is_said_to_be_the_embedding_only_where_it_is() -> None:
 
 def test_a_layer_norm_that_autocast_puts_in_float32_is_said_to_be() -> None:
     """As on a GPU, where autocast has it in its list of float32 operations; on a CPU it has not."""
-    model, real = model_of(CONFIGS[1], torch.bfloat16), F.layer_norm
+    model = model_of(CONFIGS[1], torch.bfloat16)
+    real = F.layer_norm
 
     def layer_norm(x: Tensor, shape: tuple, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return real(x.float(), shape, weight.float(), bias.float(), eps)

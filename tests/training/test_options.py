@@ -156,31 +156,13 @@ def test_a_wrong_flag_gets_one_line_before_anything_is_loaded(
 def test_a_resumed_run_must_share_the_flags_that_the_bits_depend_on() -> None:
     flags = "--output-dir elsewhere --lora-alpha 16 --num-train-epochs 3"
     settings = parse_args(flags.split()).settings()
-    assert settings.keys() == {
-        "model",
-        "quant",
-        "no_double_quant",
-        "block_size",
-        "dtype",
-        "device",
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "use_dora",
-        "lora_start",
-        "save_4bit",
-        "max_seq_len",
-        "train_on_prompt",
-        "packing",
-        "group_by_length",
-        "max_steps",
-        "batch_size",
-        "lr",
-        "max_grad_norm",
-        "grad_checkpoint",
-        "seed",
-    }
+    assert settings.keys() == set(
+        """
+        model quant no_double_quant block_size dtype device lora_r lora_alpha lora_dropout
+        use_rslora use_dora lora_start save_4bit max_seq_len train_on_prompt packing group_by_length
+        max_steps batch_size lr max_grad_norm grad_checkpoint seed
+    """.split()
+    )
     assert settings["lora_alpha"] == parse_args([]).settings()["lora_alpha"] == "16.0"
 
 
@@ -261,10 +243,8 @@ def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = models.tiny_llama(vocab_size=256).config
-    args, in_float32 = (
-        resolve_device_and_dtype(parse_args(["--dtype", dtype, "--device", "cpu"]))
-        for dtype in ("bfloat16", "float32")
-    )
+    args = resolve_device_and_dtype(parse_args("--dtype bfloat16 --device cpu".split()))
+    in_float32 = resolve_device_and_dtype(parse_args("--dtype float32 --device cpu".split()))
     predicted = preflight.describe_memory(config, in_float32, 64)
     assert predicted.startswith("0.00 GB at a step's peak, predicted; cpu has")
     half, full = (
@@ -280,7 +260,8 @@ def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(
     known = "not predicted: the formula covers llama and mistral, from dense weights, "
     known += "without biases or DoRA, and this is another "
     assert preflight.describe_memory(config, args, 64).startswith(f"{known}gemma; cpu has")
-    config.model_type, config.attention_bias = "llama", True
+    config.model_type = "llama"
+    config.attention_bias = True
     assert preflight.describe_memory(config, args, 64).startswith(f"{known}llama; cpu has")
 
 
@@ -291,7 +272,7 @@ def test_a_gpus_memory_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert preflight.device_bytes("cuda:0") == 24 < preflight.device_bytes("cpu")
 
 
-def test_other_data_are_refused_on_resume_unless_told_and_a_renamed_file_is_not(
+def test_other_data_are_refused_on_resume_unless_allowed_and_a_renamed_file_is_not(
     tiny: Path,
     rows: Path,
     tmp_path: Path,
@@ -310,7 +291,8 @@ def test_other_data_are_refused_on_resume_unless_told_and_a_renamed_file_is_not(
     assert train.main([*run, "--data", str(other), "--resume"]) == 1
     said = capsys.readouterr().err
     assert re.search(
-        "cannot resume from .*: data .a hash of its token ids. was .*, is .*. Use the old settings or",
+        "cannot resume from .*: data .a hash of its token ids. was .*, is .*. "
+        "Use the old settings or",
         said,
     )
     assert train.main([*run, "--data", str(other), "--resume", "--resume-anyway"]) == 0

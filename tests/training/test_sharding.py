@@ -200,7 +200,8 @@ def test_the_table_of_the_readme_is_the_computed_one() -> None:
 def test_the_blocks_and_the_rest_are_all_bytes_of_a_model() -> None:
     model = attach(models.tiny_llama(vocab_size=256), r=4)
     blocks, rest, gradients = sharding.sizes_in_bytes(model)
-    tied_embedding, last_norm = 256 * 64 * 4, 64 * 4
+    tied_embedding = 256 * 64 * 4
+    last_norm = 64 * 4
     assert rest == tied_embedding + last_norm
     assert blocks + rest == sharding.bytes_on_this_rank(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -345,7 +346,8 @@ def test_items_are_split_among_ranks_and_each_counts_once(monkeypatch: pytest.Mo
     for world_size in (1, 2, 3, 7):
         monkeypatch.setattr(distributed, "world_size", lambda size=world_size: size)
         for n in (1, 2, 5, 6):
-            counted, lengths = [], set()
+            counted = []
+            lengths = set()
             for rank in range(world_size):
                 monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
                 mine, count = distributed.split_among_ranks(list(range(n)))

@@ -48,10 +48,8 @@ def test_a_merge_is_what_peft_merges_into_the_decoded_base_and_transformers_load
     theirs = PeftModel.from_pretrained(dense, out).merge_and_unload()
     for (name, one), other in zip(merged.named_parameters(), theirs.parameters()):
         assert one.dtype == DTYPE and torch.equal(one, other.to(DTYPE)), name
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path / "merged")("order").input_ids
-        == models.tokenizer()("order").input_ids
-    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer("order").input_ids == models.tokenizer()("order").input_ids
     assert "quantization_config" not in json.loads(
         (tmp_path / "merged" / "config.json").read_text()
     )
@@ -68,15 +66,13 @@ def test_a_merge_into_the_base_of_a_4_bit_folder_is_dense_and_stays_float16(
     assert peft_adapter.read_config(tmp_path / "out")["base_model_name_or_path"] == str(
         tmp_path / "base"
     )
-    assert (
-        train.main(["--adapter", str(tmp_path / "out"), "--merge", str(tmp_path / "merged")]) == 0
-    )
+    flags = ["--adapter", str(tmp_path / "out"), "--merge", str(tmp_path / "merged")]
+    assert train.main(flags) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     for name, layer in peft_adapter.adapted_layers(model).items():
         weight = merged.get_submodule(name).weight
-        assert weight.dtype == torch.float16 and torch.equal(
-            weight, (layer.base(torch.float32) + layer.update()).half()
-        )
+        assert weight.dtype == torch.float16
+        assert torch.equal(weight, (layer.base(torch.float32) + layer.update()).half())
     assert not hasattr(merged.config, "quantization_config")
 
 
@@ -97,16 +93,17 @@ def test_a_merge_into_4_bits_keeps_what_the_audit_said_and_transformers_loads_it
     for name, update in updates.items():
         weight = theirs.get_submodule(name).weight
         base = merged.get_submodule(name).base
-        assert (
-            torch.equal(base(), bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state))
-            and base.dtype == DTYPE
+        assert torch.equal(
+            base(), bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)
         )
+        assert base.dtype == DTYPE
         after = base(torch.float32)
         change = (after - before[name]).double().flatten() @ update.double().flatten()
         length = update.double().norm() ** 2
         moved = (after - before[name]).double().norm() / length.sqrt()
         assert abs(change / length - audit[name].kept) <= cosine(update.numel()) * moved, name
-        wanted, realised = wanted + length, realised + change
+        wanted = wanted + length
+        realised = realised + change
     assert 0 < said < 1 and abs(said - realised / wanted) <= HALF_A_PERCENT + cosine(2**14)
 
 
@@ -151,7 +148,8 @@ def test_a_merge_overwrites_nothing_and_leaves_nothing_incomplete(
 def test_an_adapter_records_its_base(out: Path) -> None:
     quantization, dtype = peft_adapter.base_of(out)
     assert dtype == DTYPE and quantization.keys() == {"block_size", "double_quant", "codebook"}
-    assert torch.equal(quantization.pop("codebook"), lora.NF4) and quantization == {
+    assert torch.equal(quantization.pop("codebook"), lora.NF4)
+    assert quantization == {
         "block_size": 64,
         "double_quant": True,
     }
@@ -178,9 +176,8 @@ def test_a_header_that_describes_no_base_is_refused(
     )
     if complaint is None:
         quantization, dtype = peft_adapter.base_of(out)
-        assert (quantization["codebook"] is None) == (dtype == torch.float16) and math.log2(
-            quantization["block_size"]
-        ) == 6
+        assert (quantization["codebook"] is None) == (dtype == torch.float16)
+        assert math.log2(quantization["block_size"]) == 6
     else:
         with pytest.raises(ValueError, match=complaint):
             peft_adapter.base_of(out)

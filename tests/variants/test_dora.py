@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import lora
 import train
-from checkpoints import peft_adapter as checkpoint
+from checkpoints import peft_adapter
 from helpers.bounds import (
     Bounded,
     cast,
@@ -105,7 +105,8 @@ def test_an_untrained_layer_gives_the_output_of_its_base_to_the_bit(
 ) -> None:
     """Its magnitudes are the norms of its base, and c is exactly 1."""
     x_dtype, autocast, compute_dtype = mode
-    layer, x = untrained(case, compute_dtype=compute_dtype), case.x(x_dtype)
+    layer = untrained(case, compute_dtype=compute_dtype)
+    x = case.x(x_dtype)
     assert (layer.scale() == 1).all()
     assert same_bits(layer.lora_magnitude_vector.weight, layer.lora_magnitude_vector.base_norm)
     without = QLoRALinear(layer.base, layer.bias, compute_dtype=compute_dtype)
@@ -115,7 +116,7 @@ def test_an_untrained_layer_gives_the_output_of_its_base_to_the_bit(
 
 
 @given(adapted, st.sampled_from([0.5, 2.0, 8.0, -1.0]))
-def test_a_layer_whose_magnitudes_double_gives_the_double_output_whatever_its_adapter(
+def test_a_layer_whose_magnitudes_double_gives_the_double_output_for_any_adapter(
     case: Adapted, factor: float
 ) -> None:
     layer = adapt(case, lora_dropout=0.0)
@@ -127,7 +128,8 @@ def test_a_layer_whose_magnitudes_double_gives_the_double_output_whatever_its_ad
 
 
 def test_a_change_of_a_magnitude_that_16_bits_cannot_represent_counts() -> None:
-    layer, x = untrained(Adapted(64, 64, bias=False)), torch.randn(50, 64).bfloat16()
+    layer = untrained(Adapted(64, 64, bias=False))
+    x = torch.randn(50, 64).bfloat16()
     before = layer(x)
     with torch.no_grad():
         layer.lora_magnitude_vector.weight.mul_(1.003)
@@ -188,7 +190,8 @@ def test_output_and_gradients_are_those_of_a_plain_autograd_dora(
     result = autocast or x_dtype
     dtype = compute_dtype or result
     layer = adapt(case, compute_dtype=compute_dtype)
-    x, g = case.x(x_dtype).requires_grad_(), case.g(result)
+    x = case.x(x_dtype).requires_grad_()
+    g = case.g(result)
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         y, kept = saved_by(lambda: layer(x))
     masks = [tensor for tensor in kept if tensor.dtype == torch.bool and tensor.dim() == 2]
@@ -197,7 +200,8 @@ def test_output_and_gradients_are_those_of_a_plain_autograd_dora(
     assert (y.dtype, y.shape) == (result, (*case.leading, case.out_features))
     y.backward(g)
 
-    flat, g_flat = x.detach().reshape(-1, case.in_features), g.reshape(-1, case.out_features)
+    flat = x.detach().reshape(-1, case.in_features)
+    g_flat = g.reshape(-1, case.out_features)
     parameters = [layer.get_parameter(name) for name in sorted(DORA)]
     exact = [tensor.detach().double().requires_grad_() for tensor in (flat, *parameters)]
     bias = None if layer.bias is None else layer.bias.detach()
@@ -209,7 +213,8 @@ def test_output_and_gradients_are_those_of_a_plain_autograd_dora(
 
     operands = flat, layer.base(torch.float32), layer.lora_A, layer.lora_B
     dropping = scaling / (1 - case.lora_dropout)
-    before, norm = lora_forward(*operands, bias, dropping, keep, dtype), bound_of_norm(layer)
+    before = lora_forward(*operands, bias, dropping, keep, dtype)
+    norm = bound_of_norm(layer)
     c = dora_scale(parameters[2], norm)
     forward = in_float64(dora_forward(before, c, bias, dtype), 4)
     forward = forward if result == dtype else forward.to(result)
@@ -245,9 +250,11 @@ def test_the_backward_passes_gradcheck_in_float64_for_a_norm_that_stays(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_saves_what_lora_does_and_one_product_and_nothing_dense(dtype: torch.dtype) -> None:
     case = Adapted(48, 40, 3, leading=(2, 5), bias=False)
-    layer, x = adapt(case), case.x(dtype)
+    layer = adapt(case)
+    x = case.x(dtype)
     plain = case.trained(QLoRALinear.from_linear(case.linear(), **case.settings()))
-    kept, without = saved_by(lambda: layer(x))[1], saved_by(lambda: plain(x))[1]
+    kept = saved_by(lambda: layer(x))[1]
+    without = saved_by(lambda: plain(x))[1]
     assert all(tensor.numel() != 48 * 40 for tensor in kept)
     more = sum(tensor.nbytes for tensor in kept) - sum(tensor.nbytes for tensor in without)
     before_c = 10 * 40 * dtype.itemsize
@@ -262,7 +269,8 @@ def test_a_merged_row_has_the_length_of_its_magnitude_and_the_layer_computes_the
     assume(math.prod(case.leading))
     layer = adapt(case, dtype).eval()
     m = layer.lora_magnitude_vector.weight.detach().double()
-    base, n = layer.base(torch.float64), bound_of_norm(layer)
+    base = layer.base(torch.float64)
+    n = bound_of_norm(layer)
     update = Bounded.exact(layer.lora_B).matmul(Bounded.exact(layer.lora_A), torch.float32)
     update = update.times(layer.scaling, torch.float32)
     c = dora_scale(m.float(), n)
@@ -304,7 +312,8 @@ def test_the_norms_of_the_base_are_not_saved() -> None:
 
 
 def test_the_ledger_counts_magnitudes_and_the_norms_of_the_base_among_the_adapters() -> None:
-    dora_model, lora_model = tiny_llama(vocab_size=256), tiny_llama(vocab_size=256)
+    dora_model = tiny_llama(vocab_size=256)
+    lora_model = tiny_llama(vocab_size=256)
     with_dora = measured.ledger(lora.attach(dora_model, layer_type=DoRALinear, r=4))
     without = measured.ledger(lora.attach(lora_model, r=4))
     outputs = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
@@ -336,17 +345,17 @@ def moved(model: nn.Module) -> nn.Module:
 )
 def test_peft_loads_our_adapter_and_computes_the_same(tmp_path: Path, settings: dict) -> None:
     ours = moved(adapted_llama(layer_type=DoRALinear, **settings))
-    checkpoint.save_adapter(ours, tmp_path)
+    peft_adapter.save_adapter(ours, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"] is True
     assert_peft_computes_the_same(ours, tmp_path)
     assert torch.equal(
-        logits(checkpoint.load_adapter(attached(dense_base(), ours), tmp_path)), logits(ours)
+        logits(peft_adapter.load_adapter(attached(dense_base(), ours), tmp_path)), logits(ours)
     )
 
 
 def attached(model: nn.Module, like: nn.Module) -> nn.Module:
     """The model with untrained adapters on the same layers."""
-    for name, layer in checkpoint.adapted_layers(like).items():
+    for name, layer in peft_adapter.adapted_layers(like).items():
         lora.attach(model, [name], type(layer), r=layer.r, codebook=None)
     return model
 
@@ -367,13 +376,12 @@ def test_we_load_the_adapter_of_peft_and_compute_the_same(tmp_path: Path, config
     settings = {"task_type": "CAUSAL_LM", "r": 4, "use_dora": True} | config
     theirs = moved(trained(get_peft_model(dense_base(), LoraConfig(**settings))))
     theirs.save_pretrained(tmp_path)
-    ours = checkpoint.load_adapter(dense_base(), tmp_path)
+    ours = peft_adapter.load_adapter(dense_base(), tmp_path)
     assert_peft_computes_the_same(ours, tmp_path)
-    for name, layer in checkpoint.adapted_layers(ours).items():
+    for name, layer in peft_adapter.adapted_layers(ours).items():
         their = theirs.base_model.model.get_submodule(name).lora_magnitude_vector["default"].weight
-        assert isinstance(layer, DoRALinear) and torch.equal(
-            layer.lora_magnitude_vector.weight, their
-        )
+        assert isinstance(layer, DoRALinear)
+        assert torch.equal(layer.lora_magnitude_vector.weight, their)
 
 
 def test_an_untrained_adapter_that_was_saved_and_loaded_still_changes_no_bit(
@@ -381,12 +389,12 @@ def test_an_untrained_adapter_that_was_saved_and_loaded_still_changes_no_bit(
 ) -> None:
     model = tiny_llama(torch.bfloat16, vocab_size=256)
     saved = lora.attach(copy.deepcopy(model), layer_type=DoRALinear, r=4)
-    checkpoint.save_adapter(saved, tmp_path)
-    loaded = checkpoint.load_adapter(
+    peft_adapter.save_adapter(saved, tmp_path)
+    loaded = peft_adapter.load_adapter(
         lora.attach(copy.deepcopy(model), layer_type=DoRALinear, r=4), tmp_path
     )
-    assert torch.equal(logits(checkpoint.load_adapter(model, tmp_path)), logits(loaded))
-    for layer in checkpoint.adapted_layers(model).values():
+    assert torch.equal(logits(peft_adapter.load_adapter(model, tmp_path)), logits(loaded))
+    for layer in peft_adapter.adapted_layers(model).values():
         x = torch.randn(5, layer.in_features, dtype=torch.bfloat16)
         assert same_bits(layer(x), QLoRALinear(layer.base, None)(x))
 
@@ -396,21 +404,21 @@ def test_adapters_of_both_kinds_are_not_saved_and_one_is_not_loaded_onto_the_oth
 ) -> None:
     both = lora.attach(lora.attach(dense_base(), ["q_proj"], DoRALinear), ["v_proj"])
     with pytest.raises(ValueError, match="differ in lora_dropout, use_rslora or use_dora"):
-        checkpoint.save_adapter(both, tmp_path / "both")
+        peft_adapter.save_adapter(both, tmp_path / "both")
     for use_dora in (True, False):
         same, other = (DoRALinear, QLoRALinear) if use_dora else (QLoRALinear, DoRALinear)
         folder = tmp_path / str(use_dora)
-        checkpoint.save_adapter(adapted_llama(layer_type=same), folder)
+        peft_adapter.save_adapter(adapted_llama(layer_type=same), folder)
         message = f"has use_dora {use_dora}, and the model's adapter has not"
         with pytest.raises(ValueError, match=message):
-            checkpoint.load_adapter(adapted_llama(layer_type=other), folder)
+            peft_adapter.load_adapter(adapted_llama(layer_type=other), folder)
     path = tmp_path / "True" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": False}))
     with pytest.raises(ValueError, match="lora_magnitude_vector belongs to nothing in the model"):
-        checkpoint.load_adapter(dense_base(), tmp_path / "True")
+        peft_adapter.load_adapter(dense_base(), tmp_path / "True")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": "yes"}))
     with pytest.raises(ValueError, match="use_dora cannot be yes"):
-        checkpoint.load_adapter(dense_base(), tmp_path / "True")
+        peft_adapter.load_adapter(dense_base(), tmp_path / "True")
 
 
 def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(tmp_path: Path) -> None:
@@ -424,7 +432,8 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(tmp_path: Pa
     second = optimizer_of(resumed)
     state.load_state(resumed, second, state.latest_state(tmp_path))
     take_steps(resumed, second, 2, start=2)
-    tensors, expected = checkpoint.adapter_tensors(resumed), checkpoint.adapter_tensors(whole)
+    tensors = peft_adapter.adapter_tensors(resumed)
+    expected = peft_adapter.adapter_tensors(whole)
     assert len(tensors) == 3 * 14
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
@@ -459,7 +468,9 @@ def test_with_another_start_the_magnitudes_are_those_of_base_and_adapter_and_c_i
 def test_a_run_with_use_dora_is_merged_as_peft_merges_it(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    tiny, out, book = save_tiny_llama(tmp_path / "model"), tmp_path / "out", tmp_path / "book.txt"
+    tiny = save_tiny_llama(tmp_path / "model")
+    out = tmp_path / "out"
+    book = tmp_path / "book.txt"
     book.write_text(" ".join(f"The {n}th of the numbers is {n}." for n in range(400)))
     flags = ["--model", str(tiny), "--output-dir", str(out), "--data", str(book)]
     flags += "--max-seq-len 32 --max-steps 3 --batch-size 2 --dtype float32".split()
@@ -473,12 +484,13 @@ def test_a_run_with_use_dora_is_merged_as_peft_merges_it(
     assert "A merge into 4 bits keeps" in capsys.readouterr().out
     ours, _ = use_adapter.load_adapted_model(out, None, torch.float32, "cpu")
     dense = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
-    for name, layer in checkpoint.adapted_layers(ours).items():
+    for name, layer in peft_adapter.adapted_layers(ours).items():
         dense.get_submodule(name).weight.data = layer.base(torch.float64)
     theirs = PeftModel.from_pretrained(dense, out).merge_and_unload()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    for name, layer in checkpoint.adapted_layers(ours).items():
-        weight, base = merged.get_submodule(name).weight, layer.base(torch.float64)
+    for name, layer in peft_adapter.adapted_layers(ours).items():
+        weight = merged.get_submodule(name).weight
+        base = layer.base(torch.float64)
         their = theirs.get_submodule(name).weight
         assert weight.dtype == torch.bfloat16 and not torch.equal(weight.double(), base)
         # At most 8 float32 roundings of numbers no larger than these, and the cast.
@@ -494,12 +506,13 @@ def test_a_row_of_zeros_is_finite_where_peft_makes_it_nan() -> None:
     x = torch.randn(3, 8)
     assert same_bits(ours(x), plain(x))
     theirs = get_peft_model(plain, LoraConfig(r=2, target_modules=["0"], use_dora=True))
-    assert theirs(x)[:, 2].isnan().all()  # if this fails, PEFT is fixed: remove the exception
+    assert theirs(x)[:, 2].isnan().all()  # if this fails, remove the exception
 
 
 def test_dropout_leaves_the_frozen_branch_alone_where_peft_drops_its_inputs_too() -> None:
     """B is zero, so only the frozen branch is left, and m is doubled."""
-    plain, x = nn.Sequential(nn.Linear(8, 4, bias=False)), torch.randn(3, 8)
+    plain = nn.Sequential(nn.Linear(8, 4, bias=False))
+    x = torch.randn(3, 8)
     settings = {"layer_type": DoRALinear, "r": 2, "codebook": None, "lora_dropout": 0.5}
     ours = lora.attach(copy.deepcopy(plain), **settings).train()
     config = LoraConfig(r=2, target_modules=["0"], use_dora=True, lora_dropout=0.5)

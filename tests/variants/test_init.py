@@ -87,7 +87,7 @@ def test_loftq_has_the_adapter_and_the_codes_of_peft_and_bitsandbytes_where_alph
     st.sampled_from([1, 4, 12]),
     st.sampled_from([1.0, 16.0]),
 )
-def test_both_start_nearer_to_the_weight_than_quantization_does_whatever_the_scaling(
+def test_both_start_nearer_to_the_weight_than_quantization_does_for_any_scaling(
     shape: tuple[int, int], seed: int, r: int, lora_alpha: float
 ) -> None:
     weight = weight_of(shape, seed)
@@ -103,7 +103,8 @@ def test_both_start_nearer_to_the_weight_than_quantization_does_whatever_the_sca
 def test_the_error_of_loftq_falls_with_its_steps_and_is_what_rank_r_must_leave(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, errors = weight_of(shape), []
+    weight = weight_of(shape)
+    errors = []
     for steps in (1, 2, 5):
         monkeypatch.setattr(init, "LOFTQ_STEPS", steps)
         layer = started("loftq", weight)
