@@ -361,7 +361,9 @@ def _matching(groups: list[list[str]], targets: str | Iterable[str]) -> list[lis
     chosen = [names for names in groups if any(f".{name}".endswith(endings) for name in names)]
     if not chosen:
         known = sorted({name.rpartition(".")[2] for names in groups for name in names})
-        raise ValueError(f"targets {wanted} match no linear layer; there are {', '.join(known)}")
+        raise ValueError(
+            f"targets {wanted} match no linear layer; the model has {', '.join(known)}"
+        )
     return chosen
 
 

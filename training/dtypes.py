@@ -164,10 +164,10 @@ def dtype_rows(model: nn.Module, dtype: torch.dtype) -> list[Row]:
     loss = torch.promote_types(logits, torch.float32)  # as loss_and_eval.CrossEntropy does
 
     dense = all(base.codebook is None for base in frozen)
-    weights = "as loaded" if dense else "decoded as they are multiplied, and dropped"
+    weights = "as loaded" if dense else "decoded for each matmul, then freed"
     tied = any(head.weight is embedding.weight for embedding in modules["embedding"])
     norms = " and ".join(sorted({type(norm).__name__ for norm in modules["norms"]}))
-    labels = f"at labels alone, {formula.ROWS} rows at a time"
+    labels = f"only at labels, {formula.ROWS} rows at a time"
     if loss != logits:
         labels += f": the logits never are {name(loss)}"
 
@@ -178,10 +178,10 @@ def dtype_rows(model: nn.Module, dtype: torch.dtype) -> list[Row]:
         Row("linear layers", stored(frozen), matmuls, weights),
         Row("adapters", trained, matmuls, "small updates would round to nothing in 16 bits"),
         module_row("embedding", "as loaded; rows are looked up"),
-        module_row("head", "the embedding, once more" if tied else "as loaded"),
+        module_row("head", "tied to the embedding" if tied else "as loaded"),
         module_row("norms", f"not cast by us: {norms} and autocast decide"),
         Row("loss", name(logits), name(loss), labels),
-        Row("gradients", trained, matmuls, "products as in forward, cast before they add up"),
+        Row("gradients", trained, matmuls, "matmuls as in forward, cast before they are summed"),
         Row("optimizer state", trained, trained, "as the adapters"),
     ]
 

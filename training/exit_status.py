@@ -42,4 +42,4 @@ def how_to_resume(args: Options, argv: list[str] | None) -> str:
     given = sys.argv[1:] if argv is None else argv
     words = [word for word in given if word != "--resume"]
     again = command([*words, "--resume"], distributed.local_world_size())
-    return f"; go on with\n  {again}"
+    return f"; resume with\n  {again}"

@@ -55,7 +55,7 @@ def preflight(args: Options) -> Job:
     turn = min(distributed.local_rank(), 1)  # the first process on a machine may download the model
     job = distributed.all_or_none(partial(_check, args), turn)
     step = job.state.step if job.state else 0
-    distributed.require_same_on_all(job.settings | {"step to go on from": step})
+    distributed.require_same_on_all(job.settings | {"step to resume from": step})
     return job
 
 
@@ -159,7 +159,7 @@ def describe_memory(config: transformers.PretrainedConfig, args: Options, length
         known = " and ".join(formula.KNOWN_MODELS)
         return (
             f"not predicted: the formula covers {known}, from dense weights, without biases or "
-            f"DoRA, and this is another {config.model_type}; {device}"
+            f"DoRA, and not this {config.model_type}; {device}"
         )
     peak = predicted.peak()
     advice = ""

@@ -169,7 +169,7 @@ def base_table(report: dict) -> str:
     for name, (_, in_16_bits, kept) in report["components"].items():
         if name != "adapters":
             lines.append(line(name, in_16_bits, kept))
-    lines.append(line("together", report["base_bytes_16bit"], report["base_bytes_4bit"]))
+    lines.append(line("total", report["base_bytes_16bit"], report["base_bytes_4bit"]))
     lines.append(f"  {report['bits_per_weight']:.3f} bits a weight in the linear layers")
     return "\n".join(lines)
 

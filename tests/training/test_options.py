@@ -258,7 +258,7 @@ def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(
     )
     config.model_type = "gemma"
     known = "not predicted: the formula covers llama and mistral, from dense weights, "
-    known += "without biases or DoRA, and this is another "
+    known += "without biases or DoRA, and not this "
     assert preflight.describe_memory(config, args, 64).startswith(f"{known}gemma; cpu has")
     config.model_type = "llama"
     config.attention_bias = True
