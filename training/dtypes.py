@@ -169,7 +169,7 @@ def dtype_rows(model: nn.Module, dtype: torch.dtype) -> list[Row]:
     norms = " and ".join(sorted({type(norm).__name__ for norm in modules["norms"]}))
     labels = f"only at labels, {formula.ROWS} rows at a time"
     if loss != logits:
-        labels += f": the logits never are {name(loss)}"
+        labels += f"; the logits stay {name(logits)}"
 
     def module_row(kind: str, because: str) -> Row:
         return Row(kind, kept(modules[kind]), recorder.computed(kind), because)
