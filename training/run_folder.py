@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from checkpoints import io
 from checkpoints.peft_adapter import adapter_tensors, save_adapter
-from training import report
-from training.distributed import is_main, run_on_main
+from training import distributed, report
 from training.options import Options
 from training.preflight import Job
 from training.sharding import gather_full_tensors
@@ -48,7 +47,7 @@ class RunFolder:
         state_bytes = 3 * adapter_bytes  # the adapter and both moments
         # A new adapter or state is written before the old one is removed.
         needed = 2 * adapter_bytes + (args.save_total_limit + 1) * state_bytes
-        run_on_main(partial(io.prepare_folder, self.path, needed))
+        distributed.run_on_main(partial(io.prepare_folder, self.path, needed))
 
     def begin(self, start: int, before: list[float | None]) -> None:
         """Remove files of earlier runs; keep the metrics of the first `start` steps.
@@ -56,8 +55,8 @@ class RunFolder:
         At step 0, also saves a state. before: the metrics of the pretrained model, saved in states.
         """
         self.before = before
-        run_on_main(self._remove_leftovers)
-        run_on_main(partial(report.keep_metrics, self.metrics, start))
+        distributed.run_on_main(self._remove_leftovers)
+        distributed.run_on_main(partial(report.keep_metrics, self.metrics, start))
         if start == 0:
             self.save_state(0)
 
@@ -73,9 +72,9 @@ class RunFolder:
             total=self.args.max_steps,
             dynamic_ncols=True,
             mininterval=1,
-            disable=not is_main(),
+            disable=not distributed.is_main(),
         )
-        path = self.metrics if is_main() else os.devnull
+        path = self.metrics if distributed.is_main() else os.devnull
         with open(path, "a", encoding="utf-8") as self.log_file:
             yield self.bar
 
@@ -86,7 +85,7 @@ class RunFolder:
         tokens_per_second = line["tokens"] / line["seconds"]
         shown = f"loss {line['loss']:.4f}, {tokens_per_second:.0f} tokens/s, "
         self.bar.set_postfix_str(shown + f"{line['rss_bytes'] / 1e9:.2f} GB", refresh=False)
-        if "eval" in line and is_main():
+        if "eval" in line and distributed.is_main():
             self.bar.write(f"step {line['step']}: {self.job.task.metric} {line['eval'][0]:.4f}")
             self._plot()
 
@@ -95,15 +94,15 @@ class RunFolder:
 
     def save_state(self, step: int) -> None:
         """Save the state after `step`."""
-        if step and is_main():
+        if step and distributed.is_main():
             os.fsync(self.log_file.fileno())  # the lines must reach the disk before the state
         tensors = state_tensors(self.model, self.optimizer)
         limit = self.args.save_total_limit
         save = partial(save_state, tensors, self.job.settings, step, self.before, self.path, limit)
-        run_on_main(save)
+        distributed.run_on_main(save)
 
     def save_adapter(self) -> None:
         """Write the adapter in PEFT's format, and draw the plot."""
         tensors = gather_full_tensors(adapter_tensors(self.model))
-        run_on_main(partial(save_adapter, self.model, self.path, tensors))
-        run_on_main(self._plot)
+        distributed.run_on_main(partial(save_adapter, self.model, self.path, tensors))
+        distributed.run_on_main(self._plot)

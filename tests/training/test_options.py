@@ -145,7 +145,7 @@ def test_the_names_that_options_repeats_are_those_of_their_modules() -> None:
 def test_a_wrong_flag_gets_one_line_before_anything_is_loaded(
     words: str, answer: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "make", lambda *args: pytest.fail("went on"))
+    monkeypatch.setattr(train, "preflight", lambda *args: pytest.fail("went on"))
     with pytest.raises(SystemExit) as stop:
         train.main(words.split())
     error = capsys.readouterr().err
