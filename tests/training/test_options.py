@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import train
 from checkpoints import sources
@@ -192,7 +193,7 @@ def test_a_dry_run_says_what_a_run_would_be_and_loads_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        sources.AutoModelForCausalLM,
+        transformers.AutoModelForCausalLM,
         "from_pretrained",
         lambda *args, **kwargs: pytest.fail("loaded"),
     )
