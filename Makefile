@@ -1,12 +1,12 @@
-# make train   set everything up and fine-tune SmolLM2-135M; ARGS="--data text" and the like are passed on
-# make test    set everything up and run the tests; ARGS="tests/test_nf4.py -k tie" runs some of them
-# make test-long  the property tests with 5000 examples each
-# make mutate  break the code, line by line, and see that the tests notice (about an hour)
-# make gpu     check the kernels on this machine's NVIDIA GPU and measure them; ARGS="-k managed" checks some of them
-# make bench   measure everything about speed beside the peers, and write the README's tables; ARGS="ops --quick"
-# make lint    ruff: check and format
-# make figures draw the pictures of the README
-# make clean   remove the virtual environment, the model and the output
+# make train      set everything up and fine-tune SmolLM2-135M; ARGS="--data text" passes flags to train.py
+# make test       set everything up and run the tests; ARGS="tests/test_nf4.py -k tie" runs some of them
+# make test-long  run the property tests with 5000 examples each
+# make mutate     change the code one place at a time; a test must fail for each change (takes long)
+# make gpu        test and measure the kernels on this machine's NVIDIA GPU; ARGS="-k managed" selects tests
+# make bench      measure speed and memory next to the peers, and write the tables in docs/; ARGS="ops --quick"
+# make lint       check with ruff: rules and formatting
+# make figures    draw the figure in the README
+# make clean      remove the virtual environment, the model and the output
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,8 +20,8 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 train: $(VENV)/run
 	$(BIN)/python train.py $(ARGS)
 
-# The whole suite must also reach every line; a part of it need not. The tests of a file stay in one
-# process (loadfile), so that what they share is made once. At most 8, for the memory of each.
+# The whole suite must also reach every line; with ARGS it need not. All tests of a file run in one
+# process (loadfile), so that shared fixtures are made once. At most 8 processes, to limit memory.
 test: $(VENV)/dev
 ifeq ($(ARGS),)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --cov --cov-report=
@@ -35,7 +35,7 @@ test-long: $(VENV)/dev
 
 ifeq ($(HAS_GPU),)
 gpu:
-	@echo "make gpu: there is no NVIDIA GPU here that nvidia-smi can see, so nothing was checked or measured" >&2; exit 1
+	@echo "make gpu: nvidia-smi finds no NVIDIA GPU, so nothing was tested or measured" >&2; exit 1
 else
 gpu: $(VENV)/dev
 	$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -58,7 +58,7 @@ figures: $(VENV)/run
 clean:
 	rm -rf $(VENV) models out
 
-# Each stamp is newer than what it was made from, so running make again reuses what is there.
+# Each target is a stamp file, newer than its inputs, so make does not install the same packages again.
 $(VENV)/run: requirements.txt requirements-gpu.txt $(VENV)/torch
 	$(PIP) install -r requirements.txt $(if $(HAS_GPU),-r requirements-gpu.txt)
 	@touch $@
@@ -67,7 +67,8 @@ $(VENV)/dev: requirements-dev.txt requirements-gpu.txt $(VENV)/run
 	$(PIP) install -r requirements-dev.txt
 	@touch $@
 
-# With an NVIDIA driver the ordinary torch, else the CPU build: from the configured index if it has one, else from PyTorch's.
+# With an NVIDIA driver: the default build of torch. Otherwise: the CPU build, from the configured index if
+# it has one, else from PyTorch's index.
 $(VENV)/torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -1,7 +1,7 @@
 """LoRA on a frozen 4-bit weight: the weight, the adapter next to it, and the product of both.
 
 The weight W (out, in) of a linear layer is quantized once and never changes. Training updates two
-thin matrices, A (r, in) and B (out, r). B starts at zero, so training starts at the output of the
+thin matrices, A (r, in) and B (out, r). B starts at zero, so at first the output is that of the
 quantized model (paper, section 3, equations 3 and 5; LoRA, arXiv 2106.09685):
 
     y = x W'^T + b + s (d(x) A^T) B^T       s = lora_alpha / r,  d = dropout
@@ -13,9 +13,9 @@ W' is the dequantized weight. Its constants are quantized too (equation 6):
 With g = dL/dy and h = d(x) A^T (tokens, r), the chain rule gives the backward pass:
 
     dL/dB = s g^T h      dL/dh = s g B      dL/dA = (dL/dh)^T d(x)
-    dL/dx = g W' + d'((dL/dh) A)
+    dL/dx = g W' + d'((dL/dh) A)            d' = the gradient of dropout: the same mask and factor
 
-W needs no gradient, so x is saved only for dL/dA, and W' is needed only during a product: each
+W needs no gradient, so x is saved only for dL/dA. W' is needed only during a product, so each
 product decodes it again, piece by piece. The forward pass saves x (tokens, in), h (tokens, r), A
 and B, and with dropout a mask of one bool per element of x.
 
@@ -27,11 +27,11 @@ Layout of a FrozenWeight of n elements. The names of the buffers are those of bi
     nested_offset   float32 (1,)                    with double quantization only
     weight          the dense tensor and no other buffer, with codebook=None (16-bit LoRA)
 
-This is 4 + 8/64 + 32/(64 * 256) = 4.127 bits per element and one mean per weight. All layers share
-the codebooks, which are constants of the format: they are neither saved nor counted.
+This is 4 + 8/64 + 32/(64 * 256) = 4.127 bits per element, plus one mean per weight matrix. All
+layers share the codebooks. They are constants of the format, so they are neither saved nor counted.
 
-Error. |w - w'| <= h absmax + e plus rounding: h is half the widest gap between the levels (nf4.py),
-e the error of the decoded constant (double_quant.py).
+Error. |w - w'| <= h absmax + e plus rounding. h is half the widest gap between the levels (nf4.py),
+and e is the error of the decoded constant (double_quant.py).
 
 Differs from bitsandbytes: the 4-bit state is in ordinary buffers, so state_dict, .to() and deepcopy
 work on them unchanged; .half() and other casts do not round the float32 constants.
@@ -56,7 +56,7 @@ from nf4 import NF4, Quantized, check_finite
 
 
 class FrozenWeight(nn.Module):
-    """A weight of any shape in 4 bits, or dense with codebook=None. Calling it dequantizes.
+    """A weight of any shape in 4 bits, or dense with codebook=None. Calling it dequantizes it.
 
     The caller frees the result right after its use, so the dense weights of a model never exist at
     the same time.
@@ -69,7 +69,7 @@ class FrozenWeight(nn.Module):
         double_quant: bool = True,
         codebook: Tensor | None = NF4,
     ) -> None:
-        """Raises: ValueError as `nf4.quantize`, such as for NaN or a bad block size."""
+        """Raises: ValueError where `nf4.quantize` does, for example for NaN or a bad block size."""
         super().__init__()
         if codebook is None:
             self.shape = weight.shape
@@ -107,7 +107,7 @@ class FrozenWeight(nn.Module):
             self.register_buffer("nested_codebook", constants.codebook, persistent=False)
 
     def packed_state(self) -> tuple[Quantized, DoubleQuantized | None]:
-        """The weight as it is in memory: with double quantization, q.absmax holds 8-bit codes."""
+        """The stored tensors, not copied: with double quantization, q.absmax holds 8-bit codes."""
         q = Quantized(
             self.packed, self.absmax, self.codebook, self.shape, self.dtype, self.block_size
         )
@@ -139,12 +139,12 @@ class FrozenWeight(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the weight without codebooks; of all processes, if it is sharded."""
+        """The bytes of the weight without codebooks, over all processes if it is sharded."""
         buffers = [buffer for name, buffer in self.named_buffers() if not name.endswith("codebook")]
         return sum(tensor.nbytes for tensor in [*buffers, *self.parameters()])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Move the buffers for .to(), .half(), .cuda() and the like, but never cast 4-bit ones."""
+        """Apply .to(), .half(), .cuda() and the like; 4-bit weights move but keep their dtypes."""
         exact = {} if self.codebook is None else dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, tensor in exact.items():
@@ -161,8 +161,8 @@ class FrozenWeight(nn.Module):
 class LoRAMatmul(torch.autograd.Function):
     """y = x W'^T + b + s (d(x) A^T) B^T, with the backward pass of the module docstring.
 
-    `keep` is the dropout mask. The caller divides `scaling` by 1 - p, and turns autocast off: all
-    products are in the dtype of x.
+    `keep` is the dropout mask. The caller divides `scaling` by 1 - p, and turns autocast off, so
+    all products are in the dtype of x.
     """
 
     @staticmethod
@@ -189,7 +189,7 @@ class LoRAMatmul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
-        """g (tokens, out) -> the gradients of x, A, B and bias. A second derivative raises."""
+        """g (tokens, out) -> the gradients of x, A, B and bias. A second derivative is an error."""
         x, h, keep, lora_A, lora_B = ctx.saved_tensors
         needs_x, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:4]
         dx = dA = dB = dbias = None
@@ -219,9 +219,10 @@ def _drop(x: Tensor, keep: Tensor | None) -> Tensor:
 class QLoRALinear(nn.Module):
     """A frozen 4-bit linear layer with a trainable adapter; see `from_linear` and `attach`.
 
-    base: FrozenWeight (out, in). lora_A (r, in) and lora_B (out, r): float32, or float64 on such a
-    base; the products cast them. bias (out,): frozen, or None.
-    `QLoRALinear(base, bias)` has rank 0, which means no adapter: the layers of a 4-bit checkpoint.
+    base: FrozenWeight (out, in). lora_A (r, in) and lora_B (out, r): float32, or float64 if the
+    base is float64; the products cast them. bias (out,): frozen, or None.
+    `QLoRALinear(base, bias)` has rank 0, which means no adapter; the layers of a loaded 4-bit
+    checkpoint are like this.
     """
 
     def __init__(
@@ -247,7 +248,7 @@ class QLoRALinear(nn.Module):
         A = torch.empty(r, self.in_features, dtype=dtype, device=device)
         B = torch.zeros(self.out_features, r, dtype=dtype, device=device)
         if r:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as the code of LoRA and PEFT do
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as in the code of LoRA and in PEFT
         self.lora_A = nn.Parameter(A, requires_grad=r > 0)
         self.lora_B = nn.Parameter(B, requires_grad=r > 0)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -272,10 +273,11 @@ class QLoRALinear(nn.Module):
         compute_dtype: torch.dtype | None = None,
         use_rslora: bool = False,
     ) -> "QLoRALinear":
-        """Quantize a dense layer and add an adapter. A QLoRALinear keeps its base.
+        """Quantize a dense layer and add an adapter. If `linear` is a QLoRALinear, keep its base.
 
         codebook=None keeps the weight dense, for 16-bit LoRA. compute_dtype: see `forward`.
-        Raises: ValueError for an r, lora_alpha or lora_dropout out of range, and as `nf4.quantize`.
+        Raises: ValueError if r, lora_alpha or lora_dropout is out of range, and where
+        `nf4.quantize` does.
         """
         if type(r) is not int or r < 1:
             raise ValueError(f"r must be an integer >= 1, such as 8; got {r}")
@@ -307,7 +309,7 @@ class QLoRALinear(nn.Module):
         return y.reshape(*x.shape[:-1], self.out_features).to(dtype)
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (tokens, in) -> base and adapter applied to x, plus bias (tokens, out)."""
+        """x (tokens, in) -> base and adapter applied to x, plus bias: (tokens, out)."""
         if self.r == 0:
             return self.base.matmul(x, bias=bias)
         p = self.lora_dropout if self.training else 0.0
@@ -329,11 +331,12 @@ def attach(
 ) -> nn.Module:
     """Freeze a model, and quantize and adapt its linear layers in place, one at a time.
 
-    "all-linear" adapts every nn.Linear except the output head, as it takes to match 16-bit
-    fine-tuning (paper, section 4). Otherwise the layers whose dotted name is, or ends in, one of
-    `targets`. Layers that are in 4 bits already keep their base. settings: as `from_linear`.
-    Raises: ValueError if no layer matches, or naming the layer that cannot be quantized. The model
-    is unchanged then.
+    "all-linear" adapts every nn.Linear except the output head; the paper (section 4) finds this
+    necessary to match 16-bit fine-tuning. Other targets are names: a layer is adapted if its dotted
+    name is one of them, or ends in a dot and one of them. A layer that is already in 4 bits keeps
+    its base. settings: as in `from_linear`.
+    Raises: ValueError if no layer matches or if one cannot be quantized (the message names it). The
+    model is then unchanged.
     """
     groups = unadapted(model)
     if not groups:
@@ -352,13 +355,15 @@ def attach(
 
 
 def _matching(groups: list[list[str]], targets: str | Iterable[str]) -> list[list[str]]:
-    """The layers, each a list of its names, of which a name ends in a target."""
+    """The layers that have a name ending in a target; a layer is given as the list of its names."""
     wanted = [targets] if isinstance(targets, str) else list(targets)
     endings = tuple(f".{target}" for target in wanted)
     chosen = [names for names in groups if any(f".{name}".endswith(endings) for name in names)]
     if not chosen:
         known = sorted({name.rpartition(".")[2] for names in groups for name in names})
-        raise ValueError(f"targets {wanted} match no linear layer; there are {', '.join(known)}")
+        raise ValueError(
+            f"targets {wanted} match no linear layer; the model has {', '.join(known)}"
+        )
     return chosen
 
 
@@ -367,9 +372,9 @@ def adapt(
     layers: list[tuple[list[str], dict]],
     layer_type: type[QLoRALinear] = QLoRALinear,
 ) -> tuple[int, int]:
-    """Adapt all given layers, or none if one is refused. layers: (names, settings) of each.
+    """Adapt all given layers, or none if one of them cannot be quantized.
 
-    Returns the bytes of their weights before and now.
+    layers: (names, settings) for each layer. Returns the bytes of their weights before and after.
     """
     for names, _ in layers:
         linear = model.get_submodule(names[0])
@@ -404,12 +409,12 @@ def naming(name: str) -> Iterator[None]:
 
 
 def unadapted(model: nn.Module) -> list[list[str]]:
-    """The linear layers without an adapter, except the output head, each as a list of its names."""
+    """The linear layers without an adapter, except the output head; each is a list of its names."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     groups = []
     for module, names in names_of(model, nn.Linear).items():
-        # A subclass of nn.Linear may compute something else, so it stays as it is.
+        # A subclass of nn.Linear may compute something else, so it is not replaced.
         is_head = module is head or module.weight in tied
         if type(module) is nn.Linear and not is_head:
             groups.append(names)
@@ -427,13 +432,13 @@ def names_of(model: nn.Module, layer_type: type[nn.Module]) -> dict[nn.Module, l
 
 
 class MergeAudit(NamedTuple):
-    """How much of an update survives when it is merged into the 4 bits of a weight.
+    """How much of an update survives when it is merged into a 4-bit weight.
 
-    `realized` is the change of the decoded weight, `update` the change that was wanted.
+    `update` is the wanted change of the decoded weight, `realized` is its actual change.
     """
 
     update_norm: float  # the Frobenius norm of the update
-    kept: float  # <realized, update> / <update, update>: 1 keeps it all, 0 loses it to rounding
+    kept: float  # <realized, update> / <update, update>: 1 keeps all, 0 loses all to rounding
     cosine: float  # between realized and update: 1 if the change has the right direction
 
 
@@ -461,7 +466,7 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
 
 
 def audit_merge(base: FrozenWeight, update: Tensor) -> MergeAudit:
-    """Quantize base + update as the base is, and compare the realized change with the update."""
+    """Quantize base + update with the settings of base; compare the actual change with update."""
     before = base(update.dtype)
     merged = FrozenWeight(before + update, base.block_size, base.double_quant, base.codebook)
     realized = (merged() - before).flatten()

@@ -1,9 +1,9 @@
 """AdamW over pages, and the pager that keeps a byte budget of them on the device.
 
 AdamW keeps two moments for every trainable element but needs only a few of them at a time. When a
-long batch makes the activations peak, the moments should make room, or the run is out of memory
-(paper, section 3, "Paged Optimizers"). For t = 1, 2, ... and a gradient g, the update is that of
-torch.optim.AdamW (Loshchilov and Hutter, 2019):
+long batch makes the activations peak, the moments should leave the device, or the device runs out
+of memory (paper, section 3, "Paged Optimizers"). For t = 1, 2, ... and a gradient g, the update is
+that of torch.optim.AdamW (Loshchilov and Hutter, 2019):
 
     p <- p - lr * weight_decay * p
     m <- m + (1 - beta1) * (g - m)                  exp_avg, the first moment
@@ -13,30 +13,30 @@ torch.optim.AdamW (Loshchilov and Hutter, 2019):
 Each element is updated independently of the others. So a flattened parameter can be cut into runs
 and updated run by run. The moments of a run of k elements are a page, (2, k):
 
-    parameter    [ 0 1 2 3 | 4 5 6 7 | 8 9 ]        not paged; a strided one is copied to be updated
+    parameter    [ 0 1 2 3 | 4 5 6 7 | 8 9 ]        not paged; copied for the update if strided
     pages        [ m m m m | m m m m | m m ]        exp_avg: page 0, page 1, page 2
                  [ v v v v | v v v v | v v ]        exp_avg_sq
-    resident     page 2, page 1                     at most a budget, least recently used first
+    resident     page 2, page 1                     within the budget, least recently used first
     store        [ page 0 | page 1 | page 2 ]       a place for each page (kernels/page_store.py)
 
     hit          the page is resident
     fault        the page is not resident: make room and load it, with its value if it has one
     evict        the least recently used page leaves; it is written if the store has an older value
 
-A step sweeps over all pages in a fixed order, which is the worst case for this rule: the page that
-leaves is the one needed next. If the pages exceed the budget by any amount, every page faults in
-every step, and all bytes move out and in. The counters show it. CUDA's driver has the same rule.
+A step visits all pages in a fixed order. This is the worst case for "least recently used": the page
+that leaves is the one needed next. If the pages exceed the budget by any amount, every page faults
+in every step, and all bytes move out and in. The counters show it. CUDA's driver has the same rule.
 
-Of a sharded parameter (a DTensor) each process pages the moments of its own rows only.
+For a sharded parameter (a DTensor) each process pages the moments of its own rows only.
 
-Error: none. A page moves bit by bit. For any page size and budget the bits are those of
+Error: none. A page is copied without change. For any page size and budget the bits are those of
 torch.optim.AdamW (foreach=False, fused=False) with square roots rounded to nearest: float32 roots
 of torch with Intel's MKL are one unit off on some processors. Exceptions are the payload of a NaN
 and, where 1 - beta1 rounds to 1, the sign of a zero.
 
-Differs from the paper and bitsandbytes: they page large parameters only, and the CUDA driver moves
-memory, uncounted, when the device is full. Here all parameters are paged, the budget is explicit,
-moves are counted, and no GPU is needed; on a GPU the driver moves pages as well.
+Differs from the paper and bitsandbytes: they page only large parameters, and the CUDA driver moves
+memory when the device is full, without counting. Here all parameters are paged, the budget is
+explicit, moves are counted, and no GPU is needed. On a GPU the driver moves pages as well.
 """
 
 from collections import OrderedDict
@@ -54,7 +54,7 @@ from kernels.page_store import Page, assign_places, new_store
 class Pager:
     """Keeps at most `budget` bytes of pages resident and the others in a store.
 
-    Two pages of 8 bytes with room for one. The last fetch loads the first page again:
+    Two pages of 8 bytes and a budget for one. The last fetch loads the first page again:
 
     >>> first, second = (Page((2,), torch.float32, torch.device("cpu")) for _ in range(2))
     >>> pager = Pager(budget=8)
@@ -68,7 +68,7 @@ class Pager:
     def __init__(self, budget: float) -> None:
         self.budget = budget  # bytes
         self.resident = 0  # bytes
-        self.peak = 0  # the most bytes that were resident so far
+        self.peak = 0  # the largest value of `resident` so far
         self.cache: OrderedDict[Page, Tensor] = OrderedDict()  # least recently used first
         names = ("hits", "faults", "evictions", "bytes_in", "bytes_out", "prefetches")
         self.counters = dict.fromkeys(names, 0)
@@ -76,7 +76,7 @@ class Pager:
     def reserve_store(self, pages: list[Page]) -> None:
         """Assign a place in a store to each page that needs one and has none.
 
-        Raises: ValueError or OSError; no page has a new place then.
+        Raises: ValueError or OSError; then no page gets a new place.
         """
         largest = max((page.nbytes for page in pages), default=0)
         if largest > self.budget:
@@ -89,7 +89,7 @@ class Pager:
         for page in pages:
             if page.store is None:
                 new_pages.setdefault(page.device, []).append(page)
-        stores = [  # all of them before the first page gets its place
+        stores = [  # all are made before the first page gets its place
             new_store(device, sum(page.nbytes for page in on_device), fits, bounded)
             for device, on_device in new_pages.items()
         ]
@@ -146,13 +146,13 @@ def adamw_(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: State
     beta1, beta2 = group["betas"]
     lr = float(group["lr"])
     weight_decay = group["weight_decay"]
-    # The result for an element must not depend on its place in the run. add_(alpha=) in half
-    # precision does depend on it.
+    # The result for an element must not depend on its place in the run. add_(alpha=) is not used,
+    # because in half precision its result does.
     if weight_decay:
         param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     if 1 - beta1 >= 1 - 2**-25:
-        # With a weight that rounds to 1, lerp_ gives a zero a sign that depends on its place.
+        # If the weight rounds to 1, lerp_ gives a zero a sign that depends on its place in the run.
         exp_avg.add_(0.0)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denom = sqrt(exp_avg_sq).div_((1 - beta2**step) ** 0.5).add_(group["eps"])
@@ -162,7 +162,8 @@ def adamw_(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: State
 def sqrt(x: Tensor) -> Tensor:
     """The square root, in float32 rounded to nearest.
 
-    No root of a float32 number is so near a midpoint that rounding it from float64 could err.
+    It is computed in float64. The root of a float32 number is never so close to the midpoint of two
+    float32 numbers that the second rounding, to float32, chooses the wrong one.
     """
     return x.double().sqrt_().float() if x.dtype == torch.float32 else x.sqrt()
 
@@ -170,15 +171,16 @@ def sqrt(x: Tensor) -> Tensor:
 class PagedAdamW(Optimizer):
     """torch.optim.AdamW with at most resident_bytes of its state on the device (None: all of it).
 
-    On a GPU that shares pages with the host all state is in unified memory; None then means as
-    much as the driver leaves on the device.
+    On a GPU that shares pages with the host all state is in unified memory. With None, the driver
+    then decides how much of it stays on the device.
 
-    Three pages, two of which may be resident. The first step starts all three and evicts one; the
-    second loads and evicts three:
+    Three pages, two of which may be resident. The first step creates all three and evicts one;
+    the second loads and evicts three:
 
     >>> weight = torch.nn.Parameter(torch.ones(6))
     >>> optimizer = PagedAdamW([weight], page_bytes=16, resident_bytes=32)
-    >>> for weight.grad in torch.ones(2, 6):
+    >>> for grad in torch.ones(2, 6):
+    ...     weight.grad = grad
     ...     optimizer.step()
     >>> optimizer.counters
     {'hits': 0, 'faults': 6, 'evictions': 4, 'bytes_in': 48, 'bytes_out': 64, 'prefetches': 0}
@@ -213,10 +215,10 @@ class PagedAdamW(Optimizer):
     def add_param_group(self, param_group: StateDict) -> None:
         """Cut the state of a group into pages.
 
-        Raises: ValueError or OSError; the group is not added then.
+        Raises: ValueError or OSError; then the group is not added.
         """
         super().add_param_group(param_group)
-        group = self.param_groups.pop()  # it returns once it is valid and has its pages
+        group = self.param_groups.pop()  # added again once it is valid and has its pages
         for name in ("lr", "eps", "weight_decay"):
             if not group[name] >= 0:
                 raise ValueError(f"{name} must be at least 0, got {group[name]}; give 0 or more")
@@ -288,7 +290,7 @@ class PagedAdamW(Optimizer):
     def state_dict(self) -> StateDict:
         """The state in torch.optim.AdamW's layout, with copies of the moments on the host.
 
-        Moments of a sharded parameter are sharded like it, on its device. Fetches are counted.
+        The moments of a sharded parameter have its sharding and its device. Fetches are counted.
         """
         packed = super().state_dict()
         for index, param in enumerate(self.pages):
@@ -317,7 +319,7 @@ class PagedAdamW(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Continue from a state_dict of this class or of torch.optim.AdamW.
 
-        Raises: ValueError; nothing has changed then.
+        Raises: ValueError; then nothing has changed.
         """
         loaded = self._checked_state(state_dict)
         super().load_state_dict({**state_dict, "state": {}})
@@ -331,7 +333,10 @@ class PagedAdamW(Optimizer):
                 self.pager.fetch(page, write=True).copy_(run)
 
     def _checked_state(self, state_dict: StateDict) -> dict[Tensor, StateDict]:
-        """The state of each parameter in a state_dict, if that is an AdamW's and fits."""
+        """The state of each parameter in a state_dict.
+
+        Raises: ValueError unless it is the state of an AdamW and fits the parameters.
+        """
         indices = []
         for group in state_dict["param_groups"]:
             missing = [name for name in self.defaults if name not in group]

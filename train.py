@@ -1,15 +1,15 @@
-"""Fine-tune a language model through a frozen 4-bit base.
+"""Fine-tune a language model on a frozen 4-bit base.
 
-Load, quantize, adapt, train, evaluate, report:
+The steps: load, quantize, adapt, train, evaluate, report.
 
 python train.py                                    SmolLM2-135M learns to turn sentences into JSON
 python train.py --data my.jsonl --model my/model   your data, your model
-python train.py --adapter out --prompt "..."       ask the result
+python train.py --adapter out --prompt "..."       use the result
 torchrun --nproc-per-node 4 train.py               four processes, on as many GPUs or on none
 python train.py --help                             all flags
 """
 
-from __future__ import annotations  # transformers loads its classes when they are used
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 from training.options import QUANT_BITS, Options, parse_args
 
@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from checkpoints.base_model import load_with_adapters
 from data import packing
-from data.dataset import Batch, batches_of_step
+from data.dataset import Batch
 from lora import QLoRALinear
 from memory.measured import measure_step, rss_bytes
 from nf4 import normal_float
@@ -36,7 +36,15 @@ from training import distributed, sharding
 from training.dtypes import dtype_table, resolve_device_and_dtype
 from training.exit_status import exit_status
 from training.loss_and_eval import LabelLoss, evaluate
-from training.preflight import Job, base_folder, describe, preflight, preview, step_settings
+from training.preflight import (
+    Job,
+    base_folder,
+    batches_of,
+    describe,
+    preflight,
+    preview,
+    step_settings,
+)
 from training.report import metrics_of, print_report, summarize, write_report
 from training.run_folder import RunFolder
 from training.state import StopAfterStep, load_state, seed_batch
@@ -71,8 +79,8 @@ def run(args: Options) -> None:
 
 def finetune(args: Options) -> dict:
     """One run, from the base to its adapter in args.output_dir. Returns the report."""
-    job = preflight(args)  # finds what can be wrong before a weight is read
-    turn = distributed.local_rank() if args.shard else 0  # sharded, one at a time: less host memory
+    job = preflight(args)  # finds errors before a weight is read
+    turn = distributed.local_rank() if args.shard else 0  # sharded: one by one, to save host memory
     model = distributed.all_or_none(partial(load_model, args, job.tokenizer), turn)
     print(f"\n{dtype_table(model, args.dtype)}\n")
     optimizer = make_optimizer(model, args)
@@ -81,11 +89,12 @@ def finetune(args: Options) -> dict:
         start, before = job.state.step, job.state.before
         load_state(model, optimizer, job.state)
     else:
-        start, before = 0, evaluate_model(model, job, args, "before")
+        start = 0
+        before = evaluate(model, job.tokenizer, job.task, args.batch_size, args.dtype, "before")
     folder.begin(start, before)
     memory = train(model, optimizer, job, start, folder, args)
     folder.save_adapter()
-    after = evaluate_model(model, job, args, "after")
+    after = evaluate(model, job.tokenizer, job.task, args.batch_size, args.dtype, "after")
     return summarize(args, job, model, optimizer, before, after, memory)
 
 
@@ -107,7 +116,7 @@ def load_model(
         "use_rslora": args.use_rslora,
     }
     folder, start = base_folder(args)
-    device = "cpu" if args.shard else args.device  # sharded, it moves block by block
+    device = "cpu" if args.shard else args.device  # a sharded model moves block by block
     model = load_with_adapters(folder, args.dtype, device, start, args.seed, adapter, quantization)
     model.name_or_path = args.model or str(folder)  # the base that adapter_config.json names
     if args.save_4bit and distributed.is_main():
@@ -122,7 +131,7 @@ def load_model(
 
 
 def make_optimizer(model: nn.Module, args: Options) -> Optimizer:
-    """AdamW for the adapters: paged, or torch's own, with the same bits."""
+    """AdamW for the adapters: paged, or torch's own; both give the same bits."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if args.optim == "adamw":
         return torch.optim.AdamW(trainable, weight_decay=0.0)
@@ -130,43 +139,24 @@ def make_optimizer(model: nn.Module, args: Options) -> Optimizer:
     return PagedAdamW(trainable, weight_decay=0.0, resident_bytes=resident)
 
 
-def evaluate_model(
-    model: transformers.PreTrainedModel, job: Job, args: Options, when: str | None = None
-) -> list:
-    """The metric on the held-out rows, and on phrasings that training never sees."""
-    return evaluate(model, job.tokenizer, job.task, args.batch_size, args.dtype, when)
-
-
 def train(
-    model: transformers.PreTrainedModel,
-    optimizer: Optimizer,
-    job: Job,
-    start: int,
-    folder: RunFolder,
-    args: Options,
-) -> dict[str, dict[str, int | None]]:
+    model: nn.Module, optimizer: Optimizer, job: Job, start: int, folder: RunFolder, args: Options
+) -> dict:
     """Take the steps start + 1 to args.max_steps.
 
-    Returns the bytes of one step, predicted and measured.
+    Returns the bytes of one step by component, predicted and measured.
     Raises: KeyboardInterrupt after a signal, once the state is saved.
     """
     losses = sharding.wrap_ddp(LabelLoss(model.train(), args.dtype))
-    measured_step = min(start + 1, args.max_steps - 1)  # the second: AdamW has its moments by then
+    measured_step = min(start + 1, args.max_steps - 1)  # the second: AdamW's moments exist then
     world_size = distributed.world_size()
     memory = {}
     with StopAfterStep() as stop, folder.progress(start) as steps:
         for step in steps:
             began = time.perf_counter()
-            lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-            batches = batches_of_step(
-                job.task.train,
-                step,
-                args.batch_size,
-                args.grad_accum * world_size,
-                args.seed,
-                job.tokenizer.eos_token_id,
-                args.group_by_length,
-            )
+            lr = learning_rate(step, args)
+            optimizer.param_groups[0]["lr"] = lr
+            batches = batches_of(job, step, args)
             work = partial(train_step, losses, optimizer, batches, step, args)
             if step == measured_step and not args.shard:
                 mine = batches[distributed.rank() :: world_size]
@@ -181,10 +171,10 @@ def train(
             line |= {"grad_norm": norm, "rss_bytes": rss_bytes()}
             is_last = step + 1 == args.max_steps
             if is_due(step, args.eval_every) and not is_last:
-                line["eval"] = evaluate_model(model, job, args)
+                line["eval"] = evaluate(model, job.tokenizer, job.task, args.batch_size, args.dtype)
                 model.train()
             folder.log(line)
-            [stop_requested] = distributed.all_reduce_sum(stop.requested)  # all stop together
+            [stop_requested] = distributed.all_reduce_sum(stop.requested)  # all ranks stop together
             if is_due(step, args.save_every) or is_last or stop_requested:
                 folder.save_state(step + 1)
             if stop_requested and not is_last:
@@ -195,10 +185,10 @@ def train(
 def train_step(
     losses: nn.Module, optimizer: Optimizer, batches: list[Batch], step: int, args: Options
 ) -> tuple[float, float]:
-    """Forward, backward and update. Of N processes, each works on every Nth batch.
+    """Forward, backward and update. Each of N processes takes every Nth batch.
 
     `losses` maps a batch to the sum of its cross entropies. Returns the mean loss over all labels
-    of the step and the norm of the gradient.
+    of the step, and the norm of the gradient.
     """
     world_size = distributed.world_size()
     n_labels = sum(batch.n_labels for batch in batches)
@@ -207,7 +197,8 @@ def train_step(
     for number in mine:
         seed_batch(args.seed, step * len(batches) + number)
         with sharding.gradient_sync(losses, number == mine[-1]):
-            # DDP and FSDP2 average the gradients of all processes: times world_size is their sum.
+            # DDP and FSDP2 average the gradients over the processes. The factor world_size turns
+            # the average into a sum.
             batch_loss = losses(batches[number].to(args.device)) / (n_labels / world_size)
             batch_loss.backward()
         loss += batch_loss.item() / world_size
@@ -223,7 +214,7 @@ def train_step(
 
 
 def learning_rate(step: int, args: Options) -> float:
-    """Linear warm-up over a tenth of the steps, then half a cosine down to a tenth of --lr."""
+    """Linear warm-up in the first tenth of the steps, then half a cosine to a tenth of --lr."""
     warm_up = max(1, args.max_steps // 10)
     if step < warm_up:
         return args.lr * (step + 1) / warm_up
@@ -232,7 +223,7 @@ def learning_rate(step: int, args: Options) -> float:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every N steps (0: never) happens after this one."""
+    """Whether an action with the period `every` (0: never) is due after this step."""
     return every > 0 and (step + 1) % every == 0
 
 

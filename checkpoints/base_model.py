@@ -23,7 +23,7 @@ Differs from transformers: nothing missing is replaced by random numbers, load_4
 and a model that is saved again has the bytes that were loaded.
 """
 
-from __future__ import annotations  # transformers loads its classes when they are used
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import copy
 import re

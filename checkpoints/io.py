@@ -52,7 +52,7 @@ def parse_json(text: bytes) -> dict:
     except RecursionError as error:
         raise ValueError(error) from None
     if not isinstance(content, dict):
-        raise ValueError(f"it is not an object but a {type(content).__name__}")
+        raise ValueError(f"it is not an object, its type is {type(content).__name__}")
     level = [content]
     for _ in range(DEEPEST_JSON):
         level = [child for parent in level for child in _containers_in(parent)]

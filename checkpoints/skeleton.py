@@ -11,7 +11,7 @@ some other key of the config can ask for endless work or memory. No list of keys
 limits are on what the building does.
 """
 
-from __future__ import annotations  # transformers loads its classes when they are used
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 from collections.abc import Callable
 from pathlib import Path

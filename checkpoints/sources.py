@@ -9,7 +9,7 @@ safetensors in models/, with a checksum of its own. Later calls download and con
 A base is read from safetensors only: nothing is unpickled, and no code in a model's folder is run.
 """
 
-from __future__ import annotations  # transformers loads its classes when they are used
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import hashlib
 import importlib.util

@@ -4,9 +4,10 @@ torch's optimizer makes a pass over memory for each operation, seven or more; th
 16 bytes read and 12 written per element. Elements are independent, so a page of the optimizer's
 state is one launch, and any run of elements can be updated.
 
-The bits are those of paged_optim.adamw_ on a CPU. Its lerp_ and addcmul_ round a product and its
-sum once, all other operations round one by one: so the first use `fma`, the rest `mul` and `add`.
-No operation is approximate: square root and division are rounded to nearest.
+The bits are those of paged_optim.adamw_ on a CPU. There, lerp_ and addcmul_ compute a product
+and a sum with one rounding, and every other operation rounds its result. So this kernel uses `fma`
+for lerp_ and addcmul_, and `mul` and `add` for the others. No operation is approximate: square root
+and division are rounded to nearest.
 """
 
 import math
@@ -50,10 +51,10 @@ def updated(p, g, m, v, scalars):
 
 
 def adamw(p4, g4, m4, v4, p, g, m, v, n, wide, scalars):
-    """Update elements 0 ... n - 1, by threads that take four each if `wide`, else one.
+    """Update elements 0 ... n - 1; a thread takes four of them if `wide`, else one.
 
-    p4 and p are the same memory, and so are the others. Wide needs n to be a multiple of 4, and
-    arrays that start at a multiple of 16 bytes.
+    p4 and p are the same memory, and so on. `wide` requires that n is a multiple of 4 and that the
+    arrays start at a multiple of 16 bytes.
     """
     i = U32(U32(cuda.blockIdx.x) * U32(THREADS) + U32(cuda.threadIdx.x))
     if wide:

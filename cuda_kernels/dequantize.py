@@ -1,31 +1,32 @@
-"""Dequantization as a ladder: four kernels with the same bits, each a step from the one before.
+"""Dequantization in four kernels with the same results; each improves on the one before.
 
 A weight w' = level[code] * constant costs 1/2 + 1/64 bytes to read, with double quantization, and 2
 to write in 16 bits. While memory moves these, at 3 TB/s, a GPU of 132 x 128 lanes can execute about
-25 instructions per element: arithmetic does not limit the speed, but how the bytes are requested.
+25 instructions per element. So arithmetic need not limit the speed; what matters is how the bytes
+are requested.
 
           a thread       reads at once    writes at once    instructions per element
-    v1    1 element      1 byte           2 bytes           about 60: own block, own constant
-    v2    2, one byte    1 byte           4 bytes           about 35: both share them
+    v1    1 element      1 byte           2 bytes           about 60: each finds its constant
+    v2    2, one byte    1 byte           4 bytes           about 35: both share a constant
     v3    8, 4 bytes     4 bytes          16 bytes          about 12: the widest store there is
     v4    32, 16 bytes   16 bytes         4 x 16 bytes      about 8; more bytes in flight at once
 
 v1 does not read too much: the 32 threads of a warp ask for the same sectors, which are fetched
 once. It is slow because it needs 16 times as many instructions for the same bytes, and because too
-few bytes are in flight: memory answers after 700 ns, so 3 TB/s need 2 MB in flight, 16 kB per
-multiprocessor.
+few bytes are in flight. Memory answers after 700 ns, so 3 TB/s need 2 MB in flight, which is 16 kB
+per multiprocessor.
 
-v4, the kernel in use, reads what a warp needs with one instruction, 512 bytes. If each thread then
-wrote the 64 bytes that it decodes, each store of the warp would touch 32 places, half a sector
-each. So the words are swapped in shared memory first: a lane takes words whose results are next to
-those of its neighbour.
+v4 is the kernel in use. A warp reads all it needs, 512 bytes, with one instruction. If each thread
+then wrote the 64 bytes that it decodes, each store of the warp would touch 32 places, half a sector
+each. So the words are exchanged through shared memory first: a lane gets words whose results are
+next to those of its neighbour.
 
     read     lane 0: words 0 1 2 3      lane 1: words 4 5 6 7      ...   lane 31: 124 ... 127
     write    lane 0: words 0 32 64 96   lane 1: words 1 33 65 97   ...   32 x 16 bytes in one piece
 
 The levels are in 16 different banks of shared memory, so lanes that look up different ones do not
-wait for each other. Elements beyond the last 1024 of a warp, and blocks too small for v4, are left
-to v1, which takes any.
+wait for each other. Elements after the last full 1024, and weights whose blocks are too small for
+v4, are decoded by v1, which takes any.
 """
 
 from numba import cuda
@@ -51,11 +52,11 @@ from cuda_kernels.device import (
 
 THREADS = 256
 RUN = 1024  # elements that a warp of v4 decodes
-STASH = 4 * THREADS  # words that its block reads
+STASH = 4 * THREADS  # words that a block of v4 reads
 
 
 def v1(kind: str) -> Kernel:
-    """A thread per element: out[i] for `start` <= i < n. packed_bytes is the weight's packed."""
+    """A thread per element: out[i] for `start` <= i < n. packed_bytes: the weight's `packed`."""
     half = kind != "float32"
     pack = KINDS[kind][0] if half else None
 
@@ -88,7 +89,7 @@ def v2(kind: str) -> Kernel:
 
 @inlined
 def eight(word, scale, levels, pack, out, unit):
-    """Decode the 8 codes of a word, all of one block, to 16-byte unit `unit` of out, in 16 bits."""
+    """Decode the 8 codes of a word, all of one block, to 16-byte unit `unit` of 16-bit out."""
     pairs = cuda.local.array(4, U32)
     for i in range(4):
         high = word >> U32(8 * i + 4) & U32(15)

@@ -1,13 +1,13 @@
-"""Instructions of a thread, or of the 32 threads of a warp together, that Python lacks.
+"""GPU instructions that Python lacks, for one thread or for the 32 threads of a warp together.
 
 Each is defined twice under one name. The Python function defines what it does and runs in the
 simulator of the tests (tests/helpers/warpsim.py). The code generator below it emits the instruction
 and is what Numba compiles. So the same source of a kernel is tested on a machine without a GPU and
 compiled for one.
 
-Arithmetic. The assembler may fuse a product and the sum it enters into one rounding. Where a bit
-depends on that, kernels call `mul` and `add`, which round one by one, or `fma`, which rounds once.
-Plain * and + are for indices.
+Arithmetic. The assembler may fuse a product and the following sum, and round only once. Where the
+result depends on that, kernels call `mul` and `add`, which round separately, or `fma`, which rounds
+once. Plain * and + are for indices.
 
 Memory. A warp is served in sectors of 32 bytes. It is fastest if its 32 threads ask for 16
 neighbouring bytes each, in one instruction: `load4`, `store4`. `load4` uses the read-only path,
@@ -41,7 +41,7 @@ FOUR = ir.VectorType(INT, 4)
 EVERY_LANE = 0xFFFFFFFF  # the mask of a full warp
 SHARED = 3  # the address space of a block's shared memory
 FMAF = ctypes.CFUNCTYPE(ctypes.c_float, *[ctypes.c_float] * 3)(("fmaf", ctypes.CDLL(None)))
-inlined = cuda.jit(device=True, inline="always")  # a function that is pasted where it is called
+inlined = cuda.jit(device=True, inline="always")  # a function that is inlined at each call
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +159,7 @@ def _pack_float16(context, builder, kinds, args):
 
 
 def from_bfloat16(half):
-    """The float32 of the 16 bits of a bfloat16: its upper half."""
+    """The float32 of the 16 bits of a bfloat16, which are its upper half."""
     return number(np.uint32(half) << np.uint32(16))
 
 
@@ -332,8 +332,8 @@ KINDS = {
 }
 
 
-# A weight in 4 bits, as the one argument that each kernel that reads it takes; a pointer and a
-# number are parameters of their own in the compiled kernel. Made by launch_cuda.kernel_weight:
+# A 4-bit weight, as one argument of the kernels that read one. In the compiled kernel each pointer
+# and each number is a separate parameter. launch_cuda.kernel_weight makes this tuple:
 #
 #     packed      WORDS, 8 codes each
 #     levels      FLOATS (16,)
@@ -352,7 +352,7 @@ WEIGHT = types.Tuple((WORDS, FLOATS, FLOATS, BYTES, FLOATS, FLOATS, F32, U32, U3
 def constant(block, weight):
     """The scale of a block of the weight.
 
-    Equation 6: product and sum are rounded one by one, as torch does; NaN stays NaN.
+    Equation 6: product and sum are rounded separately, as torch does; NaN stays NaN.
     """
     _, _, absmax, codes, levels8, offset, largest, _, shift8, double = weight
     if double:

@@ -1,9 +1,9 @@
 """y = x W^T for 1 ... 64 rows of x: the codes of W are read once and decoded in registers.
 
-For each weight that it reads, a product with few rows does two operations per row of x. The
-arithmetic units could do a thousand times as many meanwhile, so its time is the time to read W. In
-4 bits W is a quarter of its 16-bit self, so this should be four times as fast, if the decoded
-weights are never stored and decoding takes fewer instructions than the memory leaves time for.
+For each weight that it reads, a product with few rows does two operations per row of x. In the same
+time the arithmetic units could do a thousand times as many, so the product takes as long as reading
+W. In 4 bits W has a quarter of its size in 16 bits. So the product should be four times as fast, if
+decoded weights are never stored and decoding is faster than reading.
 
 `tensor_core`, one tile of W (32 rows) and a step of 128 columns, for one warp:
 
@@ -11,25 +11,25 @@ weights are never stored and decoding takes fewer instructions than the memory l
                 16 bytes per lane and instruction, four of them in flight. The next warp reads the
                 next 64 bytes of the row.
     swap        Lanes 0, 1 of a quad hold the first block of 64 columns, 2, 3 the second. They swap
-                halves, so that each of the four holds 8 bytes of each block: a product that mixed
-                two blocks could not be scaled any more.
+                halves, so that each of the four holds 8 bytes of each block. A sum over two blocks
+                could not be scaled any more.
     decode      A byte is two codes. A table in shared memory has the two levels of each of the 256
                 bytes, rounded and packed as tensor cores take them: a few instructions for two
                 weights. It has 32 copies, one per bank, so that no two lanes wait for each other.
-    multiply    16 rows of W times 8 rows of x (n8), 16 columns at once, four times: a block. The
-                order of the columns in it is not that of memory, for W and x alike, and does not
-                change the sum.
-    scale       The 4 sums of a lane belong to one block. Times its constant, in float32, they are
-                added to the totals. The levels are rounded to 16 bits; their product with the
-                constant is not.
+    multiply    An instruction multiplies 16 rows of W by 8 rows of x (n8) in 16 columns; four of
+                them cover a block. The columns in a block are not in memory order. Their order is
+                the same for W and x, so it does not change the sum.
+    scale       The 4 sums of a lane belong to one block of columns and two rows of W. They are
+                multiplied by the constants of these rows, in float32, and added to the totals. The
+                levels are rounded to 16 bits; their products with the constants are not.
 
-Bytes read: 1/2 + 1/64 per element of W, once. x is read once per tile, from the L2 cache: so with
-many rows of x some warps share their columns, and with them the L1 cache (`groups` of tiles). The
-warps of a block that do not share columns split them between them, and add their sums in a fixed
-order: the same bits each time.
+Bytes read: 1/2 + 1/64 per element of W, once. x is read once per tile, from the L2 cache. So with
+many rows of x, the warps of several tiles (`groups`) work on the same columns and share x in the L1
+cache. The other warps of a thread block take other columns, and the sums are added in a fixed
+order, so every run gives the same bits.
 
-`portable` does the same in ordinary arithmetic, a warp per row of W and a lane per 16 bytes of it:
-for GPUs whose tensor cores have no bfloat16 (older than sm_80), and for float32.
+`portable` does the same in ordinary arithmetic, with a warp per row of W and a lane per 16 bytes of
+it. It is for GPUs whose tensor cores have no bfloat16 (older than sm_80), and for float32.
 """
 
 from numba import cuda
@@ -62,8 +62,9 @@ TILE = 32  # rows of W that a warp multiplies at once
 def tensor_core(kind: str, tiles: int, groups: int) -> Kernel:
     """y (m, height) = x (m, width) W^T + bias, for at most 8 * tiles rows of x.
 
-    A block takes WARPS * TILE / splits rows of W. width is a multiple of 64, a block of W has at
-    least 64 elements. x and y have dtype `kind`; bias is float32 (height,), read only if `biased`.
+    A thread block takes WARPS * TILE / splits rows of W. width is a multiple of 64, and a block of
+    W has at least 64 elements. x and y have dtype `kind`. bias is float32 (height,), and is read
+    only if `biased`.
     """
     pack, read, product = KINDS[kind]
     splits = WARPS // groups
@@ -101,14 +102,14 @@ def tensor_core(kind: str, tiles: int, groups: int) -> Kernel:
 
         for step in range(U32(2) * split, lines, U32(2 * splits)):
             line = U32(step)
-            for i in range(4):  # rows beyond the last read the last, and their sums are dropped
+            for i in range(4):  # rows past the end read the last row; their sums are dropped
                 row = min(U32(first + U32(8 * i)), last)
                 for j in range(4):
                     words[i, j] = U32(0)
                 if U32(line + upper) < lines:
                     unit = U32((row * lines + line) * U32(2) + t)
                     words[i, 0], words[i, 1], words[i, 2], words[i, 3] = load4(packed, unit)
-            for h in range(2):  # a quad needs four constants for 16 rows: each lane decodes one
+            for h in range(2):  # 16 rows need four constants per quad; each lane decodes one
                 row = min(U32(first + U32(16 * h) + U32(8) * upper), last)
                 own = U32(line + odd)
                 scales[h] = U32(0)
@@ -155,13 +156,13 @@ def tensor_core(kind: str, tiles: int, groups: int) -> Kernel:
                         totals[at + 2] = fma(c2, s8, totals[at + 2])
                         totals[at + 3] = fma(c3, s8, totals[at + 3])
 
-        # The warps that have sums of the same rows: the upper half of them passes its sums to the
-        # lower half, until one warp is left.
+        # Of the warps that have sums of the same rows, the upper half passes its sums to the lower
+        # half, until one warp is left.
         remaining = splits
         while remaining > 1:
             remaining //= 2
             slot = U32((split % U32(remaining) * U32(groups) + group) * U32(slots) + lane)
-            cuda.syncthreads()  # all have read the table, or the sums of the round before
+            cuda.syncthreads()  # all have read the table or the sums of the last round
             if U32(remaining) <= split and split < U32(2 * remaining):
                 for i in range(sums):
                     pairs[slot + U32(32 * i)] = bits(totals[i])
@@ -187,8 +188,8 @@ def tensor_core(kind: str, tiles: int, groups: int) -> Kernel:
 def portable(kind: str, rows: int) -> Kernel:
     """The same in ordinary float32 arithmetic, for at most `rows` rows of float32 or float16 x.
 
-    A warp takes a row of W. width is a multiple of 32, a block of W has at least 32 elements: a
-    lane's partial sum of 32 columns belongs to one block and is scaled once.
+    A warp takes a row of W. width is a multiple of 32, and a block of W has at least 32 elements.
+    So a lane's partial sum of 32 columns belongs to one block and is scaled once.
     """
     half = kind != "float32"
     pack, read, _ = KINDS[kind] if half else (None, None, None)
@@ -216,7 +217,7 @@ def portable(kind: str, rows: int) -> Kernel:
                 partial[token] = F32(0)
             for i in range(4):
                 for token in range(rows):
-                    own = min(U32(token), U32(m - U32(1)))  # rows beyond the last read the last
+                    own = min(U32(token), U32(m - U32(1)))  # rows past the end read the last
                     unit = U32(own * width + U32(step) * U32(32) + U32(8 * i)) >> U32(2)
                     if half:
                         four = load4(x, unit >> U32(1))

@@ -5,14 +5,14 @@
     absmax      [ - - - - - - - - the same in all 8 - - - - ]     [ ...   3 rounds of `shuffle_xor`
     packed      4 bytes      4 bytes                                      32 lanes write 128 bytes
 
-The lanes of a block find its absmax by shuffles: in round k, lanes that differ in bit k of their
-number swap, and keep the larger magnitude. After log2(lanes) rounds each has the absmax, without
-any access to memory. Magnitudes are compared as integers: these have the same order, and a NaN is
-larger than infinity and cannot get lost, so absmax shows whether all numbers were finite.
+The lanes of a block find its absmax by shuffles. In round k, lanes whose indices differ in bit k
+exchange their magnitudes and keep the larger one. After log2(lanes) rounds each has the absmax,
+without any access to memory. Magnitudes are compared as integers. The order is the same, and a NaN
+is larger than infinity, so it is never dropped, and absmax shows whether all numbers were finite.
 
-The code of a number is the count of midpoints below it: a binary search, 4 look-ups in shared
-memory. The 15 midpoints are in 15 different banks, so lanes never wait for each other. Division is
-not approximate: an approximate one would change codes next to a midpoint.
+The code of a number is the count of midpoints below it, found by a binary search: 4 look-ups in
+shared memory. The 15 midpoints are in 15 different banks, so lanes never wait for each other.
+Division is rounded to nearest: an approximate one would change codes next to a midpoint.
 
 Bytes per element: 2 or 4 read, once, and 1/2 + 4/64 written.
 """
@@ -42,7 +42,7 @@ THREADS = 256
 
 @inlined
 def code(x, midpoints):
-    """How many of 15 ascending midpoints lie below: a tie takes the lower code."""
+    """How many of 15 ascending midpoints are below x; a tie takes the lower code."""
     below = U32(8) if x > midpoints[7] else U32(0)
     below = below + U32(4) if x > midpoints[below + U32(3)] else below
     below = below + U32(2) if x > midpoints[below + U32(1)] else below
@@ -54,7 +54,7 @@ def blockwise(kind: str) -> Kernel:
 
     A thread takes 8 numbers. `words` and `numbers` are the same memory, as are `packed` and
     `packed_words`. midpoints: float32 (15,), infinite where there are fewer than 16 levels. A block
-    has 1 ... 32 lanes. Equal to nf4.quantize bit for bit: the same products, rounded one by one.
+    has 1 ... 32 lanes. Equal to nf4.quantize bit for bit: the same products, rounded separately.
     """
     half = kind != "float32"
     read = KINDS[kind][1] if half else None
@@ -69,7 +69,7 @@ def blockwise(kind: str) -> Kernel:
         start = U32(lane * U32(8))
         x = cuda.local.array(8, F32)
         for i in range(8):
-            x[i] = F32(0)  # the last block is filled up with zeros
+            x[i] = F32(0)  # the last block is padded with zeros
         if start < n and n - start >= U32(8):
             if half:
                 four = load4(words, lane)
@@ -103,9 +103,8 @@ def blockwise(kind: str) -> Kernel:
 
         word = U32(0)
         for i in range(8):
-            place = U32(
-                8 * (i // 2) + 4 * (1 - i % 2)
-            )  # of two numbers the first in the high nibble
+            # The first number of a pair goes to the high nibble.
+            place = U32(8 * (i // 2) + 4 * (1 - i % 2))
             word |= code(mul(mul(x[i], power), reciprocal), edges) << place
         if start < n:
             if n - start >= U32(8):

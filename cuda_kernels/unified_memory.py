@@ -1,22 +1,23 @@
 """CUDA's unified memory: one address for the host and the device; the driver moves the bytes.
 
 A kernel that reads bytes on the host faults, and the driver moves them, 64 KB to 2 MB at a time.
-This is correct but slow, because the kernel waits. So three calls tell the driver in advance:
+This is correct but slow, because the kernel waits. So the driver is told in advance:
 
-    cuMemAllocManaged       reserves addresses; memory is taken at first use, and is zero
-    cuMemPrefetchAsync      moves a range at once, in stream order, wherever it is
+    cuMemPrefetchAsync      moves a range in stream order, from wherever it is
     cuMemAdvise             sets the preferred location: where the driver should keep a range
 
+cuMemAllocManaged reserves addresses. Memory is taken at first use, and is zero.
+
 When the device is full, the driver also makes room for ordinary tensors: it moves managed pages to
-the host. A paged optimizer depends on this. The driver does not report where a page is: it knows
-where a range was last sent to, but neither faults nor its own evictions update that. So this module
-does not report it either.
+the host. A paged optimizer depends on this. The driver does not report where a page is: it
+records where a range was last sent, but neither faults nor its own evictions update this record. So
+this module does not report it either.
 
-The calls go to libcuda through ctypes: it is on every machine with a GPU, and its entry points do
-not change. Those that end in _v2 take a CUmemLocation, two integers; the headers of CUDA 13 map the
-plain names to them, and drivers from 535 on have them. Streams and the context are torch's.
+The calls go to libcuda through ctypes: it is on every machine with a GPU, and its functions do not
+change. Those that end in _v2 take a CUmemLocation, two integers. The headers of CUDA 13 map the
+plain names to them, and drivers from version 535 on have them. Streams and the context are torch's.
 
-Where host and kernels cannot share a page (Windows, WSL, old GPUs), `driver_of` returns None.
+If host and kernels cannot share a page (Windows, WSL, old GPUs), `driver_of` returns None.
 """
 
 import ctypes
@@ -39,7 +40,7 @@ class Location(ctypes.Structure):
 
 
 def library() -> ctypes.CDLL | None:
-    """The driver's library, on Linux, if it supports locations."""
+    """The driver's library on Linux; None if there is none, or if it does not support locations."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -100,7 +101,7 @@ class Driver:
         self.call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def move(self, address: int, nbytes: int, kind: int, stream: torch.cuda.Stream) -> None:
-        """Prefer the device or the host for a range of bytes, and move it in stream order."""
+        """Set the preferred location of a range of bytes, and move it there in stream order."""
         start = ctypes.c_uint64(address)
         size = ctypes.c_size_t(nbytes)
         location = Location(kind, self.index if kind == ON_DEVICE else 0)

@@ -12,8 +12,8 @@ conversation must start with `answered`. Otherwise the template rewrites earlier
 removes the thoughts from them), and each answer gets a sequence of its own, in which it is the last
 turn.
 
-In the loss are the tokens of an answer up to and including its last special token, which ends it.
-The line break that many templates write after that token is not in the loss.
+The tokens of an answer up to and including its last special token, which ends it, are in the loss.
+The line break that many templates write after that token is not.
 
 The ids of the first `prompt` must be the first ids of the sequence, because generation starts from
 exactly these ids. Where a tokenizer would merge the last character of a question and the first
@@ -22,7 +22,7 @@ character of an answer into one token, the answer is tokenized separately.
 Without a chat template, each turn is a line, and an EOS token follows each answer.
 """
 
-from __future__ import annotations  # transformers loads its classes when they are used
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import hashlib
 from array import array
@@ -42,7 +42,7 @@ class Example:
     """One sequence: token ids, one label per id, and the first question and answer in it as text.
 
     labels: the id itself where the token is in the loss, else IGNORE_INDEX.
-    starts: the index at which each document begins; a packed sequence has more than one.
+    starts: the indices at which documents begin; a packed sequence has more than one.
     """
 
     ids: list[int]
@@ -85,16 +85,16 @@ class Template:
         first_ids = tokenizer("").input_ids[:1]
         adds_bos = first_ids == [tokenizer.bos_token_id]
         self.bos_ids = first_ids if adds_bos else []
-        # A chat template writes BOS itself.
+        # A chat template writes BOS itself, if the model needs it.
         self.rendered_prefix = self.bos_ids if tokenizer.chat_template is None else []
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """The ids of a question, up to where its answer begins."""
+        """The ids of a question and of the header of its answer."""
         text = self._render(question_turns(prompt), add_generation_prompt=True)
         return self._tokenize_rendered(text)
 
     def encode_document(self, text: str) -> Example:
-        """A plain text and an EOS token, all of them in the loss."""
+        """A plain text and an EOS token, with all tokens in the loss."""
         ids = self.bos_ids + self._tokenize(text) + [self.tokenizer.eos_token_id]
         return Example(ids, ids)
 
@@ -179,7 +179,7 @@ class Template:
         return ends[-1] + 1
 
     def _render(self, turns: list[Turn], add_generation_prompt: bool = False) -> str:
-        """The turns as text; add_generation_prompt: and the header of the answer that follows."""
+        """The turns as text; add_generation_prompt: with the header of an answer after them."""
         if self.tokenizer.chat_template is None:
             return self._render_lines(turns)
         try:
@@ -229,7 +229,7 @@ def show_example(
 
 
 def mark_in_loss(text: str, colour: bool) -> str:
-    """Marks text that is in the loss, by green colour or by brackets."""
+    """Marks text that is in the loss, in green or with brackets."""
     return f"\033[32m{text}\033[0m" if colour else f"⟦{text}⟧"
 
 
@@ -239,7 +239,7 @@ def _has_label(pair: tuple[int, int]) -> bool:
 
 
 def _escape_control_character(character: str) -> str:
-    """Escapes it, so that the terminal prints a control character of the data and does not obey."""
+    """Escapes a control character, so that the terminal shows it and does not execute it."""
     if character.isprintable() or character == "\n":
         return character
     return repr(character)[1:-1]

@@ -5,12 +5,12 @@
     a file          .txt as plain text; .jsonl and .json as rows in the formats of rows.py
     a hub id        owner/name of a data set on the Hugging Face hub with such rows
 
-In the loss are the answers and their end tokens (chat_template.py), and every token of a document.
+The answers with their end tokens (chat_template.py) and all tokens of a document are in the loss.
 Padding is masked by its position, never by its id: many models use one token for padding and for
 EOS, and masking EOS by id would drop it from the loss.
 """
 
-from __future__ import annotations  # transformers loads its classes when they are used
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import random
 import re
@@ -27,7 +27,7 @@ from data import packing, rows, toy_tasks
 from data.chat_template import IGNORE_INDEX, Example, Template, mark_in_loss, show_example
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.txt)")
-BATCHES_PER_WINDOW = 50  # whose sequences by_length sorts together
+BATCHES_PER_WINDOW = 50  # by_length sorts the sequences of so many batches at a time
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def load_task(
     train_on_prompt: bool = False,
     packed: bool = False,
 ) -> Task:
-    """Loads a data set by its name, file or hub id; prints how many rows were too long.
+    """Loads a data set by name, file or hub id; prints which rows were too long.
 
-    train_on_prompt: all tokens of the training examples are in the loss, not the answers alone.
+    train_on_prompt: all tokens of the training examples are in the loss, not only the answers.
     packed: packs the training examples (packing.py).
-    Raises: ValueError for an unknown name, for bad rows (all of them, with their lines), and for
+    Raises: ValueError for an unknown name, for bad rows (a list of all, with their lines), and for
     fewer than two rows.
     """
     template = Template(tokenizer)
@@ -84,8 +84,8 @@ def load_task(
 class Batch:
     """Examples padded on the right to one length: each tensor is int64 (B, T).
 
-    position_ids: of packed examples, the index of each token in its document; else None. The model
-    also derives from it where a document ends.
+    position_ids: for packed examples, the index of each token in its document; else None. The model
+    also finds the boundaries of documents in it.
     """
 
     input_ids: Tensor
@@ -102,7 +102,7 @@ class Batch:
     def inputs(self) -> dict[str, Tensor]:
         """The arguments of the model.
 
-        Transformers detects packed documents only where there is no attention_mask.
+        Transformers detects packed documents only if it gets no attention_mask.
         """
         if self.position_ids is None:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
@@ -177,7 +177,7 @@ def _batches_by_length(
 
 
 def encode_prompt(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The ids of a question in the model's chat template, up to where its answer begins."""
+    """The ids of a question in the model's chat template, with the header of its answer."""
     return Template(tokenizer).encode_prompt(prompt)
 
 
@@ -222,7 +222,7 @@ def _help_pages() -> str:
 
 
 def _encode_text(text: str, template: Template, length: int) -> list[list[Example]]:
-    """Plain text as sequences of `length` tokens, all in the loss; each is a row of its own."""
+    """Plain text as sequences of `length` tokens, all in the loss; each counts as one row."""
     ids = template.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return [[piece] for piece in _cut_document(Example(ids, ids), length)]
 
@@ -235,7 +235,7 @@ def _cut_document(example: Example, length: int) -> list[Example]:
 def _encode_rows(name: str, template: Template) -> list[tuple[rows.Row, list[Example]]]:
     """The rows of a file or of a hub data set, each with its examples.
 
-    Raises: ValueError with every row that has none.
+    Raises: ValueError that lists every row that cannot be used.
     """
     encoded = []
     faults = []
@@ -273,10 +273,10 @@ def _encode_row(row: rows.Row, template: Template) -> list[Example]:
 def _fit(
     encoded: list[tuple[rows.Row, list[Example]]], length: int, name: str
 ) -> list[list[Example]]:
-    """The examples of each row in at most `length` tokens; prints which rows were longer.
+    """Cuts the examples of each row to at most `length` tokens; prints which rows were longer.
 
-    The rest of a long document becomes another sequence. A long conversation loses its end, and is
-    dropped if no answer begins before that.
+    The rest of a long document becomes another sequence. The rest of a long conversation is lost;
+    if no token in the loss is left, the example is dropped.
     """
     fitting = []
     long_rows = []

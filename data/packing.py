@@ -4,10 +4,10 @@ Each example goes into the sequence in which it leaves the least room, the longe
 (best fit decreasing). Examples in one sequence do not affect each other, for two reasons:
 
 Attention: the position ids of each example count from 0. Where they jump back to 0, transformers
-lets no query attend to what is before. The resulting mask is block-diagonal, and causal within a
+lets no query attend to earlier tokens. The resulting mask is block-diagonal, and causal within a
 block:
 
-    position ids    0 1 2 0 1       the token at the second 0 attends to itself alone
+    position ids    0 1 2 0 1       the token at the second 0 attends only to itself
 
 The loss: the first label of each example is IGNORE_INDEX, so that the last token of an example does
 not predict the first token of the next one.
@@ -16,7 +16,7 @@ Not every architecture derives the mask from position ids. So `check` tests the 
 of the logits after a jump may depend on the tokens before it.
 """
 
-from __future__ import annotations  # transformers loads its classes when they are used
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 from bisect import bisect_left, insort
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Reads rows of data files; the keys of a row tell its format.
+"""Reads rows of data files and detects the format of each row from its keys.
 
     {"messages": [{"role": "user", "content": "2 + 2?"},
                   {"role": "assistant", "content": "4"}]}             OpenAI's chat format
@@ -45,7 +45,7 @@ MAX_ROWS_SHOWN = 20
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its turns, or its text, or what is wrong with it; `where` is its file and line."""
+    """One row: its turns, its text, or its fault; `where` is its file and line."""
 
     where: str
     turns: list[Turn] = field(default_factory=list)
@@ -54,11 +54,11 @@ class Row:
 
 
 class BadRow(ValueError):
-    """An error in one row, which says nothing about the other rows."""
+    """An error in one row; the other rows may be valid."""
 
 
 def question_turns(prompt: str) -> list[Turn]:
-    """A single question as turns, with a system message, as small models tend to ramble."""
+    """A single question as turns. The system message keeps the answers of small models short."""
     return [BRIEF_SYSTEM_MESSAGE, {"role": "user", "content": prompt}]
 
 
@@ -68,7 +68,7 @@ def pair_turns(prompt: str, answer: str) -> list[Turn]:
 
 
 def is_default_system_message(turn: Turn) -> bool:
-    """Whether question_turns added this turn; an equal message that a row gives is kept."""
+    """Whether question_turns added this turn; an equal message in a row does not count."""
     return turn is BRIEF_SYSTEM_MESSAGE
 
 
@@ -78,7 +78,7 @@ def is_in_loss(turn: Turn) -> bool:
 
 
 def read_file(path: Path) -> list[Row]:
-    """The rows of a .jsonl or .json file in their order, the bad ones included."""
+    """The rows of a .jsonl or .json file in order, including bad rows."""
     rows = []
     for line, text in _json_values(io.read_text(path)):
         where = f"{path}:{line}"
@@ -115,7 +115,7 @@ def read_hub(name: str) -> list[Row]:
 
 
 def raise_if_any(faults: list[str], n_rows: int, name: str) -> None:
-    """Raises a ValueError that counts the bad rows and shows the first of them, if there are any.
+    """Raises a ValueError that counts the bad rows and lists the first of them, if there are any.
 
     faults: one line for each bad row.
     """
@@ -151,7 +151,7 @@ def _nonempty_lines(text: str) -> Iterator[tuple[int, str]]:
 def _list_elements(text: str, start: int) -> Iterator[tuple[int, str]]:
     """Each element of a JSON list; start: the index after the opening bracket.
 
-    From the first syntax error on, the rest of the file is one element, and its parser reports why.
+    After a syntax error, the rest of the file is one element; parsing it reports the error.
     """
     decoder = json.JSONDecoder()
     line = 1
@@ -211,7 +211,7 @@ def _parse_valid_row(row: dict, where: str) -> Row:
 
 
 def _parse_turns(turns: object, key: str, system: object) -> list[Turn]:
-    """The turns of a chat; system: the system message where the row gives it in a separate key."""
+    """The turns of a chat; system: the system message, if the row has a separate key for it."""
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{key} must be a list of at least one turn, not {_describe(turns)}")
     parsed = []

@@ -2,8 +2,8 @@
 
 orders   a sentence in, the order in it as JSON out; 12 phrasings to train on and 4 that training
          never sees
-roman    a number in, its Roman numeral out: a task that a small model fails, because the tokenizer
-         splits digits and letters in a way that does not fit it
+roman    a number in, its Roman numeral out: a small model fails at this task, because its tokenizer
+         splits the digits and letters in an unsuitable way
 """
 
 import json

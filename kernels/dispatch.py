@@ -1,17 +1,18 @@
 """Chooses the reference, CPU or CUDA kernel; no other module does.
 
-`quantize` and `dequantize` compute what nf4's functions compute, by the fastest kernel for the
-device; `matmul` multiplies by a weight that stays in 4 bits. kernels/cpu/launch.py and
-kernels/launch_cuda.py take tensors and have the same functions. What has no kernel (a dtype, a
-shape, levels that do not ascend, another device) goes to the reference. Results are the same bit
-for bit, except where a kernel adds in another order. QLORA_KERNELS=reference in the environment
-sends everything to the reference.
+`quantize` and `dequantize` compute what nf4's functions compute, with the fastest kernel for the
+device. `matmul` multiplies by a weight that stays in 4 bits. kernels/cpu/launch.py and
+kernels/launch_cuda.py have the same functions for tensors. If no kernel fits (because of the
+dtype, the shape, the device, or levels that do not ascend), the reference runs. Results are the
+same bit for bit, except where a kernel sums in another order. QLORA_KERNELS=reference in the
+environment selects the reference for everything.
 
-Numba and the kernels are imported when the first tensor of their device comes, so importing this
+Numba and the kernels are imported when the first tensor on their device is used, so importing this
 module is cheap.
 
 `matmul` and `dequantize_` are operators of torch.library, so torch.compile calls them and does not
-trace into Numba. The derivative of y = x W^T is g W, and that of g W is x W^T.
+trace into Numba. With g = dL/dy, the gradient dL/dx of y = x W^T is g W, and that of y = x W is
+g W^T.
 """
 
 import importlib
@@ -64,7 +65,8 @@ def dequantize(
 ) -> Tensor:
     """Dequantize as nf4.dequantize does.
 
-    constants: if given, they are decoded and replace q.absmax. out: if given, it gets the result.
+    constants: if given, they are decoded and replace q.absmax. out: if given, the result is written
+    to it.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.packed.device)
@@ -81,7 +83,7 @@ def matmul(
 ) -> Tensor:
     """x W^T + bias (tokens, out) for x (tokens, in), or x W (tokens, in) for x (tokens, out).
 
-    W is (out, in); `transposed` chooses x W^T. The bias has the dtype of x and is added before the
+    W is (out, in); `transposed` selects x W^T. The bias has the dtype of x and is added before the
     sum is rounded to that dtype.
     """
     return torch.ops.qlora.matmul(x, bias, *flatten(q, constants), transposed)
@@ -129,15 +131,15 @@ def _kernels(tensor: Tensor) -> ModuleType | None:
 
 @cache
 def _launch_cpu() -> ModuleType:
-    """kernels/cpu/launch.py, imported when the first CPU tensor comes."""
+    """kernels/cpu/launch.py, imported when the first CPU tensor is used."""
     return importlib.import_module("kernels.cpu.launch")
 
 
 @cache
 def _launch_cuda() -> ModuleType | None:
-    """kernels/launch_cuda.py, imported when the first CUDA tensor comes.
+    """kernels/launch_cuda.py, imported when the first CUDA tensor is used.
 
-    None without numba-cuda, which compiles its kernels.
+    None if numba-cuda, which compiles its kernels, is not installed.
     """
     return importlib.import_module("kernels.launch_cuda") if find_spec("numba_cuda") else None
 

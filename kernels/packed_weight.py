@@ -1,8 +1,8 @@
 """Flattens a quantized weight into the arguments of an operator, and validates them.
 
-An operator of torch.library takes tensors and numbers, no dataclasses. So `flatten` lists the
-fields of nf4.Quantized and, where there is one, of double_quant.DoubleQuantized side by side, and
-`unflatten` rebuilds the weight for the reference. Nothing is copied, except levels that are on
+An operator of torch.library takes tensors and numbers, no dataclasses. So `flatten` puts the
+fields of nf4.Quantized, and those of double_quant.DoubleQuantized if there is one, into one tuple.
+`unflatten` rebuilds the weight for the reference. Nothing is copied except levels that are on
 another device.
 """
 
@@ -70,8 +70,8 @@ def with_decoded_absmax(q: Quantized, constants: DoubleQuantized | None) -> Quan
     """The same weight with its constants decoded to float32."""
     if constants is None:
         return q
-    # A constant never exceeds the largest number of its weight's dtype. Decoding may add 0.7 %,
-    # which would make the largest weights infinite.
+    # A constant never exceeds the largest number of its weight's dtype. Decoding may increase it by
+    # 0.7 %, which would make the largest weights infinite.
     absmax = double_quant.dequantize(constants).clamp_(max=largest_absmax(q.dtype))
     return Quantized(q.packed, absmax, q.codebook, q.shape, q.dtype, q.block_size)
 
@@ -82,7 +82,7 @@ def largest_absmax(dtype: torch.dtype) -> float:
 
 
 def is_valid_on(w: PackedWeight, device: torch.device) -> bool:
-    """Whether kernels on this device can read the weight: they check no index themselves."""
+    """Whether kernels on this device can safely read the weight; they do not check indices."""
     n = math.prod(w.shape)
     is_double = w.nested_absmax is not None
     absmax_dtype = torch.uint8 if is_double else torch.float32
@@ -110,7 +110,7 @@ def is_valid_on(w: PackedWeight, device: torch.device) -> bool:
 def dense_matmul(x: Tensor, dense: Tensor, transposed: bool, bias: Tensor | None) -> Tensor:
     """x W^T + bias or, not transposed, x W, for a dense W (out, in).
 
-    Autocast casts no operand of a product that has `out`.
+    The result is written to `out`: autocast does not cast the operands of such a product.
     """
     dense = dense.T if transposed else dense
     y = x.new_empty(len(x), dense.shape[1])

@@ -4,16 +4,16 @@
     Managed    a GPU that shares pages   unified memory: pages stay, the driver moves bytes
     Pinned     any other GPU             host memory that the GPU reads directly; pages are copied
 
-The pager (paged_optim.py) decides when a page moves: it has a store load, evict or prefetch it.
+The pager (paged_optim.py) decides when a page moves, and calls the store's load, evict or prefetch.
 
-In unified memory a page is the same tensor all its life. To load it, the store sends its range to
-the device before the next kernel; to evict it, to the host after the last one. Both only advise the
-driver, which may move pages at any time and does so when the device is full. So a resident page may
-be on the host. This is the point of the paper's optimizer: it makes room for activations that no
-budget foresaw. The pager's counters say what was requested.
+In unified memory a page is always the same tensor. To load it, the store sends its range to the
+device before the next kernel. To evict it, the store sends its range to the host after the last
+kernel. Both only advise the driver, which may move pages at any time and does so when the device is
+full. So a resident page may be on the host. This is the purpose of the paper's optimizer: it makes
+room for activations that the budget did not allow for. The pager's counters count the requests.
 
-Overlapping the moves with arithmetic would gain little: the link to the host carries some tens of
-GB/s and device memory thousands, so an update takes a few hundredths of the time of its transfer.
+Overlapping the moves with arithmetic would gain little. The link to the host carries some tens of
+GB/s and device memory thousands, so an update takes only a few percent of the time of its transfer.
 """
 
 import math
@@ -32,13 +32,13 @@ from cuda_kernels import unified_memory
 
 @dataclass(eq=False, slots=True)  # compared by identity, so that it can be a key of the cache
 class Page:
-    """The layout of a page and its place. It has no value yet while neither resident nor saved."""
+    """The layout and the place of a page. A page neither resident nor saved has no value yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     store: "File | Pinned | Managed | None" = None
-    offset: int = 0  # of its place in the store, in bytes
+    offset: int = 0  # bytes from the start of the store
     saved: bool = False  # the store has its latest value
 
     @property
@@ -58,12 +58,12 @@ class Page:
 def new_store(
     device: torch.device, nbytes: int, fits: bool, bounded: bool
 ) -> "File | Pinned | Managed | None":
-    """Make a store of nbytes; None where all pages can stay in ordinary tensors.
+    """Make a store of nbytes; None if all pages can stay in ordinary tensors.
 
     fits: all pages can be resident at once.
-    bounded: the user has set a budget, so more pages than the device has room for may exist.
-    Raises: ValueError for more unified memory than the device has free, unless bounded; OSError if
-    the disk is full.
+    bounded: the user has set a budget, so the pages may exceed the memory of the device.
+    Raises: ValueError if unified memory would exceed the free memory of the device, unless bounded;
+    OSError if the disk is full.
     """
     driver = unified_memory.driver_of(device)
     if driver is not None:
@@ -115,12 +115,12 @@ class File(Copying):
 
     def prefetch(self, pages: list[Page], resident: Container[Page]) -> int:
         """Advise the operating system which pages to read ahead. Returns the number of pages."""
-        # Loading them ahead of time would evict others and, without a second thread, hide nothing.
+        # Loading them early would evict other pages and, without a second thread, save no time.
         if not hasattr(mmap, "MADV_WILLNEED"):
             return 0
         waiting = [page for page in pages if page.saved and page not in resident]
         for page in waiting:
-            lead = page.offset % mmap.PAGESIZE  # the range must start at a page of the system
+            lead = page.offset % mmap.PAGESIZE  # madvise starts at a page boundary
             self.file.madvise(mmap.MADV_WILLNEED, page.offset - lead, lead + page.nbytes)
         return len(waiting)
 
@@ -134,7 +134,7 @@ class Pinned(Copying):
         self.bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
     def prefetch(self, pages: list[Page], resident: Container[Page]) -> int:
-        """Pinned memory needs no advice."""
+        """Do nothing: pinned memory needs no prefetch. Returns 0."""
         return 0
 
 
@@ -157,12 +157,12 @@ class Managed:
     def prefetch(self, pages: list[Page], resident: Container[Page]) -> int:
         """Send a parameter's pages to the device again, because the driver may have moved them.
 
-        Only if all are resident: within a budget, other pages have to be evicted first. Returns
-        the number of pages.
+        If not all are resident, nothing is sent: within the budget, other pages have to be evicted
+        first. Returns the number of pages.
         """
         if not all(page in resident for page in pages):
             return 0
-        nbytes = sum(page.nbytes for page in pages)  # they lie side by side
+        nbytes = sum(page.nbytes for page in pages)  # they are adjacent
         self.memory.to_device(pages[0].offset, nbytes, ahead=True)
         return len(pages)
 
@@ -170,7 +170,7 @@ class Managed:
 def map_unnamed_file(nbytes: int) -> mmap.mmap:
     """Map a new file without a name into memory; it disappears however the process ends.
 
-    It lies in TMPDIR, which should be on a disk: a tmpfs takes memory too.
+    It is in TMPDIR, which should be on a disk: a tmpfs is in memory.
     Raises: OSError if the disk is full.
     """
     try:
@@ -186,10 +186,10 @@ def map_unnamed_file(nbytes: int) -> mmap.mmap:
 
 
 def _reserve(file: BinaryIO, nbytes: int) -> None:
-    """Take the disk space now: a write to the mapping of a full disk ends the process (SIGBUS)."""
+    """Reserve the disk space: on a full disk, a write to the mapping kills the process (SIGBUS)."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, nbytes)
-    else:  # macOS: zeros that were written have their blocks
+    else:  # macOS: writing zeros reserves the space
         for start in range(0, nbytes, 2**20):
             file.write(bytes(min(2**20, nbytes - start)))
         file.flush()

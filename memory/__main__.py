@@ -11,7 +11,7 @@ import sys
 from memory.formula import METHODS, OUTSIDE_TORCH, QLORA, SHAPES, Shape, predict, shape_of
 
 CARDS = [8, 12, 16, 24, 32, 40, 48, 80, 140]  # GiB: common sizes of graphics cards
-MOST_SEQUENCES = 2**16  # a larger batch is not searched for
+MOST_SEQUENCES = 2**16  # upper limit of the search
 
 
 def component_table(shape: Shape, batch: int, length: int, r: int) -> str:

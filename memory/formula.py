@@ -7,7 +7,7 @@ stated otherwise:
     base          the seven maps; in NF4 1/2 byte per weight
     constants     1/64 + 4/(64 * 256) bytes per weight, and 4 bytes per map for the mean
     embedding     V d, and V d more for the head unless it is tied; norms: 2 L + 1 vectors of d
-    adapters      r (in + out) per map, float32; gradients take 1 x, AdamW's moments 2 x as much
+    adapters      r (in + out) per map, float32; gradients: the same; AdamW's moments: twice that
     loss          logits and their gradient, V per label; ROWS rows of both in float32
     buffer        the largest map, dense: a GPU dequantizes every map into it
 
@@ -15,28 +15,28 @@ Activations, in bytes per token and layer, as autograd saves them for backward; 
 2 becomes 4, except for what is float32 anyway:
 
     8 d + 8            the inputs of both norms in float32, and 1 / rms
-    4 d + 2 q + 2 f    x of q, k, v; of gate, up; of o (attention's output); of down, for adapters
-    2 q + 4 kv         q and k after the rotation, v; with an attention mask (padding, packed
-                       documents) 2 q + 4 q, copies for every head, and 2 T for a mask of length T
+    4 d + 2 q + 2 f    the inputs x of the maps: of q, k, v (shared); gate, up (shared); o; down
+    2 q + 4 kv         rotated q and k, and v; with an attention mask (padding, packed documents)
+                       2 q + 4 q, since k and v are copied for each head, and 2 T for the mask
     4 heads            the logarithm of attention's normalizer; attention weights are never stored
     6 f                gate, silu(gate), up
-    14 r               x A^T of the seven maps; in full fine-tuning 4 d, x of the norms' weights
-    5 d + q + f        with dropout before the adapters: a byte for each number of the seven x
+    14 r               x A^T of the seven maps; in full fine-tuning 4 d, for the norms' weights
+    5 d + q + f        with dropout before the adapters: a mask, one byte per number of each map's x
 
 Checkpointing saves only the input of a layer, 2 d, and recomputes the rest in backward. A layer
 peaks in the backward of silu(gate) * up: two gradients, 4 f, and the incoming one, 2 d. Without
 checkpointing the first norm saves nothing (its input is the frozen embedding), and the peak may be
-the backward of the last norm: five float32 tensors, 20 d; in full fine-tuning also that of the
-first. Activations are freed as gradients appear: the peak is the largest of a few instants.
+in the backward of the last norm: five float32 tensors, 20 d; in full fine-tuning also in the first
+norm's. Activations are freed as gradients appear, so the peak is the maximum over a few instants.
 
-Error: none for what lasts; the tests allow 5 % of a peak. Not counted: biases, the CUDA context.
+Error: 0 for lasting bytes; the tests allow 5 % of a peak. Not counted: biases, the CUDA context.
 
-Differs from figure 6 of the paper (batch 1, length 512, r 64; powers of two). Equal: full
-fine-tuning of 65B takes 780 GB, 12 bytes per parameter, without activations. QLoRA's totals there
-(6.9, 11.3, 24.7, 45.0 GB) are 0.5 to 0.8 GB above ours, about a CUDA context, but divide otherwise:
+Differs from figure 6 of the paper (batch 1, length 512, r 64). Full fine-tuning of 65B is
+equal: 780 GB, 12 bytes per parameter, without activations. QLoRA's totals (6.9, 11.3, 24.7, 45.0
+GB, in powers of two) are 0.5 to 0.8 GB above ours, about a CUDA context, but the parts differ:
 2-byte adapters of 18 r d per layer, as if the MLP were two maps of d x 4 d (Llama's three: 19.06
 r d; ours are float32), moments of 8 * 18 r d, and a "model" 13 % (65B) to 37 % (7B) above 4.127
-bits per weight plus 16-bit embedding and head, for which we know no explanation.
+bits per weight plus 16-bit embedding and head, which we cannot explain.
 """
 
 import json
@@ -55,7 +55,8 @@ ROWS = 16  # logits, and their exponentials, in float32 at a time (loss_and_eval
 OUTSIDE_TORCH = 2**30  # bytes of a card for CUDA's context, libraries, gaps between tensors
 
 KNOWN_MODELS = ("llama", "mistral")  # model_type of models whose layers are the seven maps above
-NOT_COUNTED = ("attention_bias", "mlp_bias", "quantization_config")  # in a config: no prediction
+# A config in which one of these is set has no prediction.
+NOT_COUNTED = ("attention_bias", "mlp_bias", "quantization_config")
 
 
 class Shape(NamedTuple):
@@ -86,7 +87,7 @@ class Shape(NamedTuple):
 
 
 def llama(layers: int, hidden: int, intermediate: int, heads: int) -> Shape:
-    """The shape of a Llama of the first generation: one kv head per head, 32000 tokens."""
+    """The shape of a first-generation Llama: one kv head per head, a vocabulary of 32000."""
     return Shape(layers, hidden, intermediate, heads, heads, hidden // heads, 32000)
 
 
@@ -99,7 +100,7 @@ SHAPES = {
 
 
 def shape_of(model: str) -> Shape:
-    """The shape of one of SHAPES, or of a Hugging Face folder, of which only config.json is read.
+    """The shape of one of SHAPES, or of a Hugging Face folder; only its config.json is read.
 
     Raises: ValueError if `model` is neither, or config.json does not have the keys of a Llama.
     """
@@ -141,7 +142,7 @@ def shape_from(config: dict) -> Shape:
 
 
 class Instant(NamedTuple):
-    """Bytes of what is temporary, at one instant of a step."""
+    """Bytes of temporary tensors at one instant of a step."""
 
     activations: int
     loss: int
@@ -149,13 +150,13 @@ class Instant(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Bytes: each component at its largest, and the instants of a step that may be the peak."""
+    """Bytes: the maximum of each component, and the instants of a step that may be the peak."""
 
     components: dict[str, int]
     instants: dict[str, Instant]
 
     def peak(self, paged: bool = False) -> int:
-        """The most bytes alive at once; with `paged`, AdamW's moments are not on the device."""
+        """The largest number of bytes at one time; paged: without AdamW's moments."""
         temporary = {"activations", "loss", "gradients"}
         if paged:
             temporary.add("AdamW moments")
@@ -185,7 +186,7 @@ def predict(
     labels: tokens in the loss; None for all tokens but the first of each sequence.
     masked: attention has a mask, for padding or packed documents.
     dropout: there is dropout before the adapters.
-    width: bytes per number where the table above says 16 bits; 4 for float32, not with FULL.
+    width: bytes per number where the table above says 16 bits; 4 for float32, but not for FULL.
     """
     if labels is None:
         labels = batch * (length - 1)
@@ -246,7 +247,7 @@ class _Pass(NamedTuple):
         }
 
     def instants(self, trained: int) -> dict[str, Instant]:
-        """The temporary bytes at each instant that may be the peak; `trained`: all gradients."""
+        """The temporary bytes at each instant that may be the peak; trained: all gradients."""
         d = self.shape.hidden
         tokens = self.batch * self.length
         full = self.method == FULL
@@ -287,15 +288,15 @@ class _Pass(NamedTuple):
         return saved
 
     def shared_activations(self) -> int:
-        """What all layers share: cosine and sine of the rotation, and the mask."""
+        """Bytes that all layers share: cosine and sine of the rotation, and the mask."""
         rotations = self.batch if self.packed else 1
         shared = 2 * self.width * self.length * self.shape.head_dim * rotations
         if self.masked and self.checkpointing:
-            shared += self.batch * self.length**2  # as bool, for the layers still to be recomputed
+            shared += self.batch * self.length**2  # as bool, to recompute the other layers
         return shared
 
     def layer_backward(self, layer: int) -> int:
-        """What the backward of one layer adds to the saved activations; `layer`: what it saves."""
+        """What the backward of a layer adds to the saved activations; layer: what it saves."""
         d = self.shape.hidden
         f = self.shape.intermediate
         tokens = self.batch * self.length
@@ -304,11 +305,12 @@ class _Pass(NamedTuple):
             return product
         if self.width == 4:
             layer -= 4 * d * tokens  # the checkpoint is the float32 input of the first norm
-        random_numbers = (4 * f + 2 * self.width * d) * tokens  # while down is recomputed
+        # The random numbers of dropout exist while down is recomputed.
+        random_numbers = (4 * f + 2 * self.width * d) * tokens
         return layer + max(product, random_numbers if self.dropout else 0)
 
     def gradients(self, trained: int) -> tuple[int, int, int]:
-        """Gradients that exist before those of the layers; of a layer's down; of a whole layer."""
+        """Gradients: those before the layers; those of one layer's down; those of one layer."""
         d = self.shape.hidden
         f = self.shape.intermediate
         if self.method == FULL:
@@ -355,7 +357,7 @@ class StepSettings(NamedTuple):
     """The settings of a run that its memory depends on.
 
     method: LORA or QLORA. dropout: there is dropout before the adapters.
-    width: bytes per number of the compute dtype. use_dora: adapters are DoRA, which is not counted.
+    width: bytes per number of the compute dtype. use_dora: DoRA, which is not predicted.
     """
 
     method: str
@@ -378,7 +380,7 @@ def predict_step(
     masked: bool = True,
     packed: bool = False,
 ) -> Prediction | None:
-    """Predicts a pass of batch * length tokens of a run; None for a model it does not know."""
+    """Predicts a pass of batch * length tokens of a run; None for a model that is not covered."""
     unknown = config.model_type not in KNOWN_MODELS
     if unknown or settings.use_dora or any(getattr(config, key, None) for key in NOT_COUNTED):
         return None

@@ -8,17 +8,18 @@ The ledger reads the tensors of a model. One row per component:
     adapters           float32; with gradients and two AdamW moments 16 bytes per parameter
 
 `measure_step` runs one step of a run and compares it with the prediction (formula.py). The
-prediction knows shapes and no tensors; the measurement adds up the bytes of tensors: gradients,
-AdamW's moments, and the peak, which on a GPU is that of CUDA's allocator and elsewhere that of the
-storages alive after any operation (`Live`). So the two columns are computed independently.
+prediction uses only shapes. The measurement adds up the bytes of tensors: gradients, AdamW's
+moments, and the peak. On a GPU the peak is that of CUDA's allocator; elsewhere it is the maximum,
+after any operation, of the bytes of all live storages (`Live`). So the two columns are computed
+independently.
 
 The step to measure is the second one, in which AdamW already has its moments. Tracking every
-operation takes time, which counts as that step's time, and changes no bit of the result. In a run
-of several processes each measures its own batches; DDP keeps its gradients from step to step, as
-gradient accumulation does. FSDP2 is not measured: the prediction does not know its buffers.
+operation makes this step slower, also in metrics.jsonl, but changes no bit of the result. In a run
+of several processes, each measures its own batches; DDP keeps its gradients from step to step, as
+gradient accumulation does. FSDP2 is not measured: the prediction does not cover its buffers.
 """
 
-from __future__ import annotations  # transformers loads its classes when they are used
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import resource
 import sys
@@ -54,7 +55,7 @@ class Component(NamedTuple):
 def ledger(model: nn.Module) -> dict[str, Component]:
     """Elements and bytes of each component of a model, before or after lora.attach."""
     frozen = [module for module in model.modules() if isinstance(module, FrozenWeight)]
-    frozen_ids = {id(each) for module in frozen for each in module.parameters()}  # under FSDP2
+    frozen_ids = {id(each) for module in frozen for each in module.parameters()}  # with FSDP2 only
     embedding_ids = {id(weight) for weight in embeddings(model)}
 
     names = ("linear layers", "embedding, head", "norms, biases", "adapters")
@@ -77,7 +78,7 @@ def ledger(model: nn.Module) -> dict[str, Component]:
         elements["linear layers"] += weight.shape.numel()
         nbytes["linear layers"] += weight.nbytes
     for module in model.modules():
-        if hasattr(module, "base_norm"):  # DoRA: the length of each row of the base
+        if hasattr(module, "base_norm"):  # DoRA: the norm of each row of the base
             nbytes["adapters"] += module.base_norm.nbytes
     return {name: Component(elements[name], 2 * elements[name], nbytes[name]) for name in names}
 
@@ -93,7 +94,7 @@ def embeddings(model: nn.Module) -> list[Tensor]:
 
 
 def summary(model: nn.Module) -> dict:
-    """The ledger and its totals, as they stand in report.json."""
+    """The ledger and its totals, as written to report.json."""
     rows = ledger(model)
     linear = rows["linear layers"]
     base = [row for name, row in rows.items() if name != "adapters"]
@@ -108,7 +109,7 @@ def summary(model: nn.Module) -> dict:
 
 
 def rss_bytes() -> int:
-    """The resident memory of this process; its peak where the system has no /proc."""
+    """The resident memory of this process; its peak if the system has no /proc."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return peak_rss_bytes()
@@ -123,10 +124,11 @@ def peak_rss_bytes() -> int:
 
 
 class Live(TorchDispatchMode):
-    """Tracks the bytes of all storages alive: now, and at most after any operation.
+    """Tracks the bytes of all live storages: now, and the maximum after any operation.
 
-    A storage is added when first seen and subtracted when it is freed, so an operation costs the
-    same however many are alive. `outside`: tensors that do not count, such as a mapped file.
+    A storage is added when it is first seen and subtracted when it is freed, so the cost of an
+    operation does not depend on their number. outside: tensors that do not count, such as a mapped
+    file.
     """
 
     def __init__(self, *tensors: Tensor, outside: Iterable[Tensor] = ()) -> None:
@@ -148,7 +150,7 @@ class Live(TorchDispatchMode):
                 continue
             nbytes = storage.nbytes() if counting else 0
             self.bytes += nbytes
-            # torch keeps the Python object of a storage as long as its bytes
+            # torch keeps the Python object of a storage alive as long as its bytes
             self.known[address] = weakref.ref(storage, partial(self._forget, address, nbytes))
 
     def _forget(self, address: int, nbytes: int, _: weakref.ref) -> None:
@@ -174,7 +176,7 @@ def measure_step(
     settings: StepSettings,
     world_size: int,
 ) -> tuple[T, dict[str, dict[str, int | None]]]:
-    """Runs one training step on these batches, `work`, and measures it.
+    """Runs `work`, which is one training step on these batches, and measures it.
 
     Returns the result of `work`, and bytes by component: predicted (or None) and measured.
     """
@@ -211,7 +213,7 @@ def predicted_bytes(
     world_size: int,
     moments_before: int,
 ) -> dict[str, int]:
-    """The predicted bytes of a step by component; empty for a model the formula does not know.
+    """The predicted bytes of a step by component; empty for a model that the formula lacks.
 
     moments_before: bytes of AdamW's moments that are on the device when the step begins.
     """
@@ -266,7 +268,7 @@ def is_masked(batch: Batch) -> bool:
 
 
 def pages_of(optimizer: Optimizer) -> list[Page]:
-    """The pages of a PagedAdamW; none of another optimizer."""
+    """The pages of a PagedAdamW; an empty list for another optimizer."""
     if not isinstance(optimizer, PagedAdamW):
         return []
     return [page for pages in optimizer.pages.values() for page in pages]
@@ -299,7 +301,7 @@ def uses_unified_memory(optimizer: Optimizer) -> bool:
 def measure_peak(
     work: Callable[[], T], model: nn.Module, optimizer: Optimizer, device: torch.device
 ) -> tuple[T, int]:
-    """Returns the result of `work` and the most bytes that were alive during it.
+    """Returns the result of `work` and the largest number of bytes alive during it.
 
     Counted by CUDA's allocator and the pager on a GPU, by `Live` elsewhere.
     """

@@ -365,7 +365,7 @@ def test_targets_are_names_or_the_ends_of_names(targets: object, expected: list[
 def test_a_target_that_matches_no_layer_is_refused_with_the_names_of_the_layers(
     targets: object, said: str
 ) -> None:
-    message = f"targets {said} match no linear layer; there are down, up"
+    message = f"targets {said} match no linear layer; the model has down, up"
     with pytest.raises(ValueError, match=re.escape(message)):
         lora.attach(TowerWithHead(), targets, r=3)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_paged_optim import TorchAdamW
@@ -23,6 +24,7 @@ from helpers import models
 from helpers.bounds import OF_A_PEAK
 from lora import QLoRALinear, attach
 from training import loss_and_eval, use_adapter
+from training import report as run_report
 from training.dtypes import resolve_device_and_dtype
 
 REPORT_KEYS = set(
@@ -252,7 +254,9 @@ def test_an_adapter_answers_a_prompt_word_by_word(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dataset, "chat", lambda tokenizer, prompt: tokenizer(prompt).input_ids)
+    monkeypatch.setattr(
+        use_adapter, "encode_prompt", lambda tokenizer, prompt: tokenizer(prompt).input_ids
+    )
     flags = "--max-steps 1 --quant nf3 --block-size 128".split()
     assert run(tiny, tmp_path, *book, *flags) == 0
     capsys.readouterr()
@@ -262,7 +266,7 @@ def test_an_adapter_answers_a_prompt_word_by_word(
     model, tokenizer = use_adapter.load_adapted_model(tmp_path, None, torch.float32, "cpu")
     layers = peft_adapter.adapted_layers(model).values()
     assert all(layer.base.codebook.numel() == 8 for layer in layers)
-    prompt = dataset.encode_prompt(tokenizer, "Who?")
+    prompt = tokenizer("Who?").input_ids
     [answer] = loss_and_eval.generate_answers(model, tokenizer, [prompt], 8, torch.float32)
     assert streamed.strip() == answer != ""
 
@@ -337,13 +341,13 @@ def test_measuring_on_the_way_changes_no_bit_and_is_drawn(
     capsys: pytest.CaptureFixture,
 ) -> None:
     drawn = []
-    plot_loss = train.report.plot_loss
+    plot_loss = run_report.plot_loss
 
     def record_and_plot(*args: object) -> None:
         drawn.append(args[2])
         plot_loss(*args)
 
-    monkeypatch.setattr(train.report, "plot_loss", record_and_plot)
+    monkeypatch.setattr(run_report, "plot_loss", record_and_plot)
     without = tmp_path / "without"
     measuring = tmp_path / "with"
     assert run(tiny, without, *book, "--group-by-length") == 0
@@ -367,7 +371,7 @@ def test_a_preview_reads_no_weights_and_writes_nothing(
     def fail(*args: object, **kwargs: object) -> None:
         pytest.fail("reads weights")
 
-    monkeypatch.setattr(sources.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
     monkeypatch.chdir(tmp_path)
     assert train.main(["--model", str(tiny), "--preview"]) == 0
     shown = capsys.readouterr().out
@@ -409,7 +413,7 @@ def test_bad_input_gets_one_line_and_starts_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sources.HfApi, "model_info", lambda *args, **kwargs: 1 / 0)
-    monkeypatch.setattr(train, "measure", lambda *args: pytest.fail("got as far as evaluating"))
+    monkeypatch.setattr(train, "evaluate", lambda *args: pytest.fail("got as far as evaluating"))
     assert train.main(["--model", str(tiny), "--output-dir", str(tmp_path / "out"), *flags]) == 1
     error = capsys.readouterr().err
     assert error.startswith("train.py: ") and error.count("\n") == 1

@@ -1,1 +1,1 @@
-"""What train.py is made of: options, processes, states, reports."""
+"""The parts of train.py: options, checks, processes, states, reports."""

@@ -1,15 +1,16 @@
-"""Several processes make one run: ranks, the collectives between them, and errors that stop all.
+"""Runs train.py in several processes: ranks, collectives, and errors that stop all ranks.
 
     torchrun --nproc-per-node 4 train.py
 
 starts train.py four times and gives each process a rank, 0 to 3, in the environment. All ranks
-run the same program on the same data. Only the part of the work differs: rank i takes every
+run the same program on the same data. Only their shares of the work differ: rank i takes every
 fourth item, starting at item i. So a rank needs no message to know what the others do. The ranks
 communicate only to sum numbers, to exchange gradients and weights (sharding.py), and to fail
-together: an error in one rank (a row, a file, a full disk) is printed once and ends all of them.
+together: an error in one rank (a bad row, a missing file, a full disk) is printed once and ends all
+ranks.
 
-Rank 0 prints and saves. All ranks evaluate, each on its part. Without torchrun there is one
-process with rank 0 and world size 1: a sum is the number itself, and work is just done.
+Rank 0 prints and saves. All ranks evaluate, each its share of the examples. Without torchrun there
+is one process with rank 0 and world size 1, and no function here communicates.
 """
 
 import os
@@ -31,7 +32,7 @@ Item = TypeVar("Item")
 def init_distributed(device: str) -> None:
     """Join the process group if torchrun started this process. Ranks above 0 stop printing.
 
-    On GPUs "cuda" then means the GPU with this process's local rank.
+    On GPUs, "cuda" then means the GPU whose index is the local rank.
     """
     if not launched_by_torchrun() or dist.is_initialized():
         return
@@ -40,7 +41,7 @@ def init_distributed(device: str) -> None:
         torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     store, number, count = next(rendezvous("env://"))
-    # torchrun's store survives a restart. A prefix hides the keys of the processes before it.
+    # torchrun's store survives a restart. The prefix hides the keys of earlier attempts.
     store = dist.PrefixStore(f"attempt {restart_count()}", store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
     if not is_main():
@@ -48,7 +49,7 @@ def init_distributed(device: str) -> None:
 
 
 def exit_process(status: int) -> NoReturn:
-    """End this process; one of several skips Python's teardown, where gloo's threads can abort."""
+    """End this process. One of several skips Python's teardown: gloo's threads can abort in it."""
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -58,7 +59,7 @@ def exit_process(status: int) -> NoReturn:
 
 
 def restart_count() -> int:
-    """How often torchrun --max-restarts has restarted the processes after it lost one of them."""
+    """How often torchrun --max-restarts has restarted the processes after one of them was lost."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -148,8 +149,8 @@ def describe_lost_process(error: BaseException) -> str:
     broken = re.search("gloo|nccl|connection|peer", reason, re.IGNORECASE)
     if not broken or not dist.is_initialized():
         return ""
-    without_source = re.sub(r"^\[[^]]*\] *", "", reason)  # [/src/gloo/tcp/pair.cc:537]
-    cause = without_source.partition(". ")[0]  # without gloo's advice
+    without_source = re.sub(r"^\[[^]]*\] *", "", reason)  # such as [/src/gloo/tcp/pair.cc:537]
+    cause = without_source.partition(". ")[0]  # the advice of gloo follows the first sentence
     return f"train.py: process {rank()} of {world_size()} has lost another one ({cause})"
 
 
@@ -168,10 +169,10 @@ def require_same_on_all(facts: Mapping[str, object]) -> None:
 
 
 def split_among_ranks(items: list[Item]) -> tuple[list[Item], int]:
-    """This rank's items, every world_size-th, and how many of them count.
+    """This rank's items, every world_size-th one, and how many of them count.
 
-    All ranks get equally many, because all must join every collective: where items run out, a rank
-    gets one from the start again, which does not count.
+    All ranks get the same number of items, because all must join every collective. If the items do
+    not divide evenly, some ranks also get one from the start of the list, which does not count.
     """
     n = len(items)
     each = -(-n // world_size())  # rounded up

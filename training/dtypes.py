@@ -5,8 +5,8 @@ The paper has two dtypes, one to store weights and one to compute in (section 3)
     frozen weights   stored in 4 bits, decoded to the compute dtype for each matmul
     adapters         float32, because an update below 1/512 of a number can round to nothing in
                      bfloat16; they are cast for the matmuls, and their gradients are cast back
-    norms, head      as the model has them. A norm that casts to float32 in its own code (Llama's)
-                     computes in float32 whatever the dtype of its weight. For torch's LayerNorm
+    norms, head      in the model's own dtype. A norm that casts to float32 in its code (Llama's)
+                     computes in float32 for any dtype of its weight. For torch's LayerNorm,
                      autocast decides, with one list of operations for GPUs and another for CPUs
     loss             float32, a few rows of logits at a time (loss_and_eval.py)
 
@@ -15,7 +15,7 @@ mode records the dtype of every result, by the kind of module that computes it. 
 operation, such as the accumulator of a sum, cannot be seen this way.
 
 Differs from PEFT, whose prepare_model_for_kbit_training casts everything that is not in 4 bits to
-float32: norms, embedding and head. The embedding and the head are most of a small model.
+float32: norms, embedding and head. Embedding and head are about half of a small 4-bit model.
 """
 
 from contextlib import ExitStack
@@ -113,7 +113,7 @@ class DtypeRecorder(TorchDispatchMode):
 
 
 def modules_by_kind(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The modules with parameters of their own. A norm is any other module with a 1-D parameter."""
+    """The modules of each kind. A norm is any other module with a 1-D parameter of its own."""
     head = model.get_output_embeddings()
     found = {"linear layers": [], "embedding": [], "head": [head], "norms": []}
     for module in model.modules():
@@ -134,7 +134,7 @@ def has_vector(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def record(model: nn.Module, dtype: torch.dtype) -> DtypeRecorder:
-    """Run two tokens through the model, in eval mode so that no random number is drawn."""
+    """Run two tokens through the model, in eval mode so that no random numbers are drawn."""
     recorder = DtypeRecorder()
     training = model.training
     with ExitStack() as stack:
@@ -153,7 +153,7 @@ def record(model: nn.Module, dtype: torch.dtype) -> DtypeRecorder:
 
 
 def dtype_rows(model: nn.Module, dtype: torch.dtype) -> list[Row]:
-    """The table of an adapted model whose matmuls compute in `dtype`."""
+    """The rows of the table, for an adapted model whose matmuls compute in `dtype`."""
     recorder = record(model, dtype)
     modules = modules_by_kind(model)
     head = model.get_output_embeddings()
@@ -164,12 +164,12 @@ def dtype_rows(model: nn.Module, dtype: torch.dtype) -> list[Row]:
     loss = torch.promote_types(logits, torch.float32)  # as loss_and_eval.CrossEntropy does
 
     dense = all(base.codebook is None for base in frozen)
-    weights = "as loaded" if dense else "decoded as they are multiplied, and dropped"
+    weights = "as loaded" if dense else "decoded for each matmul, then freed"
     tied = any(head.weight is embedding.weight for embedding in modules["embedding"])
     norms = " and ".join(sorted({type(norm).__name__ for norm in modules["norms"]}))
-    labels = f"at labels alone, {formula.ROWS} rows at a time"
+    labels = f"only at labels, {formula.ROWS} rows at a time"
     if loss != logits:
-        labels += f": the logits never are {name(loss)}"
+        labels += f"; the logits stay {name(logits)}"
 
     def module_row(kind: str, because: str) -> Row:
         return Row(kind, kept(modules[kind]), recorder.computed(kind), because)
@@ -178,16 +178,16 @@ def dtype_rows(model: nn.Module, dtype: torch.dtype) -> list[Row]:
         Row("linear layers", stored(frozen), matmuls, weights),
         Row("adapters", trained, matmuls, "small updates would round to nothing in 16 bits"),
         module_row("embedding", "as loaded; rows are looked up"),
-        module_row("head", "the embedding, once more" if tied else "as loaded"),
+        module_row("head", "tied to the embedding" if tied else "as loaded"),
         module_row("norms", f"not cast by us: {norms} and autocast decide"),
         Row("loss", name(logits), name(loss), labels),
-        Row("gradients", trained, matmuls, "products as in forward, cast before they add up"),
+        Row("gradients", trained, matmuls, "matmuls as in forward, cast before they are summed"),
         Row("optimizer state", trained, trained, "as the adapters"),
     ]
 
 
 def dtype_table(model: nn.Module, dtype: torch.dtype) -> str:
-    """The rows as text in columns."""
+    """The table as text, in columns."""
     lines = [Row("precision", "kept in", "computed in", "because"), *dtype_rows(model, dtype)]
     widths = [max(len(cell) for cell in column) + 2 for column in zip(*lines)]
     text = []

@@ -2,8 +2,8 @@
 
 0      done
 1      an error that the user can correct: one line on stderr
-2      flags that make no sense (options.py)
-130    stopped by a signal or by the loss of another process: one line that says how to resume
+2      a mistake in the flags (options.py)
+130    stopped by a signal or by the loss of another process: a message that says how to resume
 """
 
 import sys
@@ -18,7 +18,7 @@ from training.state import saved_states
 def exit_status(run: Callable[[], None], args: Options, argv: list[str] | None) -> int:
     """Call `run` and return the exit status.
 
-    argv: the words of the command line, None for sys.argv.
+    argv: the words of the command line; None for those of sys.argv.
     """
     try:
         run()
@@ -42,4 +42,4 @@ def how_to_resume(args: Options, argv: list[str] | None) -> str:
     given = sys.argv[1:] if argv is None else argv
     words = [word for word in given if word != "--resume"]
     again = command([*words, "--resume"], distributed.local_world_size())
-    return f"; go on with\n  {again}"
+    return f"; resume with\n  {again}"

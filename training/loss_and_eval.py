@@ -2,18 +2,18 @@
 
 In a small model the logits are the largest tensor: tokens * vocabulary numbers. Only positions
 whose next token has a label need logits, so the output head gets the hidden states of these
-positions alone. What the architecture does to its logits afterwards still happens.
+positions alone. What the architecture does to the logits afterwards still applies.
 
 F.cross_entropy would allocate four more tensors of the size of the logits, in float32. CrossEntropy
 allocates one, its gradient, in the dtype of the logits:
 
     loss = sum_i (log sum_j exp l_ij - l_i,label)        dloss/dl = softmax(l) - onehot(label)
 
-A row of either follows from a row of logits. So both are computed a few rows at a time, and the
-float32 temporaries have only that many rows.
+The term i of the loss and row i of the gradient depend only on row i of the logits. So both are
+computed a few rows at a time, and the float32 temporaries have only that many rows.
 """
 
-from __future__ import annotations  # transformers loads its classes when they are used
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import math
 from dataclasses import replace
@@ -35,7 +35,7 @@ class CrossEntropy(torch.autograd.Function):
     The logits may have any float dtype; the sum is float64 for float64 logits, else float32.
     """
 
-    ROWS = 16  # with 49,152 float32 numbers each they take 3 MB, which stay in the cache
+    ROWS = 16  # with 49,152 float32 numbers per row they take 3 MB and stay in the cache
 
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def perplexity(
     """exp of the mean loss per label over all examples; each rank computes a share of them."""
     model.eval()
     share, n_own = distributed.split_among_ranks(examples)
-    # All ranks get equally many examples. Those that another rank counts lose their labels.
+    # All ranks get the same number of examples. Those that do not count here get no labels.
     for index in range(n_own, len(share)):
         no_labels = [IGNORE_INDEX] * len(share[index].ids)
         share[index] = replace(share[index], labels=no_labels)
@@ -135,7 +135,7 @@ def generate_answers(
         "do_sample": False,
         "pad_token_id": tokenizer.eos_token_id,
         "streamer": streamer,
-        "synced_gpus": sharding.is_sharded(model),  # no rank stops before all have their answers
+        "synced_gpus": sharding.is_sharded(model),  # all ranks stop together
     }
 
     def make_contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -155,7 +155,7 @@ def generate_answers(
 
 
 def _pad_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, int64 (B, T), with the last token of each prompt at the right."""
+    """Ids and attention mask, int64 (B, T), with the padding at the left."""
     width = max(len(prompt) for prompt in prompts)
     ids = [[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -169,7 +169,7 @@ def exact_match(
     dtype: torch.dtype,
     show: int = 0,
 ) -> float | None:
-    """The fraction of generated answers that equal the expected one, or None without examples.
+    """The fraction of generated answers that equal the expected ones; None without examples.
 
     Each rank generates a share of the answers. show: how many of them are printed.
     """

@@ -5,10 +5,10 @@ parser and the help from these fields. It answers any mistake with one line and 
 underscore in a flag counts as a dash.
 
 This module imports only the standard library, so --help and a wrong flag are answered before torch
-loads. What needs torch, the device and the dtype, follows in dtypes.resolve_device_and_dtype.
+loads. The device and the dtype need torch: dtypes.resolve_device_and_dtype sets them later.
 
 Differs from transformers.HfArgumentParser, which also builds a parser from a dataclass: it loads
-transformers, has no rules for values, suggests no flag, and raises a traceback for an unknown one.
+transformers, has no rules for values, suggests no flags, and shows a traceback for an unknown flag.
 """
 
 import argparse
@@ -43,7 +43,7 @@ GROUPS = {  # the first flag of each group of the help
     "output_dir": "saving and resuming",
     "preview": "before, after and instead of training",
 }
-ALIASES = {  # the names that the trainers of Hugging Face use
+ALIASES = {  # the names in Hugging Face's trainers
     "model": ["--model-name-or-path"],
     "data": ["--dataset-name"],
     "max_seq_len": ["--max-length", "--max-seq-length"],
@@ -54,7 +54,7 @@ ALIASES = {  # the names that the trainers of Hugging Face use
     "eval_every": ["--eval-steps"],
     "save_every": ["--save-steps"],
 }
-# These may differ when a run resumes. Every other flag must have the value of the state.
+# These may differ when a run resumes. Every other flag must have the value in the state.
 MAY_DIFFER = {"shard", "data", "num_train_epochs", "grad_accum", "optim", "resident_mb"}
 MAY_DIFFER |= {"eval_every", "save_every", "save_total_limit", "output_dir", "resume"}
 MAY_DIFFER |= {"resume_anyway", "preview", "dry_run", "compare"}
@@ -73,23 +73,27 @@ class Options:
     model: str | None = flag(None, f"folder or hub id (default: {DEFAULT_MODEL}, from a package)")
     quant: str = flag("nf4", "code of the frozen weights; none: 16 bits", choices=list(QUANT_BITS))
     no_double_quant: bool = flag(False, "keep the quantization constants in float32")
-    block_size: int = flag(64, "weights that share a constant", "a power of two, 2 or more")
+    block_size: int = flag(64, "weights per quantization constant", "a power of two, 2 or more")
     save_4bit: Path | None = flag(None, "save the 4-bit base for transformers and bitsandbytes")
-    dtype: str = flag("auto", "of the matmuls; auto: bfloat16 if native", choices=DTYPES)
+    dtype: str = flag("auto", "dtype of the matmuls; auto: bfloat16 if native", choices=DTYPES)
     device: str | None = flag(None, "where the model runs (default: cuda if available, else cpu)")
     shard: bool = flag(False, "under torchrun: each rank keeps its part of every tensor (FSDP2)")
 
-    lora_r: int = flag(8, "rank of the update", "above 0")
+    lora_r: int = flag(8, "rank of the adapters", "above 0")
     lora_alpha: float = flag(16.0, "the update is scaled by alpha / r", "above 0")
     lora_dropout: float = flag(0.0, "dropout before the adapters", "a probability, 0 <= p < 1")
-    use_rslora: bool = flag(False, "scale by alpha / sqrt(r): a larger r does not learn slower")
+    use_rslora: bool = flag(False, "scale by alpha / sqrt(r) instead of alpha / r, for large r")
     use_dora: bool = flag(False, "train the norm of each weight row separately (variants/dora.py)")
-    lora_start: str = flag("default", "see variants/init.py; with --save-4bit", choices=LORA_STARTS)
+    lora_start: str = flag(
+        "default",
+        "initial adapters (variants/init.py); pissa, loftq: with --save-4bit",
+        choices=LORA_STARTS,
+    )
 
     data: str = flag("orders", "orders, text, roman, a .txt, .jsonl or .json file, or a hub id")
     max_seq_len: int = flag(256, "tokens in the longest sequence", "above 0")
     train_on_prompt: bool = flag(False, "put the prompts in the loss too, not only the answers")
-    packing: bool = flag(False, "several examples in one sequence; none attends to another")
+    packing: bool = flag(False, "pack several examples into one sequence; none attends to another")
     group_by_length: bool = flag(False, "batch sequences of similar length: less padding")
 
     max_steps: int | None = flag(None, f"optimizer steps (default: {STEPS})", "above 0")
@@ -103,25 +107,25 @@ class Options:
         None, "MB of state kept on the device (default: all)", "2 or more, the megabytes of a page"
     )
     grad_checkpoint: bool = flag(False, "keep only the input of each block: less memory, more time")
-    seed: int = flag(0, "of the adapters, dropout and the order of the data", "0 or more")
-    eval_every: int = flag(0, "evaluate every N steps too; 0: before and after only", "0 or more")
+    seed: int = flag(0, "seed of the adapters, dropout and the order of the data", "0 or more")
+    eval_every: int = flag(0, "evaluate every N steps; 0: only before and after", "0 or more")
 
     output_dir: Path = flag(Path("out"), "folder for the adapter, the metrics and the report")
-    save_every: int = flag(0, "save the state every N steps; 0: at start and end", "0 or more")
+    save_every: int = flag(0, "save the state every N steps; 0: only at start and end", "0 or more")
     save_total_limit: int = flag(2, "how many states to keep, the newest ones", "above 0")
     resume: bool = flag(False, "continue from the newest valid state in --output-dir")
     resume_anyway: bool = flag(False, "with --resume: accept other flags or data than the state's")
 
     preview: bool = flag(False, "show the first sequences, mark the tokens in the loss, and exit")
     dry_run: bool = flag(False, "check flags, model, data, folder and memory; print a plan; exit")
-    compare: bool = flag(False, "then train 16-bit LoRA from the same seed")
+    compare: bool = flag(False, "also train 16-bit LoRA from the same seed")
     adapter: Path | None = flag(None, "a trained adapter, for --prompt, --merge or --merge-4bit")
     prompt: str | None = flag(None, "a question to --adapter")
     merge: Path | None = flag(None, "write the base with --adapter merged, as a 16-bit model")
     merge_4bit: Path | None = flag(None, "the same in 4 bits, which loses most of a small update")
 
     def in_16_bits(self) -> "Options":
-        """The same run with 16-bit LoRA, in a folder of its own: the other run of --compare."""
+        """The second run of --compare: the same options with 16-bit LoRA, in its own folder."""
         folder = self.output_dir / "16-bit"
         has_begun = any(folder.glob("state-*"))
         return replace(
@@ -156,7 +160,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 
 
 def usage_error(message: str) -> NoReturn:
-    """Exit with status 2 and one line, on rank 0 only: every rank makes the same mistake."""
+    """Print one line, on rank 0 only because all ranks have the same flags; exit with status 2."""
     if os.environ.get("RANK", "0") == "0":
         print(f"train.py: {message}", file=sys.stderr)
     sys.exit(2)
@@ -241,7 +245,7 @@ def launched_by_torchrun() -> bool:
 
 
 def mistakes(options: Options) -> Iterator[str]:
-    """Each wrong combination of flags that are valid alone, with its remedy."""
+    """Each wrong combination of flags that are valid on their own, with the remedy."""
     given = {each.name for each in fields(Options) if getattr(options, each.name) != each.default}
     needs = {"prompt": "adapter", "merge": "adapter", "merge_4bit": "adapter"}
     needs |= {"resume_anyway": "resume"}

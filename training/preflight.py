@@ -1,11 +1,11 @@
-"""Checks everything that can be wrong before a weight is read; `--dry-run` ends there.
+"""Checks all that can be checked before a weight is read; --dry-run prints the result and exits.
 
 Weights take minutes to download, load and quantize. So the output folder, the model's config and
-tokenizer, every row of the data and the state to resume from are read first. A dry run prints the
-result and ends. It is the beginning of a real run: it has no checks of its own.
+tokenizer, every row of the data and the state to resume from are checked first. A dry run is the
+beginning of a real run: it has no checks of its own.
 """
 
-from __future__ import annotations  # transformers loads its classes when they are used
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import os
 import shutil
@@ -30,9 +30,9 @@ from training.state import State, latest_state, require_same_settings, saved_sta
 class Job(NamedTuple):
     """What is known of a run before its model is loaded.
 
-    settings: what a resumed run must have in common with the run that it continues
-    state: where the run continues, or None
-    started: time.perf_counter() at its beginning
+    settings: what must be the same in a resumed run.
+    state: the state to resume from, or None.
+    started: time.perf_counter() at the start of the run.
     """
 
     config: transformers.PretrainedConfig
@@ -44,18 +44,18 @@ class Job(NamedTuple):
 
 
 def preflight(args: Options) -> Job:
-    """Check folder, model, data and state. Sets args.max_steps where epochs are given.
+    """Check folder, model, data and state. Sets args.max_steps if epochs are given.
 
-    Raises: ValueError for a folder that cannot be written to, a model, data or a state that cannot
-    be read, settings that do not fit one another, and processes that do not see the same.
+    Raises: ValueError if the folder cannot be written to; if the model, the data or the state
+    cannot be read; if settings contradict each other; if ranks see different data or states.
     """
     restarted_by_torchrun = distributed.restart_count() > 0
     if restarted_by_torchrun and saved_states(args.output_dir):
         args.resume = True
-    turn = min(distributed.local_rank(), 1)  # the first process may download the model
+    turn = min(distributed.local_rank(), 1)  # the first process on a machine may download the model
     job = distributed.all_or_none(partial(_check, args), turn)
     step = job.state.step if job.state else 0
-    distributed.require_same_on_all(job.settings | {"step to go on from": step})
+    distributed.require_same_on_all(job.settings | {"step to resume from": step})
     return job
 
 
@@ -67,8 +67,8 @@ def _check(args: Options) -> Job:
     context = getattr(config, "max_position_embeddings", None)
     if context and args.max_seq_len > context:
         raise ValueError(
-            f"--max-seq-len {args.max_seq_len} is longer than the model's context "
-            f"of {context} tokens"
+            f"--max-seq-len {args.max_seq_len} is longer than the model's context of {context} "
+            "tokens"
         )
     task = _load_task(args, tokenizer)
     batches = args.grad_accum * distributed.world_size()
@@ -98,10 +98,23 @@ def preview(args: Options) -> str:
     return dataset.preview(_load_task(args, tokenizer), tokenizer, sys.stdout.isatty())
 
 
-def base_folder(args: Options) -> tuple[Path, str]:
-    """The folder that the base is read from, and how its adapters start.
+def batches_of(job: Job, step: int, args: Options) -> list[dataset.Batch]:
+    """The batches of one step, of all processes. They depend on the step and the seed alone."""
+    return dataset.batches_of_step(
+        job.task.train,
+        step,
+        args.batch_size,
+        args.grad_accum * distributed.world_size(),
+        args.seed,
+        job.tokenizer.eos_token_id,
+        args.group_by_length,
+    )
 
-    A resumed run with --save-4bit reads the base that it saved, whatever start changed that base.
+
+def base_folder(args: Options) -> tuple[Path, str]:
+    """The folder to read the base from, and how its adapters start.
+
+    A resumed run with --save-4bit reads the saved base, which --lora-start has already changed.
     """
     if args.resume and args.save_4bit:
         return args.save_4bit, "default"
@@ -145,8 +158,8 @@ def describe_memory(config: transformers.PretrainedConfig, args: Options, length
     if predicted is None:
         known = " and ".join(formula.KNOWN_MODELS)
         return (
-            f"not predicted: the formula covers {known}, from dense weights, without biases "
-            f"or DoRA, and this is another {config.model_type}; {device}"
+            f"not predicted: the formula covers {known}, from dense weights, without biases or "
+            f"DoRA, and not this {config.model_type}; {device}"
         )
     peak = predicted.peak()
     advice = ""

@@ -1,6 +1,6 @@
-"""What a run shows people: loss.png, report.json and a table on the terminal.
+"""Reports a run: loss.png, report.json, and tables on the terminal.
 
-They are made from metrics.jsonl and the model.
+Their numbers come from metrics.jsonl and the model.
 """
 
 import json
@@ -29,7 +29,7 @@ PAGER_COUNTERS = ("hits", "faults", "evictions", "bytes_in", "bytes_out")
 def keep_metrics(path: Path, steps: int) -> None:
     """Keep the lines of the first `steps`; a resumed run writes the later ones again.
 
-    Raises: ValueError if lines of these steps are missing. Nothing has changed then.
+    Raises: ValueError if lines of these steps are missing; the file is unchanged then.
     """
     lines = path.read_text().splitlines()[:steps] if path.exists() else []
     try:
@@ -45,7 +45,7 @@ def keep_metrics(path: Path, steps: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl, one a step."""
+    """The lines of metrics.jsonl, one per step."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -66,7 +66,7 @@ def summarize(
     after: list[float | None],
     memory: dict,
 ) -> dict:
-    """The report of a run, as report.json keeps it.
+    """The report of a run, as written to report.json.
 
     before, after: the metric on the held-out rows, and on phrasings that training never sees.
     """
@@ -97,7 +97,7 @@ def metrics_of(report: dict) -> dict:
 
 
 def write_report(report: dict, folder: Path) -> None:
-    """Write report.json, with the versions of the libraries. Only the main process writes."""
+    """Write report.json, with the versions of the libraries. Only rank 0 writes."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -108,7 +108,7 @@ def write_report(report: dict, folder: Path) -> None:
 
 
 def plot_loss(metrics: Path, picture: Path, metric: str = "") -> None:
-    """Draw the loss by step, its running mean, and the evaluations on the way, as a PNG."""
+    """Draw the loss by step, its running mean and the evaluations during training, as a PNG."""
     import matplotlib  # only when something is drawn: the import is slow
 
     matplotlib.use("Agg")
@@ -136,7 +136,7 @@ def plot_loss(metrics: Path, picture: Path, metric: str = "") -> None:
 
 
 def command(words: list[str], processes: int = 1) -> str:
-    """A command line that runs train.py with these words, this Python and so many processes."""
+    """A command line for train.py with these words, under torchrun if processes > 1."""
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
@@ -147,7 +147,7 @@ def command(words: list[str], processes: int = 1) -> str:
 
 
 def print_report(report: dict, folder: Path) -> None:
-    """Print the tables and the command that asks the adapter."""
+    """Print the tables and the command that asks the adapter a question."""
     ask = command(["--adapter", str(folder), "--prompt", "your question"])
     print(f"\n{table(report)}\n")
     print(f"adapter, metrics and report are in {folder}/; ask it with\n  {ask}")
@@ -160,7 +160,7 @@ def table(report: dict) -> str:
 
 
 def base_table(report: dict) -> str:
-    """The bytes of the frozen base, in 16 bits and as it is kept."""
+    """The bytes of the frozen base, in 16 bits and as it is stored."""
 
     def line(name: str, in_16_bits: int, kept: int) -> str:
         return f"  {name:30}{in_16_bits / 1e6:10.1f} MB{kept / 1e6:10.1f} MB"
@@ -169,7 +169,7 @@ def base_table(report: dict) -> str:
     for name, (_, in_16_bits, kept) in report["components"].items():
         if name != "adapters":
             lines.append(line(name, in_16_bits, kept))
-    lines.append(line("together", report["base_bytes_16bit"], report["base_bytes_4bit"]))
+    lines.append(line("total", report["base_bytes_16bit"], report["base_bytes_4bit"]))
     lines.append(f"  {report['bits_per_weight']:.3f} bits a weight in the linear layers")
     return "\n".join(lines)
 

@@ -1,14 +1,14 @@
-"""What a run leaves in its output folder: metrics, states, the plot of the loss, the adapter.
+"""Writes the output folder of a run: metrics, states, the plot of the loss, the adapter.
 
-The main process writes:
+    metrics.jsonl                one line per step, appended during the run
+    state-<step>.safetensors     --resume continues from it (state.py)
+    loss.png                     drawn at the end and at each evaluation during training
+    adapter_model.safetensors, adapter_config.json
 
-metrics.jsonl                one line a step, appended while the run goes on
-state-<step>.safetensors     from which --resume continues (state.py)
-loss.png                     drawn at the end and at each evaluation on the way
-adapter_model.safetensors, adapter_config.json
+Only rank 0 writes.
 """
 
-from __future__ import annotations  # transformers loads its classes when they are used
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import json
 import os
@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from checkpoints import io
 from checkpoints.peft_adapter import adapter_tensors, save_adapter
-from training import report
-from training.distributed import is_main, run_on_main
+from training import distributed, report
 from training.options import Options
 from training.preflight import Job
 from training.sharding import gather_full_tensors
@@ -31,7 +30,7 @@ from training.state import remove_old_files, save_state, state_tensors
 
 
 class RunFolder:
-    """The output folder of one run. Its methods are called by all processes, together."""
+    """The output folder of one run. All ranks must call each method, at the same point."""
 
     def __init__(
         self, args: Options, job: Job, model: transformers.PreTrainedModel, optimizer: Optimizer
@@ -46,19 +45,18 @@ class RunFolder:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         adapter_bytes = 4 * trainable
         state_bytes = 3 * adapter_bytes  # the adapter and both moments
-        # A new adapter or state is written before the old one goes.
+        # A new adapter or state is written before the old one is removed.
         needed = 2 * adapter_bytes + (args.save_total_limit + 1) * state_bytes
-        run_on_main(partial(io.prepare_folder, self.path, needed))
+        distributed.run_on_main(partial(io.prepare_folder, self.path, needed))
 
     def begin(self, start: int, before: list[float | None]) -> None:
-        """Remove what earlier runs left and keep the metrics of the first `start` steps.
+        """Remove files of earlier runs; keep the metrics of the first `start` steps.
 
-        A run that starts at step 0 saves a state there.
-        before: the metric of the pretrained model, which a state carries.
+        At step 0, also saves a state. before: the metrics of the pretrained model, saved in states.
         """
         self.before = before
-        run_on_main(self._remove_leftovers)
-        run_on_main(partial(report.keep_metrics, self.metrics, start))
+        distributed.run_on_main(self._remove_leftovers)
+        distributed.run_on_main(partial(report.keep_metrics, self.metrics, start))
         if start == 0:
             self.save_state(0)
 
@@ -67,16 +65,16 @@ class RunFolder:
 
     @contextmanager
     def progress(self, start: int) -> Iterator[tqdm]:
-        """The steps from `start` on behind a progress bar, with metrics.jsonl open."""
+        """Yields the steps from `start` on, with a progress bar, while metrics.jsonl is open."""
         self.bar = tqdm(
             range(start, self.args.max_steps),
             initial=start,
             total=self.args.max_steps,
             dynamic_ncols=True,
             mininterval=1,
-            disable=not is_main(),
+            disable=not distributed.is_main(),
         )
-        path = self.metrics if is_main() else os.devnull
+        path = self.metrics if distributed.is_main() else os.devnull
         with open(path, "a", encoding="utf-8") as self.log_file:
             yield self.bar
 
@@ -87,7 +85,7 @@ class RunFolder:
         tokens_per_second = line["tokens"] / line["seconds"]
         shown = f"loss {line['loss']:.4f}, {tokens_per_second:.0f} tokens/s, "
         self.bar.set_postfix_str(shown + f"{line['rss_bytes'] / 1e9:.2f} GB", refresh=False)
-        if "eval" in line and is_main():
+        if "eval" in line and distributed.is_main():
             self.bar.write(f"step {line['step']}: {self.job.task.metric} {line['eval'][0]:.4f}")
             self._plot()
 
@@ -96,15 +94,15 @@ class RunFolder:
 
     def save_state(self, step: int) -> None:
         """Save the state after `step`."""
-        if step and is_main():
-            os.fsync(self.log_file.fileno())  # a state must not outlive the lines before it
+        if step and distributed.is_main():
+            os.fsync(self.log_file.fileno())  # the lines must reach the disk before the state
         tensors = state_tensors(self.model, self.optimizer)
         limit = self.args.save_total_limit
         save = partial(save_state, tensors, self.job.settings, step, self.before, self.path, limit)
-        run_on_main(save)
+        distributed.run_on_main(save)
 
     def save_adapter(self) -> None:
-        """Write the adapter in PEFT's format, and the plot."""
+        """Write the adapter in PEFT's format, and draw the plot."""
         tensors = gather_full_tensors(adapter_tensors(self.model))
-        run_on_main(partial(save_adapter, self.model, self.path, tensors))
-        run_on_main(self._plot)
+        distributed.run_on_main(partial(save_adapter, self.model, self.path, tensors))
+        distributed.run_on_main(self._plot)

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 4 train.py --shard       FSDP2: each rank has a quarter of each tensor
 
 Both split the batches. Seed and step alone determine the batches of a step, so all ranks know
-them. Of N ranks, rank i works on every N-th batch, starting at batch i. The loss of a step is the
+them. With N ranks, rank i works on every N-th batch, starting at batch i. The loss of a step is the
 sum over all its L labels divided by L. DDP and FSDP2 average gradients over the ranks. So rank i
 scales the sum of its own losses by N / L, and the average is the gradient of one process that
 works on all batches:
@@ -12,12 +12,13 @@ works on all batches:
     1/N sum_i d(N / L loss_i) = d(1/L sum_i loss_i)
 
 DDP all-reduces the gradients of the adapters during the last batch's backward pass: 4 bytes for
-each trainable number, once per step, whatever the size of the base.
+each trainable number, once per step. The size of the base does not matter.
 
 FSDP2 splits each tensor by rows into N shards. It all-gathers a block of layers when the block
-runs, in forward and again in backward, and frees it afterwards. Therefore the packed codes and
-their constants become frozen integer parameters: 4-bit weights travel as 4 bits, where a dense
-model sends 16. The gradients are reduce-scattered, so each rank keeps the rows of its own shard.
+runs, in forward and again in backward, and frees it afterwards. Only parameters are split, so the
+packed codes and their constants become frozen parameters. Each weight is then sent in 4 bits, where
+a dense model sends 16. The gradients are reduce-scattered, so each rank keeps the rows of its own
+shard.
 
 Nothing is sent at the start: all ranks load the same base and draw the same adapters. Sharding
 needs no communication either, so the ranks of one machine can load one after the other. Then only
@@ -42,7 +43,7 @@ def shard_model(model: nn.Module, device: str) -> None:
 
     The blocks are the members of each nn.ModuleList, such as the decoder layers of a transformer.
     """
-    from torch.distributed.device_mesh import init_device_mesh  # slow to import, and only for this
+    from torch.distributed.device_mesh import init_device_mesh  # slow to import, needed only here
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(torch.device(device).type, (world_size(),))
@@ -70,7 +71,7 @@ def module_lists(model: nn.Module) -> list[nn.ModuleList]:
 
 
 def base_buffers(frozen: FrozenWeight) -> dict[str, Tensor]:
-    """The buffers of a frozen weight that can be split; every rank needs the whole codebooks."""
+    """The buffers of a frozen weight that can be split; every rank needs the complete codebooks."""
     buffers = dict(frozen.named_buffers())
     return {name: tensor for name, tensor in buffers.items() if not name.endswith("codebook")}
 
@@ -110,7 +111,7 @@ def bytes_sent_per_step(
 ) -> dict[str, float]:
     """Bytes that each rank sends in a step of `batches` batches per rank, with DDP and with FSDP2.
 
-    In an all-gather or a reduce-scatter of n bytes each of N ranks sends (N - 1) / N n; an
+    In an all-gather or a reduce-scatter of n bytes, each of N ranks sends n (N - 1) / N bytes; an
     all-reduce is both. DDP all-reduces the gradients once per step. For each batch, FSDP2
     all-gathers every block in forward and in backward, and the weights outside blocks in forward
     only, and reduce-scatters the gradients.
@@ -123,7 +124,7 @@ def bytes_sent_per_step(
 
 
 def wrap_ddp(losses: nn.Module) -> nn.Module:
-    """Make backward average the gradients over all ranks; FSDP2 and one process need no wrapper."""
+    """Make backward average the gradients over all ranks. FSDP2 and one process need no wrapper."""
     if not dist.is_initialized() or is_sharded(losses):
         return losses
     return DistributedDataParallel(
@@ -133,7 +134,7 @@ def wrap_ddp(losses: nn.Module) -> nn.Module:
 
 @contextmanager
 def gradient_sync(losses: nn.Module, now: bool) -> Iterator[None]:
-    """The context of a backward pass. If not `now`, DDP accumulates gradients without a message."""
+    """The context of a backward pass. Unless `now`, DDP only accumulates gradients locally."""
     if now or not isinstance(losses, DistributedDataParallel):
         yield
     else:
@@ -142,11 +143,11 @@ def gradient_sync(losses: nn.Module, now: bool) -> Iterator[None]:
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:
-    """Scale all gradients in place so that their common norm is at most `max_norm`.
+    """Scale all gradients in place so that the norm of all of them is at most `max_norm`.
 
-    Returns the norm before. Differs from torch.nn.utils.clip_grad_norm_: the squares are summed in
-    float64 before the norm is rounded to float32. Then the bits of the result hardly ever depend on
-    which rank had which squares.
+    Returns the norm before scaling. Differs from torch.nn.utils.clip_grad_norm_: the squares are
+    summed in float64 before the norm is rounded to float32. So the bits of the result almost never
+    depend on how the squares are split among the ranks.
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     gradients = [local_shard(parameter.grad) for parameter in with_gradient]
@@ -162,7 +163,7 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:
 
 @torch.no_grad()
 def gather_full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All rows of each tensor, on the host; empty on all ranks but rank 0."""
+    """All rows of each tensor, in host memory of rank 0; other ranks get an empty dict."""
     gathered = {}
     for name, tensor in tensors.items():
         full = full_tensor(tensor)  # every rank takes part

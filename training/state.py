@@ -1,7 +1,7 @@
-"""The state of a run: a run stopped at any moment resumes from one and ends with the same bits.
+"""Saves the state of a run: a run stopped at any moment resumes and ends with the same bits.
 
 A state is one file, state-<step>.safetensors, with the adapter and both moments of every parameter.
-Its header has one key, "state", because safetensors writes several in random order:
+Its header has only one key, "state", because safetensors writes keys in random order:
 
     {"progress": {"step": 20, "settings": {...}, "before": [...]}, "sha256": "..."}
 
@@ -13,10 +13,10 @@ same batches can resume from it.
     step             0 ........ 10 ........ 20 ........ 30 ....    --save-every 10
     on the disk      0        0 10       10 20       20 30         --save-total-limit 2
 
-A new state appears complete, and only then is an old one removed. Two things can go wrong. A run
-that is killed while it writes leaves the previous states and a file whose name is not that of a
-state (checkpoints/io.py). A disk that loses bytes is detected by the checksum, which covers the
-tensors and the progress; the previous state is used then. In both cases only the steps since that
+A new state is complete before its file gets the name of a state; then an old one is removed. Two
+things can go wrong. A run that is killed while it writes leaves the previous states and a file with
+another name (checkpoints/io.py). If the disk loses bytes, the checksum of the tensors and the
+progress does not match, and the previous state is used. In both cases only the steps since that
 state are lost. A valid state with other settings or data is an error, not something to skip.
 """
 
@@ -43,7 +43,7 @@ from training import sharding
 class State(NamedTuple):
     """The content of a valid state file.
 
-    settings: what must not change between runs.
+    settings: what must be the same in a resumed run.
     before: the metrics before training.
     """
 
@@ -88,14 +88,14 @@ def write_state(
     before: list[float | None],
     path: Path,
 ) -> None:
-    """Write a state file. Raises: OSError; a file that was there is unchanged then."""
+    """Write a state file. Raises: OSError; an existing file is unchanged then."""
     progress = {"step": step, "settings": settings, "before": before}
     header = {"progress": progress, "sha256": checksum(tensors, json.dumps(progress))}
     io.write_tensors(tensors, path, {"state": json.dumps(header)})
 
 
 def _keep_last(path: Path, limit: int) -> None:
-    """Keep the last `limit` states up to this one, and those after it, which were skipped."""
+    """Keep the last `limit` states up to this one, and the damaged ones after it."""
     states = saved_states(path.parent)
     for old in states[states.index(path) + limit :]:
         old.unlink()
@@ -128,7 +128,7 @@ def latest_state(folder: Path) -> State:
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of a state, on the host of the first process. A collective."""
+    """The tensors of a state, in host memory of rank 0. All ranks must call this."""
     tensors = _named_adapter(model) | _named_moments(optimizer.state_dict()["state"])
     return sharding.gather_full_tensors(tensors)
 
@@ -149,7 +149,7 @@ def _named_moments(optimizer_state: dict[int, dict[str, Tensor]]) -> dict[str, T
 def seed_batch(seed: int, batch: int) -> None:
     """Seed the random numbers of all devices for a batch, counted from the start of the run.
 
-    They do not depend on the process that trains on the batch, nor on the batches before it.
+    They depend neither on the rank that trains on the batch nor on earlier batches.
     """
     torch.manual_seed(random.Random(f"{seed} {batch}").getrandbits(63))
 
@@ -217,7 +217,7 @@ def require_same_settings(state: State, settings: dict[str, str], anyway: bool) 
 def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
     """Set the adapters and the optimizer to a state.
 
-    Raises: ValueError if the state does not fit; nothing has changed then.
+    Raises: ValueError if the state does not fit them; nothing has changed then.
     """
     adapter = _named_adapter(model)
     templates: dict[int, dict[str, Tensor]] = {}
@@ -252,7 +252,7 @@ def _check_moments(state: State, names: dict[str, Tensor]) -> None:
 
 
 class StopAfterStep:
-    """Defers Ctrl-C and SIGTERM until the step is done and can be saved. A second one stops now."""
+    """Delays Ctrl-C and SIGTERM until the step is done and can be saved. A second one stops now."""
 
     def __enter__(self) -> "StopAfterStep":
         self.requested = False

@@ -4,16 +4,17 @@
     python train.py --adapter out --merge my-model        16 bits, for transformers, vLLM, llama.cpp
     python train.py --adapter out --merge-4bit my-model   4 bits, for transformers and bitsandbytes
 
-The base is the one that the adapter was trained on: the adapter's file names it, and says how it
-was quantized. A merge adds the update to the decoded 4-bit weights, not to the weights before
+The base is the one that the adapter was trained on: the adapter's files name it and say how it was
+quantized. A merge adds the update to the decoded 4-bit weights, not to the weights before
 quantization, because training ran on the decoded weights.
 
 A merge into 4 bits quantizes the sum again. The decoded weights are levels of the 4-bit code, and
 an update is small compared with the gaps between levels, so rounding removes most or all of it. The
-audit of lora.merge tells how much before anything is written; 16 bits are the default.
+audit of lora.merge says how much. A 16-bit merge prints it, too, so that a user knows it before a
+4-bit merge.
 """
 
-from __future__ import annotations  # transformers loads its classes when they are used
+from __future__ import annotations  # type hints must not load the classes of transformers
 
 import math
 import os
@@ -33,14 +34,14 @@ from training.loss_and_eval import generate_answers
 from training.options import Options
 from variants import init
 
-# Writes a merged model to a folder; returns the audit in words.
+# Writes a merged model to a folder; returns the audit as text.
 Merge = Callable[
     ["transformers.PreTrainedModel", "transformers.PreTrainedTokenizerBase", Path], str
 ]
 
 
 def use_adapter(args: Options) -> int:
-    """Does what --prompt, --merge and --merge-4bit ask for. Returns the exit status, 0."""
+    """Carries out --prompt, --merge and --merge-4bit. Returns the exit status, 0."""
     if args.prompt is not None:
         answer_prompt(args)
     if args.merge is not None:
@@ -89,12 +90,12 @@ def require_empty_folder(folder: Path) -> None:
 
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary folder and renames it: `folder` appears complete, or never."""
+    """Calls `write` with a temporary folder, then renames it: `folder` is never incomplete."""
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         write(unfinished)
         if folder.exists():
-            folder.rmdir()  # raises an error unless the folder is empty
+            folder.rmdir()  # fails unless the folder is empty
         os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -108,7 +109,7 @@ def merge_16bit(
 ) -> str:
     """Writes base + adapter as a dense model: float16 if the base is float16, else bfloat16.
 
-    Returns the audit in words.
+    Returns the audit as text.
     """
     model, audit = lora.merge(model)
     for parameter in model.parameters():
@@ -133,7 +134,7 @@ def merge_4bit(
 ) -> str:
     """Writes base + adapter as a 4-bit model, quantized as the base is.
 
-    Returns the audit in words.
+    Returns the audit as text.
     """
     audit = {}
     for layer, names in lora.names_of(model, QLoRALinear).items():
@@ -169,7 +170,7 @@ def save_4bit(
 def describe_audit(audit: dict[str, MergeAudit]) -> str:
     """How much of the update a merge into 4 bits keeps, over the model and in the worst layer.
 
-    Over the model, <realised, update> / <update, update> is the mean of the layers' fractions,
+    Over the model, <realized, update> / <update, update> is the mean of the layers' fractions,
     weighted by the squared norms of their updates.
     """
     if not audit:

@@ -5,9 +5,9 @@ trained magnitude m[o]; W' + s B A only sets the direction:
 
     y = c (x W'^T + s (d(x) A^T) B^T) + b       c = m / n,  n[o] = ||(W' + s B A)[o, :]||
 
-m starts as n, computed by the same formula. So c is exactly 1 at the start, and training starts at
-the output of LoRA. The gradient treats n as a constant (section 4.3 of that paper). So the
-gradients of A, B and x are those of LoRA for c g instead of g.
+m starts as n, computed by the same formula. So c is exactly 1 at the start, and the output is that
+of LoRA. The gradient treats n as a constant (section 4.3 of that paper). So the gradients of A, B
+and x are those of LoRA with c g in place of g.
 
 The norm needs no dense matrix. With w[o] = ||W'[o, :]||, which never changes and is computed once,
 
@@ -15,16 +15,16 @@ The norm needs no dense matrix. With w[o] = ||W'[o, :]||, which never changes an
 
 W' A^T is a product of the frozen weight with the r rows of A. It costs as much as r more tokens in
 the forward pass, and nothing in the backward pass. In addition to what LoRAMatmul saves, autograd
-saves c, n and the product before c (tokens, out), which the gradient of m needs.
+saves c, n and the product (tokens, out) before the factor c, which the gradient of m needs.
 
-Layout: lora_magnitude_vector.weight (out,), m, in the dtype of the adapter;
-lora_magnitude_vector.base_norm (out,), w, not saved in checkpoints, because the base gives it.
+Layout. m is lora_magnitude_vector.weight (out,), in the dtype of the adapter. w is
+lora_magnitude_vector.base_norm (out,). It is not in checkpoints, because the base determines it.
 
-Error. All sums are in float64 except the product with W', whose error is gamma_in |A| |W'|^T. So
-n^2 is off by 2 |s B| times that error, and by the rounding of w: little compared with w^2 as long
-as the update is small. Where the update cancels a row, the sum may come out below zero by that
-much, and is set to zero. The square of a float32 number has an exact root in float64. So while B is
-zero, n equals w bit for bit.
+Error. All sums are in float64 except the product with W'. Its error is gamma_in |A| |W'|^T, where
+gamma_in bounds the rounding of a sum of `in` products. So the error of n^2 is 2 |s B| times that,
+plus the rounding of w. This is small compared with w^2 as long as the update is small. Where the
+update cancels a row, the sum may be negative by this error, and is then set to zero. The square of
+a float32 number has an exact root in float64. So while B is zero, n equals w bit for bit.
 
 A row of zeros has m = n = 0. c is 1 there, as for any row at the start. Once B gives the row a
 direction, c is m / n.
@@ -40,8 +40,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lora import QLoRALinear
 
-ROWS = 1024  # of the weight, converted to float64 at a time
-TOKENS = 64  # of y, converted to the dtype of c at a time
+ROWS = 1024  # rows of the weight that are converted to float64 at a time
+TOKENS = 64  # tokens of y that are converted to the dtype of c at a time
 
 
 class DoRALinear(QLoRALinear):
@@ -79,7 +79,7 @@ class DoRALinear(QLoRALinear):
         return ratio.where(nonzero, 1)
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (tokens, in) -> c (x W'^T + s (d(x) A^T) B^T) + bias (tokens, out)."""
+        """x (tokens, in) -> c (x W'^T + s (d(x) A^T) B^T) + bias: (tokens, out)."""
         y = super().matmul(x, bias)
         return ScaleRows.apply(y, self.scale(), bias)
 
@@ -91,7 +91,7 @@ class DoRALinear(QLoRALinear):
 
 
 class Magnitude(nn.Module):
-    """Holds m under the name of PEFT, lora_magnitude_vector.weight, and w, which never changes."""
+    """Holds m, under PEFT's name lora_magnitude_vector.weight, and w, which never changes."""
 
     def __init__(self, base_norm: Tensor) -> None:
         super().__init__()
@@ -101,8 +101,8 @@ class Magnitude(nn.Module):
 class ScaleRows(torch.autograd.Function):
     """c (y - b) + b in the dtype of y; y itself, bit for bit, where c is 1.
 
-    Computed in the dtype of c: in bfloat16, 1.003 would be 1. Only a few tokens are converted at a
-    time, so all of y never exists in the wider dtype.
+    It is computed in the dtype of c: in bfloat16, 1.003 would round to 1. Only a few tokens are
+    converted at a time, so all of y never exists in the wider dtype.
     """
 
     @staticmethod

@@ -1,24 +1,24 @@
-"""Starts of an adapter that make up for a part of the quantization error: PiSSA and LoftQ.
+"""Initial adapters that compensate for a part of the quantization error: PiSSA and LoftQ.
 
-LoRA starts with B = 0, so training starts at the quantized model, which differs a little from the
-pretrained one. Two variants start with a nonzero B A, and with a base Q that is quantized to suit
+LoRA starts with B = 0, so training starts from the quantized model, which differs a little from the
+pretrained one. Two variants start with a nonzero B A, and with a base Q that is quantized to match
 it. s is the scaling of the adapter. svd_r(W) is the nearest matrix of rank r, made of the first r
 singular values and vectors (Eckart and Young):
 
     default    Q = quantize(W)          B = 0
     pissa      s B A = svd_r(W)         Q = quantize(W - s B A)
-    loftq      Q = quantize(W - s B A)  s B A = svd_r(W - Q)      repeated LOFTQ_STEPS times from 0
+    loftq      Q = quantize(W - s B A)  s B A = svd_r(W - Q)      LOFTQ_STEPS times, from B = 0
 
-PiSSA (arXiv 2404.02948) trains the directions in which W is largest, and leaves less to round.
+PiSSA (arXiv 2404.02948) trains the directions in which W is largest, so less is left to round.
 LoftQ (arXiv 2310.08659) starts with an error |W - Q - s B A| of at most |W - Q|. In both, A and B
-each take the square roots of the singular values.
+are each scaled by the square roots of the singular values.
 
-Q is then not quantize(W), and the adapter is useless on any other base. So the base must be saved
-too (--save-4bit). DoRA (dora.py) works with each start: its magnitudes start as the row norms of
+With both, Q is not quantize(W), and the adapter works with this Q only. So Q must be saved too
+(--save-4bit). DoRA (dora.py) works with each start: its magnitudes start as the row norms of
 Q + s B A. rsLoRA (arXiv 2312.03732) is the option use_rslora of QLoRALinear.
 
-Differs from PEFT: its LoftQ ignores s, so it only starts nearer to W if lora_alpha = r. Its PiSSA
-leaves the base dense, for the user to quantize.
+Differs from PEFT: its LoftQ ignores s, so it starts closer to W only if lora_alpha = r. Its PiSSA
+leaves the base dense; the user quantizes it.
 """
 
 from collections.abc import Callable
@@ -66,27 +66,27 @@ def maker(
 
 @torch.no_grad()
 def start_pissa(layer: QLoRALinear, weight: Tensor, quantization: dict) -> None:
-    """Fit the adapter to the weight (out, in), and quantize what is left as the base."""
+    """Fit the adapter to the weight (out, in), and quantize the difference as the base."""
     fit(layer, weight)
     requantize(layer, weight, quantization)
 
 
 @torch.no_grad()
 def start_loftq(layer: QLoRALinear, weight: Tensor, quantization: dict) -> None:
-    """Quantize the weight (out, in) less the adapter, and fit the adapter to the error, in turn."""
+    """In turn, quantize weight (out, in) minus the adapter, and fit the adapter to the error."""
     for _ in range(LOFTQ_STEPS):
         requantize(layer, weight, quantization)
         fit(layer, weight - layer.base(weight.dtype))
 
 
 def requantize(layer: QLoRALinear, weight: Tensor, quantization: dict) -> None:
-    """Let the base be quantize(W - s B A)."""
+    """Set the base to quantize(W - s B A)."""
     remainder = weight - layer.scaling * layer.lora_B @ layer.lora_A  # (out, in)
     layer.base = FrozenWeight(remainder.to(layer.base.dtype), **quantization)
 
 
 def fit(layer: QLoRALinear, target: Tensor) -> None:
-    """Let s B A be svd_r of a matrix (out, in); A and B are zero beyond the rank of the matrix."""
+    """Set s B A to svd_r of `target` (out, in); A and B are zero beyond its rank."""
     u, values, vh = torch.linalg.svd(target, full_matrices=False)  # (out, k), (k,), (k, in)
     k = min(layer.r, len(values))
     roots = (values[:k] / layer.scaling).sqrt()

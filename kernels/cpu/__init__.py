@@ -1,9 +1,9 @@
-"""The kernels for processors, compiled by Numba: the results of the reference, no temporaries.
+"""The CPU kernels, compiled by Numba: the results of the reference, without its temporaries.
 
-The reference is written to be read, and pays for it in memory traffic: its look-up writes a float32
-level for every element, the product with absmax reads and writes it again, and the cast to bfloat16
-does so once more. A processor multiplies far faster than it reads, so time is bytes, and a kernel
-should touch each byte once. Bytes per element, with double quantization:
+The reference is written for clarity, which costs memory traffic: its look-up writes a float32 level
+for every element, the product with absmax reads and writes it again, and the cast to bfloat16 does
+so once more. A processor multiplies far faster than it reads, so the bytes moved determine the
+time, and a kernel should read or write each byte once. Bytes per element, with double quantization:
 
     quantize.quantize    4 read, 1/2 + 4/64 written       absmax, codes and packing in one pass
     decode.decode        1/2 + 1/64 read, 2 or 4 written  the constants are decoded in the same pass
@@ -11,7 +11,7 @@ should touch each byte once. Bytes per element, with double quantization:
     adamw.update         16 read, 12 written              parameter, gradient, moments in float32
 
 Each file of kernels stands alone: Numba caches compiled code on disk and recompiles when the file
-of a kernel changes, but it ignores changes in the files that it imports. Every function that is not
-written in LLVM instructions also runs in plain Python, with the compiler off, so that in the tests
+of a kernel changes, but it ignores changes in the files that this file imports. A function that is
+not written in LLVM instructions also runs in plain Python, with the compiler off. So in the tests
 NumPy checks each index. launch.py calls the kernels.
 """

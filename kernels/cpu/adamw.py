@@ -1,10 +1,10 @@
 """AdamW in one pass, as paged_optim.adamw_ defines it, with the same bits.
 
-torch makes a pass over memory for each operation. Here parameter, gradient and moments are read
-once, and all but the gradient are written once: 16 bytes read and 12 written per element.
+torch makes a pass over memory for each operation. Here the parameter, the gradient and the moments
+are read once, and all but the gradient are written once: 16 bytes read, 12 written per element.
 
-torch's lerp_ and addcmul_ round a product and its sum once, all other operations round one by one,
-and these kernels do the same.
+torch's lerp_ and addcmul_ compute a product and a sum with one rounding, and every other operation
+rounds its result. This kernel does the same.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ PIECE = 1024  # elements that a thread takes at once
 def update(param, grad, moments, first, decay, weight, beta2, value, divisor, eps, step_size):
     """Update float32 param (k,) and moments (2, k) in place, as paged_optim.adamw_ does.
 
-    The scalars are those of its operations, in their order, not yet rounded to float32. If `first`,
+    The scalars are those of its operations, in order, not yet rounded to float32. If `first`,
     the moments are set to 0 without being read. 16 bytes read, 12 written per element.
     """
     decay = np.float32(decay)
@@ -32,7 +32,7 @@ def update(param, grad, moments, first, decay, weight, beta2, value, divisor, ep
     step_size = np.float32(step_size)
     near = weight < np.float32(0.5)  # lerp_ starts from the nearer end
     factor = weight if near else weight - np.float32(1)
-    zero = np.float32(0.0 if weight == 1 else -0.0)  # adding -0 changes nothing, adding 0 makes +0
+    zero = np.float32(0.0 if weight == 1 else -0.0)  # adding -0 changes nothing; 0 turns -0 into +0
     for piece in prange((param.size + PIECE - 1) // PIECE):
         start = piece * PIECE
         stop = min(start + PIECE, param.size)
@@ -43,7 +43,7 @@ def update(param, grad, moments, first, decay, weight, beta2, value, divisor, ep
         if first:
             m[:] = 0
             v[:] = 0
-        # A loop of its own: LLVM does not vectorize what Numba makes of prange over elements.
+        # An inner loop, because LLVM does not vectorize what Numba generates for a prange itself.
         for i in range(p.size):
             m[i] = fma(factor, g[i] - m[i], m[i] if near else g[i]) + zero
             v[i] = fma(value * g[i], g[i], v[i] * beta2)

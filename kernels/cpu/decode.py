@@ -1,14 +1,14 @@
 """Dequantizes a 4-bit weight, or a window of it.
 
-All elements of a block have one scale, so they have only 16 different values: scale and round the
-16 levels once, then only look up. With AVX-512 the 16 values fit one register, and one instruction
-(vpermw, or vpermd for float32) looks up 32 or 16 nibbles at once. `look_up` and `look_up_avx512`
-give the same bits.
+All elements of a block have the same scale, so they have only 16 different values. The 16 levels
+are scaled and rounded once; then each element is a look-up. With AVX-512 the 16 values fit in a
+register, and one instruction (vpermw, or vpermd for float32) looks up 32 or 16 nibbles at once.
+`look_up` and `look_up_avx512` give the same bits.
 
-Numba has no bfloat16 or float16. Arrays of them come as uint16 and int16, which hold their bits.
+Numba has no bfloat16 or float16. Arrays of them are passed as uint16 and int16 with the same bits.
 
-The kernels take a weight of n elements as a tuple (a plain one: Numba is slow to recognize named
-ones), made by launch.kernel_weight:
+The kernels take a weight of n elements as a tuple, made by launch.kernel_weight. It is not a named
+tuple, because Numba is slow to recognize those:
 
     packed      uint8 (ceil(n/2),)
     levels      float32 (16,)
@@ -19,7 +19,7 @@ ones), made by launch.kernel_weight:
     largest     float32: constants are clamped to [0, largest]
     shift       log2 of the block size
     shift8      log2 of the constants' block size; 0 without double quantization
-    avx512      bool: whether these instructions may be used
+    avx512      bool: whether AVX-512 instructions may be used
 
 Bytes per element: 1/2 + 1/64 read with double quantization, 2 or 4 written.
 """
@@ -34,12 +34,13 @@ from numba.extending import intrinsic, overload
 # Numba compiles for this processor, unless its settings name another one with unknown features.
 IS_HOST = not (config.CPU_NAME or config.CPU_FEATURES)
 FEATURES = llvmlite.binding.get_host_cpu_features() if IS_HOST else {}
-# Whether it rounds to float16; an x86 from before 2012 does not.
+# Whether the processor can round to float16; an x86 from before 2012 cannot.
 FLOAT16 = bool(FEATURES.get("f16c", "avx" not in FEATURES))
 AVX512 = all(FEATURES.get(name, False) for name in ("avx512f", "avx512bw"))
 GROUP = 32  # elements that are looked up together: 16 packed bytes
 TEAM = 16  # rows of W that a thread takes at once
-AHEAD = 8  # rows to prefetch ahead in a narrow window: too far apart for the hardware prefetcher
+# Rows to prefetch ahead in a narrow window, whose rows are too far apart for the hardware to do it
+AHEAD = 8
 
 
 @njit(parallel=True, cache=True)
@@ -54,7 +55,7 @@ def decode(weight, start, stride, rows, cols, out):
 
 @njit(cache=True, forceinline=True)
 def _decode_run(weight, start, count, out, at, table, ahead):
-    """out[at : at + count] = elements start, start + 1, ...: block by block, mostly in groups."""
+    """out[at : at + count] = elements start, start + 1, ..., by blocks, and in them by groups."""
     packed, levels, absmax, codes, levels8, offset, largest, shift, shift8, avx512 = weight
     if ahead:
         prefetch(codes, (start + ahead) >> shift)
@@ -67,7 +68,7 @@ def _decode_run(weight, start, count, out, at, table, ahead):
         block = i >> shift
         stop = min((block + 1) << shift, end)
         scale = absmax[block >> shift8]
-        if codes.size:  # equation 6; product and sum are rounded one by one, as torch does
+        if codes.size:  # equation 6; product and sum are rounded separately, as torch does
             scale = levels8[codes[block]] * scale + offset
             scale = min(max(scale, np.float32(0)), largest)
         if i & 1:
@@ -81,14 +82,14 @@ def _decode_run(weight, start, count, out, at, table, ahead):
                 look_up(packed, i >> 1, levels, scale, out, at + i, groups, table)
             i += groups * GROUP
         while i < stop:
-            nibble = packed[i >> 1] >> (0 if i & 1 else 4) & 15
+            nibble = (packed[i >> 1] >> (0 if i & 1 else 4)) & 15
             out[at + i] = cast(levels[nibble] * scale, out)
             i += 1
 
 
 @njit(cache=True)
 def look_up(packed, byte, levels, scale, out, at, groups, table):
-    """Decode 32 * groups elements of one block, from packed[byte] on, to out[at], ...
+    """Decode 32 * groups elements of one block, starting at packed[byte], to out[at], ...
 
     `table` is scratch of 16 elements, in the dtype of `out`.
     """
@@ -108,10 +109,11 @@ def cast(number, out):
     if out.dtype == np.int16:
         return np.float16(number).view(np.int16)
     bits = int(np.float32(number).view(np.uint32))
-    return np.uint16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 if number == number else 0x7FC0)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.uint16(0x7FC0 if np.isnan(number) else rounded)
 
 
-# Numba has neither 16-bit floats nor vectors. The rest writes LLVM instructions one by one.
+# Numba has neither 16-bit floats nor vectors. The rest emits LLVM instructions directly.
 
 FLOAT = ir.FloatType()
 BYTE = ir.IntType(8)
@@ -136,7 +138,7 @@ def _cast(_, number, out):
 
 
 def prefetch(array, index):
-    """Ask for the cache line of array[index], which may be outside. No result depends on it."""
+    """Request the cache line of array[index]. The index may be out of range: no result uses it."""
 
 
 @overload(prefetch)
@@ -150,7 +152,7 @@ def _prefetch(_, array, index):
         place = builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
         kind = ir.FunctionType(ir.VoidType(), [place.type, INT, INT, INT])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [place, INT(0), INT(3), INT(1)])  # to read; keep; data
+        builder.call(function, [place, INT(0), INT(3), INT(1)])  # read; locality 3; data
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen
@@ -182,7 +184,7 @@ def look_up_avx512(_, packed, byte, levels, scale, out, at, groups):
     """`look_up`, with the table in a register."""
 
     def codegen(context, builder, signature, args):
-        if not AVX512:  # compiled there too, but never called
+        if not AVX512:  # other processors compile this but never call it
             return context.get_dummy_value()
 
         def data(k):
@@ -213,8 +215,8 @@ def look_up_avx512(_, packed, byte, levels, scale, out, at, groups):
         permute = cgutils.get_or_insert_function(builder.module, kind, name)
         count = builder.mul(args[6], args[6].type(GROUP // lanes))
         with cgutils.for_range(builder, count) as loop:
-            # A byte hl becomes two lanes, 0h and hl, and the permutation reads the low 4 bits of
-            # each (the low 5 where a register holds 32 results and the table twice).
+            # A byte with nibbles h and l becomes two lanes, 0h and hl. The permutation reads the
+            # low 4 bits of each, or the low 5 if a register holds 32 results and the table twice.
             place = builder.gep(source, [builder.mul(loop.index, loop.index.type(lanes // 2))])
             bytes_ = builder.load(builder.bitcast(place, half.as_pointer()), align=1)
             wide = builder.zext(bytes_, pairs)

@@ -1,21 +1,22 @@
 """Multiplies x by a 4-bit weight while decoding it in registers; the dense weight is never stored.
 
-With one row of x a dense product only waits for W, 2 or 4 bytes per element. In 4 bits that is half
-a byte, and the processor has time to decode it. Sixteen packed bytes, widened to 16 lanes, look up
-16 even elements by their high nibbles and the 16 odd elements between them by their low nibbles.
-Nothing is put back in order: instead the other factor, or the result, has that order too,
+With one row of x, a dense product takes as long as reading W, 2 or 4 bytes per element. In 4 bits
+this is half a byte, and the processor has time to decode it. Sixteen packed bytes are widened to 16
+lanes. Their high nibbles look up 16 even elements, and their low nibbles the 16 odd elements
+between them. The elements are not put back in order; instead, the other factor or the result has
+that order too:
 
     rows (n, width)    <->    (n / T, width / 32, T, 2, 16)    T rows, 16 even and 16 odd elements
 
     y = x W^T     x has this order. Two rows of W times T rows of x: 4 T sums, in registers
     y = x W       y has this order. Rows of W, 64 columns, times T rows of x: 4 T sums, in registers
 
-T is 4, or 1 for a single row of x. An element of W is decoded once for T rows of x, so that with 4
-most instructions multiply. Elements are level * scale rounded to float32, as in the reference; only
-the order of the sums differs.
+T is 4, or 1 for a single row of x. An element of W is decoded once for T rows of x, so with T = 4
+most instructions are multiplications. Elements are level * scale rounded to float32, as in the
+reference; only the order of summation differs.
 
-Bytes read per element of W: 1/2 + 1/64 with double quantization, once for all rows of x; x and y
-are read and written many times, in the cache. The weight comes as the tuple that decode.py
+Bytes read per element of W: 1/2 + 1/64 with double quantization, once for all rows of x. x and y
+are read and written many times, in the cache. The weight is passed as the tuple that decode.py
 describes.
 """
 
@@ -36,15 +37,16 @@ AVX512 = bool(FEATURES.get("avx512f", False))
 TEAM = 32  # rows of W that a thread takes at once
 LANES = 16  # elements in a register
 STRIP = 64  # columns that are processed together
-AHEAD = 2  # rows to prefetch ahead, so that nothing waits for memory
+AHEAD = 2  # rows to prefetch ahead, to avoid waiting for memory
 
 
 def takes(weight, height, width):
-    """Whether a weight can be multiplied here.
+    """Whether these kernels can multiply by a weight.
 
-    Needs an even height, rows of whole blocks of at least 64, and AVX-512.
+    They need an even height, rows of whole blocks of at least 64, and AVX-512.
     """
-    shift, avx512 = weight[-3], weight[-1]
+    shift = weight[-3]
+    avx512 = weight[-1]
     return avx512 and height % 2 == 0 and shift >= 6 and width % (1 << shift) == 0
 
 
@@ -80,28 +82,30 @@ def multiply_back(weight, width, x, tokens, y, parts):
     """y += x W in float32, for a W (height, width) that `takes` allows.
 
     x: (n / T, height, T), flat. tokens: T, 1 or 4. y: flat, in the order above. The columns are
-    split into `parts`, one per thread, which takes all rows of x with TEAM rows of W at a time.
+    split into `parts`, one per thread. A thread takes all rows of x and TEAM rows of W at a time.
     """
-    height, strips, shift = x.size // (y.size // width), width // STRIP, weight[-3]
+    height = x.size // (y.size // width)
+    strips = width // STRIP
+    shift = weight[-3]
     each = (strips + parts - 1) // parts
     for part in prange(parts):
         packed, levels = weight[0], weight[1]
         stride = width >> 1  # bytes in a row of W
         first = min(np.int64(part) * each, strips) * STRIP
         last = min((np.int64(part) + 1) * each, strips) * STRIP
-        scales = np.empty(TEAM * ((last - first >> shift) + 2), np.float32)
+        scales = np.empty(TEAM * (((last - first) >> shift) + 2), np.float32)
         for top in range(0, height, TEAM):
             rows = min(TEAM, height - top)
             blocks = 0
             for row in range(rows if first < last else 0):
                 begin = (top + row) * width
-                start = (begin + first >> shift) << shift  # where a block begins
+                start = ((begin + first) >> shift) << shift  # where a block begins
                 count = begin + last - start
                 blocks = _decode_scales(weight, start, count, scales[row * blocks :])
             for token in range(0, y.size // width, tokens):
                 at = token * height + top * tokens
                 for column in range(first, last, STRIP):
-                    start = top * width + column >> 1
+                    start = (top * width + column) >> 1
                     own = scales[(column >> shift) - (first >> shift) :]
                     to = token * width + column * tokens
                     if tokens == 1:
@@ -112,7 +116,7 @@ def multiply_back(weight, width, x, tokens, y, parts):
 
 @njit(cache=True, forceinline=True)
 def _decode_scales(weight, start, count, scales):
-    """Store the scales of elements start ... start + count - 1, whole blocks.
+    """Store the scales of the blocks that hold elements start ... start + count - 1.
 
     Returns the number of blocks.
     """
@@ -121,14 +125,14 @@ def _decode_scales(weight, start, count, scales):
     for i in range(blocks):
         block = (start >> shift) + i
         scale = absmax[block >> shift8]
-        if codes.size:  # equation 6; product and sum are rounded one by one, as torch does
+        if codes.size:  # equation 6; product and sum are rounded separately, as torch does
             scale = levels8[codes[block]] * scale + offset
             scale = min(max(scale, np.float32(0)), largest)
         scales[i] = scale
     return blocks
 
 
-# Numba has no vectors. The rest writes LLVM instructions one by one.
+# Numba has no vectors. The rest emits LLVM instructions directly.
 
 FLOAT = ir.FloatType()
 LONG = ir.IntType(64)
@@ -141,7 +145,7 @@ ZEROS = ir.Constant(FLOATS, [0.0] * LANES)
 
 
 class _Writer:
-    """Writes the parts that both kernels consist of."""
+    """Emits the instructions that both kernels are built from."""
 
     def __init__(self, context, builder, signature, args):
         self.builder = builder
@@ -163,7 +167,7 @@ class _Writer:
         return cgutils.get_or_insert_function(self.builder.module, kind, name)
 
     def index(self, *terms):
-        """The sum of products of integers, each known now or at run time."""
+        """A sum of products; a factor is a Python integer, or a value at run time."""
         total = LONG(0)
         for factors in terms:
             values = [
@@ -179,7 +183,7 @@ class _Writer:
         return self.builder.load(self.place(array, index, vector), align=1)
 
     def broadcast(self, array, index):
-        """A vector of 16 times one number of an array."""
+        """A vector with one number of an array in all 16 lanes."""
         number = self.load(array, index, FLOAT)
         empty = ir.Constant(FLOATS, ir.Undefined)
         one = self.builder.insert_element(empty, number, INT(0))
@@ -207,20 +211,21 @@ class _Writer:
 
     def prefetch(self, array, index):
         place = self.builder.gep(array, [index])
-        self.builder.call(self._prefetch, [place, INT(0), INT(3), INT(1)])  # to read; keep; data
+        self.builder.call(self._prefetch, [place, INT(0), INT(3), INT(1)])  # read; locality 3; data
 
 
 def _dots_of(tokens):
     """sums (2, T) = the products of two rows of W with x[at:].
 
     The bytes of the rows begin at packed[start] and packed[start + stride]. T is fixed, so that the
-    sums are registers: for each row of x and of W one for even and one for odd elements.
+    sums stay in registers: for each pair of a row of x and a row of W, one sum for even and one for
+    odd elements.
     """
 
     @intrinsic
     def dots(_, packed, start, stride, levels, scales, blocks, x, at, sums):
         def codegen(context, builder, signature, args):
-            if not AVX512:  # compiled there too, but never called
+            if not AVX512:  # other processors compile this but never call it
                 return context.get_dummy_value()
             write = _Writer(context, builder, signature, args)
             packed, start, stride, levels, scales, blocks, x, at, sums = write.args

@@ -1,19 +1,19 @@
-"""Calls the CPU kernels on tensors: the kernels see the tensors' memory as NumPy arrays.
+"""Calls the CPU kernels on tensors, whose memory they see as NumPy arrays.
 
-The product with a 4-bit weight has two ways, and neither makes W dense. fused.py multiplies while
-it decodes, in float32: the faster way for few rows of x, and for any number of float32 rows. torch
-multiplies 16-bit rows faster, with instructions that these kernels do not use, so many of those
-rows go over W in windows. A window is as much of W as fits the cache. It is decoded into a
-scratch buffer, multiplied, and overwritten by the next window:
+The product with a 4-bit weight is computed in one of two ways; neither stores a dense W. fused.py
+multiplies while it decodes, in float32. This is faster for few rows of x, and for any number of
+float32 rows. For many 16-bit rows torch is faster, with instructions that these kernels do not use.
+So W is then multiplied window by window. A window is as much of W as fits in the cache. It is
+decoded into a scratch buffer, multiplied by torch, and overwritten by the next window:
 
     y = x W^T     window: some rows of W, all columns       gives these columns of y, complete sums
     y = g W       window: all rows of W, some columns       gives these columns of y, complete sums
 
-Windows of rows would work for both, but y = g W would then be summed, and rounded, window by
-window.
+Windows of rows would work for both products, but y = g W would then be summed, and rounded, once
+per window.
 
 Traffic: the packed bytes are read once from memory. The window is written to and read from the
-cache. x is read once for each window, also from the cache if TOKENS rows of it fit there.
+cache. x is read once per window, also from the cache if TOKENS rows of it fit there.
 Scratch: WINDOW elements.
 """
 
@@ -37,13 +37,13 @@ TOKENS = 512  # rows of x that a window multiplies at once: more would push it o
 FEW = 16  # rows of 16-bit x up to which the fused kernel is faster; in float32 it always is
 AT_ONCE = 32  # rows of x that a call of a fused kernel takes: more would not stay in the cache
 PIECE = 2**20  # elements that are converted to float32 at once
-# The dtype under which NumPy and the kernels see the memory of a tensor
+# The dtype with which NumPy and the kernels see the memory of a tensor
 KINDS = {
     torch.float32: torch.float32,
     torch.bfloat16: torch.uint16,
     torch.float16: torch.int16,
 }
-# Whether torch rounds a product and its sum once, as adamw.py does
+# Whether torch computes a product and a sum with one rounding, as adamw.py does
 FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 DECODED = [dtype for dtype in KINDS if dtype != torch.float16 or decode.FLOAT16]
 
@@ -59,10 +59,10 @@ def follow_torch() -> None:
 def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """packed and absmax, as in nf4.Quantized, of (n,) numbers of any float dtype.
 
-    The codebook ascends. If a block has a number that is not finite, neither is its absmax.
+    The codebook ascends. If a number is not finite, the absmax of its block is not finite either.
     """
     n = flat.numel()
-    is_wide = codebook.numel() > 16  # one code in a byte, not two
+    is_wide = codebook.numel() > 16  # one code per byte, not two
     shift = block_size.bit_length() - 1
     midpoints = (codebook[1:] + codebook[:-1]) / 2
     padding = (256 if is_wide else 16) - midpoints.numel()
@@ -91,7 +91,7 @@ def dequantize(w: PackedWeight, out: Tensor) -> bool:
         return False
     weight = kernel_weight(w)
     numbers = memory_of_floats(out)
-    run = 4096  # elements that count as a row of the window
+    run = 4096  # elements; the weight is decoded as rows of this length
     rows, rest = divmod(numbers.size, run)
     decode.decode(weight, 0, run, rows, run, numbers)
     decode.decode(weight, rows * run, 0, 1, rest, numbers[rows * run :])
@@ -99,7 +99,7 @@ def dequantize(w: PackedWeight, out: Tensor) -> bool:
 
 
 def adamw(param: Tensor, grad: Tensor, scalars: tuple) -> Callable[[int, Tensor], None] | None:
-    """Returns update(start, moments), as dispatch.adamw; scalars in the order of adamw.update.
+    """Returns update(start, moments) like dispatch.adamw; scalars in the order of adamw.update.
 
     None if torch itself rounds differently on this processor.
     """
@@ -136,10 +136,10 @@ def kernel_weight(w: PackedWeight) -> tuple:
 
 
 def memory_of(tensor: Tensor) -> np.ndarray:
-    """The bytes, or float32 numbers, of a contiguous tensor, flat; the tensor must outlive them.
+    """The bytes or float32 numbers of a contiguous tensor, flat; the tensor must outlive the array.
 
-    tensor.numpy() would forbid torch for ever to resize the storage, and FSDP2 resizes it between
-    uses of a weight.
+    tensor.numpy() is not used, because torch can never resize the storage after it, and FSDP2
+    resizes the storage between uses of a weight.
     """
     memory = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
     return np.frombuffer(memory, np.uint8 if tensor.dtype == torch.uint8 else np.float32)
@@ -197,15 +197,15 @@ def windowed_matmul(
 def fused_matmul(
     x: Tensor, weight: tuple, shape: list[int], transposed: bool, bias: Tensor | None
 ) -> Tensor:
-    """The product by fused.py: summed in float32, of elements of W not rounded to 16 bits."""
+    """The product by fused.py: summed in float32, with elements of W not rounded to 16 bits."""
     height, width = shape
     at_once = 1 if len(x) == 1 else 4  # T in fused.py
     y = torch.empty(len(x), height if transposed else width)
     groups = -(-min(len(x), AT_ONCE) // at_once)
-    # A part of x or, not transposed, of y, in the order of fused.py; and the same memory as rows.
+    # A part of x or, if not transposed, of y, in the order of fused.py; the same memory as rows.
     ordered = torch.empty(groups, width // 32, at_once, 2, 16)
     as_rows = ordered.permute(0, 2, 1, 4, 3)  # (groups, at_once, width / 32, 16, 2)
-    columns = None if transposed else torch.empty(groups, height, at_once)  # of the same part of x
+    columns = None if transposed else torch.empty(groups, height, at_once)  # the same part of x
     for token in range(0, len(x), AT_ONCE):
         few = x[token : token + AT_ONCE].detach().split(at_once)
         part = y[token : token + AT_ONCE]

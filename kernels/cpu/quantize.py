@@ -1,10 +1,10 @@
 """Blockwise quantization in one pass: a block is still in the cache when its absmax is known.
 
-The code of a number is the count of midpoints between levels that lie below it. In 15 sorted
+The code of a number is the count of midpoints between levels that are below it. In 15 sorted
 midpoints, 4 comparisons find it: with the middle one, then with one of two, of four, of eight. Each
-depends on those before. With AVX-512 the midpoints fit one register, and a permutation (vpermps)
-looks up the right one for 16 numbers at once: three instructions for each step, look up, compare,
-add. Without AVX-512, 15 independent comparisons are faster than 4 that wait for each other.
+comparison depends on the ones before it. With AVX-512 the midpoints fit in a register, and a
+permutation (vpermps) looks up the right one for 16 numbers at once. A step has three instructions:
+look up, compare, add. Without AVX-512, 15 independent comparisons are faster than 4 dependent ones.
 
 Bytes per element: 4 read, 1/2 + 4/64 written.
 """
@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 IS_HOST = not (config.CPU_NAME or config.CPU_FEATURES)
 FEATURES = llvmlite.binding.get_host_cpu_features() if IS_HOST else {}
 AVX512 = bool(FEATURES.get("avx512f", False))
-GROUP = 16  # numbers that are coded together, to 8 bytes
+GROUP = 16  # numbers that are coded together, into 8 bytes
 
 
 @njit(parallel=True, cache=True)
@@ -28,8 +28,8 @@ def quantize(flat, bits, midpoints, shift, packed, absmax, absmax_bits, avx512):
     """Quantize float32 (n,) in blocks of 2**shift to packed uint8 and absmax float32.
 
     midpoints: float32 (16,), between ascending levels, then infinite. packed: (ceil(n/2),), absmax:
-    (ceil(n/2**shift),). `bits` and `absmax_bits` are uint32 views. avx512: whether to use these
-    instructions. Equal to nf4.quantize bit for bit: the same products, rounded one by one.
+    (ceil(n/2**shift),). `bits` and `absmax_bits` are uint32 views. avx512: whether to use it.
+    Equal to nf4.quantize bit for bit: the same products, rounded separately.
     """
     for block in prange(absmax.size):
         start = np.int64(block << shift)
@@ -45,7 +45,7 @@ def quantize(flat, bits, midpoints, shift, packed, absmax, absmax_bits, avx512):
             high = _code(numbers[2 * i] * power * reciprocal, midpoints)
             low = _code(numbers[2 * i + 1] * power * reciprocal, midpoints)
             pairs[i] = np.uint8(high << 4 | low)
-        if numbers.size & 1:  # the last number is paired with a zero that fills the last block
+        if numbers.size & 1:  # the last number is paired with a zero that pads the block
             high = _code(numbers[-1] * power * reciprocal, midpoints)
             low = _code(np.float32(0), midpoints)
             pairs[-1] = np.uint8(high << 4 | low)
@@ -70,8 +70,8 @@ def quantize_wide(flat, bits, midpoints, shift, codes, absmax, absmax_bits):
 def _scale(bits, block, absmax, absmax_bits):
     """Store the absmax of a block. Returns the power of two and the reciprocal to multiply by.
 
-    Magnitudes are compared as integers: these have the same order, their maximum can be vectorized,
-    and a NaN is larger than infinity and cannot get lost. The block is finite if its absmax is.
+    Magnitudes are compared as integers. The order is the same, the maximum can be vectorized, and a
+    NaN is larger than infinity, so it is never dropped. The block is finite if its absmax is.
     """
     top = np.uint32(0)
     for i in range(bits.size):
@@ -83,19 +83,20 @@ def _scale(bits, block, absmax, absmax_bits):
         power = np.float32(2.0**64)
     elif scale > np.float32(2.0**64):
         power = np.float32(2.0**-64)
-    return power, np.float32(1) / (scale * power) if scale > 0 else np.float32(0)
+    reciprocal = np.float32(1) / (scale * power) if scale > 0 else np.float32(0)
+    return power, reciprocal
 
 
 @njit(cache=True)
 def _code(number, midpoints):
-    """How many midpoints lie below: a tie takes the lower code."""
+    """How many midpoints are below a number; a tie takes the lower code."""
     below = np.int32(0)
     for k in range(15):
         below += np.int32(number > midpoints[k])
     return below
 
 
-# Numba has no vectors. The rest writes LLVM instructions one by one.
+# Numba has no vectors. The rest emits LLVM instructions directly.
 
 INT = ir.IntType(32)
 BYTES = ir.VectorType(ir.IntType(8), 8)
@@ -109,7 +110,7 @@ def _splat(vector, value):
 
 
 def _broadcast(builder, number):
-    """A vector of 16 times one number."""
+    """A vector with one number in all 16 lanes."""
     one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), number, INT(0))
     return builder.shuffle_vector(one, one, _splat(INTS, 0))
 
@@ -122,7 +123,7 @@ def code_avx512(_, flat, start, power, reciprocal, midpoints, packed, byte, grou
     """
 
     def codegen(context, builder, signature, args):
-        if not AVX512:  # compiled there too, but never called
+        if not AVX512:  # other processors compile this but never call it
             return context.get_dummy_value()
 
         def data(k):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from checkpoints import sources
@@ -39,12 +40,14 @@ def test_a_damaged_gguf_is_refused_and_leaves_nothing(
 def test_a_conversion_that_dies_leaves_no_folder_that_looks_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: 1 / 0
+    )
     monkeypatch.setattr(sources, "GGUF_SHA256", sources._sha256(Path(__file__)))
     monkeypatch.setattr(sources, "_find_gguf", lambda folder: Path(__file__))
     tiny = models.tiny_llama(vocab_size=8)
     monkeypatch.setattr(
-        sources.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny
     )
     with pytest.raises(ZeroDivisionError):
         sources.default_folder(tmp_path)
@@ -117,9 +120,11 @@ def test_the_model_is_converted_once_and_found_again(
 ) -> None:
     tokenizer = models.tokenizer()
     tiny = models.tiny_llama(torch.bfloat16)
-    monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
     monkeypatch.setattr(
-        sources.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny
+        transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer
+    )
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny
     )
     monkeypatch.setattr(sources, "GGUF_SHA256", sources._sha256(Path(__file__)))
     monkeypatch.setattr(sources, "_find_gguf", lambda folder: Path(__file__))

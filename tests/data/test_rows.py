@@ -132,7 +132,7 @@ def check_faults(folder: Path, module: ModuleType = rows) -> None:
     bad = {
         "not json": "not JSON (Expecting value at column 1)",
         '{"prompt": "a", ': "not JSON (Expecting property name enclosed in double quotes at colu",
-        "7": "it is no object, but a int",
+        "7": "it is not an object, its type is int",
         "[" * 99999: "not JSON",
         "{}": "its keys are none; a row has those of one format",
         '{"prompt": "a"}': "its keys are 'prompt'; a row has those of one format",

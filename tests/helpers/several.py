@@ -151,7 +151,7 @@ def moments(root: Path, count: int) -> dict[str, object]:
         kills += 1
         said = log.read_text()
         saved = bool(state.saved_states(folder))
-        messages += "has lost another one" in said and saved == ("go on with" in said)
+        messages += "has lost another one" in said and saved == ("resume with" in said)
         world_size = draw.choice((1, 2))
         flags = WAYS[draw.choice([*WAYS])] if world_size == 2 else ["--grad-accum", "2"]
         assert end(launch(folder, world_size, *flags)) == [0] * world_size, log.read_text()

@@ -23,6 +23,7 @@ from memory.formula import Shape
 from nf4 import normal_float
 from paged_optim import PagedAdamW
 from training import report
+from training.dtypes import resolve_device_and_dtype
 from training.loss_and_eval import LabelLoss
 from training.options import QUANT_BITS, Options, parse_args
 from training.preflight import step_settings
@@ -92,7 +93,7 @@ def setting(
     config: PretrainedConfig, flags: str
 ) -> tuple[Options, nn.Module, torch.optim.Optimizer]:
     """The options, model and optimizer of train.py with these flags and a random model."""
-    args = parse_args(["--device", "cpu", *flags.split()])
+    args = resolve_device_and_dtype(parse_args(["--device", "cpu", *flags.split()]))
     torch.manual_seed(0)
     bits = QUANT_BITS[args.quant]
     model = attach(

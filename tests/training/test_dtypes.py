@@ -146,7 +146,7 @@ def test_what_the_table_says_is_what_a_step_does(
 def test_the_base_is_described_by_its_tensors(settings: dict, kept: str) -> None:
     model = model_of(CONFIGS[0], torch.bfloat16, **settings)
     row = rows_of(model, torch.bfloat16)["linear layers"]
-    decoded = "decoded as they are multiplied, and dropped"
+    decoded = "decoded for each matmul, then freed"
     assert row.kept.startswith(kept)
     assert row.because == ("as loaded" if "codebook" in settings else decoded)
 
@@ -155,7 +155,7 @@ def test_the_head_is_said_to_be_the_embedding_only_where_it_is() -> None:
     tied, apart = (
         rows_of(model_of(config, torch.float32), torch.float32)["head"] for config in CONFIGS
     )
-    assert (tied.because, apart.because) == ("the embedding, once more", "as loaded")
+    assert (tied.because, apart.because) == ("tied to the embedding", "as loaded")
 
 
 def test_a_layer_norm_that_autocast_puts_in_float32_is_said_to_be() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import train
 from checkpoints import sources
@@ -145,7 +146,7 @@ def test_the_names_that_options_repeats_are_those_of_their_modules() -> None:
 def test_a_wrong_flag_gets_one_line_before_anything_is_loaded(
     words: str, answer: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "make", lambda *args: pytest.fail("went on"))
+    monkeypatch.setattr(train, "preflight", lambda *args: pytest.fail("went on"))
     with pytest.raises(SystemExit) as stop:
         train.main(words.split())
     error = capsys.readouterr().err
@@ -192,7 +193,7 @@ def test_a_dry_run_says_what_a_run_would_be_and_loads_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        sources.AutoModelForCausalLM,
+        transformers.AutoModelForCausalLM,
         "from_pretrained",
         lambda *args, **kwargs: pytest.fail("loaded"),
     )
@@ -258,7 +259,7 @@ def test_memory_is_predicted_for_a_llama_and_said_to_be_too_little(
     )
     config.model_type = "gemma"
     known = "not predicted: the formula covers llama and mistral, from dense weights, "
-    known += "without biases or DoRA, and this is another "
+    known += "without biases or DoRA, and not this "
     assert preflight.describe_memory(config, args, 64).startswith(f"{known}gemma; cpu has")
     config.model_type = "llama"
     config.attention_bias = True

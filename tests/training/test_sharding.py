@@ -98,7 +98,9 @@ def test_an_error_on_one_rank_is_printed_once_and_ends_all_ranks(
 def test_a_signal_to_one_stops_all_after_the_same_step(seen: dict) -> None:
     statuses, said = seen["apart"]["one_is_asked_to_stop"]
     assert statuses == [130, 130] and seen["apart"]["steps before it stopped"][0] == [1, 2, 3]
-    assert said.count("stopped; go on with") == 1 and "torchrun --nproc-per-node 2 train.py" in said
+    assert (
+        said.count("stopped; resume with") == 1 and "torchrun --nproc-per-node 2 train.py" in said
+    )
 
 
 def test_another_number_of_batches_a_step_is_refused(seen: dict) -> None:
