@@ -116,13 +116,12 @@ def load_quantized(
         for name, tensor in io.iterate_tensors(path):
             if name not in described:
                 continue
-            wanted = empty[tied.get(name, name)].dtype
+            parameter = empty[tied.get(name, name)]
+            wanted = parameter.dtype if tensor.is_floating_point() else tensor.dtype
             if name in linears:
                 _replace_linear(model, linears[name], tensor.to(device, wanted), make)
-            elif tensor.is_floating_point():
-                dense[name] = tensor.to(device, wanted, copy=True)
             else:
-                dense[name] = tensor.to(device, copy=True)
+                dense[name] = tensor.to(device, wanted, copy=True)
     skeleton.fill(model, dense, folder)
     return model.to(device).eval()
 

@@ -84,8 +84,8 @@ class _Limits(TorchFunctionMode):
     ) -> object:
         result = function(*args, **(kwargs or {}))
         self.calls_left -= 1
-        if isinstance(result, Tensor) and not result.is_meta:
-            self.bytes_left -= result.nbytes
+        takes_memory = isinstance(result, Tensor) and not result.is_meta
+        self.bytes_left -= result.nbytes if takes_memory else 0
         if self.calls_left < 0 or self.bytes_left < 0:
             raise ValueError("it takes far more steps or memory than its tensors account for")
         return result

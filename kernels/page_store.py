@@ -116,9 +116,9 @@ class File(Copying):
     def prefetch(self, pages: list[Page], resident: Container[Page]) -> int:
         """Advise the operating system which pages to read ahead. Returns the number of pages."""
         # Loading them early would evict other pages and, without a second thread, save no time.
-        if not hasattr(mmap, "MADV_WILLNEED"):
-            return 0
-        waiting = [page for page in pages if page.saved and page not in resident]
+        can_advise = hasattr(mmap, "MADV_WILLNEED")
+        absent = [page for page in pages if page.saved and page not in resident]
+        waiting = absent if can_advise else []
         for page in waiting:
             lead = page.offset % mmap.PAGESIZE  # madvise starts at a page boundary
             self.file.madvise(mmap.MADV_WILLNEED, page.offset - lead, lead + page.nbytes)

@@ -236,9 +236,8 @@ def predicted_bytes(
 
     parts = passes[0].components
     rows = lasting_rows(parts)
-    lasting = sum(rows.values())
-    if on_gpu(model.device):
-        lasting += parts["buffer"]  # a CPU decodes into its cache instead
+    buffer = parts["buffer"] if on_gpu(model.device) else 0  # a CPU decodes into its cache
+    lasting = sum(rows.values()) + buffer
     rows["gradients"] = parts["gradients"]
     rows["AdamW moments"] = parts["AdamW moments"]
 

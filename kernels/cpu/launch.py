@@ -159,9 +159,9 @@ def matmul(x: Tensor, w: PackedWeight, transposed: bool, bias: Tensor | None) ->
         return None
     weight = kernel_weight(w)
     is_fast_fused = len(x) <= FEW or x.dtype == torch.float32
-    if is_fast_fused and fused.takes(weight, *w.shape):
-        return fused_matmul(x, weight, w.shape, transposed, bias)
-    return windowed_matmul(x, weight, w.shape, transposed, bias)
+    fits = is_fast_fused and fused.takes(weight, *w.shape)
+    multiply = fused_matmul if fits else windowed_matmul
+    return multiply(x, weight, w.shape, transposed, bias)
 
 
 def windowed_matmul(
@@ -194,7 +194,7 @@ def windowed_matmul(
     return y
 
 
-def fused_matmul(
+def fused_matmul(  # only with AVX-512
     x: Tensor, weight: tuple, shape: list[int], transposed: bool, bias: Tensor | None
 ) -> Tensor:
     """The product by fused.py: summed in float32, with elements of W not rounded to 16 bits."""

@@ -551,3 +551,9 @@ def test_the_simulator_finds_a_loop_without_end() -> None:
 def test_the_simulator_starts_with_garbage_and_knows_bounds() -> None:
     assert np.isnan(warpsim.garbage((2, 3), np.float32)).all()
     assert warpsim.pointer(torch.zeros(5, dtype=torch.bfloat16), np.uint32).shape == (2,)
+
+
+def test_a_code_of_fewer_than_16_levels_is_padded_for_the_kernels() -> None:
+    q = nf4.quantize(torch.ones(64), codebook=nf4.normal_float(3))
+    levels = launch_cuda.kernel_weight(flatten(q, None))[1]
+    assert levels.numel() == 16 and torch.equal(levels[:8], nf4.normal_float(3))

@@ -322,3 +322,7 @@ def test_a_mutant_of_the_masking_is_noticed(
     all_cases(chat_template)
     with pytest.raises((AssertionError, ValueError)):
         all_cases(mutant)
+
+
+def test_a_sequence_without_labels_is_all_prompt() -> None:
+    assert chat_template.Example([1, 2, 3], [chat_template.IGNORE_INDEX] * 3).n_prompt == 3

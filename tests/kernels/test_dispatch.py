@@ -35,7 +35,7 @@ from helpers.strategies import (
 )
 from kernels import dispatch
 from kernels.cpu import launch
-from kernels.packed_weight import flatten
+from kernels.packed_weight import flatten, with_decoded_absmax
 from nf4 import Quantized
 
 Constants = double_quant.DoubleQuantized
@@ -767,3 +767,8 @@ def test_a_fused_product_holds_its_result_and_a_few_rows_of_each_factor(
     rows = min(-(-tokens // 4) * 4, launch.AT_ONCE)
     pieces = rows * (into if transposed else into + out)
     assert most == 16 * 4 + 4 * tokens * out + 4 * pieces + (y if dtype != torch.float32 else 0)
+
+
+def test_constants_in_float32_need_no_decoding() -> None:
+    q = nf4.quantize(torch.ones(64))
+    assert with_decoded_absmax(q, None) is q

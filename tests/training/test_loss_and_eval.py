@@ -11,7 +11,7 @@ from data.chat_template import Example
 from data.dataset import Batch, Task, collate
 from helpers import models
 from helpers.bounds import gamma
-from training import loss_and_eval
+from training import distributed, loss_and_eval
 from training.loss_and_eval import (
     CrossEntropy,
     evaluate,
@@ -183,3 +183,14 @@ def test_perplexity_is_exp_of_the_mean_loss() -> None:
     with torch.no_grad():
         loss = label_loss(model, batch_of_two(), torch.float32).item()
     assert perplexity(model, TWO_EXAMPLES, 2, 2, torch.float32) == math.exp(loss / 5)
+
+
+def test_an_example_that_another_rank_counts_does_not_count_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = models.tiny_llama(vocab_size=256)
+    examples = [Example(ids, ids) for ids in ([5, 6, 7, 8], [9, 10, 11])]
+    alone = loss_and_eval.perplexity(model, examples, 2, 2, torch.float32)
+    padded = [*examples, examples[0]]
+    monkeypatch.setattr(distributed, "split_among_ranks", lambda items: (list(padded), 2))
+    assert loss_and_eval.perplexity(model, examples, 3, 2, torch.float32) == alone

@@ -16,6 +16,7 @@ from helpers import models
 from memory import formula
 from training import options, preflight
 from training.dtypes import resolve_device_and_dtype
+from training.exit_status import how_to_resume
 from training.options import Options, parse_args
 from variants import init
 
@@ -298,3 +299,11 @@ def test_other_data_are_refused_on_resume_unless_allowed_and_a_renamed_file_is_n
     )
     assert train.main([*run, "--data", str(other), "--resume", "--resume-anyway"]) == 0
     assert "although data (a hash of its token ids) was" in capsys.readouterr().err
+
+
+def test_a_run_that_saved_nothing_cannot_be_resumed(tmp_path: Path) -> None:
+    words = ["--max-steps", "2"]
+    args = Options(output_dir=tmp_path)
+    assert how_to_resume(args, words) == " before anything was saved"
+    (tmp_path / "state-000001.safetensors").touch()
+    assert how_to_resume(args, words).endswith("train.py --max-steps 2 --resume")
