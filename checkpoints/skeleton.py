@@ -117,10 +117,9 @@ def fill(model: transformers.PreTrainedModel, tensors: dict[str, Tensor], where:
     io.check_like(tensors, empty, where)
     io.require_finite(tensors, where)
     for name, placeholder in empty.items():
+        is_parameter = isinstance(placeholder, nn.Parameter)
         tensor = tensors[name]
-        if isinstance(placeholder, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        _set(model, name, tensor)
+        _set(model, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
     model.tie_weights()
 
 

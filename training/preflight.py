@@ -50,8 +50,7 @@ def preflight(args: Options) -> Job:
     cannot be read; if settings contradict each other; if ranks see different data or states.
     """
     restarted_by_torchrun = distributed.restart_count() > 0
-    if restarted_by_torchrun and saved_states(args.output_dir):
-        args.resume = True
+    args.resume |= restarted_by_torchrun and bool(saved_states(args.output_dir))
     turn = min(distributed.local_rank(), 1)  # the first process on a machine may download the model
     job = distributed.all_or_none(partial(_check, args), turn)
     step = job.state.step if job.state else 0

@@ -307,3 +307,18 @@ def test_loading_takes_no_more_than_the_4_bit_model_its_largest_tensor_and_300_m
     bound = got["kept"] + largest + loading_peak.ALLOWED
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert got["peak"] - got["before"] <= bound < size
+
+
+def test_a_tied_head_may_be_in_the_file_and_generation_config_json_may_be_missing(
+    tmp_path: Path,
+) -> None:
+    tiny = models.tiny_llama(vocab_size=256)
+    tiny.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path, {"format": "pt"})
+    (tmp_path / "generation_config.json").unlink()
+    model = base_model.load_quantized(tmp_path, torch.float32, "cpu", quantized)
+    assert torch.equal(model.lm_head.weight, tiny.lm_head.weight)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -90,7 +90,7 @@ def test_a_folder_that_is_read_only_or_too_small_is_an_error_before_the_work(
 
 JSON = {
     "is not a JSON object .*Expecting": b"{",
-    "but a list": b"[1]",
+    "its type is list": b"[1]",
     "is not a JSON object .*start byte": b'{"a": "\xff"}',
     "is not a JSON object .*recursion": b"[" * 100_000,
     "is not a JSON object .*digits": b'{"a": ' + b"9" * 5000 + b"}",

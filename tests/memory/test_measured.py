@@ -257,3 +257,9 @@ def test_measuring_changes_no_bit_and_a_run_without_steps_measures_nothing(
     other = load_file(tmp_path / "not" / "state-000003.safetensors")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_ledger_of_a_model_without_adapters_counts_its_dense_linear_layers() -> None:
+    model = models.tiny_llama(vocab_size=256).requires_grad_(False)
+    row = measured.ledger(model)["linear layers"]
+    assert row.elements > 0 and row.bytes_now == 4 * row.elements
