@@ -11,6 +11,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MODEL := models/SmolLM2-135M-Instruct
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell grep -o '^torch==[0-9.]*' requirements.txt)
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -21,10 +22,11 @@ train: $(VENV)/run
 	$(BIN)/python train.py $(ARGS)
 
 # The whole suite must also reach every line; with ARGS it need not. All tests of a file run in one
-# process (loadfile), so that shared fixtures are made once. At most 8 processes, to limit memory.
-test: $(VENV)/dev
+# process (loadfile), so that shared fixtures are made once, and the longest files come first
+# (tests/conftest.py). At most 8 processes, to limit memory.
+test: $(VENV)/dev $(MODEL)
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --cov --cov-report=
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	@$(BIN)/python tests/covered.py
 else
 	$(BIN)/python -m pytest $(ARGS)
@@ -66,6 +68,10 @@ $(VENV)/run: requirements.txt requirements-gpu.txt $(VENV)/torch
 $(VENV)/dev: requirements-dev.txt requirements-gpu.txt $(VENV)/run
 	$(PIP) install -r requirements-dev.txt
 	@touch $@
+
+# Created before the tests, because measuring coverage would make that take a minute.
+$(MODEL): | $(VENV)/run
+	$(BIN)/python -c "from checkpoints import sources; sources.default_folder()"
 
 # With an NVIDIA driver: the default build of torch. Otherwise: the CPU build, from the configured index if
 # it has one, else from PyTorch's index.

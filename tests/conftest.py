@@ -13,6 +13,7 @@ from importlib.machinery import SourceFileLoader
 from types import ModuleType
 
 from hypothesis import Phase, settings
+from pytest import Item
 
 # Warnings are errors (pyproject.toml), except those of a dependency while it is imported or
 # byte-compiled: these depend on how it was installed and on what was imported before.
@@ -59,3 +60,10 @@ settings.register_profile(
     report_multiple_bugs=False,
 )
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+# Files that take long come first: a process that gets one of them last would work alone at the end.
+LONG = ["test_sharding.py", "test_train.py", "test_mutants.py", "test_cuda_kernels.py"]
+
+
+def pytest_collection_modifyitems(items: list[Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)  # a stable sort

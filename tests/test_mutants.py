@@ -23,6 +23,9 @@ from hypothesis import Phase, settings
 import nf4
 from helpers.strategies import Adapted, Constants, Cut, Recipe, Tower, TowerWithHead, uniform_code
 
+# Measuring coverage doubles the time of tests that compile, and this file adds nothing to it.
+pytestmark = pytest.mark.no_cover
+
 SOURCES = Path(nf4.__file__).parent
 HERE = Path(__file__).parent
 KERNELS = ["kernels.cpu.quantize", "kernels.cpu.decode", "kernels.cpu.fused", "kernels.cpu.adamw"]

@@ -52,6 +52,9 @@ from helpers.strategies import (
 from lora import QLoRALinear
 from paged_optim import PagedAdamW
 
+# Measuring coverage doubles the time of tests that compile, and this file adds nothing to it.
+pytestmark = pytest.mark.no_cover
+
 SINGLE_AND_DOUBLE = [torch.float32, torch.float64]
 DYNAMIC = double_quant.DYNAMIC.tolist()
 float32s = st.floats(width=32, allow_nan=False)

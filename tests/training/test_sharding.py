@@ -160,11 +160,14 @@ def test_a_run_that_torchrun_restarts_after_a_lost_process_resumes_by_itself(
     assert done.stdout.count("perplexity") == 1, "measured only before the first start"
 
 
-def test_over_20_steps_of_the_real_model_torchrun_gives_the_losses_of_one_process(
+def test_over_6_steps_of_the_real_model_torchrun_gives_the_losses_of_one_process(
     few_rows: Path, tmp_path: Path
 ) -> None:
-    """A loss may differ by 1e-5; here all bits of the adapters are the same."""
-    shape = "--max-steps 20 --batch-size 1 --dtype float32".split()
+    """A loss may differ by 1e-5; here all bits of the adapters are the same.
+
+    Six steps show as much as more: with the same bits after a step, the next step is the same.
+    """
+    shape = "--max-steps 6 --batch-size 1 --dtype float32".split()
     flags = ["train.py", "--data", str(few_rows), *shape]
     ways = {
         "one": [sys.executable, *flags, "--grad-accum", "2"],
@@ -183,7 +186,7 @@ def test_over_20_steps_of_the_real_model_torchrun_gives_the_losses_of_one_proces
         model_bytes[name] = saved["model_bytes_per_process"]
     for name in ("DDP", "FSDP2"):
         off = [abs(a - b) for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / name))]
-        assert len(off) == 20 and max(off) <= bounds.OF_A_LOSS_IN_SEVERAL_PROCESSES
+        assert len(off) == 6 and max(off) <= bounds.OF_A_LOSS_IN_SEVERAL_PROCESSES
         assert have_the_same_bits(tmp_path / "one", tmp_path / name)
     assert model_bytes["DDP"] == model_bytes["one"]
     assert model_bytes["FSDP2"] <= (1 + bounds.OF_A_SHARE) / 2 * model_bytes["one"]
