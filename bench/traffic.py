@@ -111,7 +111,7 @@ def main() -> int:
         return 0
     expected = computed(args.model, args.grad_accum)
     print(
-        f"{args.model}, 2 processes, {args.grad_accum} batches each: "
+        f"{args.model}, 2 processes, --grad-accum {args.grad_accum}: "
         f"MB that a process sends in a step\n{'':8}{'computed':>10}{'measured':>10}"
     )
     flags = ["--model", args.model, "--grad-accum", str(args.grad_accum)]
