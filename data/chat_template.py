@@ -98,7 +98,9 @@ class Template:
         ids = self.bos_ids + self._tokenize(text) + [self.tokenizer.eos_token_id]
         return Example(ids, ids)
 
-    def encode_conversation(self, turns: list[Turn]) -> list[Example]:
+    def encode_conversation(
+        self, turns: list[Turn], tools: list[dict] | None = None
+    ) -> list[Example]:
         """One example, or one per answer if the template rewrites earlier turns.
 
         Raises: BadRow if the template refuses these turns; ValueError if the template never shows
@@ -106,8 +108,10 @@ class Template:
         """
         answers = [index for index, turn in enumerate(turns) if is_in_loss(turn)]
         try:
-            text = self._render(turns)
-            prefixes = [self._render_prompt_and_answer(turns, index, text) for index in answers]
+            text = self._render(turns, tools)
+            prefixes = [
+                self._render_prompt_and_answer(turns, index, text, tools) for index in answers
+            ]
         except TemplateError as error:
             raise BadRow(f"{self.name} refuses it ({error})") from None
 
@@ -118,15 +122,15 @@ class Template:
         ]
 
     def _render_prompt_and_answer(
-        self, turns: list[Turn], index: int, text: str
+        self, turns: list[Turn], index: int, text: str, tools: list[dict] | None
     ) -> tuple[str, str]:
         """The text before the answer in turn `index`, and the same text with the answer.
 
         text: all turns, rendered.
         """
-        prompt = self._render(turns[:index], add_generation_prompt=True)
+        prompt = self._render(turns[:index], tools, add_generation_prompt=True)
         is_last = index + 1 == len(turns)
-        answered = text if is_last else self._render(turns[: index + 1])
+        answered = text if is_last else self._render(turns[: index + 1], tools)
         if not answered.startswith(prompt):
             raise ValueError(
                 f"{self.name} ends a prompt with {prompt[-40:]!r}, but does not write a given "
@@ -178,18 +182,26 @@ class Template:
             )
         return ends[-1] + 1
 
-    def _render(self, turns: list[Turn], add_generation_prompt: bool = False) -> str:
+    def _render(
+        self,
+        turns: list[Turn],
+        tools: list[dict] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
         """The turns as text; add_generation_prompt: with the header of an answer after them."""
         if self.tokenizer.chat_template is None:
             return self._render_lines(turns)
         try:
             return self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=add_generation_prompt, tokenize=False
+                turns,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
             )
         except TemplateError:
             # Some templates, such as Gemma's, refuse system messages.
             if is_default_system_message(turns[0]):
-                return self._render(turns[1:], add_generation_prompt)
+                return self._render(turns[1:], tools, add_generation_prompt)
             raise
 
     def _render_lines(self, turns: list[Turn]) -> str:

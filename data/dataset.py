@@ -2,7 +2,7 @@
 
     orders, roman   generated, see toy_tasks.py
     text            the reference pages of Python's own help(), as plain text
-    a file          .txt as plain text; .jsonl and .json as rows in the formats of rows.py
+    a file          .txt as plain text; the other formats of files.py as rows, see rows.py
     a hub id        owner/name of a data set on the Hugging Face hub with such rows
 
 The answers with their end tokens (chat_template.py) and all tokens of a document are in the loss.
@@ -12,6 +12,7 @@ EOS, and masking EOS by id would drop it from the loss.
 
 from __future__ import annotations  # type hints must not load the classes of transformers
 
+import hashlib
 import random
 import re
 from dataclasses import dataclass, field, replace
@@ -22,11 +23,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from checkpoints import io
-from data import packing, rows, toy_tasks
+from data import files, packing, rows, toy_tasks
 from data.chat_template import IGNORE_INDEX, Example, Template, mark_in_loss, show_example
+from data.completeness import require_complete
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.txt)")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 BATCHES_PER_WINDOW = 50  # by_length sorts the sequences of so many batches at a time
 
 
@@ -52,8 +53,9 @@ def load_task(
     train_on_prompt: bool = False,
     packed: bool = False,
 ) -> Task:
-    """Loads a data set by name, file or hub id; prints which rows were too long.
+    """Loads a data set by name, file or hub id; prints unread keys, and rows that are too long.
 
+    seed: what is generated depends on it; rows and texts, and which are held out, do not.
     train_on_prompt: all tokens of the training examples are in the loss, not only the answers.
     packed: packs the training examples (packing.py).
     Raises: ValueError for an unknown name, for bad rows (a list of all, with their lines), and for
@@ -65,12 +67,12 @@ def load_task(
         task = _toy_task(name, template, max_seq_len, seed)
     elif name == "text":
         task = _split(_encode_text(_help_pages(), template, max_seq_len))
-    elif path.suffix == ".txt" and path.is_file():
-        task = _split(_encode_text(io.read_text(path), template, max_seq_len))
+    elif files.format_of(path) == files.TEXT_FORMAT and path.is_file():
+        task = _split(_encode_text(files.read_text(path), template, max_seq_len))
     else:
-        encoded = _fit(_encode_rows(name, template), max_seq_len, name)
-        random.Random(seed).shuffle(encoded)
-        task = _split(encoded)
+        fitting = _fit(_encode_rows(name, template), max_seq_len, name)
+        fitting.sort(key=_hash_of_row)
+        task = _split([examples for _, examples in fitting])
 
     train = task.train
     if train_on_prompt:
@@ -149,7 +151,7 @@ def batches_of_step(
     positions = range(step * per_step, (step + 1) * per_step)
     places = [divmod(position, n) for position in positions]  # (epoch, index in its order)
     epochs = {epoch for epoch, _ in places}
-    orders = {epoch: _shuffled_indices(n, seed + epoch) for epoch in epochs}
+    orders = {epoch: _shuffled_indices(n, seed, epoch) for epoch in epochs}
     if by_length:
         size = BATCHES_PER_WINDOW * batch_size
         windows = {(epoch, index // size * size) for epoch, index in places}
@@ -163,8 +165,10 @@ def batches_of_step(
     return [collate(chosen[i : i + batch_size], pad_id) for i in range(0, per_step, batch_size)]
 
 
-def _shuffled_indices(n: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
+def _shuffled_indices(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch. No sum of seed and epoch: seeds would share the orders of epochs."""
+    mixed = random.Random(f"{seed} {epoch}").getrandbits(63)
+    generator = torch.Generator().manual_seed(mixed)
     return torch.randperm(n, generator=generator).tolist()
 
 
@@ -239,26 +243,33 @@ def _encode_rows(name: str, template: Template) -> list[tuple[rows.Row, list[Exa
     """
     encoded = []
     faults = []
-    found = _read_rows(name)
+    found = [rows.parse_row(record) for record in _read_records(name)]
     for row in found:
         try:
             encoded.append((row, _encode_row(row, template)))
         except rows.BadRow as error:
             faults.append(f"{row.where}: {error}")
     rows.raise_if_any(faults, len(found), name)
+    unread = sorted(set().union(*(row.unread for row in found)))
+    if unread:
+        print(f"keys of {name} that are not read: {', '.join(rows.shorten(unread))}")
     return encoded
 
 
-def _read_rows(name: str) -> list[rows.Row]:
+def _read_records(name: str) -> list[files.Record]:
     path = Path(name)
+    if path.is_dir():
+        raise ValueError(f"--data {name} is a folder: give a file in it")
+    suffix = files.format_of(path)
     if path.is_file():
-        if path.suffix in (".json", ".jsonl"):
-            return rows.read_file(path)
+        if suffix in files.ROW_FORMATS:
+            return files.read_records(path)
         raise ValueError(
-            f"--data {name} must end in .txt, .jsonl or .json: rename it to the format it has"
+            f"--data {name} must end in {', '.join(files.FORMATS)}, or one of these and .gz: "
+            "rename it to the format it has, or convert it"
         )
-    if HUB_ID.fullmatch(name):
-        return rows.read_hub(name)
+    if HUB_ID.fullmatch(name) and suffix not in files.FORMATS:
+        return files.read_hub(name)
     raise ValueError(f"--data {name} is not a file, nor one of orders, roman, text")
 
 
@@ -266,13 +277,15 @@ def _encode_row(row: rows.Row, template: Template) -> list[Example]:
     if row.fault:
         raise rows.BadRow(row.fault)
     if row.turns:
-        return template.encode_conversation(row.turns)
+        examples = template.encode_conversation(row.turns, row.tools or None)
+        require_complete(row, examples, template.tokenizer)
+        return examples
     return [template.encode_document(row.text)]
 
 
 def _fit(
     encoded: list[tuple[rows.Row, list[Example]]], length: int, name: str
-) -> list[list[Example]]:
+) -> list[tuple[rows.Row, list[Example]]]:
     """Cuts the examples of each row to at most `length` tokens; prints which rows were longer.
 
     The rest of a long document becomes another sequence. The rest of a long conversation is lost;
@@ -287,15 +300,21 @@ def _fit(
             long_rows.append(f"{row.where} has {longest}")
         if row.text:
             [document] = examples
-            fitting.append(_cut_document(document, length))
+            fitting.append((row, _cut_document(document, length)))
             continue
         cut = [example.cut(0, length) for example in examples]
         kept = [example for example in cut if _has_labels(example)]
         n_dropped += len(examples) - len(kept)
-        fitting.append(kept)
+        fitting.append((row, kept))
     if long_rows:
         _print_long_rows(long_rows, len(encoded), n_dropped, length, name)
-    return [examples for examples in fitting if examples]
+    return [(row, examples) for row, examples in fitting if examples]
+
+
+def _hash_of_row(pair: tuple[rows.Row, list[Example]]) -> bytes:
+    """Orders rows by their content alone, neither by their places in a file nor by a seed."""
+    row, _ = pair
+    return hashlib.sha256(repr((row.turns, row.tools, row.text)).encode()).digest()
 
 
 def _has_labels(example: Example) -> bool:
@@ -314,7 +333,7 @@ def _print_long_rows(
 
 
 def _split(encoded: list[list[Example]]) -> Task:
-    """Holds out the last tenth of the rows, to measure perplexity."""
+    """Holds out the last tenth, to measure perplexity."""
     if len(encoded) < 2:
         raise ValueError(
             f"the data make {len(encoded)} sequences; at least 2 are needed, one to train on and "

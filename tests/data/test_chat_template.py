@@ -294,7 +294,8 @@ FIRST_LABELS = "labels += [IGNORE_INDEX] * len(prompt_ids)"
         (f"[index {IF_IN_LOSS}", "[len(turns) - 1]"),  # only the last answer is
         ("if is_in_loss(turn)]", "if turn['role'] == 'assistant']"),  # answers of weight 0 are
         ("if is_in_loss(turn)]", "]"),  # and questions
-        ("(turns[:index], add_generation_prompt=True)", "(turns[:index])"),  # the header is
+        # The header is in the loss:
+        ("(turns[:index], tools, add_generation_prompt=True)", "(turns[:index], tools)"),
         # Where one token spans question and answer, part of the answer is lost.
         ("if all_ids[: len(ids)] == ids:", "if True:"),
         (FIRST_LABELS, f"labels += prompt_ids if labels else {FIRST_LABELS[10:]}"),
