@@ -5,7 +5,7 @@ answers in it. If the template rewrites earlier turns, each answer gets a sequen
 which it is the last turn.
 
 The tokens of an answer up to and including its last special token, which ends it, are in the loss.
-Generation must stop at the same tokens; Template.answer_ends collects them.
+Generation must stop at the same tokens: Template.ends collects them.
 
 The ids of the first prompt must be the first ids of the sequence, because generation starts from
 exactly these ids. Where a tokenizer would merge the last character of a question and the first
@@ -70,7 +70,7 @@ def fingerprint(examples: list[Example]) -> str:
 class Template:
     """Encodes with a tokenizer and its chat template, which prints one date.
 
-    answer_ends: the ids that end the answers encoded so far.
+    ends: the ids that end the answers and the documents encoded so far.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Template:
     ) -> None:
         self.tokenizer = tokenizer
         self.renderer = Renderer(tokenizer, date)
-        self.answer_ends: set[int] = set()
+        self.ends: set[int] = set()
         first_ids = tokenizer("").input_ids[:1]
         adds_bos = first_ids == [tokenizer.bos_token_id]
         self.bos_ids = first_ids if adds_bos else []
@@ -97,8 +97,10 @@ class Template:
         ids = self._tokenize(text)
         if ids[: len(self.bos_ids)] != self.bos_ids:
             ids = self.bos_ids + ids
-        if ids[-1:] != [self.tokenizer.eos_token_id]:
-            ids = [*ids, self.tokenizer.eos_token_id]
+        eos = self.tokenizer.eos_token_id
+        if ids[-1:] != [eos]:
+            ids = [*ids, eos]
+        self.ends.add(eos)
         return Example(ids, ids)
 
     def encode_conversation(
@@ -139,7 +141,7 @@ class Template:
             start = bisect_right(ends, span.start)
             end = bisect_right(ends, span.end - 1) + 1
             labels[start:end] = ids[start:end]
-            self.answer_ends.add(ids[end - 1])
+            self.ends.add(ids[end - 1])
         prefix = self.rendered_prefix
         return Example(
             prefix + ids,

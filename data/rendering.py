@@ -114,16 +114,16 @@ class Renderer:
             if turn["role"] == "assistant" and number < len(turns) and not earlier_answers:
                 continue
             is_system = turn["role"] == "system"
-            for content in _contents(turn):
-                end = _find_end(text, content, 0 if is_system else position)
-                if end is None:
-                    raise BadRow(
-                        f"turn {number} ({turn['role']}): {self.name} drops or changes "
-                        f"{content!r:.60}, so the model would not see it: give the tokenizer a "
-                        "template that writes it, or remove it from the row"
-                    )
-                if not is_system:
-                    position = end
+            content = (turn.get("content") or "").strip()
+            end = _find_end(text, content, 0 if is_system else position)
+            if end is None:
+                raise BadRow(
+                    f"turn {number} ({turn['role']}): {self.name} drops or changes "
+                    f"{content!r:.60}, so the model would not see it: give the tokenizer a "
+                    "template that writes it, or remove it from the row"
+                )
+            if not is_system:
+                position = end
 
     def _try(self, turns: list[Turn]) -> str:
         """The turns as text, or nothing if the template refuses them."""
@@ -159,13 +159,6 @@ def _in_parts(turn: Turn) -> Turn:
     if "content" not in turn:
         return turn
     return turn | {"content": [{"type": "text", "text": turn["content"]}]}
-
-
-def _contents(turn: Turn) -> list[str]:
-    """What must be in the rendering of a turn: its content, and the functions that it calls."""
-    content = (turn.get("content") or "").strip()
-    names = [call["function"]["name"] for call in turn.get("tool_calls") or []]
-    return [content, *names]
 
 
 def _find_end(text: str, content: str, start: int) -> int | None:
