@@ -1,38 +1,32 @@
-"""Encodes conversations with the model's chat template; only the answers are in the loss.
+"""Encodes conversations and documents as token ids; only the answers are in the loss.
 
-A chat template is a program that writes turns as text. Most templates do not mark where an answer
-begins and ends. So the template renders growing prefixes of the conversation. For the answer in
-turn k,
-
-    prompt   = turns before k, and the header of an answer    <|user|>2 + 2?<|end|><|assistant|>
-    answered = turns up to and including k      <|user|>2 + 2?<|end|><|assistant|>4<|end|>
-
-`answered` must start with `prompt`; the rest of `answered` is the answer. The rendered
-conversation must start with `answered`. Otherwise the template rewrites earlier turns (Qwen 3's
-removes the thoughts from them), and each answer gets a sequence of its own, in which it is the last
-turn.
+rendering.py writes a conversation as text with the model's chat template; answers.py finds the
+answers in it. If the template rewrites earlier turns, each answer gets a sequence of its own, in
+which it is the last turn.
 
 The tokens of an answer up to and including its last special token, which ends it, are in the loss.
-The line break that many templates write after that token is not.
+Generation must stop at the same tokens: Template.ends collects them.
 
-The ids of the first `prompt` must be the first ids of the sequence, because generation starts from
+The ids of the first prompt must be the first ids of the sequence, because generation starts from
 exactly these ids. Where a tokenizer would merge the last character of a question and the first
-character of an answer into one token, the answer is tokenized separately.
-
-Without a chat template, each turn is a line, and an EOS token follows each answer.
+character of an answer into one token, the answer is tokenized separately. Elsewhere the ids are
+those of the whole text.
 """
 
 from __future__ import annotations  # type hints must not load the classes of transformers
 
+import datetime
 import hashlib
 from array import array
+from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import transformers
-from jinja2 import TemplateError
 
-from data.rows import BadRow, Turn, is_default_system_message, is_in_loss, question_turns
+from data.answers import Conversation, Span
+from data.rendering import Renderer
+from data.rows import Turn, is_in_loss, question_turns
 
 IGNORE_INDEX = -100  # the label that cross entropy skips
 
@@ -74,14 +68,17 @@ def fingerprint(examples: list[Example]) -> str:
 
 
 class Template:
-    """The chat template of a tokenizer."""
+    """Encodes with a tokenizer and its chat template, which prints one date.
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    ends: the ids that end the answers and the documents encoded so far.
+    """
+
+    def __init__(
+        self, tokenizer: transformers.PreTrainedTokenizerBase, date: datetime.date | None = None
+    ) -> None:
         self.tokenizer = tokenizer
-        self.name = f"the chat template of {tokenizer.name_or_path}"
-        added = tokenizer.added_tokens_decoder
-        special_ids = {token_id for token_id, token in added.items() if token.special}
-        self.end_ids = special_ids | {tokenizer.eos_token_id}
+        self.renderer = Renderer(tokenizer, date)
+        self.ends: set[int] = set()
         first_ids = tokenizer("").input_ids[:1]
         adds_bos = first_ids == [tokenizer.bos_token_id]
         self.bos_ids = first_ids if adds_bos else []
@@ -90,12 +87,20 @@ class Template:
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The ids of a question and of the header of its answer."""
-        text = self._render(question_turns(prompt), add_generation_prompt=True)
-        return self._tokenize_rendered(text)
+        turns = self.renderer.accepted(question_turns(prompt))
+        text = self.renderer.render(turns, add_generation_prompt=True)
+        self.renderer.require_contents(turns, text)
+        return self.rendered_prefix + self._tokenize(text)
 
     def encode_document(self, text: str) -> Example:
-        """A plain text and an EOS token, with all tokens in the loss."""
-        ids = self.bos_ids + self._tokenize(text) + [self.tokenizer.eos_token_id]
+        """A plain text, BOS if the model needs it, and EOS, each once, with all in the loss."""
+        ids = self._tokenize(text)
+        if ids[: len(self.bos_ids)] != self.bos_ids:
+            ids = self.bos_ids + ids
+        eos = self.tokenizer.eos_token_id
+        if ids[-1:] != [eos]:
+            ids = [*ids, eos]
+        self.ends.add(eos)
         return Example(ids, ids)
 
     def encode_conversation(
@@ -103,119 +108,85 @@ class Template:
     ) -> list[Example]:
         """One example, or one per answer if the template rewrites earlier turns.
 
-        Raises: BadRow if the template refuses these turns; ValueError if the template never shows
-        where an answer begins or ends.
+        Raises: BadRow if the template refuses these turns or drops a content; ValueError if it does
+        not show where an answer begins or ends.
         """
+        turns = self.renderer.accepted(turns)
+        conversation = Conversation(self.renderer, turns, tools)
         answers = [index for index, turn in enumerate(turns) if is_in_loss(turn)]
-        try:
-            text = self._render(turns, tools)
-            prefixes = [
-                self._render_prompt_and_answer(turns, index, text, tools) for index in answers
-            ]
-        except TemplateError as error:
-            raise BadRow(f"{self.name} refuses it ({error})") from None
+        spans = conversation.find_answers(answers)
+        if spans is not None:
+            self.renderer.require_contents(turns, conversation.text)
+            return [self._encode_answers(conversation.text, spans, turns, answers[0])]
 
-        if all(text.startswith(answered) for _, answered in prefixes):
-            return [self._encode_answers(prefixes, turns, answers[0])]
-        return [
-            self._encode_answers([prefix], turns, index) for index, prefix in zip(answers, prefixes)
-        ]
-
-    def _render_prompt_and_answer(
-        self, turns: list[Turn], index: int, text: str, tools: list[dict] | None
-    ) -> tuple[str, str]:
-        """The text before the answer in turn `index`, and the same text with the answer.
-
-        text: all turns, rendered.
-        """
-        prompt = self._render(turns[:index], tools, add_generation_prompt=True)
-        is_last = index + 1 == len(turns)
-        answered = text if is_last else self._render(turns[: index + 1], tools)
-        if not answered.startswith(prompt):
-            raise ValueError(
-                f"{self.name} ends a prompt with {prompt[-40:]!r}, but does not write a given "
-                "answer after these characters, so the tokens of the answer cannot be found: "
-                "give the tokenizer a template that does"
-            )
-        return prompt, answered
+        examples = []
+        for index in answers:
+            text, start = conversation.render_answer(index)
+            self.renderer.require_contents(turns[: index + 1], text, earlier_answers=False)
+            span = Span(start, len(text))
+            examples.append(self._encode_answers(text, [span], turns, index))
+        return examples
 
     def _encode_answers(
-        self, prefixes: list[tuple[str, str]], turns: list[Turn], first: int
+        self, text: str, spans: list[Span], turns: list[Turn], first: int
     ) -> Example:
-        """Encode a conversation up to the end of its last answer.
+        """Encodes a conversation up to the end of its last answer.
 
-        prefixes: the text before each answer, and the same text with the answer.
         first: the index of the first answer in `turns`.
         """
-        ids: list[int] = []
-        labels: list[int] = []
-        encoded = ""  # the text of `ids`
-        for prompt, answered in prefixes:
-            prompt_ids = self._next_ids(ids, encoded, prompt)
-            ids += prompt_ids
-            labels += [IGNORE_INDEX] * len(prompt_ids)
+        text = text[: spans[-1].end]
+        ids, ends = self._tokenize_and_split(text, [span.start for span in spans])
+        labels = [IGNORE_INDEX] * len(ids)
+        for span in spans:
+            start = bisect_right(ends, span.start)
+            end = bisect_right(ends, span.end - 1) + 1
+            labels[start:end] = ids[start:end]
+            self.ends.add(ids[end - 1])
+        prefix = self.rendered_prefix
+        return Example(
+            prefix + ids,
+            [IGNORE_INDEX] * len(prefix) + labels,
+            turns[first - 1].get("content") or "",
+            turns[first].get("content") or "",
+        )
 
-            answer_ids = self._next_ids(ids, prompt, answered)
-            n_in_loss = self._length_with_end(answer_ids)
-            end = len(ids) + n_in_loss
-            ids += answer_ids
-            labels += answer_ids[:n_in_loss]
-            labels += [IGNORE_INDEX] * (len(answer_ids) - n_in_loss)
-            encoded = answered
-        question = turns[first - 1]["content"]
-        return Example(ids[:end], labels[:end], question, turns[first]["content"])
+    def _tokenize_and_split(self, text: str, starts: list[int]) -> tuple[list[int], list[int]]:
+        """The ids of a text, and the index in it at which each token ends.
 
-    def _next_ids(self, ids: list[int], text: str, longer: str) -> list[int]:
-        """The ids of what `longer` adds to `text`, where `ids` are those of `text`."""
-        all_ids = self._tokenize_rendered(longer)
-        if all_ids[: len(ids)] == ids:
-            return all_ids[len(ids) :]
-        return self._tokenize(longer[len(text) :])  # one token would span the end of `text`
+        starts: where the answers start. If the text before a start has other ids alone, it is
+        tokenized separately.
+        """
+        ids, ends = self._tokenize_with_ends(text)
+        # The tokens after a control token do not depend on the text before it.
+        controls = [0, *(token.start() for token in self.renderer.control_tokens.finditer(text))]
+        splits = []
+        for start in starts:
+            control = controls[bisect_right(controls, start) - 1]
+            before = self._tokenize(text[control:start])
+            first = bisect_right(ends, control) if control else 0
+            if ids[first : first + len(before)] != before:
+                splits.append(start)
+        if not splits:
+            return ids, ends
 
-    def _length_with_end(self, answer_ids: list[int]) -> int:
-        """The number of tokens up to and including the last special token."""
-        ends = [index for index, token in enumerate(answer_ids) if token in self.end_ids]
-        if not ends:
+        ids, ends = [], []
+        for start, end in pairwise([0, *splits, len(text)]):
+            piece_ids, piece_ends = self._tokenize_with_ends(text[start:end])
+            ids += piece_ids
+            ends += [start + end for end in piece_ends]
+        return ids, ends
+
+    def _tokenize_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        if not self.tokenizer.is_fast:
             raise ValueError(
-                f"{self.name} writes no special token after an answer, so the model would not be "
-                "trained to end its answers: give it a template that writes eos_token there"
+                f"the tokenizer {type(self.tokenizer).__name__} does not tell which characters a "
+                "token has, so the tokens of an answer cannot be found: give the model a "
+                "tokenizer.json"
             )
-        return ends[-1] + 1
-
-    def _render(
-        self,
-        turns: list[Turn],
-        tools: list[dict] | None = None,
-        add_generation_prompt: bool = False,
-    ) -> str:
-        """The turns as text; add_generation_prompt: with the header of an answer after them."""
-        if self.tokenizer.chat_template is None:
-            return self._render_lines(turns)
-        try:
-            return self.tokenizer.apply_chat_template(
-                turns,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-        except TemplateError:
-            # Some templates, such as Gemma's, refuse system messages.
-            if is_default_system_message(turns[0]):
-                return self._render(turns[1:], tools, add_generation_prompt)
-            raise
-
-    def _render_lines(self, turns: list[Turn]) -> str:
-        text = ""
-        for turn in turns:
-            if is_default_system_message(turn):
-                continue
-            end = self.tokenizer.eos_token if turn["role"] == "assistant" else "\n"
-            text += turn["content"] + end
-        return text
-
-    def _tokenize_rendered(self, text: str) -> list[int]:
-        """The ids of a text that starts with the first turn, with BOS where it is needed."""
-        return self.rendered_prefix + self._tokenize(text)
+        encoding = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return encoding.input_ids, [end for _, end in encoding.offset_mapping]
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids

@@ -12,6 +12,7 @@ EOS, and masking EOS by id would drop it from the loss.
 
 from __future__ import annotations  # type hints must not load the classes of transformers
 
+import datetime
 import hashlib
 import random
 import re
@@ -37,12 +38,14 @@ class Task:
 
     metric: "exact match" of generated answers, or "perplexity".
     unseen: examples in phrasings that do not occur in training.
+    ends: the ids of the tokens that end the answers and the documents.
     """
 
     metric: str
     train: list[Example]
     test: list[Example]
     unseen: list[Example] = field(default_factory=list)
+    ends: frozenset[int] = frozenset()
 
 
 def load_task(
@@ -52,16 +55,18 @@ def load_task(
     seed: int,
     train_on_prompt: bool = False,
     packed: bool = False,
+    date: datetime.date | None = None,
 ) -> Task:
     """Loads a data set by name, file or hub id; prints unread keys, and rows that are too long.
 
     seed: what is generated depends on it; rows and texts, and which are held out, do not.
     train_on_prompt: all tokens of the training examples are in the loss, not only the answers.
     packed: packs the training examples (packing.py).
+    date: of a chat template that prints one; None stands for today.
     Raises: ValueError for an unknown name, for bad rows (a list of all, with their lines), and for
     fewer than two rows.
     """
-    template = Template(tokenizer)
+    template = Template(tokenizer, date)
     path = Path(name)
     if name in toy_tasks.TASKS:
         task = _toy_task(name, template, max_seq_len, seed)
@@ -79,7 +84,7 @@ def load_task(
         train = [replace(example, labels=example.ids) for example in train]
     if packed:
         train = packing.pack(train, max_seq_len)
-    return replace(task, train=train)
+    return replace(task, train=train, ends=frozenset(template.ends))
 
 
 @dataclass(frozen=True)
@@ -232,8 +237,12 @@ def _encode_text(text: str, template: Template, length: int) -> list[list[Exampl
 
 
 def _cut_document(example: Example, length: int) -> list[Example]:
-    """Pieces of at most `length` tokens; a last single token is dropped: it has no label."""
-    return [example.cut(i, i + length) for i in range(0, len(example.ids) - 1, length)]
+    """Pieces of at most `length` tokens; each but the first starts with the last token before it.
+
+    The first token of a piece is never predicted, so this predicts every other token once.
+    """
+    step = max(1, length - 1)
+    return [example.cut(i, i + length) for i in range(0, len(example.ids) - 1, step)]
 
 
 def _encode_rows(name: str, template: Template) -> list[tuple[rows.Row, list[Example]]]:

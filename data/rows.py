@@ -51,7 +51,7 @@ FORMAT_KEYS = (
 )
 THOUGHT_KEYS = ("reasoning_content", "thinking")  # as templates of Qwen and of gpt-oss name them
 MEANINGFUL = {
-    *("system", "history", "tools", "functions", "documents", "weight", "train"),
+    *("system", "system_prompt", "history", "tools", "functions", "documents", "weight", "train"),
     *("tool_calls", "function_call", *THOUGHT_KEYS, "chat_template_kwargs"),
     *("image", "images", "audio", "audios", "video", "videos"),
 }

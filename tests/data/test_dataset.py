@@ -127,10 +127,9 @@ def test_text_is_cut_into_sequences_whose_tokens_are_all_in_the_loss(
     path.write_text("It was a dark and stormy night. " * 200)
     task = dataset.load_task(str(path), tokenizer, 64, 0)
     assert task.metric == "perplexity" and len(task.test) == len(task.train + task.test) // 10
-    ids = [i for example in task.train + task.test for i in example.ids]
-    assert tokenizer.decode(ids).strip() == path.read_text().strip(), (
-        "a last single token has no label"
-    )
+    first, *_ = task.train
+    predicted = [token for example in task.train + task.test for token in example.labels[1:]]
+    assert tokenizer.decode(first.ids[:1] + predicted) == path.read_text()
     batch = dataset.collate(task.train[:2], 0)
     assert torch.equal(batch.labels, batch.input_ids)
     assert batch.n_labels == 2 * 63, "the first token of each is not predicted"
@@ -322,13 +321,21 @@ def test_long_rows_are_counted_with_their_lines_and_cut_or_dropped(
     found = sorted(in_loss(tokenizer, example) for example in task.train + task.test)
     assert max(len(example.ids) for example in task.train + task.test) <= 24
     tales = [text for text in found if "tale" in text]
-    assert "".join(sorted(tales, key=lambda text: "<" in text)).count("tale") == 50, (
-        "all of a document is trained on"
+    assert "".join(tales).count("tale") == 50 + len(tales) - 1, (
+        "all of a document is trained on; a piece starts with the last token of the one before"
     )
     assert [text for text in found if "word" in text] == [
         " ".join(["word"] * found[-1].count("word"))
     ]
     assert found.count("one two three<|im_end|>") == 2 and len(found) == len(tales) + 3
+
+
+@pytest.mark.parametrize("n", range(2, 18))
+def test_a_document_of_any_length_keeps_its_last_token(n: int) -> None:
+    ids = list(range(n))
+    pieces = dataset._cut_document(dataset.Example(ids, ids), 4)
+    assert max(len(piece.ids) for piece in pieces) <= 4
+    assert [label for piece in pieces for label in piece.labels[1:]] == ids[1:]
 
 
 def test_all_bad_rows_of_a_file_are_reported_at_once_in_their_order(
@@ -476,9 +483,9 @@ def test_the_ids_and_labels_of_a_data_set_are_pinned(
     assert fingerprints(roman) == ["5b58e4b4d5ec2d83", "28672dafd1c82d98"]
     path = write_rows(tmp_path, mixed_rows())
     plain = dataset.load_task(path, tokenizer, 40, 7)
-    assert fingerprints(plain) == ["e13b9cfd05b096af", "4c3026f3aa3417c3"]
+    assert fingerprints(plain) == ["2cdfdd1624803ab9", "4c3026f3aa3417c3"]
     packed = dataset.load_task(path, tokenizer, 40, 7, packed=True)
-    assert fingerprints(packed) == ["0f322de878971bf8", "4c3026f3aa3417c3"]
+    assert fingerprints(packed) == ["cb4c80bef8e61ec0", "4c3026f3aa3417c3"]
 
 
 @pytest.mark.parametrize(
