@@ -57,7 +57,7 @@ class Conversation:
 
         Raises: as render_answer.
         """
-        contents = self._find_contents()
+        contents = self._find_contents() if len(indices) > 1 else {}
         examples: dict[tuple[str, str], tuple[int, int]] = {}
         spans = []
         for index in indices:

@@ -19,8 +19,11 @@ import datetime
 import hashlib
 from array import array
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import transformers
 
@@ -29,6 +32,7 @@ from data.rendering import Renderer
 from data.rows import Turn, is_in_loss, question_turns
 
 IGNORE_INDEX = -100  # the label that cross entropy skips
+TEXTS_PER_BATCH = 256  # to tokenize at once; the offsets of more would take much memory
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,18 @@ def fingerprint(examples: list[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
+class Rendered(NamedTuple):
+    """A conversation as text up to the end of its last answer, with the places of its answers.
+
+    question, answer: the contents of the first answer in the loss and of the turn before it.
+    """
+
+    text: str
+    spans: list[Span]
+    question: str
+    answer: str
+
+
 class Template:
     """Encodes with a tokenizer and its chat template, which prints one date.
 
@@ -79,6 +95,7 @@ class Template:
         self.tokenizer = tokenizer
         self.renderer = Renderer(tokenizer, date)
         self.ends: set[int] = set()
+        self.tokenize_header = lru_cache(self._tokenize)  # most answers have the same header
         first_ids = tokenizer("").input_ids[:1]
         adds_bos = first_ids == [tokenizer.bos_token_id]
         self.bos_ids = first_ids if adds_bos else []
@@ -108,6 +125,15 @@ class Template:
     ) -> list[Example]:
         """One example, or one per answer if the template rewrites earlier turns.
 
+        Raises: as render_conversation.
+        """
+        return self.encode_rendered(self.render_conversation(turns, tools))
+
+    def render_conversation(
+        self, turns: list[Turn], tools: list[dict] | None = None
+    ) -> list[Rendered]:
+        """One text, or one per answer if the template rewrites earlier turns.
+
         Raises: BadRow if the template refuses these turns or drops a content; ValueError if it does
         not show where an answer begins or ends.
         """
@@ -117,25 +143,27 @@ class Template:
         spans = conversation.find_answers(answers)
         if spans is not None:
             self.renderer.require_contents(turns, conversation.text)
-            return [self._encode_answers(conversation.text, spans, turns, answers[0])]
+            return [_render_answers(conversation.text, spans, turns, answers[0])]
 
-        examples = []
+        rendered = []
         for index in answers:
             text, start = conversation.render_answer(index)
             self.renderer.require_contents(turns[: index + 1], text, earlier_answers=False)
             span = Span(start, len(text))
-            examples.append(self._encode_answers(text, [span], turns, index))
-        return examples
+            rendered.append(_render_answers(text, [span], turns, index))
+        return rendered
 
-    def _encode_answers(
-        self, text: str, spans: list[Span], turns: list[Turn], first: int
-    ) -> Example:
-        """Encodes a conversation up to the end of its last answer.
+    def encode_rendered(self, rendered: list[Rendered]) -> list[Example]:
+        """The examples of many conversations at once, which takes a tokenizer less time."""
+        tokens = self._tokenize_with_ends([each.text for each in rendered])
+        return [self._encode_answers(each, *pair) for each, pair in zip(rendered, tokens)]
 
-        first: the index of the first answer in `turns`.
-        """
-        text = text[: spans[-1].end]
-        ids, ends = self._tokenize_and_split(text, [span.start for span in spans])
+    def _encode_answers(self, rendered: Rendered, ids: list[int], ends: list[int]) -> Example:
+        """ids, ends: the tokens of the whole text, and the index in it at which each ends."""
+        text, spans, question, answer = rendered
+        splits = self._find_splits(text, ids, ends, [span.start for span in spans])
+        if splits:
+            ids, ends = self._tokenize_pieces(text, splits)
         labels = [IGNORE_INDEX] * len(ids)
         for span in spans:
             start = bisect_right(ends, span.start)
@@ -143,53 +171,61 @@ class Template:
             labels[start:end] = ids[start:end]
             self.ends.add(ids[end - 1])
         prefix = self.rendered_prefix
-        return Example(
-            prefix + ids,
-            [IGNORE_INDEX] * len(prefix) + labels,
-            turns[first - 1].get("content") or "",
-            turns[first].get("content") or "",
-        )
+        labels = [IGNORE_INDEX] * len(prefix) + labels
+        return Example(prefix + ids, labels, question, answer)
 
-    def _tokenize_and_split(self, text: str, starts: list[int]) -> tuple[list[int], list[int]]:
-        """The ids of a text, and the index in it at which each token ends.
-
-        starts: where the answers start. If the text before a start has other ids alone, it is
-        tokenized separately.
-        """
-        ids, ends = self._tokenize_with_ends(text)
+    def _find_splits(
+        self, text: str, ids: list[int], ends: list[int], starts: list[int]
+    ) -> list[int]:
+        """The starts of answers before which the text has other ids alone."""
         # The tokens after a control token do not depend on the text before it.
         controls = [0, *(token.start() for token in self.renderer.control_tokens.finditer(text))]
         splits = []
         for start in starts:
             control = controls[bisect_right(controls, start) - 1]
-            before = self._tokenize(text[control:start])
+            before = self.tokenize_header(text[control:start])
             first = bisect_right(ends, control) if control else 0
             if ids[first : first + len(before)] != before:
                 splits.append(start)
-        if not splits:
-            return ids, ends
+        return splits
 
-        ids, ends = [], []
-        for start, end in pairwise([0, *splits, len(text)]):
-            piece_ids, piece_ends = self._tokenize_with_ends(text[start:end])
+    def _tokenize_pieces(self, text: str, splits: list[int]) -> tuple[list[int], list[int]]:
+        """The ids of a text that is tokenized in pieces, and the index at which each token ends."""
+        starts = [0, *splits]
+        pieces = [text[start:end] for start, end in pairwise([*starts, len(text)])]
+        ids: list[int] = []
+        ends: list[int] = []
+        for start, (piece_ids, piece_ends) in zip(starts, self._tokenize_with_ends(pieces)):
             ids += piece_ids
             ends += [start + end for end in piece_ends]
         return ids, ends
 
-    def _tokenize_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+    def _tokenize_with_ends(self, texts: list[str]) -> Iterator[tuple[list[int], list[int]]]:
+        """For each text, its ids and the index in it at which each token ends."""
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"the tokenizer {type(self.tokenizer).__name__} does not tell which characters a "
                 "token has, so the tokens of an answer cannot be found: give the model a "
                 "tokenizer.json"
             )
-        encoding = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        return encoding.input_ids, [end for _, end in encoding.offset_mapping]
+        for start in range(0, len(texts), TEXTS_PER_BATCH):
+            encodings = self.tokenizer(
+                texts[start : start + TEXTS_PER_BATCH],
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            for ids, offsets in zip(encodings.input_ids, encodings.offset_mapping):
+                yield ids, [end for _, end in offsets]
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _render_answers(text: str, spans: list[Span], turns: list[Turn], first: int) -> Rendered:
+    """first: the index of the first answer in `turns`."""
+    question = turns[first - 1].get("content") or ""
+    return Rendered(text[: spans[-1].end], spans, question, turns[first].get("content") or "")
 
 
 def show_example(

@@ -17,7 +17,7 @@ import hashlib
 import random
 import re
 from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import torch
@@ -25,10 +25,18 @@ import transformers
 from torch import Tensor
 
 from data import files, packing, rows, toy_tasks
-from data.chat_template import IGNORE_INDEX, Example, Template, mark_in_loss, show_example
+from data.chat_template import (
+    IGNORE_INDEX,
+    Example,
+    Rendered,
+    Template,
+    mark_in_loss,
+    show_example,
+)
 from data.completeness import require_complete
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+EncodedRow = tuple[rows.Row, list[Example]]
 BATCHES_PER_WINDOW = 50  # by_length sorts the sequences of so many batches at a time
 
 
@@ -75,7 +83,8 @@ def load_task(
     elif files.format_of(path) == files.TEXT_FORMAT and path.is_file():
         task = _split(_encode_text(files.read_text(path), template, max_seq_len))
     else:
-        fitting = _fit(_encode_rows(name, template), max_seq_len, name)
+        encoded = _encode_rows(_read_rows(name), template, name)
+        fitting = _fit(encoded, max_seq_len, name)
         fitting.sort(key=_hash_of_row)
         task = _split([examples for _, examples in fitting])
 
@@ -212,8 +221,8 @@ def preview(
 def _toy_task(name: str, template: Template, max_seq_len: int, seed: int) -> Task:
     parts = []
     for pairs in toy_tasks.TASKS[name](random.Random(seed)):
-        turns = [rows.pair_turns(prompt, answer) for prompt, answer in pairs]
-        parts.append([template.encode_conversation(each)[0] for each in turns])
+        found = [rows.Row(name, rows.pair_turns(prompt, answer)) for prompt, answer in pairs]
+        parts.append([example for _, [example] in _encode_rows(found, template, name)])
     longest = max(len(example.ids) for part in parts for example in part)
     if longest > max_seq_len:
         raise ValueError(
@@ -245,24 +254,49 @@ def _cut_document(example: Example, length: int) -> list[Example]:
     return [example.cut(i, i + length) for i in range(0, len(example.ids) - 1, step)]
 
 
-def _encode_rows(name: str, template: Template) -> list[tuple[rows.Row, list[Example]]]:
-    """The rows of a file or of a hub data set, each with its examples.
-
-    Raises: ValueError that lists every row that cannot be used.
-    """
+def _encode_rows(found: list[rows.Row], template: Template, name: str) -> list[EncodedRow]:
+    """Each row with its examples. Raises: ValueError that lists every row that cannot be used."""
+    rendered = [_render_row(row, template) for row in found]
+    texts = chain.from_iterable(texts for _, texts in rendered)
+    examples = iter(template.encode_rendered(list(texts)))
     encoded = []
     faults = []
-    found = [rows.parse_row(record) for record in _read_records(name)]
-    for row in found:
+    for row, texts in rendered:
         try:
-            encoded.append((row, _encode_row(row, template)))
+            encoded.append((row, _examples_of(row, list(islice(examples, len(texts))), template)))
         except rows.BadRow as error:
             faults.append(f"{row.where}: {error}")
     rows.raise_if_any(faults, len(found), name)
+    return encoded
+
+
+def _render_row(row: rows.Row, template: Template) -> tuple[rows.Row, list[Rendered]]:
+    """A row with its conversation as text, or with a fault if the template refuses it."""
+    if not row.turns:
+        return row, []
+    try:
+        return row, template.render_conversation(row.turns, row.tools or None)
+    except rows.BadRow as error:
+        return replace(row, fault=str(error)), []
+
+
+def _examples_of(row: rows.Row, chat: list[Example], template: Template) -> list[Example]:
+    """The examples of a row. chat: those of its conversation."""
+    if row.fault:
+        raise rows.BadRow(row.fault)
+    if row.text:
+        return [template.encode_document(row.text)]
+    require_complete(row, chat, template.tokenizer)
+    return chat
+
+
+def _read_rows(name: str) -> list[rows.Row]:
+    """The rows of a file or of a hub data set; prints the keys that are not read."""
+    found = [rows.parse_row(record) for record in _read_records(name)]
     unread = sorted(set().union(*(row.unread for row in found)))
     if unread:
         print(f"keys of {name} that are not read: {', '.join(rows.shorten(unread))}")
-    return encoded
+    return found
 
 
 def _read_records(name: str) -> list[files.Record]:
@@ -282,19 +316,7 @@ def _read_records(name: str) -> list[files.Record]:
     raise ValueError(f"--data {name} is not a file, nor one of orders, roman, text")
 
 
-def _encode_row(row: rows.Row, template: Template) -> list[Example]:
-    if row.fault:
-        raise rows.BadRow(row.fault)
-    if row.turns:
-        examples = template.encode_conversation(row.turns, row.tools or None)
-        require_complete(row, examples, template.tokenizer)
-        return examples
-    return [template.encode_document(row.text)]
-
-
-def _fit(
-    encoded: list[tuple[rows.Row, list[Example]]], length: int, name: str
-) -> list[tuple[rows.Row, list[Example]]]:
+def _fit(encoded: list[EncodedRow], length: int, name: str) -> list[EncodedRow]:
     """Cuts the examples of each row to at most `length` tokens; prints which rows were longer.
 
     The rest of a long document becomes another sequence. The rest of a long conversation is lost;
@@ -320,7 +342,7 @@ def _fit(
     return [(row, examples) for row, examples in fitting if examples]
 
 
-def _hash_of_row(pair: tuple[rows.Row, list[Example]]) -> bytes:
+def _hash_of_row(pair: EncodedRow) -> bytes:
     """Orders rows by their content alone, neither by their places in a file nor by a seed."""
     row, _ = pair
     return hashlib.sha256(repr((row.turns, row.tools, row.text)).encode()).digest()
