@@ -28,6 +28,7 @@ ROW_FORMATS = (*JSON_FORMATS, *DELIMITERS, "parquet")
 FORMATS = (TEXT_FORMAT, *ROW_FORMATS)
 GZIP_MAGIC = b"\x1f\x8b"
 LFS_MAGIC = b"version https://git-lfs"
+DECODER = json.JSONDecoder()
 JSON_WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -91,13 +92,12 @@ def read_hub(name: str) -> list[Record]:
             f"--data {name} is not a file, and a hub data set needs a library: pip install datasets"
         ) from None
     try:
-        table = datasets.load_dataset(name, split="train")
+        return _records_of_table(datasets.load_dataset(name, split="train"), name)
     except Exception as error:  # its network and file libraries raise errors of many types
         raise ValueError(
             f"--data {name} is not a file, and cannot be loaded as a hub data set "
             f"({_first_line(error)})"
         ) from None
-    return _records_of_table(table, name)
 
 
 def _read_start(path: Path) -> bytes:
@@ -228,12 +228,12 @@ def _end_of_value(text: str, start: int) -> int:
     An indented value with a syntax error reaches to the end of the text.
     """
     try:
-        _, end = json.JSONDecoder().raw_decode(text, start)
+        _, end = DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         newline = text.find("\n", start, error.pos)
         is_indented = newline >= 0 and text.startswith('"', _skip_whitespace(text, newline))
         return len(text) if is_indented else start
-    except RecursionError:
+    except (ValueError, RecursionError):  # a number of too many digits, too many brackets
         return start
     return end
 
@@ -243,7 +243,6 @@ def _list_elements(text: str, start: int) -> Iterator[tuple[int, str]]:
 
     After a syntax error, the rest of the file is one element; parsing it reports the error.
     """
-    decoder = json.JSONDecoder()
     line = 1
     counted = 0  # line breaks before this index are counted in `line`
     position = _skip_whitespace(text, start)
@@ -251,7 +250,7 @@ def _list_elements(text: str, start: int) -> Iterator[tuple[int, str]]:
         line += text.count("\n", counted, position)
         counted = position
         try:
-            _, end = decoder.raw_decode(text, position)
+            _, end = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError):
             end = len(text)
         delimiter = _skip_whitespace(text, end)

@@ -341,7 +341,8 @@ def _tool_call(call: object, key: str) -> dict:
 def _function(entry: object, key: str) -> dict:
     """A tool or a call in OpenAI's format; older files hold its function alone."""
     if isinstance(entry, dict) and "function" not in entry:
-        entry = {"type": "function", "function": entry}
+        function = {name: value for name, value in entry.items() if name != "type"}
+        entry = {"type": "function", "function": function}
     function = entry["function"] if isinstance(entry, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"{key} must be a function with a name, not {_describe(entry)}")

@@ -177,6 +177,7 @@ BAD_LINES = {
     '{"prompt": "a", ': "not JSON (Expecting property name enclosed in double quotes at colu",
     "7": "it is not an object, its type is int",
     "[" * 99999: "",  # the message of Python's recursion limit
+    '{"a": 1' + "0" * 5000 + "}": "Exceeds the limit",
     "[" * 60 + "]" * 60: "it is nested more than 50 levels deep",
 }
 

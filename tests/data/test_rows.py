@@ -164,7 +164,8 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 def test_tools_are_read_in_both_forms_and_as_json_text() -> None:
     row = {"messages": CHAT}
     bare = TOOL["function"]
-    for more in ({"tools": [TOOL]}, {"tools": [bare]}, {"functions": [bare]}):
+    flat = {"type": "function"} | bare
+    for more in ({"tools": [TOOL]}, {"tools": [bare]}, {"tools": [flat]}, {"functions": [bare]}):
         assert row_of(row | more) == rows.Row("here", CHAT, [TOOL])
     assert row_of(row | {"tools": json.dumps([TOOL])}).tools == [TOOL]
     assert row_of({"prompt": "a", "completion": "b", "tools": [TOOL]}).tools == [TOOL]
