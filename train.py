@@ -32,7 +32,7 @@ from lora import QLoRALinear
 from memory.measured import measure_step, rss_bytes
 from nf4 import normal_float
 from paged_optim import PagedAdamW
-from training import distributed, sharding
+from training import distributed, end_tokens, sharding
 from training.dtypes import dtype_table, resolve_device_and_dtype
 from training.exit_status import exit_status
 from training.loss_and_eval import LabelLoss, evaluate
@@ -82,6 +82,7 @@ def finetune(args: Options) -> dict:
     job = preflight(args)  # finds errors before a weight is read
     turn = distributed.local_rank() if args.shard else 0  # sharded: one by one, to save host memory
     model = distributed.all_or_none(partial(load_model, args, job.tokenizer), turn)
+    end_tokens.add(model, job.task.ends)
     print(f"\n{dtype_table(model, args.dtype)}\n")
     optimizer = make_optimizer(model, args)
     folder = RunFolder(args, job, model, optimizer)

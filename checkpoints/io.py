@@ -35,23 +35,16 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Reading
 
 
-def read_text(path: Path) -> str:
-    """Returns the text of a UTF-8 file. Raises: ValueError if it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")  # Windows may put a byte order mark first
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it"
-        ) from None
+def parse_json(text: bytes, allowed: tuple[type, ...] = (dict,)) -> dict | list:
+    """Parses a JSON object, or a list if that is allowed.
 
-
-def parse_json(text: bytes) -> dict:
-    """Parses a JSON object. Raises: ValueError if it is not one, or nested too deeply."""
+    Raises: ValueError if it is of another type, or nested too deeply.
+    """
     try:
         content = json.loads(text)
     except RecursionError as error:
         raise ValueError(error) from None
-    if not isinstance(content, dict):
+    if not isinstance(content, allowed):
         raise ValueError(f"it is not an object, its type is {type(content).__name__}")
     level = [content]
     for _ in range(DEEPEST_JSON):

@@ -1,40 +1,38 @@
-"""Encodes conversations with the model's chat template; only the answers are in the loss.
+"""Encodes conversations and documents as token ids; only the answers are in the loss.
 
-A chat template is a program that writes turns as text. Most templates do not mark where an answer
-begins and ends. So the template renders growing prefixes of the conversation. For the answer in
-turn k,
-
-    prompt   = turns before k, and the header of an answer    <|user|>2 + 2?<|end|><|assistant|>
-    answered = turns up to and including k      <|user|>2 + 2?<|end|><|assistant|>4<|end|>
-
-`answered` must start with `prompt`; the rest of `answered` is the answer. The rendered
-conversation must start with `answered`. Otherwise the template rewrites earlier turns (Qwen 3's
-removes the thoughts from them), and each answer gets a sequence of its own, in which it is the last
-turn.
+rendering.py writes a conversation as text with the model's chat template; answers.py finds the
+answers in it. If the template rewrites earlier turns, each answer gets a sequence of its own, in
+which it is the last turn.
 
 The tokens of an answer up to and including its last special token, which ends it, are in the loss.
-The line break that many templates write after that token is not.
+Generation must stop at the same tokens: Template.ends collects them.
 
-The ids of the first `prompt` must be the first ids of the sequence, because generation starts from
+The ids of the first prompt must be the first ids of the sequence, because generation starts from
 exactly these ids. Where a tokenizer would merge the last character of a question and the first
-character of an answer into one token, the answer is tokenized separately.
-
-Without a chat template, each turn is a line, and an EOS token follows each answer.
+character of an answer into one token, the answer is tokenized separately. Elsewhere the ids are
+those of the whole text.
 """
 
 from __future__ import annotations  # type hints must not load the classes of transformers
 
+import datetime
 import hashlib
 from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from functools import lru_cache
+from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import transformers
-from jinja2 import TemplateError
 
-from data.rows import BadRow, Turn, is_default_system_message, is_in_loss, question_turns
+from data.answers import Conversation, Span
+from data.rendering import Renderer
+from data.rows import Turn, is_in_loss, question_turns
 
 IGNORE_INDEX = -100  # the label that cross entropy skips
+TEXTS_PER_BATCH = 256  # to tokenize at once; the offsets of more would take much memory
 
 
 @dataclass(frozen=True)
@@ -73,15 +71,31 @@ def fingerprint(examples: list[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
-class Template:
-    """The chat template of a tokenizer."""
+class Rendered(NamedTuple):
+    """A conversation as text up to the end of its last answer, with the places of its answers.
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    question, answer: the contents of the first answer in the loss and of the turn before it.
+    """
+
+    text: str
+    spans: list[Span]
+    question: str
+    answer: str
+
+
+class Template:
+    """Encodes with a tokenizer and its chat template, which prints one date.
+
+    ends: the ids that end the answers and the documents encoded so far.
+    """
+
+    def __init__(
+        self, tokenizer: transformers.PreTrainedTokenizerBase, date: datetime.date | None = None
+    ) -> None:
         self.tokenizer = tokenizer
-        self.name = f"the chat template of {tokenizer.name_or_path}"
-        added = tokenizer.added_tokens_decoder
-        special_ids = {token_id for token_id, token in added.items() if token.special}
-        self.end_ids = special_ids | {tokenizer.eos_token_id}
+        self.renderer = Renderer(tokenizer, date)
+        self.ends: set[int] = set()
+        self.tokenize_header = lru_cache(self._tokenize)  # most answers have the same header
         first_ids = tokenizer("").input_ids[:1]
         adds_bos = first_ids == [tokenizer.bos_token_id]
         self.bos_ids = first_ids if adds_bos else []
@@ -90,123 +104,128 @@ class Template:
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The ids of a question and of the header of its answer."""
-        text = self._render(question_turns(prompt), add_generation_prompt=True)
-        return self._tokenize_rendered(text)
+        turns = self.renderer.accepted(question_turns(prompt))
+        text = self.renderer.render(turns, add_generation_prompt=True)
+        self.renderer.require_contents(turns, text)
+        return self.rendered_prefix + self._tokenize(text)
 
     def encode_document(self, text: str) -> Example:
-        """A plain text and an EOS token, with all tokens in the loss."""
-        ids = self.bos_ids + self._tokenize(text) + [self.tokenizer.eos_token_id]
+        """A plain text, BOS if the model needs it, and EOS, each once, with all in the loss."""
+        ids = self._tokenize(text)
+        if ids[: len(self.bos_ids)] != self.bos_ids:
+            ids = self.bos_ids + ids
+        eos = self.tokenizer.eos_token_id
+        if ids[-1:] != [eos]:
+            ids = [*ids, eos]
+        self.ends.add(eos)
         return Example(ids, ids)
 
-    def encode_conversation(self, turns: list[Turn]) -> list[Example]:
+    def encode_conversation(
+        self, turns: list[Turn], tools: list[dict] | None = None
+    ) -> list[Example]:
         """One example, or one per answer if the template rewrites earlier turns.
 
-        Raises: BadRow if the template refuses these turns; ValueError if the template never shows
-        where an answer begins or ends.
+        Raises: as render_conversation.
         """
+        return self.encode_rendered(self.render_conversation(turns, tools))
+
+    def render_conversation(
+        self, turns: list[Turn], tools: list[dict] | None = None
+    ) -> list[Rendered]:
+        """One text, or one per answer if the template rewrites earlier turns.
+
+        Raises: BadRow if the template refuses these turns or drops a content; ValueError if it does
+        not show where an answer begins or ends.
+        """
+        turns = self.renderer.accepted(turns)
+        conversation = Conversation(self.renderer, turns, tools)
         answers = [index for index, turn in enumerate(turns) if is_in_loss(turn)]
-        try:
-            text = self._render(turns)
-            prefixes = [self._render_prompt_and_answer(turns, index, text) for index in answers]
-        except TemplateError as error:
-            raise BadRow(f"{self.name} refuses it ({error})") from None
+        spans = conversation.find_answers(answers)
+        if spans is not None:
+            self.renderer.require_contents(turns, conversation.text)
+            return [_render_answers(conversation.text, spans, turns, answers[0])]
 
-        if all(text.startswith(answered) for _, answered in prefixes):
-            return [self._encode_answers(prefixes, turns, answers[0])]
-        return [
-            self._encode_answers([prefix], turns, index) for index, prefix in zip(answers, prefixes)
-        ]
+        rendered = []
+        for index in answers:
+            text, start = conversation.render_answer(index)
+            self.renderer.require_contents(turns[: index + 1], text, earlier_answers=False)
+            span = Span(start, len(text))
+            rendered.append(_render_answers(text, [span], turns, index))
+        return rendered
 
-    def _render_prompt_and_answer(
-        self, turns: list[Turn], index: int, text: str
-    ) -> tuple[str, str]:
-        """The text before the answer in turn `index`, and the same text with the answer.
+    def encode_rendered(self, rendered: list[Rendered]) -> list[Example]:
+        """The examples of many conversations at once, which takes a tokenizer less time."""
+        tokens = self._tokenize_with_ends([each.text for each in rendered])
+        return [self._encode_answers(each, *pair) for each, pair in zip(rendered, tokens)]
 
-        text: all turns, rendered.
-        """
-        prompt = self._render(turns[:index], add_generation_prompt=True)
-        is_last = index + 1 == len(turns)
-        answered = text if is_last else self._render(turns[: index + 1])
-        if not answered.startswith(prompt):
-            raise ValueError(
-                f"{self.name} ends a prompt with {prompt[-40:]!r}, but does not write a given "
-                "answer after these characters, so the tokens of the answer cannot be found: "
-                "give the tokenizer a template that does"
-            )
-        return prompt, answered
+    def _encode_answers(self, rendered: Rendered, ids: list[int], ends: list[int]) -> Example:
+        """ids, ends: the tokens of the whole text, and the index in it at which each ends."""
+        text, spans, question, answer = rendered
+        splits = self._find_splits(text, ids, ends, [span.start for span in spans])
+        if splits:
+            ids, ends = self._tokenize_pieces(text, splits)
+        labels = [IGNORE_INDEX] * len(ids)
+        for span in spans:
+            start = bisect_right(ends, span.start)
+            end = bisect_right(ends, span.end - 1) + 1
+            labels[start:end] = ids[start:end]
+            self.ends.add(ids[end - 1])
+        prefix = self.rendered_prefix
+        labels = [IGNORE_INDEX] * len(prefix) + labels
+        return Example(prefix + ids, labels, question, answer)
 
-    def _encode_answers(
-        self, prefixes: list[tuple[str, str]], turns: list[Turn], first: int
-    ) -> Example:
-        """Encode a conversation up to the end of its last answer.
+    def _find_splits(
+        self, text: str, ids: list[int], ends: list[int], starts: list[int]
+    ) -> list[int]:
+        """The starts of answers before which the text has other ids alone."""
+        # The tokens after a control token do not depend on the text before it.
+        controls = [0, *(token.start() for token in self.renderer.control_tokens.finditer(text))]
+        splits = []
+        for start in starts:
+            control = controls[bisect_right(controls, start) - 1]
+            before = self.tokenize_header(text[control:start])
+            first = bisect_right(ends, control) if control else 0
+            if ids[first : first + len(before)] != before:
+                splits.append(start)
+        return splits
 
-        prefixes: the text before each answer, and the same text with the answer.
-        first: the index of the first answer in `turns`.
-        """
+    def _tokenize_pieces(self, text: str, splits: list[int]) -> tuple[list[int], list[int]]:
+        """The ids of a text that is tokenized in pieces, and the index at which each token ends."""
+        starts = [0, *splits]
+        pieces = [text[start:end] for start, end in pairwise([*starts, len(text)])]
         ids: list[int] = []
-        labels: list[int] = []
-        encoded = ""  # the text of `ids`
-        for prompt, answered in prefixes:
-            prompt_ids = self._next_ids(ids, encoded, prompt)
-            ids += prompt_ids
-            labels += [IGNORE_INDEX] * len(prompt_ids)
+        ends: list[int] = []
+        for start, (piece_ids, piece_ends) in zip(starts, self._tokenize_with_ends(pieces)):
+            ids += piece_ids
+            ends += [start + end for end in piece_ends]
+        return ids, ends
 
-            answer_ids = self._next_ids(ids, prompt, answered)
-            n_in_loss = self._length_with_end(answer_ids)
-            end = len(ids) + n_in_loss
-            ids += answer_ids
-            labels += answer_ids[:n_in_loss]
-            labels += [IGNORE_INDEX] * (len(answer_ids) - n_in_loss)
-            encoded = answered
-        question = turns[first - 1]["content"]
-        return Example(ids[:end], labels[:end], question, turns[first]["content"])
-
-    def _next_ids(self, ids: list[int], text: str, longer: str) -> list[int]:
-        """The ids of what `longer` adds to `text`, where `ids` are those of `text`."""
-        all_ids = self._tokenize_rendered(longer)
-        if all_ids[: len(ids)] == ids:
-            return all_ids[len(ids) :]
-        return self._tokenize(longer[len(text) :])  # one token would span the end of `text`
-
-    def _length_with_end(self, answer_ids: list[int]) -> int:
-        """The number of tokens up to and including the last special token."""
-        ends = [index for index, token in enumerate(answer_ids) if token in self.end_ids]
-        if not ends:
+    def _tokenize_with_ends(self, texts: list[str]) -> Iterator[tuple[list[int], list[int]]]:
+        """For each text, its ids and the index in it at which each token ends."""
+        if not self.tokenizer.is_fast:
             raise ValueError(
-                f"{self.name} writes no special token after an answer, so the model would not be "
-                "trained to end its answers: give it a template that writes eos_token there"
+                f"the tokenizer {type(self.tokenizer).__name__} does not tell which characters a "
+                "token has, so the tokens of an answer cannot be found: give the model a "
+                "tokenizer.json"
             )
-        return ends[-1] + 1
-
-    def _render(self, turns: list[Turn], add_generation_prompt: bool = False) -> str:
-        """The turns as text; add_generation_prompt: with the header of an answer after them."""
-        if self.tokenizer.chat_template is None:
-            return self._render_lines(turns)
-        try:
-            return self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=add_generation_prompt, tokenize=False
+        for start in range(0, len(texts), TEXTS_PER_BATCH):
+            encodings = self.tokenizer(
+                texts[start : start + TEXTS_PER_BATCH],
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                verbose=False,
             )
-        except TemplateError:
-            # Some templates, such as Gemma's, refuse system messages.
-            if is_default_system_message(turns[0]):
-                return self._render(turns[1:], add_generation_prompt)
-            raise
-
-    def _render_lines(self, turns: list[Turn]) -> str:
-        text = ""
-        for turn in turns:
-            if is_default_system_message(turn):
-                continue
-            end = self.tokenizer.eos_token if turn["role"] == "assistant" else "\n"
-            text += turn["content"] + end
-        return text
-
-    def _tokenize_rendered(self, text: str) -> list[int]:
-        """The ids of a text that starts with the first turn, with BOS where it is needed."""
-        return self.rendered_prefix + self._tokenize(text)
+            for ids, offsets in zip(encodings.input_ids, encodings.offset_mapping):
+                yield ids, [end for _, end in offsets]
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _render_answers(text: str, spans: list[Span], turns: list[Turn], first: int) -> Rendered:
+    """first: the index of the first answer in `turns`."""
+    question = turns[first - 1].get("content") or ""
+    return Rendered(text[: spans[-1].end], spans, question, turns[first].get("content") or "")
 
 
 def show_example(

@@ -2,7 +2,7 @@
 
     orders, roman   generated, see toy_tasks.py
     text            the reference pages of Python's own help(), as plain text
-    a file          .txt as plain text; .jsonl and .json as rows in the formats of rows.py
+    a file          .txt as plain text; the other formats of files.py as rows, see rows.py
     a hub id        owner/name of a data set on the Hugging Face hub with such rows
 
 The answers with their end tokens (chat_template.py) and all tokens of a document are in the loss.
@@ -12,21 +12,31 @@ EOS, and masking EOS by id would drop it from the loss.
 
 from __future__ import annotations  # type hints must not load the classes of transformers
 
+import datetime
+import hashlib
 import random
 import re
 from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
 
-from checkpoints import io
-from data import packing, rows, toy_tasks
-from data.chat_template import IGNORE_INDEX, Example, Template, mark_in_loss, show_example
+from data import files, packing, rows, toy_tasks
+from data.chat_template import (
+    IGNORE_INDEX,
+    Example,
+    Rendered,
+    Template,
+    mark_in_loss,
+    show_example,
+)
+from data.completeness import require_complete
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.txt)")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+EncodedRow = tuple[rows.Row, list[Example]]
 BATCHES_PER_WINDOW = 50  # by_length sorts the sequences of so many batches at a time
 
 
@@ -36,12 +46,14 @@ class Task:
 
     metric: "exact match" of generated answers, or "perplexity".
     unseen: examples in phrasings that do not occur in training.
+    ends: the ids of the tokens that end the answers and the documents.
     """
 
     metric: str
     train: list[Example]
     test: list[Example]
     unseen: list[Example] = field(default_factory=list)
+    ends: frozenset[int] = frozenset()
 
 
 def load_task(
@@ -51,33 +63,37 @@ def load_task(
     seed: int,
     train_on_prompt: bool = False,
     packed: bool = False,
+    date: datetime.date | None = None,
 ) -> Task:
-    """Loads a data set by name, file or hub id; prints which rows were too long.
+    """Loads a data set by name, file or hub id; prints unread keys, and rows that are too long.
 
+    seed: what is generated depends on it; rows and texts, and which are held out, do not.
     train_on_prompt: all tokens of the training examples are in the loss, not only the answers.
     packed: packs the training examples (packing.py).
+    date: of a chat template that prints one; None stands for today.
     Raises: ValueError for an unknown name, for bad rows (a list of all, with their lines), and for
     fewer than two rows.
     """
-    template = Template(tokenizer)
+    template = Template(tokenizer, date)
     path = Path(name)
     if name in toy_tasks.TASKS:
         task = _toy_task(name, template, max_seq_len, seed)
     elif name == "text":
         task = _split(_encode_text(_help_pages(), template, max_seq_len))
-    elif path.suffix == ".txt" and path.is_file():
-        task = _split(_encode_text(io.read_text(path), template, max_seq_len))
+    elif files.format_of(path) == files.TEXT_FORMAT and path.is_file():
+        task = _split(_encode_text(files.read_text(path), template, max_seq_len))
     else:
-        encoded = _fit(_encode_rows(name, template), max_seq_len, name)
-        random.Random(seed).shuffle(encoded)
-        task = _split(encoded)
+        encoded = _encode_rows(_read_rows(name), template, name)
+        fitting = _fit(encoded, max_seq_len, name)
+        fitting.sort(key=_hash_of_row)
+        task = _split([examples for _, examples in fitting])
 
     train = task.train
     if train_on_prompt:
         train = [replace(example, labels=example.ids) for example in train]
     if packed:
         train = packing.pack(train, max_seq_len)
-    return replace(task, train=train)
+    return replace(task, train=train, ends=frozenset(template.ends))
 
 
 @dataclass(frozen=True)
@@ -149,7 +165,7 @@ def batches_of_step(
     positions = range(step * per_step, (step + 1) * per_step)
     places = [divmod(position, n) for position in positions]  # (epoch, index in its order)
     epochs = {epoch for epoch, _ in places}
-    orders = {epoch: _shuffled_indices(n, seed + epoch) for epoch in epochs}
+    orders = {epoch: _shuffled_indices(n, seed, epoch) for epoch in epochs}
     if by_length:
         size = BATCHES_PER_WINDOW * batch_size
         windows = {(epoch, index // size * size) for epoch, index in places}
@@ -163,8 +179,10 @@ def batches_of_step(
     return [collate(chosen[i : i + batch_size], pad_id) for i in range(0, per_step, batch_size)]
 
 
-def _shuffled_indices(n: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
+def _shuffled_indices(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch. No sum of seed and epoch: seeds would share the orders of epochs."""
+    mixed = random.Random(f"{seed} {epoch}").getrandbits(63)
+    generator = torch.Generator().manual_seed(mixed)
     return torch.randperm(n, generator=generator).tolist()
 
 
@@ -203,8 +221,8 @@ def preview(
 def _toy_task(name: str, template: Template, max_seq_len: int, seed: int) -> Task:
     parts = []
     for pairs in toy_tasks.TASKS[name](random.Random(seed)):
-        turns = [rows.pair_turns(prompt, answer) for prompt, answer in pairs]
-        parts.append([template.encode_conversation(each)[0] for each in turns])
+        found = [rows.Row(name, rows.pair_turns(prompt, answer)) for prompt, answer in pairs]
+        parts.append([example for _, [example] in _encode_rows(found, template, name)])
     longest = max(len(example.ids) for part in parts for example in part)
     if longest > max_seq_len:
         raise ValueError(
@@ -228,51 +246,77 @@ def _encode_text(text: str, template: Template, length: int) -> list[list[Exampl
 
 
 def _cut_document(example: Example, length: int) -> list[Example]:
-    """Pieces of at most `length` tokens; a last single token is dropped: it has no label."""
-    return [example.cut(i, i + length) for i in range(0, len(example.ids) - 1, length)]
+    """Pieces of at most `length` tokens; each but the first starts with the last token before it.
 
-
-def _encode_rows(name: str, template: Template) -> list[tuple[rows.Row, list[Example]]]:
-    """The rows of a file or of a hub data set, each with its examples.
-
-    Raises: ValueError that lists every row that cannot be used.
+    The first token of a piece is never predicted, so this predicts every other token once.
     """
+    step = max(1, length - 1)
+    return [example.cut(i, i + length) for i in range(0, len(example.ids) - 1, step)]
+
+
+def _encode_rows(found: list[rows.Row], template: Template, name: str) -> list[EncodedRow]:
+    """Each row with its examples. Raises: ValueError that lists every row that cannot be used."""
+    rendered = [_render_row(row, template) for row in found]
+    texts = chain.from_iterable(texts for _, texts in rendered)
+    examples = iter(template.encode_rendered(list(texts)))
     encoded = []
     faults = []
-    found = _read_rows(name)
-    for row in found:
+    for row, texts in rendered:
         try:
-            encoded.append((row, _encode_row(row, template)))
+            encoded.append((row, _examples_of(row, list(islice(examples, len(texts))), template)))
         except rows.BadRow as error:
             faults.append(f"{row.where}: {error}")
     rows.raise_if_any(faults, len(found), name)
     return encoded
 
 
+def _render_row(row: rows.Row, template: Template) -> tuple[rows.Row, list[Rendered]]:
+    """A row with its conversation as text, or with a fault if the template refuses it."""
+    if not row.turns:
+        return row, []
+    try:
+        return row, template.render_conversation(row.turns, row.tools or None)
+    except rows.BadRow as error:
+        return replace(row, fault=str(error)), []
+
+
+def _examples_of(row: rows.Row, chat: list[Example], template: Template) -> list[Example]:
+    """The examples of a row. chat: those of its conversation."""
+    if row.fault:
+        raise rows.BadRow(row.fault)
+    if row.text:
+        return [template.encode_document(row.text)]
+    require_complete(row, chat, template.tokenizer)
+    return chat
+
+
 def _read_rows(name: str) -> list[rows.Row]:
+    """The rows of a file or of a hub data set; prints the keys that are not read."""
+    found = [rows.parse_row(record) for record in _read_records(name)]
+    unread = sorted(set().union(*(row.unread for row in found)))
+    if unread:
+        print(f"keys of {name} that are not read: {', '.join(rows.shorten(unread))}")
+    return found
+
+
+def _read_records(name: str) -> list[files.Record]:
     path = Path(name)
+    if path.is_dir():
+        raise ValueError(f"--data {name} is a folder: give a file in it")
+    suffix = files.format_of(path)
     if path.is_file():
-        if path.suffix in (".json", ".jsonl"):
-            return rows.read_file(path)
+        if suffix in files.ROW_FORMATS:
+            return files.read_records(path)
         raise ValueError(
-            f"--data {name} must end in .txt, .jsonl or .json: rename it to the format it has"
+            f"--data {name} must end in {', '.join(files.FORMATS)}, or one of these and .gz: "
+            "rename it to the format it has, or convert it"
         )
-    if HUB_ID.fullmatch(name):
-        return rows.read_hub(name)
+    if HUB_ID.fullmatch(name) and suffix not in files.FORMATS:
+        return files.read_hub(name)
     raise ValueError(f"--data {name} is not a file, nor one of orders, roman, text")
 
 
-def _encode_row(row: rows.Row, template: Template) -> list[Example]:
-    if row.fault:
-        raise rows.BadRow(row.fault)
-    if row.turns:
-        return template.encode_conversation(row.turns)
-    return [template.encode_document(row.text)]
-
-
-def _fit(
-    encoded: list[tuple[rows.Row, list[Example]]], length: int, name: str
-) -> list[list[Example]]:
+def _fit(encoded: list[EncodedRow], length: int, name: str) -> list[EncodedRow]:
     """Cuts the examples of each row to at most `length` tokens; prints which rows were longer.
 
     The rest of a long document becomes another sequence. The rest of a long conversation is lost;
@@ -287,15 +331,21 @@ def _fit(
             long_rows.append(f"{row.where} has {longest}")
         if row.text:
             [document] = examples
-            fitting.append(_cut_document(document, length))
+            fitting.append((row, _cut_document(document, length)))
             continue
         cut = [example.cut(0, length) for example in examples]
         kept = [example for example in cut if _has_labels(example)]
         n_dropped += len(examples) - len(kept)
-        fitting.append(kept)
+        fitting.append((row, kept))
     if long_rows:
         _print_long_rows(long_rows, len(encoded), n_dropped, length, name)
-    return [examples for examples in fitting if examples]
+    return [(row, examples) for row, examples in fitting if examples]
+
+
+def _hash_of_row(pair: EncodedRow) -> bytes:
+    """Orders rows by their content alone, neither by their places in a file nor by a seed."""
+    row, _ = pair
+    return hashlib.sha256(repr((row.turns, row.tools, row.text)).encode()).digest()
 
 
 def _has_labels(example: Example) -> bool:
@@ -314,7 +364,7 @@ def _print_long_rows(
 
 
 def _split(encoded: list[list[Example]]) -> Task:
-    """Holds out the last tenth of the rows, to measure perplexity."""
+    """Holds out the last tenth, to measure perplexity."""
     if len(encoded) < 2:
         raise ValueError(
             f"the data make {len(encoded)} sequences; at least 2 are needed, one to train on and "

@@ -1,4 +1,4 @@
-"""Reads rows of data files and detects the format of each row from its keys.
+"""Finds the turns or the text of a row; its format follows from its keys.
 
     {"messages": [{"role": "user", "content": "2 + 2?"},
                   {"role": "assistant", "content": "4"}]}             OpenAI's chat format
@@ -7,50 +7,72 @@
     {"prompt": "2 + 2?", "completion": "4"}                           a question and its answer
     {"question": "2 + 2?", "answer": "4"}                             the same
     {"instruction": "Add.", "input": "2, 2", "output": "4"}           Alpaca's; input is optional
+    {"prompt": [{"role": "user", ...}], "completion": [...]}          TRL's: only the completion is
+                                                                      in the loss
     {"text": "Two and two are four."}                                 a document
 
-The rows are the lines of a JSONL file, the list in a JSON file, or the train split of a data set on
-the Hugging Face hub. A row with the keys of several formats is read as the first of them. Other
-keys are ignored, with one exception: a message of weight 0 is not in the loss, as in OpenAI's
-format.
+A row with the keys of several formats is read as the first of them. These keys are optional:
+
+    system                a system message, in any format but a document
+    history               earlier questions and answers, [[question, answer], ...]
+    tools, functions      what the model may call; the chat template writes it
+    in a turn             weight or train (0: not in the loss), tool_calls, function_call,
+                          reasoning_content, thinking, name, tool_call_id
+
+Where a key with a meaning (MEANINGFUL) cannot be used, the row is at fault. The row keeps the names
+of the other keys that are not read, for a report. A key whose value is null counts as absent. A
+number is not a text: 5 could stand for "5" or, in a table with missing values, for "5.0".
 
 A data set with one bad row often has many. So a bad row raises no error by itself: all of them are
 collected with their lines, and reported together.
 """
 
 import json
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from checkpoints import io
+from data.files import Record
 
-Turn = dict[str, str | int]  # role: system, user or assistant; content; weight, if it is 0
+Turn = dict[str, object]  # role, content, other keys of templates; weight, if it is 0
 BRIEF_SYSTEM_MESSAGE: Turn = {"role": "system", "content": "Answer briefly."}
 SPEAKERS = {
     "system": "system",
+    "developer": "developer",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
 }
 PAIR_KEYS = [("prompt", "completion"), ("question", "answer"), ("instruction", "output")]
 FORMAT_KEYS = (
     "messages; conversations; prompt, completion; question, answer; instruction, output; text"
 )
-JSON_WHITESPACE = re.compile(r"[ \t\r\n]*")
+THOUGHT_KEYS = ("reasoning_content", "thinking")  # as templates of Qwen and of gpt-oss name them
+MEANINGFUL = {
+    *("system", "system_prompt", "history", "tools", "functions", "documents", "weight", "train"),
+    *("tool_calls", "function_call", *THOUGHT_KEYS, "chat_template_kwargs"),
+    *("image", "images", "audio", "audios", "video", "videos"),
+}
+EMPTY = ("", [], {})  # a key with one of these values means nothing
 MAX_ROWS_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its turns, its text, or its fault; `where` is its file and line."""
+    """One row: its turns, its text, or its fault; `where` is its file and line.
+
+    tools: what the model may call, in OpenAI's format.
+    unread: the keys that are not used; a key of a turn stands behind the key of the turns.
+    """
 
     where: str
     turns: list[Turn] = field(default_factory=list)
+    tools: list[dict] = field(default_factory=list)
     text: str = ""
     fault: str = ""
+    unread: frozenset[str] = frozenset()
 
 
 class BadRow(ValueError):
@@ -77,43 +99,6 @@ def is_in_loss(turn: Turn) -> bool:
     return turn["role"] == "assistant" and turn.get("weight") != 0
 
 
-def read_file(path: Path) -> list[Row]:
-    """The rows of a .jsonl or .json file in order, including bad rows."""
-    rows = []
-    for line, text in _json_values(io.read_text(path)):
-        where = f"{path}:{line}"
-        try:
-            row = parse_row(io.parse_json(text.encode()), where)
-        except json.JSONDecodeError as error:
-            where = f"{path}:{line + error.lineno - 1}"
-            row = Row(where, fault=f"not JSON ({error.msg} at column {error.colno})")
-        except ValueError as error:
-            row = Row(where, fault=str(error))
-        rows.append(row)
-    return rows
-
-
-def read_hub(name: str) -> list[Row]:
-    """The rows of the train split of a data set on the hub.
-
-    Raises: ValueError if the data set cannot be loaded or `datasets` is not installed.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"--data {name} is not a file, and a hub data set needs a library: pip install datasets"
-        ) from None
-    try:
-        table = datasets.load_dataset(name, split="train")
-    except Exception as error:  # its network and file libraries raise errors of many types
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"--data {name} is not a file, and cannot be loaded as a hub data set ({reason})"
-        ) from None
-    return [parse_row(row, f"{name}, row {number}") for number, row in enumerate(table, 1)]
-
-
 def raise_if_any(faults: list[str], n_rows: int, name: str) -> None:
     """Raises a ValueError that counts the bad rows and lists the first of them, if there are any.
 
@@ -132,137 +117,253 @@ def shorten(lines: list[str]) -> list[str]:
     return [*lines[:MAX_ROWS_SHOWN], "..."]
 
 
-def _json_values(text: str) -> Iterator[tuple[int, str]]:
-    """Each JSON value of a file with the number of its first line."""
-    start = _skip_whitespace(text, 0)
-    if text.startswith("[", start):
-        return _list_elements(text, start + 1)
-    return _nonempty_lines(text)
-
-
-def _nonempty_lines(text: str) -> Iterator[tuple[int, str]]:
-    # Not splitlines(): it also splits at U+2028 and five other characters, which a JSON string may
-    # contain.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, line
-
-
-def _list_elements(text: str, start: int) -> Iterator[tuple[int, str]]:
-    """Each element of a JSON list; start: the index after the opening bracket.
-
-    After a syntax error, the rest of the file is one element; parsing it reports the error.
-    """
-    decoder = json.JSONDecoder()
-    line = 1
-    counted = 0  # line breaks before this index are counted in `line`
-    position = _skip_whitespace(text, start)
-    while not text.startswith("]", position):
-        line += text.count("\n", counted, position)
-        counted = position
-        try:
-            _, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):
-            end = len(text)
-        delimiter = _skip_whitespace(text, end)
-        if not text.startswith((",", "]"), delimiter):
-            yield line, "[" + text[position:]
-            return
-        yield line, text[position:end]
-        if text[delimiter] == ",":
-            position = _skip_whitespace(text, delimiter + 1)
-        else:
-            position = delimiter
-    rest = text[position + 1 :].strip()
-    if rest:
-        yield line, rest
-
-
-def _skip_whitespace(text: str, position: int) -> int:
-    return JSON_WHITESPACE.match(text, position).end()
-
-
-def parse_row(row: dict, where: str) -> Row:
+def parse_row(record: Record) -> Row:
     """The turns or the text of a row, or what is wrong with it."""
+    if record.fault:
+        return Row(record.where, fault=record.fault)
     try:
-        return _parse_valid_row(row, where)
+        return _parse_valid_row(record.content, record.where)
     except ValueError as error:
-        return Row(where, fault=str(error))
+        return Row(record.where, fault=str(error))
 
 
-def _parse_valid_row(row: dict, where: str) -> Row:
+def _parse_valid_row(content: object, where: str) -> Row:
     """Raises: ValueError if the row is in no format, or breaks the rules of its format."""
+    if isinstance(content, list):  # the turns of a chat, without a key
+        content = {"messages": content}
+    unread = _present_keys(content)  # the functions below take out what they read
+    turns = _pop_turns(unread)
+    if turns:
+        tools = _pop_tools(unread)
+        text = ""
+    elif "text" in unread:
+        tools = []
+        text = _nonempty_string(unread.pop("text"), "text")
+    else:
+        raise ValueError(
+            f"its keys are {_list_keys(content)}; a row has those of one format: {FORMAT_KEYS}"
+        )
+    _refuse_meaningful(unread)
+    return Row(where, turns, tools, text, unread=frozenset(unread))
+
+
+def _present_keys(content: object) -> dict:
+    """An object without the keys whose value is null."""
+    if not isinstance(content, dict):
+        raise ValueError(f"it must be an object, not {_describe(content)}")
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def _refuse_meaningful(unread: dict) -> None:
+    for key, value in unread.items():
+        if key in MEANINGFUL and value not in EMPTY:
+            raise ValueError(f"{key} cannot be used here, and must not be ignored: remove it")
+
+
+def _pop_turns(unread: dict) -> list[Turn]:
+    """The turns of a chat or of a pair; none if the row is neither."""
     for key in ("messages", "conversations"):
-        if key in row:
-            return Row(where, _parse_turns(row[key], key, row.get("system")))
-    for prompt_key, answer_key in PAIR_KEYS:
-        if prompt_key in row and answer_key in row:
-            prompt = _string(row[prompt_key], prompt_key)
-            extra = _string(row.get("input") or "", "input")
-            if prompt_key == "instruction" and extra:
-                prompt += "\n\n" + extra
-            answer = _nonempty_string(row[answer_key], answer_key)
-            return Row(where, pair_turns(prompt, answer))
-    if "text" in row:
-        return Row(where, text=_nonempty_string(row["text"], "text"))
-    raise ValueError(
-        f"its keys are {_list_keys(row)}; a row has those of one format: {FORMAT_KEYS}"
-    )
+        if key in unread:
+            turns = [*_pop_system(unread), *_pop_turn_list(unread, key)]
+            return _checked(turns, key)
+    for question_key, answer_key in PAIR_KEYS:
+        if question_key in unread and answer_key in unread:
+            return _pop_pair(unread, question_key, answer_key)
+    return []
 
 
-def _parse_turns(turns: object, key: str, system: object) -> list[Turn]:
-    """The turns of a chat; system: the system message, if the row has a separate key for it."""
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{key} must be a list of at least one turn, not {_describe(turns)}")
+def _pop_pair(unread: dict, question_key: str, answer_key: str) -> list[Turn]:
+    """The turns of a question and its answer, which are strings or, as in TRL, lists of turns."""
+    system = _pop_system(unread)
+    if isinstance(unread[question_key], list):
+        asked = map(_outside_loss, _pop_turn_list(unread, question_key))
+        return _checked([*system, *asked, *_pop_turn_list(unread, answer_key)], answer_key)
+
+    question = _string(unread.pop(question_key), question_key)
+    if question_key == "instruction":
+        more = _string(unread.pop("input", ""), "input")
+        question = "\n\n".join(filter(None, [question, more]))
+    answer = _nonempty_string(unread.pop(answer_key), answer_key)
+    *start, asked, answered = pair_turns(question, answer)
+    return [*(system or start), *_pop_history(unread), asked, answered]
+
+
+def _pop_system(unread: dict) -> list[Turn]:
+    system = _string(unread.pop("system", ""), "system")
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _pop_history(unread: dict) -> list[Turn]:
+    """The turns of earlier questions and their answers, which are in the loss, too."""
+    turns = []
+    for pair in _list(unread.pop("history", []), "history"):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"history must be a list of [question, answer], not of {pair!r:.50}")
+        question, answer = pair
+        turns.append({"role": "user", "content": _string(question, "a question in history")})
+        content = _nonempty_string(answer, "an answer in history")
+        turns.append({"role": "assistant", "content": content})
+    return turns
+
+
+def _pop_tools(unread: dict) -> list[dict]:
+    tools = _list(unread.pop("tools", []), "tools")
+    tools += _list(unread.pop("functions", []), "functions")  # OpenAI's older name
+    return [_function(tool, "each of tools") for tool in tools]
+
+
+def _pop_turn_list(unread: dict, key: str) -> list[Turn]:
+    """The turns in a list. The keys of turns that are not read are added to those of the row."""
+    turns = _list(unread.pop(key), key)
+    if not turns:
+        raise ValueError(f"{key} must be a list of at least one turn, not an empty list")
     parsed = []
-    if system:
-        parsed.append({"role": "system", "content": _string(system, "system")})
     for number, turn in enumerate(turns, 1):
         try:
-            parsed.append(_parse_turn(turn))
+            unread_in_turn = _present_keys(turn)
+            parsed.append(_pop_turn(unread_in_turn))
+            _refuse_meaningful(unread_in_turn)
         except ValueError as error:
             raise ValueError(f"turn {number} of {key}: {error}") from None
-    _check_order(parsed, key)
+        unread |= {f"{key}.{name}": value for name, value in unread_in_turn.items()}
     return parsed
 
 
-def _check_order(turns: list[Turn], key: str) -> None:
+def _checked(turns: list[Turn], key: str) -> list[Turn]:
+    """The turns of a chat. An answer before the first question is not in the loss.
+
+    Raises: ValueError if no answer is in the loss, or a system message is not the first turn.
+    """
     roles = [turn["role"] for turn in turns]
-    if "assistant" not in roles or "user" not in roles[: roles.index("assistant")]:
-        raise ValueError(
-            f"{key} has no answer to train on, or one before the first question: its roles are "
-            + ", ".join(roles)
-        )
     if "system" in roles[1:]:
         raise ValueError(f"{key}: a system message must come first")
+    start = roles.index("user") if "user" in roles else len(roles)
+    turns = [*map(_outside_loss, turns[:start]), *turns[start:]]
     if not any(map(is_in_loss, turns)):
-        raise ValueError(f"{key} has no answer to train on: each has weight 0")
-
-
-def _parse_turn(turn: object) -> Turn:
-    if not isinstance(turn, dict):
-        raise ValueError(f"it must be an object, not {_describe(turn)}")
-    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
-    if role_key not in turn or content_key not in turn:
         raise ValueError(
-            f"its keys are {_list_keys(turn)}; required are role, content or from, value"
+            f"{key} has no answer to train on: none with a weight other than 0 follows a "
+            "question; its roles are " + ", ".join(roles)
         )
-    speaker = turn[role_key]
-    if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        raise ValueError(f"{role_key} must be one of {', '.join(SPEAKERS)}, not {speaker!r:.50}")
-    weight = turn.get("weight")
-    if weight not in (None, 0, 1):
-        raise ValueError(f"weight must be 0 or 1, not {weight!r:.50}")
+    return turns
 
-    role = SPEAKERS[speaker]
+
+def _outside_loss(turn: Turn) -> Turn:
+    return turn | {"weight": 0} if turn["role"] == "assistant" else turn
+
+
+def _pop_turn(unread: dict) -> Turn:
+    """A turn with the keys that chat templates read."""
+    role_key, content_key = ("from", "value") if "from" in unread else ("role", "content")
+    has_calls = "tool_calls" in unread or "function_call" in unread
+    if role_key not in unread or not (content_key in unread or has_calls):
+        raise ValueError(
+            f"its keys are {_list_keys(unread)}; required are role, content or from, value"
+        )
+    role = _role(unread.pop(role_key), role_key)
+    turn = {"role": role, "content": _pop_content(unread, content_key)}
+    for key in ("name", "tool_call_id"):
+        if key in unread:
+            turn[key] = _string(unread.pop(key), key)
+    if not _pop_is_in_loss(unread, role):
+        turn["weight"] = 0
     if role == "assistant":
-        content = _nonempty_string(turn[content_key], f"the answer ({content_key})")
-    else:
-        content = _string(turn[content_key], content_key)
-    parsed = {"role": role, "content": content}
-    if weight == 0:
-        parsed["weight"] = weight
-    return parsed
+        turn |= _pop_thoughts_and_calls(unread)
+        if not turn.get("tool_calls"):
+            _nonempty_string(turn["content"], f"the answer ({content_key})")
+    return turn
+
+
+def _role(speaker: object, key: str) -> str:
+    role = SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise ValueError(f"{key} must be one of {', '.join(SPEAKERS)}, not {speaker!r:.50}")
+    return role
+
+
+def _pop_content(unread: dict, key: str) -> str:
+    """The content of a turn: a string, or the joined text of OpenAI's parts."""
+    content = unread.pop(key, "")
+    if not isinstance(content, list):
+        return _string(content, key)
+    for number, part in enumerate(content, 1):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise ValueError(
+                f"part {number} of {key} must have the type 'text', not {kind!r:.50}: only text "
+                "can be trained on"
+            )
+    return "".join(_string(part.get("text"), f"text in {key}") for part in content)
+
+
+def _pop_is_in_loss(unread: dict, role: str) -> bool:
+    """Whether `weight` and `train` leave a turn in the loss, in which only answers can be."""
+    flags = {key: unread.pop(key) for key in ("weight", "train") if key in unread}
+    for key, flag in flags.items():
+        if flag not in (0, 1):
+            raise ValueError(f"{key} must be 0 or 1, not {flag!r:.50}")
+        if flag and role != "assistant":
+            raise ValueError(
+                f"{key} is {json.dumps(flag)}, but only the answers of the assistant are in the "
+                f"loss: remove {key}"
+            )
+    return all(flags.values())
+
+
+def _pop_thoughts_and_calls(unread: dict) -> Turn:
+    """What an answer holds besides its content."""
+    found: Turn = {}
+    for key in THOUGHT_KEYS:
+        thoughts = _string(unread.pop(key, ""), key)
+        if thoughts:
+            found[key] = thoughts
+    listed = _list(unread.pop("tool_calls", []), "tool_calls")
+    calls = [_tool_call(call, "each of tool_calls") for call in listed]
+    call = unread.pop("function_call", None)  # OpenAI's older name, for a single call
+    if call:
+        calls.append(_tool_call(call, "function_call"))
+    if calls:
+        found["tool_calls"] = calls
+    return found
+
+
+def _tool_call(call: object, key: str) -> dict:
+    """A call whose arguments are an object; a template would write JSON text in quotes."""
+    call = _function(call, key)
+    function = call["function"]
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        arguments = _parse_json(arguments, "arguments")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"arguments must be an object, not {_describe(arguments)}")
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def _function(entry: object, key: str) -> dict:
+    """A tool or a call in OpenAI's format; older files hold its function alone."""
+    if isinstance(entry, dict) and "function" not in entry:
+        function = {name: value for name, value in entry.items() if name != "type"}
+        entry = {"type": "function", "function": function}
+    function = entry["function"] if isinstance(entry, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{key} must be a function with a name, not {_describe(entry)}")
+    return entry
+
+
+def _list(value: object, key: str) -> list:
+    """A list, or one that a table holds as JSON text; an empty text is an empty list."""
+    if isinstance(value, str):
+        value = _parse_json(value, key) if value else []
+    if not isinstance(value, list):
+        raise ValueError(f"{key} must be a list, not {_describe(value)}")
+    _require_text(json.dumps(value, ensure_ascii=False, default=str), key)
+    return [*value]
+
+
+def _parse_json(text: str, key: str) -> dict | list:
+    try:
+        return io.parse_json(text.encode(), (dict, list))
+    except ValueError as error:
+        raise ValueError(f"{key} must be JSON, not {text!r:.50} ({error})") from None
 
 
 def _nonempty_string(value: object, key: str) -> str:
@@ -274,17 +375,22 @@ def _nonempty_string(value: object, key: str) -> str:
 def _string(value: object, key: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{key} must be a string, not {_describe(value)}")
+    _require_text(value, key)
+    return value
+
+
+def _require_text(value: str, key: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{key} has half of a surrogate pair at character {error.start}, which is not text"
         ) from None
-    return value
 
 
-def _list_keys(row: dict) -> str:
-    return ", ".join(map(repr, row)) or "none"
+def _list_keys(content: dict) -> str:
+    names = [f"{key!r}{' (null)' if content[key] is None else ''}" for key in content]
+    return ", ".join(names) or "none"
 
 
 def _describe(value: object) -> str:

@@ -1,11 +1,13 @@
 """The program from end to end: a few steps on the real model; a tiny one stopped and resumed."""
 
+import datetime
 import itertools
 import json
 import math
 import os
 import re
 import signal
+from functools import partial
 from pathlib import Path
 
 import bitsandbytes
@@ -23,9 +25,10 @@ from data import dataset
 from helpers import models
 from helpers.bounds import OF_A_PEAK
 from lora import QLoRALinear, attach
-from training import loss_and_eval, use_adapter
+from training import loss_and_eval, preflight, use_adapter
 from training import report as run_report
 from training.dtypes import resolve_device_and_dtype
+from training.state import latest_state
 
 REPORT_KEYS = set(
     """
@@ -66,6 +69,7 @@ def test_the_real_model_learns_and_its_adapter_comes_back_to_the_same_logits(
     assert {path.name for path in out.iterdir()} == {
         "adapter_model.safetensors",
         "adapter_config.json",
+        "generation_config.json",
         "metrics.jsonl",
         "report.json",
         "loss.png",
@@ -172,6 +176,30 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_ends_with_the_same_bits(
         assert_same_tensors(tmp_path / "uninterrupted" / name, tmp_path / "parts" / name)
     losses = [line["loss"] for line in lines_of(tmp_path / "uninterrupted")]
     assert losses == [line["loss"] for line in lines_of(tmp_path / "parts")]
+
+
+def test_a_resumed_run_keeps_the_date_that_its_chat_template_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = models.save_tiny_llama(tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%d %B %Y') }}" + template)
+    row = json.dumps({"prompt": "Who?", "completion": "Me."})
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 4)
+    flags = ["--data", str(tmp_path / "rows.jsonl")]
+    monkeypatch.setattr(preflight, "today", partial(datetime.date, 2026, 11, 28))
+    assert run(folder, tmp_path / "out", *flags) == 0
+    before = latest_state(tmp_path / "out")
+    assert before.settings["date"] == "2026-11-28"
+    monkeypatch.setattr(preflight, "today", partial(datetime.date, 2026, 11, 29))
+    assert run(folder, tmp_path / "out", *flags, "--resume") == 0
+    assert latest_state(tmp_path / "out").settings == before.settings
+
+    older = before._replace(settings={})  # as a version saved it that did not know dates
+    assert preflight._date_of(older) == datetime.date(2026, 11, 29)
+    assert run(folder, tmp_path / "other", *flags) == 0
+    data = "data (a hash of its token ids)"
+    assert latest_state(tmp_path / "other").settings[data] != before.settings[data]
 
 
 def test_resuming_under_other_settings_says_which(

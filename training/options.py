@@ -90,7 +90,7 @@ class Options:
         choices=LORA_STARTS,
     )
 
-    data: str = flag("orders", "orders, text, roman, a .txt, .jsonl or .json file, or a hub id")
+    data: str = flag("orders", "orders, text, roman, a file (.txt, .jsonl, .csv, ...), or a hub id")
     max_seq_len: int = flag(256, "tokens in the longest sequence", "above 0")
     train_on_prompt: bool = flag(False, "put the prompts in the loss too, not only the answers")
     packing: bool = flag(False, "pack several examples into one sequence; none attends to another")

@@ -7,6 +7,7 @@ beginning of a real run: it has no checks of its own.
 
 from __future__ import annotations  # type hints must not load the classes of transformers
 
+import datetime
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ import transformers
 from checkpoints import io, sources
 from data import dataset
 from data.chat_template import fingerprint
+from data.rendering import today
 from memory import formula
 from training import distributed
 from training.options import Options
@@ -69,7 +71,9 @@ def _check(args: Options) -> Job:
             f"--max-seq-len {args.max_seq_len} is longer than the model's context of {context} "
             "tokens"
         )
-    task = _load_task(args, tokenizer)
+    state = latest_state(args.output_dir) if args.resume else None
+    date = _date_of(state)
+    task = _load_task(args, tokenizer, date)
     batches = args.grad_accum * distributed.world_size()
     if args.num_train_epochs:
         steps_per_epoch = len(task.train) / (args.batch_size * batches)
@@ -78,16 +82,29 @@ def _check(args: Options) -> Job:
         "batches a step (processes times --grad-accum)": str(batches),
         "data (a hash of its token ids)": fingerprint(task.train),
     }
-    state = None
-    if args.resume:
-        state = latest_state(args.output_dir)
+    if state:
         require_same_settings(state, settings, args.resume_anyway)
+    settings["date"] = str(date)
     return Job(config, tokenizer, task, settings, state, started)
 
 
-def _load_task(args: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> dataset.Task:
+def _date_of(state: State | None) -> datetime.date:
+    """The date of the run for chat templates that print one: a resumed run keeps its first date.
+
+    Raises: ValueError if the date in the state is not one.
+    """
+    if state is None or "date" not in state.settings:
+        return today()
+    return datetime.date.fromisoformat(state.settings["date"])
+
+
+def _load_task(
+    args: Options,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    date: datetime.date | None = None,
+) -> dataset.Task:
     return dataset.load_task(
-        args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing
+        args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing, date
     )
 
 

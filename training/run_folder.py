@@ -3,7 +3,7 @@
     metrics.jsonl                one line per step, appended during the run
     state-<step>.safetensors     --resume continues from it (state.py)
     loss.png                     drawn at the end and at each evaluation during training
-    adapter_model.safetensors, adapter_config.json
+    adapter_model.safetensors, adapter_config.json, generation_config.json
 
 Only rank 0 writes.
 """
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoints import io
 from checkpoints.peft_adapter import adapter_tensors, save_adapter
-from training import distributed, report
+from training import distributed, end_tokens, report
 from training.options import Options
 from training.preflight import Job
 from training.sharding import gather_full_tensors
@@ -105,4 +105,5 @@ class RunFolder:
         """Write the adapter in PEFT's format, and draw the plot."""
         tensors = gather_full_tensors(adapter_tensors(self.model))
         distributed.run_on_main(partial(save_adapter, self.model, self.path, tensors))
+        distributed.run_on_main(partial(end_tokens.save, self.model, self.path))
         distributed.run_on_main(self._plot)

@@ -30,6 +30,7 @@ import lora
 from checkpoints import base_model, io, peft_adapter, sources
 from data.dataset import encode_prompt
 from lora import FrozenWeight, MergeAudit, QLoRALinear
+from training import end_tokens
 from training.loss_and_eval import generate_answers
 from training.options import Options
 from variants import init
@@ -80,7 +81,9 @@ def load_adapted_model(
     make_layer = init.maker("default", {}, quantization)
     dtype = dtype or trained_dtype or torch.bfloat16
     model = base_model.load_quantized(folder, dtype, device, make_layer)
-    return peft_adapter.load_adapter(model, adapter), tokenizer
+    model = peft_adapter.load_adapter(model, adapter)
+    end_tokens.load(model, adapter)
+    return model, tokenizer
 
 
 def require_empty_folder(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Data sets: prompts, labels, held-out examples, batches, and refused input."""
 
 import copy
+import gzip
 import hashlib
 import json
 import random
@@ -35,6 +36,9 @@ def test_generated_tasks_follow_from_the_seed_and_train_on_no_prompt_that_is_hel
     prompts = [prompt for part in parts for prompt, _ in part]
     assert len(prompts) == len(set(prompts))
     assert len(parts[1]) == 100
+
+
+ANSWER_OF_3 = {"role": "assistant", "content": "3!"}
 
 
 def test_unseen_phrasings_do_not_occur_in_training() -> None:
@@ -108,6 +112,12 @@ def test_each_example_comes_once_an_epoch_and_steps_need_no_history(
     assert [i for step in range(3, 6) for i in seen(step)] != epoch
     assert seen(1) == epoch[4:8]
     assert seen(0, seed=1) != seen(0)
+    epochs = [
+        [i for step in range(3 * epoch, 3 * epoch + 3) for i in seen(step, seed)]
+        for epoch in range(4)
+        for seed in range(4)
+    ]
+    assert len(set(map(tuple, epochs))) == 16, "seed 1 does not repeat the epochs of seed 0"
 
 
 def test_text_is_cut_into_sequences_whose_tokens_are_all_in_the_loss(
@@ -117,10 +127,9 @@ def test_text_is_cut_into_sequences_whose_tokens_are_all_in_the_loss(
     path.write_text("It was a dark and stormy night. " * 200)
     task = dataset.load_task(str(path), tokenizer, 64, 0)
     assert task.metric == "perplexity" and len(task.test) == len(task.train + task.test) // 10
-    ids = [i for example in task.train + task.test for i in example.ids]
-    assert tokenizer.decode(ids).strip() == path.read_text().strip(), (
-        "a last single token has no label"
-    )
+    first, *_ = task.train
+    predicted = [token for example in task.train + task.test for token in example.labels[1:]]
+    assert tokenizer.decode(first.ids[:1] + predicted) == path.read_text()
     batch = dataset.collate(task.train[:2], 0)
     assert torch.equal(batch.labels, batch.input_ids)
     assert batch.n_labels == 2 * 63, "the first token of each is not predicted"
@@ -147,7 +156,8 @@ def test_jsonl_rows_are_questions_and_answers(
 @pytest.mark.parametrize(
     "text, complaint",
     [
-        ("", "0 sequences"),
+        ("", "bad.jsonl is empty"),
+        ("[]", "0 sequences"),
         ('{"prompt": "a", "completion": "b"}\n', "1 sequences"),
         (
             '{"prompt": "a", "completion": "b"}\nnot json\n',
@@ -179,7 +189,7 @@ def test_unknown_data_empty_text_and_long_examples_are_refused(
     with pytest.raises(ValueError, match="latin.txt is not UTF-8 text .* at byte 2"):
         dataset.load_task(str(tmp_path / "latin.txt"), tokenizer, 256, 0)
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ValueError, match="0 sequences"):
+    with pytest.raises(ValueError, match="empty.txt is empty"):
         dataset.load_task(str(tmp_path / "empty.txt"), tokenizer, 256, 0)
     with pytest.raises(ValueError, match="more than --max-seq-len 32"):
         dataset.load_task("orders", tokenizer, 32, 0)
@@ -210,9 +220,45 @@ def test_a_file_may_mix_formats_and_a_tenth_of_its_rows_is_held_out(
     assert (len(task.train), len(task.test), task.metric) == (27, 3, "perplexity")
     assert sorted(found) == sorted(["b<|im_end|>d<|im_end|>", "e<|im_end|>", "g<|im_end|>"] * 10)
     again = dataset.load_task(str(tmp_path / "rows.jsonl"), tokenizer, 256, 0)
-    assert task == again != dataset.load_task(str(tmp_path / "rows.jsonl"), tokenizer, 256, 1), (
-        "the order depends on the seed alone"
+    assert task == again
+
+
+def test_which_rows_are_held_out_depends_on_the_rows_alone(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    contents = [{"prompt": f"{i}?", "completion": f"{i}!"} for i in range(20)]
+    contents[3] = {"messages": [{"role": "user", "content": "3?"}, ANSWER_OF_3]}
+    task = dataset.load_task(write_rows(tmp_path, contents), tokenizer, 256, 0)
+    path = write_rows(tmp_path, contents[::-1], "reversed.JSON")
+    assert dataset.load_task(path, tokenizer, 256, 1) == task
+    (tmp_path / "rows.csv").write_text(
+        "prompt,completion\n" + "".join(f"{i}?,{i}!\n" for i in range(20))
     )
+    again = dataset.load_task(str(tmp_path / "rows.csv"), tokenizer, 256, 0)
+    held_out = {example.answer for example in task.test + again.test}
+    assert len(held_out) <= 3, "at most the one row that differs"
+
+
+def test_keys_that_are_not_read_are_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    contents = [{"prompt": "a", "completion": "b"} | {key: 7} for key in ("url", "id")]
+    path = write_rows(tmp_path, contents)
+    dataset.load_task(path, tokenizer, 256, 0)
+    assert capsys.readouterr().out == f"keys of {path} that are not read: id, url\n"
+    dataset.load_task(write_rows(tmp_path, [{"text": "a b"}] * 2), tokenizer, 256, 0)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_text_file_may_be_compressed(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    text = "It was a dark and stormy night. " * 20
+    (tmp_path / "book.TXT").write_text(text)
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(text.encode()))
+    plain, compressed = (
+        dataset.load_task(str(tmp_path / name), tokenizer, 64, 0)
+        for name in ("book.TXT", "book.txt.gz")
+    )
+    assert plain == compressed
 
 
 def test_training_on_prompts_changes_the_training_labels_and_not_the_held_out_ones(
@@ -275,13 +321,21 @@ def test_long_rows_are_counted_with_their_lines_and_cut_or_dropped(
     found = sorted(in_loss(tokenizer, example) for example in task.train + task.test)
     assert max(len(example.ids) for example in task.train + task.test) <= 24
     tales = [text for text in found if "tale" in text]
-    assert "".join(sorted(tales, key=lambda text: "<" in text)).count("tale") == 50, (
-        "all of a document is trained on"
+    assert "".join(tales).count("tale") == 50 + len(tales) - 1, (
+        "all of a document is trained on; a piece starts with the last token of the one before"
     )
     assert [text for text in found if "word" in text] == [
         " ".join(["word"] * found[-1].count("word"))
     ]
     assert found.count("one two three<|im_end|>") == 2 and len(found) == len(tales) + 3
+
+
+@pytest.mark.parametrize("n", range(2, 18))
+def test_a_document_of_any_length_keeps_its_last_token(n: int) -> None:
+    ids = list(range(n))
+    pieces = dataset._cut_document(dataset.Example(ids, ids), 4)
+    assert max(len(piece.ids) for piece in pieces) <= 4
+    assert [label for piece in pieces for label in piece.labels[1:]] == ids[1:]
 
 
 def test_all_bad_rows_of_a_file_are_reported_at_once_in_their_order(
@@ -309,11 +363,13 @@ def test_all_bad_rows_of_a_file_are_reported_at_once_in_their_order(
 @pytest.mark.parametrize(
     "name, complaint",
     [
-        ("table.csv", "must end in .txt, .jsonl or .json: rename it"),
+        ("table.xlsx", "must end in txt, jsonl, .* parquet, or one of these and .gz: rename it"),
         ("some/missing.jsonl", "is not a file"),
+        ("some/missing.CSV.gz", "is not a file"),
         ("a/b/c", "is not a file"),
         ("some/set", "a hub data set needs a library"),
-        (".", "is not a file"),
+        (".", "is a folder: give a file in it"),
+        ("some/folder", "is a folder: give a file in it"),
     ],
 )
 def test_a_name_that_is_no_file_and_no_data_set_is_refused(
@@ -324,7 +380,8 @@ def test_a_name_that_is_no_file_and_no_data_set_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "table.xlsx").write_text("a,b")
+    (tmp_path / "some" / "folder").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"--data {re.escape(name)} .*{complaint}"):
         dataset.load_task(name, tokenizer, 256, 0)
@@ -426,13 +483,13 @@ def test_the_ids_and_labels_of_a_data_set_are_pinned(
     assert fingerprints(roman) == ["5b58e4b4d5ec2d83", "28672dafd1c82d98"]
     path = write_rows(tmp_path, mixed_rows())
     plain = dataset.load_task(path, tokenizer, 40, 7)
-    assert fingerprints(plain) == ["4e016367cf43caf4", "1be68dfd003cb80f"]
+    assert fingerprints(plain) == ["2cdfdd1624803ab9", "4c3026f3aa3417c3"]
     packed = dataset.load_task(path, tokenizer, 40, 7, packed=True)
-    assert fingerprints(packed) == ["bf5379b6c304d32d", "1be68dfd003cb80f"]
+    assert fingerprints(packed) == ["cb4c80bef8e61ec0", "4c3026f3aa3417c3"]
 
 
 @pytest.mark.parametrize(
-    "by_length, expected", [(False, "ab59cf4bff8d7334"), (True, "c3da8d3288c7efc4")]
+    "by_length, expected", [(False, "b3c7c44e75b2b9d5"), (True, "e71cf3d221bcf82b")]
 )
 def test_the_order_of_batches_is_pinned(by_length: bool, expected: str) -> None:
     """A resumed run continues bitwise only if each step has the batches that it had before."""

@@ -1,17 +1,17 @@
-"""Rows of data files: six formats give the same turns; a bad row is reported with its line."""
+"""Rows: each format gives the same turns; each key is used, reported, or refused by name."""
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data import rows
+from data.files import Record
 from helpers.mutants import mutated
 
 LETTERS = st.characters(exclude_categories=["Cs"])  # half of a surrogate pair is not text
@@ -24,174 +24,286 @@ JSON = st.recursive(
 )
 KEYS = """
     messages conversations prompt completion question answer instruction input output text system
-    role content from value weight
+    role content from value weight train history tools functions tool_calls function function_call
+    name arguments reasoning_content documents type
 """.split()
 LIKELY = st.recursive(
-    JSON | st.sampled_from(["user", "assistant", "gpt", "human", "system"]),
+    JSON | st.sampled_from(["user", "assistant", "gpt", "human", "system", "tool", "text", "[]"]),
     lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(KEYS), inner),
     max_leaves=12,
 )
 
 
 def row_of(content: object, module: ModuleType = rows) -> rows.Row:
-    return module.parse_row(content, "here")
+    return module.parse_row(Record("here", content))
 
 
-def chat(*turns: str, weights: dict[int, int] | None = None) -> list[dict]:
-    """Alternating turns of a user and an assistant in OpenAI's format."""
-    found = [
-        {"role": role, "content": content}
-        for role, content in zip(["user", "assistant"] * len(turns), turns)
-    ]
-    return [
-        turn | {"weight": weights[place]} if weights and place in weights else turn
-        for place, turn in enumerate(found)
-    ]
+def turns_of(content: object, module: ModuleType = rows) -> list[rows.Turn]:
+    row = row_of(content, module)
+    assert not row.fault, row
+    return row.turns
+
+
+def fault_of(content: object, module: ModuleType = rows) -> str:
+    row = row_of(content, module)
+    assert row == module.Row("here", fault=row.fault)
+    return row.fault
+
+
+def user(content: object, **more: object) -> dict:
+    return {"role": "user", "content": content} | more
+
+
+def assistant(content: object, **more: object) -> dict:
+    return {"role": "assistant", "content": content} | more
+
+
+CHAT = [user("a"), assistant("b"), user("c"), assistant("d")]
 
 
 @given(TEXTS, ANSWERS, TEXTS)
+@example("", "a", "b")
+@example("a", "b", "")
 def test_every_format_gives_the_same_turns(question: str, answer: str, more: str) -> None:
-    asked = [rows.BRIEF_SYSTEM_MESSAGE, *chat(question, answer)]
-    assert row_of({"prompt": question, "completion": answer}).turns == asked
-    assert row_of({"question": question, "answer": answer, "text": "other"}).turns == asked
-    assert row_of({"instruction": question, "output": answer}).turns == asked
-    assert row_of({"instruction": question, "input": "", "output": answer}).turns == asked
-    whole = f"{question}\n\n{more}" if more else question
-    row = row_of({"instruction": question, "input": more, "output": answer})
-    assert row.turns[1]["content"] == whole
-    assert row_of({"messages": chat(question, answer)}).turns == chat(question, answer)
-    sharegpt = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    assert row_of({"conversations": sharegpt, "id": 7}).turns == chat(question, answer)
-    assert row_of({"conversations": sharegpt, "system": "Be kind."}).turns[0] == {
-        "role": "system",
-        "content": "Be kind.",
-    }
+    chat = [user(question), assistant(answer)]
+    asked = [rows.BRIEF_SYSTEM_MESSAGE, *chat]
+    assert turns_of({"prompt": question, "completion": answer}) == asked
+    assert turns_of({"question": question, "answer": answer, "text": "other"}) == asked
+    assert turns_of({"instruction": question, "output": answer}) == asked
+    assert turns_of({"instruction": question, "input": "", "output": answer}) == asked
     assert row_of({"text": answer}) == rows.Row("here", text=answer)
+    row = {"instruction": question, "input": more, "output": answer}
+    both = f"{question}\n\n{more}" if question and more else question + more
+    assert turns_of(row)[1]["content"] == both
+
+    assert turns_of({"messages": chat}) == turns_of(chat) == chat
+    assert turns_of({"messages": json.dumps(chat)}) == chat, "as a table holds it"
+    sharegpt = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    assert turns_of({"conversations": sharegpt}) == chat
+    parts = [user([{"type": "text", "text": text} for text in question]), assistant(answer)]
+    assert turns_of({"messages": parts}) == chat
 
 
-def test_a_message_of_weight_0_is_not_in_the_loss() -> None:
-    turns = row_of({"messages": chat("a", "b", "c", "d", weights={1: 0, 3: 1})}).turns
-    assert [rows.is_in_loss(turn) for turn in turns] == [False, False, False, True]
-    assert "weight 0" in row_of({"messages": chat("a", "b", weights={1: 0})}).fault
+def test_an_answer_of_weight_0_or_train_false_is_not_in_the_loss_in_any_format() -> None:
+    weighted = [user("a"), assistant("b", weight=0), user("c", weight=0), assistant("d", weight=1)]
+    trained = [user("a"), assistant("b", train=False), user("c"), assistant("d", train=True)]
+    for turns in (weighted, trained):
+        from_value = [
+            {"from": turn.pop("role"), "value": turn.pop("content")} | turn
+            for turn in [dict(turn) for turn in turns]
+        ]
+        for row in ({"messages": turns}, {"conversations": from_value}):
+            found = turns_of(row)
+            assert [rows.is_in_loss(turn) for turn in found] == [False, False, False, True]
+    assert "no answer to train on" in fault_of([user("a"), assistant("b", weight=0)])
 
 
-def check_lines(
-    folder: Path, contents: list[dict], blank: list[str], module: ModuleType = rows, **style: object
-) -> None:
-    """The same rows, each with its line, from JSON lines, from a list and from an indented list.
-
-    blank: the whitespace of a blank line before each of the first rows of the JSON lines.
-    """
-    path = folder / "rows.jsonl"
-    blank = blank[: len(contents)]
-    texts = [json.dumps(row, **style) for row in contents]
-    turns = [chat(*row.values()) for row in contents]
-
-    def read(text: str) -> list[rows.Row]:
-        path.write_text(text, encoding="utf-8", newline="")
-        return module.read_file(path)
-
-    before = [space + "\n" for space in blank] + [""] * (len(texts) - len(blank))
-    found = read("".join(space + text + "\n" for space, text in zip(before, texts)))
-    lines = [1 + i + min(i + 1, len(blank)) for i in range(len(texts))]
-    assert [row.where for row in found] == [f"{path}:{line}" for line in lines]
-    assert [row.turns[1:] for row in found] == turns
-    for layout in ("[%s]", "\ufeff [\n%s\n]\n", "[%s,]"):
-        assert [row.turns[1:] for row in read(layout % ",".join(texts))] == turns
-    found = read(json.dumps(contents, indent=2, **style))
-    assert [row.where for row in found] == [f"{path}:{2 + 4 * i}" for i in range(len(texts))]
+def test_an_answer_before_the_first_question_is_not_in_the_loss() -> None:
+    turns = [
+        {"from": "gpt", "value": "Hello!"},
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "b"},
+    ]
+    found = turns_of({"conversations": turns, "system": "Be kind."})
+    assert [turn["content"] for turn in found] == ["Be kind.", "Hello!", "a", "b"]
+    assert [rows.is_in_loss(turn) for turn in found] == [False, False, False, True]
 
 
-ROWS = st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=4)
-BLANK = st.lists(st.text(" \t", max_size=2), max_size=3)
+def test_the_roles_of_all_formats_are_read_in_any_case() -> None:
+    turns = [
+        {"role": "Developer", "content": "e"},
+        {"role": "USER", "content": "a"},
+        {"role": "Assistant", "content": "b"},
+        {"role": "tool", "content": "f", "tool_call_id": "1", "name": "g"},
+        {"role": "function", "content": "", "name": "g"},
+        {"role": "GPT", "content": "c"},
+    ]
+    assert turns_of({"messages": turns}) == [
+        {"role": "developer", "content": "e"},
+        user("a"),
+        assistant("b"),
+        {"role": "tool", "content": "f", "tool_call_id": "1", "name": "g"},
+        {"role": "tool", "content": "", "name": "g"},
+        assistant("c"),
+    ]
 
 
-@given(ROWS, BLANK, st.booleans())
-@example([("a\u2028b\x85c\x1dd", "e\u2029f")], [], False)
-def test_rows_are_read_with_their_lines(
-    tmp_path_factory: pytest.TempPathFactory, contents: list, blank: list, ascii: bool
-) -> None:
-    contents = [{"prompt": question, "completion": answer} for question, answer in contents]
-    check_lines(tmp_path_factory.mktemp("rows"), contents, blank, ensure_ascii=ascii)
+def test_a_system_message_of_its_own_key_comes_first_in_any_format() -> None:
+    system = {"role": "system", "content": "Be kind."}
+    assert turns_of({"messages": CHAT, "system": "Be kind."}) == [system, *CHAT]
+    pair = {"question": "a", "answer": "b"}
+    assert turns_of(pair | {"system": "Be kind."}) == [system, *CHAT[:2]]
+    assert turns_of(pair | {"system": ""}) == rows.pair_turns("a", "b")
+    lists = {"prompt": CHAT[:1], "completion": CHAT[1:2], "system": "Be kind."}
+    assert turns_of(lists) == [system, *CHAT[:2]]
 
 
-def messages(turns: object) -> str:
-    return json.dumps({"messages": turns})
+def test_the_history_of_a_question_becomes_turns_in_the_loss() -> None:
+    row = {"instruction": "c", "output": "d", "history": [["a", "b"]]}
+    assert turns_of(row) == [rows.BRIEF_SYSTEM_MESSAGE, *CHAT]
+    assert turns_of(row | {"history": []}) == rows.pair_turns("c", "d")
+    for history in ([["a"]], ["ab"], [["a", "b", "c"]]):
+        assert "history must be a list of [question, answer]" in fault_of(
+            row | {"history": history}
+        )
+    assert "an answer in history is empty" in fault_of(row | {"history": [["a", ""]]})
+
+
+def test_only_the_completion_of_two_lists_of_turns_is_in_the_loss() -> None:
+    found = turns_of({"prompt": CHAT[:3], "completion": CHAT[3:]})
+    assert [turn["content"] for turn in found] == ["a", "b", "c", "d"]
+    assert [rows.is_in_loss(turn) for turn in found] == [False, False, False, True]
+    assert "completion must be JSON, not 'd'" in fault_of({"prompt": CHAT[:3], "completion": "d"})
+    assert "completion must be a string" in fault_of({"prompt": "a", "completion": CHAT[1:]})
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+def test_tools_are_read_in_both_forms_and_as_json_text() -> None:
+    row = {"messages": CHAT}
+    bare = TOOL["function"]
+    flat = {"type": "function"} | bare
+    for more in ({"tools": [TOOL]}, {"tools": [bare]}, {"tools": [flat]}, {"functions": [bare]}):
+        assert row_of(row | more) == rows.Row("here", CHAT, [TOOL])
+    assert row_of(row | {"tools": json.dumps([TOOL])}).tools == [TOOL]
+    assert row_of({"prompt": "a", "completion": "b", "tools": [TOOL]}).tools == [TOOL]
+    for empty in ([], "", "[]", None):
+        assert row_of(row | {"tools": empty}) == rows.Row("here", CHAT)
+
+
+def test_a_call_has_its_arguments_as_an_object_and_no_content() -> None:
+    """A template would write arguments that are JSON text as a string in a string."""
+    function = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    calls = [
+        {"tool_calls": [CALL]},
+        {"tool_calls": [{"type": "function", "function": function}]},
+        {"tool_calls": json.dumps([function])},
+        {"function_call": function, "tool_calls": []},
+    ]
+    expected = [CHAT[0], assistant("", tool_calls=[CALL])]
+    for call in calls:
+        assert turns_of([CHAT[0], {"role": "assistant"} | call]) == expected
+        assert turns_of([CHAT[0], assistant(None, **call)]) == expected
+    for nothing in ({}, {"arguments": None}, {"arguments": ""}):
+        [_, turn] = turns_of([CHAT[0], assistant("", function_call={"name": "now"} | nothing)])
+        assert turn["tool_calls"][0]["function"]["arguments"] == {}
+    with_id = CALL | {"id": "call_1"}
+    assert turns_of([CHAT[0], assistant("b", tool_calls=[with_id])])[1]["tool_calls"] == [with_id]
+
+
+def test_thoughts_stay_in_their_turn() -> None:
+    for key in ("reasoning_content", "thinking"):
+        assert turns_of([user("a", **{key: ""}), assistant("b", **{key: "hm"})]) == [
+            user("a"),
+            assistant("b", **{key: "hm"}),
+        ]
+        assert turns_of([user("a"), assistant("b", **{key: ""})]) == CHAT[:2]
+
+
+def test_a_null_counts_as_an_absent_key() -> None:
+    nulls = dict.fromkeys([*rows.MEANINGFUL, "input", "text", "name"])
+    assert row_of({"messages": CHAT} | nulls) == rows.Row("here", CHAT)
+    turns = [turn | dict.fromkeys([*rows.MEANINGFUL, "name", "from"]) for turn in CHAT]
+    assert row_of({"messages": turns}) == rows.Row("here", CHAT)
+    row = {"messages": None, "instruction": "a", "input": None, "output": "b"}
+    assert turns_of(row) == rows.pair_turns("a", "b")
+    assert "'prompt', 'completion' (null); a row" in fault_of({"prompt": "a", "completion": None})
+
+
+@pytest.mark.parametrize("value", [0, 5, 2.5, True, False, {}, {"a": 1}])
+@pytest.mark.parametrize("key", ["instruction", "input", "output", "system", "text"])
+def test_a_value_that_is_not_text_is_refused_by_name(key: str, value: object) -> None:
+    """As text, a 5 could be "5" or "5.0": the file must decide."""
+    if key == "text":
+        row = {"text": value}
+    else:
+        row = {"instruction": "a", "output": "b", key: value}
+    assert f"{key} must be a string, not {rows._describe(value)}" in fault_of(row)
+
+
+@pytest.mark.parametrize("key", sorted(rows.MEANINGFUL))
+def test_a_key_with_a_meaning_is_used_or_refused_by_name(key: str) -> None:
+    """A value of no key's type: a key that is read refuses it, too."""
+    complaint = f"{key} (cannot be used here|must be)"
+    for row in ({"messages": CHAT}, {"question": "a", "answer": "b"}, {"text": "a"}):
+        assert re.match(complaint, fault_of(row | {key: 0.5}))
+    for place, turn in enumerate(CHAT[:2]):
+        turns = [*CHAT[:place], turn | {key: 0.5}, *CHAT[place + 1 :]]
+        assert re.match(f"turn {place + 1} of messages: {complaint}", fault_of(turns))
+
+
+def test_other_keys_are_not_read_and_their_names_are_kept() -> None:
+    turns = [CHAT[0] | {"id": 3, "when": None}, CHAT[1] | {"model": "x"}]
+    row = row_of({"messages": turns, "source": "web", "prompt": "a"})
+    assert row.turns == CHAT[:2]
+    assert row.unread == {"source", "prompt", "messages.id", "messages.model"}
+    pair = row_of({"prompt": "a", "completion": "b", "input": "c", "text": "d"})
+    assert (pair.turns, pair.unread) == (rows.pair_turns("a", "b"), {"input", "text"})
+    assert row_of({"text": "a", "url": "b"}).unread == {"url"}
+
+
+SYSTEM_LAST = [*CHAT, {"role": "system", "content": "e"}]
+IMAGE = [{"type": "image_url", "image_url": {"url": "x"}}]
+FAULTS = [
+    (7, "it must be an object, not 7"),
+    ({}, "its keys are none; a row has those of one format"),
+    ({"prompt": "a"}, "its keys are 'prompt'; a row has those of one format"),
+    ({"prompt": "a", "completion": " \n"}, "completion is empty"),
+    ({"prompt": "a", "completion": "\ud800"}, "half of a surrogate pair at character 0"),
+    ({"text": ""}, "text is empty"),
+    ([], "messages must be a list of at least one turn, not an empty list"),
+    ({"messages": {"role": "user"}}, "messages must be a list, not an object"),
+    ({"messages": "[{'role'"}, "messages must be JSON, not \"[{'role'\" (Expecting property"),
+    ({"messages": "7"}, "messages must be JSON, not '7' (it is not an object, its type is int)"),
+    ({"messages": '{"a": 1}'}, "messages must be a list, not an object"),
+    (["hi"], "turn 1 of messages: it must be an object, not 'hi'"),
+    ([None], "turn 1 of messages: it must be an object, not null"),
+    ([{"role": "user"}], "turn 1 of messages: its keys are 'role'; required are role, content"),
+    ([{"content": "a"}], "turn 1 of messages: its keys are 'content'; required are role"),
+    ([{"role": "robot", "content": "b"}], "role must be one of system, developer, human, user,"),
+    ([{"role": 7, "content": "b"}], "role must be one of system, developer, human, user,"),
+    ([user(IMAGE)], "part 1 of content must have the type 'text', not 'image_url'"),
+    ([user(["a"])], "part 1 of content must have the type 'text', not None"),
+    ([user([{"type": "text"}])], "text in content must be a string, not null"),
+    (CHAT[:1], "messages has no answer to train on"),
+    (CHAT[1:2], "messages has no answer to train on: none with a weight other than 0 follows a"),
+    ([user("a"), assistant("")], "the answer (content) is empty"),
+    ([user("a"), assistant([])], "the answer (content) is empty"),
+    ([user("a", weight=2)], "weight must be 0 or 1, not 2"),
+    ([user("a"), assistant("b", weight=0.5)], "weight must be 0 or 1, not 0.5"),
+    ([user("a"), assistant("b", train="no")], "train must be 0 or 1, not 'no'"),
+    ([user("a", train=True)], "train is true, but only the answers of the assistant are in the l"),
+    ({"conversations": SYSTEM_LAST}, "conversations: a system message must come first"),
+    ({"messages": CHAT, "tools": [7]}, "each of tools must be a function with a name, not 7"),
+    (
+        {"messages": CHAT, "tools": [{"function": 7}]},
+        "each of tools must be a function with a name",
+    ),
+    ({"messages": CHAT, "tools": [{"a": 7}]}, "each of tools must be a function with a name"),
+    ({"messages": CHAT, "tools": [{"name": "\ud800"}]}, "tools has half of a surrogate pair"),
+    ([user("a", tool_calls=[CALL])], "turn 1 of messages: tool_calls cannot be used here"),
+    ([user("a"), assistant("", tool_calls=[])], "the answer (content) is empty"),
+    (
+        [user("a"), assistant("", function_call={"name": "f", "arguments": [1]})],
+        "arguments must be",
+    ),
+    (
+        [user("a"), assistant("", function_call={"name": "f", "arguments": "x"})],
+        "arguments must be",
+    ),
+]
 
 
 def check_faults(folder: Path, module: ModuleType = rows) -> None:
-    """Each bad row of a file has its line and its reason, and the good rows are read."""
-    good = '{"prompt": "a", "completion": "b"}'
-    empty_answer = chat("a", "")
-    ends_with_system = [
-        {"from": "human", "value": "a"},
-        {"from": "gpt", "value": "b"},
-        {"from": "system", "value": "c"},
-    ]
-    content_list = {"role": "user", "content": [{"type": "text"}]}
-    bad = {
-        "not json": "not JSON (Expecting value at column 1)",
-        '{"prompt": "a", ': "not JSON (Expecting property name enclosed in double quotes at colu",
-        "7": "it is not an object, its type is int",
-        "[" * 99999: "not JSON",
-        "{}": "its keys are none; a row has those of one format",
-        '{"prompt": "a"}': "its keys are 'prompt'; a row has those of one format",
-        '{"prompt": 1, "completion": "b"}': "prompt must be a string, not 1",
-        '{"prompt": "a", "completion": null}': "completion must be a string, not null",
-        '{"prompt": "a", "completion": " \\n"}': "completion is empty",
-        '{"prompt": "a", "completion": "\\ud800"}': "half of a surrogate pair at character 0",
-        '{"instruction": "a", "input": 3, "output": "b"}': "input must be a string, not 3",
-        '{"text": ""}': "text is empty",
-        messages([]): "messages must be a list of at least one turn, not an empty list",
-        messages({"role": "user"}): "messages must be a list of at least one turn, not an object",
-        messages(["hi"]): "turn 1 of messages: it must be an object, not 'hi'",
-        messages([{"role": "user"}]): "turn 1 of messages: its keys are 'role'; required are role",
-        messages([{"role": "robot", "content": "b"}]): "role must be one of system, human, user,",
-        messages([content_list]): "content must be a string, not a list",
-        messages(chat("a")): "has no answer to train on",
-        messages(chat("a", "b")[1:]): "or one before the first question: its roles are assistant",
-        messages(empty_answer): "the answer (content) is empty",
-        messages(chat("a", weights={0: 2})): "weight must be 0 or 1, not 2",
-        json.dumps({"conversations": ends_with_system}): "a system message must come first",
-    }
-    path = folder / "bad.jsonl"
-    path.write_text("".join(f"{good}\n{text}\n" for text in bad))
-    found = module.read_file(path)
-    assert [row.where for row in found] == [f"{path}:{line}" for line in range(1, 2 * len(bad) + 1)]
-    assert not any(row.fault for row in found[::2])
-    assert all(row.turns[1:] == chat("a", "b") for row in found[::2])
-    for row, reason in zip(found[1::2], bad.values()):
-        assert reason in row.fault or reason == "not JSON" and "recursion" in row.fault, row.fault
+    for content, reason in FAULTS:
+        assert reason in fault_of(content, module)
 
 
-def test_each_bad_row_is_reported_and_no_good_one(tmp_path: Path) -> None:
+def test_each_bad_row_has_its_reason(tmp_path: Path) -> None:
     check_faults(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "text, where, reason",
-    [
-        ('[{"text": "a"}\n {"text": "b"}]', 2, "Expecting ',' delimiter"),
-        ('[{"text": "a"},\n {"text": "b"}', 2, "Expecting ',' delimiter"),  # a download cut short
-        ('[{"text": "a"},\n\n', 3, "Expecting value"),
-        (
-            '[{"text": "a"},\n {"text": \n"b}]',
-            3,
-            "Invalid control character at|Unterminated string",
-        ),
-        ('[{"text": "a"}]\n{"text": "b"} x', 1, "Extra data"),
-        ("[", 1, "Expecting value"),
-    ],
-)
-def test_a_broken_list_is_a_bad_row_at_its_syntax_error(
-    tmp_path: Path, text: str, where: int, reason: str
-) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(text)
-    [*good, bad] = rows.read_file(path)
-    assert not any(row.fault for row in good), bad
-    assert bad.where == f"{path}:{where}", bad
-    assert re.search(reason, bad.fault), bad
+    assert rows.parse_row(Record("here", None, "not JSON")) == rows.Row("here", fault="not JSON")
 
 
 @given(JSON | LIKELY)
@@ -200,17 +312,6 @@ def test_any_row_is_turns_or_a_text_or_a_fault_in_one_line(content: object) -> N
     assert [bool(row.turns), bool(row.text), bool(row.fault)].count(True) == 1
     assert "\n" not in row.fault and len(row.fault) < 2000 + len(str(content))
     assert not row.turns or any(map(rows.is_in_loss, row.turns))
-
-
-@given(st.text(LETTERS) | st.text('[]{},:" \n\\1a'))
-def test_any_file_is_read_or_its_faults_are_reported(
-    tmp_path_factory: pytest.TempPathFactory, text: str
-) -> None:
-    path = tmp_path_factory.mktemp("any") / "rows.json"
-    path.write_text(text, encoding="utf-8")
-    found = rows.read_file(path)
-    if not re.fullmatch(r"\s*(\[\s*\]\s*)?", text.removeprefix("\ufeff")):
-        assert found and all(row.fault for row in found)
 
 
 def test_all_faults_are_counted_and_the_first_twenty_shown() -> None:
@@ -226,66 +327,37 @@ def test_all_faults_are_counted_and_the_first_twenty_shown() -> None:
     assert "30 of 99 rows" in str(error.value)
 
 
-def test_a_hub_data_set_is_read_if_the_library_is_installed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def load_dataset(name: str, split: str) -> list[dict]:
-        assert (name, split) == ("some/set", "train")
-        return [{"question": "a", "answer": "b"}, {"question": "a"}]
-
-    library = SimpleNamespace(load_dataset=load_dataset)
-    monkeypatch.setitem(sys.modules, "datasets", library)
-    first, second = rows.read_hub("some/set")
-    assert first == rows.Row("some/set, row 1", rows.pair_turns("a", "b"))
-    assert second.where == "some/set, row 2" and "its keys are 'question'" in second.fault
-    monkeypatch.setattr(library, "load_dataset", lambda name, split: 1 / 0)
-    with pytest.raises(
-        ValueError, match=r"cannot be loaded as a hub data set \(division by zero\)$"
-    ):
-        rows.read_hub("some/set")
-
-
-def test_without_the_library_a_hub_data_set_is_refused_with_the_remedy(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        ValueError, match="^--data some/set is not a file, and a hub .* pip install datasets$"
-    ):
-        rows.read_hub("some/set")
-
-
 def check_rows(folder: Path, module: ModuleType) -> None:
     """One example of each property above."""
-    found = [{"prompt": "a\u2028b", "completion": "c"}, {"prompt": "d", "completion": "e\x85"}]
-    check_lines(folder, found, [""], module, ensure_ascii=False)
     sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    assert row_of({"conversations": sharegpt, "system": "s"}, module).turns[0]["content"] == "s"
-    assert row_of({"conversations": sharegpt}, module).turns == chat("a", "b")
-    row = row_of({"instruction": "a", "input": "b", "output": "c"}, module)
-    assert row.turns[1]["content"] == "a\n\nb"
+    assert turns_of({"conversations": sharegpt, "system": "s"}, module)[0]["content"] == "s"
+    assert turns_of({"conversations": sharegpt}, module) == CHAT[:2]
+    row = {"instruction": "a", "input": "b", "output": "c"}
+    assert turns_of(row, module)[1]["content"] == "a\n\nb"
+    assert turns_of({"instruction": "", "input": "b", "output": "c"}, module)[1]["content"] == "b"
     assert row_of({"instruction": "a", "output": "c", "text": "d"}, module).turns
-    assert not module.is_in_loss(
-        row_of({"messages": chat("a", "b", "c", "d", weights={1: 0})}, module).turns[1]
-    )
+    turns = turns_of([user("a"), assistant("b", weight=0), *CHAT[2:]], module)
+    assert not module.is_in_loss(turns[1])
+    turns = turns_of([assistant("b"), *CHAT[2:]], module)
+    assert not module.is_in_loss(turns[0])
+    turns = turns_of({"prompt": CHAT[:3], "completion": CHAT[3:]}, module)
+    assert not module.is_in_loss(turns[1])
 
 
 @pytest.mark.parametrize(
     "old, new, check",
     [
-        ('text.split("\\n")', "text.splitlines()", check_rows),
-        ("if line.strip()", "if True", check_rows),
-        ('text.split("\\n"), 1)', 'text.split("\\n"))', check_rows),
-        ('line += text.count("\\n", counted, position)', "line += 1", check_rows),
         ('"gpt": "assistant"', '"gpt": "user"', check_rows),
-        (', row.get("system")', ", None", check_rows),
-        ('"\\n\\n" + extra', "extra", check_rows),
-        ('parsed["weight"] = weight', "pass", check_rows),
+        ("[*_pop_system(unread), *_pop_turn_list", "[*_pop_turn_list", check_rows),
+        ('"\\n\\n".join(filter(None, [question, more]))', 'question + "\\n\\n" + more', check_rows),
+        ('        turn["weight"] = 0\n', "        pass\n", check_rows),
+        ("*map(_outside_loss, turns[:start])", "*turns[:start]", check_rows),
+        ("asked = map(_outside_loss, ", "asked = (", check_rows),
         ("_string(value, key).strip()", "_string(value, key)", check_faults),
         ("        value.encode()\n", "        pass\n", check_faults),
-        ("if weight not in (None, 0, 1)", "if False", check_faults),
-        ('or "user" not in roles[: roles.index("assistant")]', "", check_faults),
+        ("if flag not in (0, 1)", "if False", check_faults),
         ('if "system" in roles[1:]', "if False", check_faults),
+        ("            _refuse_meaningful(unread_in_turn)\n", "", check_faults),
     ],
 )
 def test_a_mutant_of_the_formats_is_noticed(

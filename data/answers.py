@@ -1,0 +1,132 @@
+"""Finds where each answer of a conversation begins and ends in its rendering.
+
+Most chat templates do not mark answers. So the template renders growing prefixes of the
+conversation. For the answer in turn k,
+
+    prompt   = turns before k, and the header of an answer    <|user|>2 + 2?<|end|><|assistant|>
+    answered = turns up to and including k      <|user|>2 + 2?<|end|><|assistant|>4<|end|>
+
+`answered` must start with `prompt`; the answer is the rest, up to its last control token, which
+ends it. The line break that many templates write after that token does not belong to it, nor does
+the header of another answer, which some templates always write at the end.
+
+The rendering of the conversation must start with each `answered`. Otherwise the template rewrites
+earlier turns (Qwen 3's removes the thoughts from them).
+
+Two renderings for each answer would take quadratic time in long conversations. A rendering with a
+mark around each content shows what the template writes between contents. Between most it writes the
+same, so the first answer with the same text before and after it shows where the others begin and
+end.
+"""
+
+from typing import NamedTuple
+
+from data.rendering import Renderer
+from data.rows import BadRow, Turn
+
+MARK = "\U0010fffd"  # a character for private use
+
+
+class Span(NamedTuple):
+    """Where an answer begins and ends in a text."""
+
+    start: int
+    end: int
+
+
+class Content(NamedTuple):
+    """Where a content begins and ends in a rendering, and what the template writes around it."""
+
+    start: int
+    end: int
+    before: str
+    after: str
+
+
+class Conversation:
+    """Turns and their rendering, `text`. Raises: BadRow if the template refuses them."""
+
+    def __init__(self, renderer: Renderer, turns: list[Turn], tools: list[dict] | None) -> None:
+        self.renderer = renderer
+        self.turns = turns
+        self.tools = tools
+        self.text = renderer.render(turns, tools)
+
+    def find_answers(self, indices: list[int]) -> list[Span] | None:
+        """The answers in the turns with these indices; None if the template rewrites some of them.
+
+        Raises: as render_answer.
+        """
+        contents = self._find_contents() if len(indices) > 1 else {}
+        examples: dict[tuple[str, str], tuple[int, int]] = {}
+        spans = []
+        for index in indices:
+            content = contents.get(index)
+            if content and (content.before, content.after) in examples:
+                n_before, n_after = examples[content.before, content.after]
+                spans.append(Span(content.start - n_before, content.end + n_after))
+                continue
+            answered, start = self.render_answer(index)
+            if not self.text.startswith(answered):
+                return None
+            spans.append(Span(start, len(answered)))
+            if content:
+                distances = (content.start - start, len(answered) - content.end)
+                examples[content.before, content.after] = distances
+        return spans
+
+    def render_answer(self, index: int) -> tuple[str, int]:
+        """The turns up to the end of the answer in turn `index` as text, and where it begins.
+
+        Raises: ValueError if the template does not show where an answer begins or ends.
+        """
+        name = self.renderer.name
+        prompt = self.renderer.render(self.turns[:index], self.tools, add_generation_prompt=True)
+        is_last = index + 1 == len(self.turns)
+        answered = (
+            self.text if is_last else self.renderer.render(self.turns[: index + 1], self.tools)
+        )
+        if not answered.startswith(prompt):
+            raise ValueError(
+                f"{name} ends a prompt with {prompt[-40:]!r}, but does not write a given "
+                "answer after these characters, so the tokens of the answer cannot be found: "
+                "give the tokenizer a template that does"
+            )
+        found = self.renderer.control_tokens.finditer(answered, len(prompt))
+        ends = [match.end() for match in found]
+        if not ends:
+            raise ValueError(
+                f"{name} writes no special token after an answer, so the model would not be "
+                "trained to end its answers: give it a template that writes eos_token there"
+            )
+        for end in ends[:-1]:
+            if prompt.endswith(answered[end:]):  # the header of another answer
+                return answered[:end], len(prompt)
+        return answered[: ends[-1]], len(prompt)
+
+    def _find_contents(self) -> dict[int, Content]:
+        """The contents by turn; none if the template changes more than the spaces around them."""
+        indices = [index for index, turn in enumerate(self.turns) if turn.get("content")]
+        marked = list(self.turns)
+        for index in indices:
+            content = MARK + self.turns[index]["content"] + MARK
+            marked[index] = self.turns[index] | {"content": content}
+        try:
+            pieces = self.renderer.render(marked, self.tools).split(MARK)
+        except BadRow:
+            return {}
+        written, contents = pieces[0::2], pieces[1::2]
+        if contents != [self.turns[index]["content"] for index in indices]:
+            return {}
+
+        found = {}
+        end = 0
+        for index, before, content, after in zip(indices, written, contents, written[1:]):
+            start = end + len(before)
+            if not self.text.startswith(content + after, start):
+                content = content.strip()
+            end = start + len(content)
+            if self.text[start - len(before) : end] != before + content:
+                return {}
+            found[index] = Content(start, end, before, after)
+        return found if self.text[end:] == written[-1] else {}
