@@ -52,6 +52,17 @@ SHORTENING = MARKED.replace(
     "{{ (message['content'] if loop.last else message['content'].split('</think>')[-1])"
     " + '<|im_end|>' }}{% endgen",
 )
+# Ends an answer with two special tokens, of which the first is not its end.
+TWICE = MARKED.replace("'<|im_end|>' }}{% endgen", "'<file_sep><|im_end|>' }}{% endgen")
+# What these write depends on the length of a content, so marks in it would change it.
+COUNTING = MARKED.replace(HEADER, "{{ messages[0]['content'] | length }}" + HEADER).replace(
+    "{% if add_generation_prompt %}",
+    "{% if add_generation_prompt %}{{ messages[0]['content'] | length }}",
+)
+LIMITED = MARKED.replace(
+    HEADER,
+    "{% if message['content'] | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + HEADER,
+)
 # Writes nothing between a question and its answer.
 TIGHT = (
     "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}"
@@ -252,6 +263,23 @@ def test_a_template_that_shortens_earlier_answers_trains_on_each_answer_in_full(
         "g<|im_end|>",
     ]
     assert "<think>" not in tokenizer.decode(found[2].ids)
+
+
+def test_an_answer_ends_at_its_last_special_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    made = chat_template.Template(with_template(tokenizer, TWICE))
+    [found] = made.encode_conversation(turns_of([("a", "b", True), ("c", "d", True)]))
+    runs = [tokenizer.decode(run) for run in runs_in_loss(found)]
+    assert runs == ["b<file_sep><|im_end|>", "d<file_sep><|im_end|>"]
+    assert made.ends == {tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("template", [COUNTING, LIMITED])
+def test_answers_are_also_found_where_the_template_looks_at_the_contents(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    turns = turns_of([("a", "b", True), ("c", "d", True)])
+    [found] = chat_template.Template(with_template(tokenizer, template)).encode_conversation(turns)
+    assert [tokenizer.decode(run) for run in runs_in_loss(found)] == ["b<|im_end|>", "d<|im_end|>"]
 
 
 def test_the_work_for_a_chat_grows_with_its_length_not_with_its_square(
