@@ -35,7 +35,7 @@ import transformers
 from torch import Tensor, nn
 
 from checkpoints import bnb_4bit, headers, io, skeleton
-from lora import QLoRALinear, attach, names_of, naming, unadapted
+from lora import FrozenWeight, QLoRALinear, attach, names_of, naming, unadapted
 from variants.init import maker as layer_maker
 
 PROBE = 5  # tokens
@@ -88,7 +88,7 @@ def load_quantized(
     if quantization is None:
         model = _fill_and_quantize(model, shards, folder, device, make)
     else:
-        model = _cast(load_4bit(folder), dtype, device)
+        model = _keep_dense_layers(_cast(load_4bit(folder), dtype, device))
     require_causal(model, folder)
     return model
 
@@ -163,6 +163,17 @@ def _cast(
     return model.to(device)
 
 
+def _keep_dense_layers(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Wraps the dense linear layers of a 4-bit model, so lora.attach does not quantize them."""
+    for names in unadapted(model):
+        linear = model.get_submodule(names[0])
+        if isinstance(linear, nn.Linear):
+            layer = QLoRALinear(FrozenWeight(linear.weight, codebook=None), linear.bias)
+            for name in names:
+                model.set_submodule(name, layer.eval())
+    return model
+
+
 # Folders in 4 bits
 
 
@@ -199,8 +210,8 @@ def load_4bit(folder: str | Path) -> transformers.PreTrainedModel:
 def save_4bit(model: transformers.PreTrainedModel, folder: str | Path) -> None:
     """Writes the frozen base of a model as transformers with bitsandbytes does, without adapters.
 
-    Raises: ValueError if no layer is in 4 bits, or the format cannot hold one (it is dense, or
-    has another code).
+    Raises: ValueError if no layer is in 4 bits, or the format cannot hold one (its code or its
+    block size).
     """
     folder = Path(folder)
     layers = names_of(model, QLoRALinear)
@@ -208,10 +219,11 @@ def save_4bit(model: transformers.PreTrainedModel, folder: str | Path) -> None:
         raise ValueError(
             "save_4bit needs a model of transformers with layers in 4 bits: lora.attach makes them"
         )
-    config = _config_of(model, next(iter(layers)))
+    packed = {layer: names for layer, names in layers.items() if not _is_dense(layer)} or layers
+    config = _config_of(model, next(iter(packed)))
     tensors = _dense_tensors(model, layers)
     storage = bnb_4bit.STORAGES[config.quantization_config["bnb_4bit_quant_storage"]]
-    for layer, names in layers.items():
+    for layer, names in packed.items():
         tensors |= bnb_4bit.pack(layer.base, f"{names[0]}.weight", storage)
     folder.mkdir(parents=True, exist_ok=True)
     io.write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -229,7 +241,16 @@ def _dense_tensors(
     for layer, names in layers.items():
         keys = [key for key in layer.state_dict() if key != "bias"]
         elsewhere |= {f"{name}.{key}" for name in names for key in keys}
-    return {name: t for name, t in model.state_dict().items() if name not in elsewhere}
+    tensors = {name: t for name, t in model.state_dict().items() if name not in elsewhere}
+    weights = {names[0]: layer.base.weight for layer, names in layers.items() if _is_dense(layer)}
+    return tensors | {f"{name}.weight": weight for name, weight in weights.items()}
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with a dense weight, with or without an adapter."""
+    if isinstance(module, QLoRALinear):
+        return module.base.codebook is None
+    return type(module) is nn.Linear
 
 
 def _config_of(
@@ -252,7 +273,7 @@ def _config_of(
     }
     output = model.get_output_embeddings()
     head = [name for name, module in model.named_modules() if module is output]
-    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    dense = [name for name, module in model.named_modules() if _is_dense(module)]
     skipped = quantization["llm_int8_skip_modules"] or []
     if dense != head and not set(dense) <= set(skipped):
         quantization["llm_int8_skip_modules"] = [*dense, *head]

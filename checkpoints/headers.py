@@ -96,6 +96,14 @@ def read_quantization(folder: Path) -> dict:
     return quantization
 
 
+def quantization_of(folder: Path) -> bnb_4bit.Quantization | None:
+    """Reads how a folder is quantized; None for a dense one. Raises: ValueError."""
+    if not is_quantized(folder):
+        return None
+    read_quantization(folder)
+    return packed_base(io.describe_model(folder), folder)
+
+
 def packed_base(described: dict[Path, dict[str, Tensor]], folder: Path) -> bnb_4bit.Quantization:
     """Reads how the first 4-bit weight of a folder is quantized.
 

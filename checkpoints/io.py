@@ -46,6 +46,11 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+def one_line(error: Exception) -> str:
+    """The message of an error on one line, without its end if it is long."""
+    return " ".join(str(error).split())[:300]
+
+
 def parse_json(text: bytes) -> dict:
     """Parses a JSON object. Raises: ValueError if it is not one, or nested too deeply."""
     try:

@@ -54,7 +54,7 @@ def build(
             path = folder / "generation_config.json"
             model.generation_config = transformers.GenerationConfig.from_dict(io.read_json(path))
     except Exception as error:  # a hostile config can cause any exception in transformers
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = f"{type(error).__name__}: {io.one_line(error)}"
         raise ValueError(
             f"{path} describes no causal language model that transformers can build ({reason})"
         ) from None
