@@ -37,10 +37,29 @@ def build(
     tensors: those of its files; only their number and size matter.
     dtype: of the parameters; None takes that of config.json.
     """
-    path = folder / "config.json"
-    _check_counts(io.read_json(path), len(tensors), path)
     max_bytes = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
-    max_calls = 10_000 + 100 * len(tensors)  # building a tensor takes about 5 calls
+    model = from_config(folder, len(tensors), max_bytes, dtype)
+    path = folder / "config.json"
+    try:
+        _compute_buffers(model, max_bytes)
+        if (folder / "generation_config.json").is_file():
+            path = folder / "generation_config.json"
+            model.generation_config = transformers.GenerationConfig.from_dict(io.read_json(path))
+    except Exception as error:  # a hostile config can cause any exception in transformers
+        raise ValueError(_cannot_build(path, error)) from None
+    return model
+
+
+def from_config(
+    folder: Path, n_tensors: int, max_bytes: int, dtype: torch.dtype | None = None
+) -> transformers.PreTrainedModel:
+    """Builds the model of config.json on the meta device, its computed buffers too.
+
+    n_tensors: how many it may have, about. max_bytes: how much memory building may take.
+    """
+    path = folder / "config.json"
+    _check_counts(io.read_json(path), n_tensors, path)
+    max_calls = 10_000 + 100 * n_tensors  # building a tensor takes about 5 calls
     kwargs = {} if dtype is None else {"dtype": dtype}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -49,16 +68,14 @@ def build(
                 config, trust_remote_code=False, **kwargs
             ).to("meta")  # a few layers ignore the device
         _keep_in_float32(model)
-        _compute_buffers(model, max_bytes)
-        if (folder / "generation_config.json").is_file():
-            path = folder / "generation_config.json"
-            model.generation_config = transformers.GenerationConfig.from_dict(io.read_json(path))
     except Exception as error:  # a hostile config can cause any exception in transformers
-        reason = f"{type(error).__name__}: {io.one_line(error)}"
-        raise ValueError(
-            f"{path} describes no causal language model that transformers can build ({reason})"
-        ) from None
+        raise ValueError(_cannot_build(path, error)) from None
     return model
+
+
+def _cannot_build(path: Path, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {io.one_line(error)}"
+    return f"{path} describes no causal language model that transformers can build ({reason})"
 
 
 def _keep_in_float32(model: transformers.PreTrainedModel) -> None:
