@@ -189,6 +189,8 @@ def load_4bit(folder: str | Path) -> transformers.PreTrainedModel:
     compute_dtype = bnb_4bit.DTYPES[quantization["bnb_4bit_compute_dtype"]]
     tensors = io.read_model(folder)
     model = skeleton.build(folder, tensors)
+    names = headers.names_in_model(model, tensors, folder)
+    tensors = {name: tensors[key] for key, name in names.items()}
     modules = dict(model.named_modules())
     try:
         for weight_name in bnb_4bit.packed_names(tensors):
