@@ -137,14 +137,16 @@ def require_causal(model: transformers.PreTrainedModel, where: object) -> None:
     Both passes have the same shapes, so a logit that depends on the same tokens has the same bits.
     """
     rows = model.get_input_embeddings().num_embeddings
-    ids = torch.arange(PROBE, device=model.device)[None] % rows  # (1, PROBE)
+    words = torch.arange(PROBE + 1, device=model.device) + rows // 2  # no special tokens
+    ids = words[None, :-1] % rows  # (1, PROBE)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     try:
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        logits = model(**inputs).logits[:, :-1]
     except AttributeError as error:  # it uses a linear layer in another way than by calling it
         name = type(model).__name__
         raise ValueError(f"{where}: {name} does not run on 4-bit layers ({error})") from None
-    ids[:, -1] = PROBE % rows
-    if not torch.equal(logits, model(input_ids=ids, use_cache=False).logits[:, :-1]):
+    ids[:, -1] = words[-1] % rows
+    if not torch.equal(logits, model(**inputs).logits[:, :-1]):
         raise ValueError(headers.not_causal(model, where, "its last token changes earlier logits"))
 
 
