@@ -11,7 +11,7 @@ python train.py --help                             all flags
 
 from __future__ import annotations  # type hints must not load the classes of transformers
 
-from training.options import QUANT_BITS, Options, parse_args
+from training.options import Options, parse_args
 
 if __name__ == "__main__":
     parse_args(description=__doc__)  # answer --help and wrong flags before the slow imports
@@ -30,9 +30,9 @@ from data import packing
 from data.dataset import Batch
 from lora import QLoRALinear
 from memory.measured import measure_step, rss_bytes
-from nf4 import normal_float
 from paged_optim import PagedAdamW
 from training import distributed, end_tokens, sharding
+from training.base_check import quantization_of
 from training.dtypes import dtype_table, resolve_device_and_dtype
 from training.exit_status import exit_status
 from training.loss_and_eval import LabelLoss, evaluate
@@ -103,12 +103,7 @@ def load_model(
     args: Options, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> transformers.PreTrainedModel:
     """The frozen base with adapters: each nn.Linear is quantized as it is read."""
-    bits = QUANT_BITS[args.quant]
-    quantization = {
-        "block_size": args.block_size,
-        "double_quant": not args.no_double_quant,
-        "codebook": normal_float(bits) if bits else None,  # None: 16-bit LoRA
-    }
+    quantization = quantization_of(args)
     adapter = {
         "layer_type": DoRALinear if args.use_dora else QLoRALinear,
         "r": args.lora_r,

@@ -1,26 +1,31 @@
 """A merged model equals PEFT's, transformers loads it, and the audit of a 4-bit merge is right."""
 
 import json
-import math
 import re
 from pathlib import Path
 
 import bitsandbytes
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora
 import train
-from checkpoints import base_model, peft_adapter
+from checkpoints import base_model, bnb_4bit, peft_adapter
+from checkpoints.bnb_4bit import Quantization
 from helpers import models
 from helpers.bounds import HALF_A_PERCENT, cosine
 from lora import MergeAudit
 from training import use_adapter
+from training.options import Options
 
 DTYPE = torch.bfloat16
+
+
+def options(adapter: Path, **flags: object) -> Options:
+    return Options(adapter=adapter, device="cpu", **flags)
 
 
 @pytest.fixture
@@ -41,7 +46,7 @@ def test_a_merge_is_what_peft_merges_into_the_decoded_base_and_transformers_load
     assert train.main(["--adapter", str(out), "--merge", str(tmp_path / "merged")]) == 0
     said = capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    ours, _ = use_adapter.load_adapted_model(out, None, None, "cpu")
+    ours, _ = use_adapter.load_adapted_model(options(out))
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     for name, layer in peft_adapter.adapted_layers(ours).items():
         dense.get_submodule(name).weight.data = layer.base(torch.float32)
@@ -79,11 +84,11 @@ def test_a_merge_into_the_base_of_a_4_bit_folder_is_dense_and_stays_float16(
 def test_a_merge_into_4_bits_keeps_what_the_audit_said_and_transformers_loads_it(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    model, _ = use_adapter.load_adapted_model(out, None, None, "cpu")
+    model, _ = use_adapter.load_adapted_model(options(out))
     layers = peft_adapter.adapted_layers(model)
     before = {name: layer.base(torch.float32) for name, layer in layers.items()}
     updates = {name: layer.update() for name, layer in layers.items()}
-    _, audit = lora.merge(use_adapter.load_adapted_model(out, None, None, "cpu")[0])
+    _, audit = lora.merge(use_adapter.load_adapted_model(options(out))[0])
     assert train.main(["--adapter", str(out), "--merge-4bit", str(tmp_path / "merged")]) == 0
     said = int(re.search(r"keeps (\d+)%", capsys.readouterr().out)[1]) / 100
     with torch.compiler.set_stance("force_eager"):
@@ -146,13 +151,7 @@ def test_a_merge_overwrites_nothing_and_leaves_nothing_incomplete(
 
 
 def test_an_adapter_records_its_base(out: Path) -> None:
-    quantization, dtype = peft_adapter.base_of(out)
-    assert dtype == DTYPE and quantization.keys() == {"block_size", "double_quant", "codebook"}
-    assert torch.equal(quantization.pop("codebook"), lora.NF4)
-    assert quantization == {
-        "block_size": 64,
-        "double_quant": True,
-    }
+    assert peft_adapter.base_of(out) == (Quantization("nf4", 64, True), DTYPE)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +162,7 @@ def test_an_adapter_records_its_base(out: Path) -> None:
         ('{"bits": 99}', "describes no base"),
         ('{"dtype": "int8"}', "no base"),
         ('{"bits": "4"}', "no base"),
+        ('{"code": "int8"}', "no base"),
         ('{"bits": 0, "dtype": "float16"}', None),
         (None, None),
     ],
@@ -176,8 +176,98 @@ def test_a_header_that_describes_no_base_is_refused(
     )
     if complaint is None:
         quantization, dtype = peft_adapter.base_of(out)
-        assert (quantization["codebook"] is None) == (dtype == torch.float16)
-        assert math.log2(quantization["block_size"]) == 6
+        assert (quantization is None) == (header is None)
+        assert header is None or (quantization.code == "none") == (dtype == torch.float16)
     else:
         with pytest.raises(ValueError, match=complaint):
             peft_adapter.base_of(out)
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model and an adapter that PEFT trained on it."""
+    root = tmp_path_factory.mktemp("foreign")
+    folder = models.save_tiny_llama(root / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    models.trained(theirs)
+    theirs.save_pretrained(root / "adapter")
+    return root
+
+
+def merged_logits(root: Path, out: Path, *flags: str) -> torch.Tensor:
+    words = ["--adapter", str(root / "adapter"), "--model", str(root / "model"), *flags]
+    assert train.main([*words, "--merge", str(out), "--device", "cpu"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.arange(20)[None]).logits
+
+
+def test_an_adapter_that_peft_trained_on_a_dense_base_merges_into_one(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    ours = merged_logits(foreign, tmp_path / "dense", "--quant", "none")
+    said = capsys.readouterr().err
+    assert "does not say how its base was quantized" in said and "is used dense; " in said
+    base = AutoModelForCausalLM.from_pretrained(foreign / "model", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, foreign / "adapter").merge_and_unload()
+    for parameter in theirs.parameters():  # a merge has 16 bits
+        parameter.data = parameter.to(DTYPE).float()
+    with torch.no_grad():
+        assert torch.equal(ours, theirs(torch.arange(20)[None]).logits)
+
+    quantized = merged_logits(foreign, tmp_path / "nf4")
+    said = capsys.readouterr().err
+    assert "is used nf4 in blocks of 64, double quantization; --quant none keeps it dense" in said
+    assert not torch.equal(quantized, ours)
+
+
+def test_an_adapter_for_another_base_than_the_given_one_is_refused(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base = lora.attach(models.tiny_llama(DTYPE), r=1, block_size=128)
+    use_adapter.save_4bit(base, models.tokenizer(), tmp_path / "base")
+    words = ["--adapter", str(out), "--merge", str(tmp_path / "merged"), "--device", "cpu"]
+    assert train.main([*words, "--model", str(tmp_path / "base")]) == 1
+    error = capsys.readouterr().err
+    assert "was trained on a base that was nf4 in blocks of 64, double quantization, and" in error
+    assert "is nf4 in blocks of 128" in error and error.count("\n") == 1
+    assert train.main([*words, "--quant", "none"]) == 1
+    error = capsys.readouterr().err
+    assert "--quant none disagrees with" in error and error.count("\n") == 1
+
+
+def test_the_base_of_an_adapter_that_does_not_say_is_what_its_folder_is(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings = {"codebook": bnb_4bit.CODES["fp4"], "block_size": 128}
+    base = lora.attach(models.tiny_llama(DTYPE), r=1, **settings)
+    use_adapter.save_4bit(base, models.tokenizer(), tmp_path)
+    args = options(foreign / "adapter", model=str(tmp_path))
+    model, _ = use_adapter.load_adapted_model(args)
+    assert (args.quant, args.block_size) == ("fp4", 128)
+    for layer in peft_adapter.adapted_layers(model).values():
+        assert bnb_4bit.quant_type(layer.base.codebook) == "fp4"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_merge_into_4_bits_keeps_the_dense_layers_of_its_base_dense(tmp_path: Path) -> None:
+    base = lora.attach(models.tiny_llama(DTYPE), "q_proj", r=1)
+    use_adapter.save_4bit(base, models.tokenizer(), tmp_path / "base")
+    model = base_model.load_quantized(tmp_path / "base", DTYPE, "cpu", pytest.fail)
+    peft_adapter.save_adapter(models.trained(lora.attach(model, r=2)), tmp_path / "adapter")
+    args = options(tmp_path / "adapter", model=str(tmp_path / "base"))
+    model, tokenizer = use_adapter.load_adapted_model(args)
+    layer = model.model.layers[0].mlp.up_proj
+    expected = (layer.base(torch.float32) + layer.update()).to(DTYPE)
+    use_adapter.merge_4bit(model, tokenizer, tmp_path / "merged")
+    merged = base_model.load_4bit(tmp_path / "merged")
+    assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, expected)
+
+
+@pytest.mark.parametrize("name, expected", [("float16", torch.float16), (None, torch.bfloat16)])
+def test_a_base_has_the_dtype_of_its_config(
+    tmp_path: Path, name: str | None, expected: torch.dtype
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": name}))
+    assert use_adapter.dtype_of(tmp_path) == expected
