@@ -51,7 +51,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from double_quant import DoubleQuantized
 from double_quant import quantize as quantize_constants
-from kernels import dispatch
+from kernels import dispatch, weight_state
 from nf4 import NF4, Quantized, check_finite
 
 
@@ -147,11 +147,26 @@ class FrozenWeight(nn.Module):
         """Apply .to(), .half(), .cuda() and the like; 4-bit weights move but keep their dtypes."""
         exact = {} if self.codebook is None else dict(self.named_buffers())
         super()._apply(fn, recurse)
+        if self.codebook is None:
+            self.dtype = self.weight.dtype
         for name, tensor in exact.items():
             changed = getattr(self, name)
-            if changed.dtype != tensor.dtype:
+            if name.endswith("codebook"):  # no state_dict restores it after to_empty()
+                setattr(self, name, tensor if changed.is_meta else tensor.to(changed.device))
+            elif changed.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(changed.device))
         return self
+
+    def get_extra_state(self) -> Tensor:
+        """How the weight is decoded: in the state_dict, next to its tensors."""
+        if self.codebook is None:
+            return weight_state.encode({"shape": list(self.shape)})
+        return weight_state.encode(weight_state.describe(*self.packed_state()))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises: ValueError if the tensors of a state_dict are decoded in another way."""
+        own = weight_state.decode(self.get_extra_state())
+        weight_state.check_same(weight_state.decode(state), own)
 
     def extra_repr(self) -> str:
         bits = 8 * self.nbytes / max(self.shape.numel(), 1)
@@ -316,6 +331,17 @@ class QLoRALinear(nn.Module):
         keep = torch.rand(x.shape, device=x.device) >= p if p else None
         scaling = self.scaling / (1 - p)
         return LoRAMatmul.apply(x, self.lora_A, self.lora_B, bias, keep, scaling, self.base)
+
+    def _save_to_state_dict(self, state: dict, prefix: str, *others: object) -> None:
+        # Under the name of a dense weight, so a model without attach refuses this state by shape.
+        super()._save_to_state_dict(state, prefix, *others)
+        state[f"{prefix}weight"] = weight_state.encode({"scaling": self.scaling})
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *others: object) -> None:
+        if f"{prefix}weight" in state:
+            saved = weight_state.decode(state.pop(f"{prefix}weight"))
+            weight_state.check_same(saved, {"scaling": self.scaling})
+        super()._load_from_state_dict(state, prefix, *others)
 
     def update(self) -> Tensor:
         """What the adapter adds to the weight: s B A (out, in), in the dtype of the adapter."""

@@ -7,8 +7,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import lora
 from helpers.models import tiny_llama
@@ -117,3 +118,15 @@ def test_with_the_trainer_a_run_that_was_saved_continues_with_the_same_bits(tmp_
     expected = trainer_steps(tmp_path / "whole", paged, stop=4, resume=False)
     trainer_steps(tmp_path / "parts", paged, stop=2, resume=False)
     assert trainer_steps(tmp_path / "parts", paged, stop=4, resume=True) == expected
+
+
+# Saved by the wrong call
+
+
+def test_from_pretrained_refuses_what_save_pretrained_wrote_after_attach(tmp_path: Path) -> None:
+    """It would start its linear layers at random. Trainer saves and loads such folders."""
+    adapted_model().save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    twin = adapted_model()
+    assert not twin.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)[1]

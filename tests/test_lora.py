@@ -1,5 +1,6 @@
 """The laws of lora.py: the hand-derived backward pass and what it saves, attach, and merge."""
 
+import copy
 import gc
 import math
 import re
@@ -396,6 +397,30 @@ def test_with_use_rslora_the_scaling_is_alpha_over_the_root_of_r(
 ) -> None:
     layer = QLoRALinear.from_linear(nn.Linear(16, 16), r=9, lora_alpha=6, use_rslora=use_rslora)
     assert layer.scaling == scaling
+
+
+def test_a_state_of_another_scaling_is_refused() -> None:
+    layer, other = (QLoRALinear.from_linear(nn.Linear(64, 8), 4, alpha) for alpha in (8, 16))
+    other.load_state_dict(copy.deepcopy(other.state_dict()))
+    message = "scaling must be 2.0, as in this model, got 4.0 in the state; quantize and attach"
+    with pytest.raises(ValueError, match=message):
+        layer.load_state_dict(other.state_dict())
+
+
+def test_a_model_without_adapters_refuses_the_state_of_one_with_adapters() -> None:
+    """Also with strict=False, which from_pretrained means: it would leave random weights."""
+    model = nn.Sequential(nn.Linear(64, 8))
+    adapted = lora.attach(copy.deepcopy(model))
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
+        model.load_state_dict(adapted.state_dict(), strict=False)
+
+
+def test_a_state_without_the_description_of_a_layer_is_incomplete() -> None:
+    layer = QLoRALinear.from_linear(nn.Linear(64, 8))
+    state = {name: tensor for name, tensor in layer.state_dict().items() if name != "weight"}
+    del state["base._extra_state"]
+    with pytest.raises(RuntimeError, match='Missing key.* "base._extra_state"'):
+        layer.load_state_dict(state)
 
 
 def test_a_layer_of_rank_0_has_no_adapter_and_the_scaling_0() -> None:
