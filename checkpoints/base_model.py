@@ -36,7 +36,8 @@ import transformers
 from torch import Tensor, nn
 
 from checkpoints import bnb_4bit, io, skeleton
-from lora import QLoRALinear, attach, names_of, naming, unadapted
+from checkpoints.peft_adapter import plain_name
+from lora import QLoRALinear, attach, names_of, naming, unadapted, unwrap
 from variants.init import maker as layer_maker
 
 # What transformers writes, except for the entries that depend on the layers.
@@ -239,6 +240,7 @@ def save_4bit(model: transformers.PreTrainedModel, folder: str | Path) -> None:
     has another code).
     """
     folder = Path(folder)
+    model = unwrap(model)
     layers = names_of(model, QLoRALinear)
     if not layers or not isinstance(model, transformers.PreTrainedModel):
         raise ValueError(
@@ -248,7 +250,7 @@ def save_4bit(model: transformers.PreTrainedModel, folder: str | Path) -> None:
     tensors = _dense_tensors(model, layers)
     storage = bnb_4bit.STORAGES[config.quantization_config["bnb_4bit_quant_storage"]]
     for layer, names in layers.items():
-        tensors |= bnb_4bit.pack(layer.base, f"{names[0]}.weight", storage)
+        tensors |= bnb_4bit.pack(layer.base, f"{plain_name(names[0])}.weight", storage)
     folder.mkdir(parents=True, exist_ok=True)
     io.write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
     if model.can_generate():
@@ -264,8 +266,9 @@ def _dense_tensors(
     elsewhere = set(model.all_tied_weights_keys)
     for layer, names in layers.items():
         keys = [key for key in layer.state_dict() if key != "bias"]
-        elsewhere |= {f"{name}.{key}" for name in names for key in keys}
-    return {name: t for name, t in model.state_dict().items() if name not in elsewhere}
+        elsewhere |= {f"{plain_name(name)}.{key}" for name in names for key in keys}
+    tensors = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    return {name: tensor for name, tensor in tensors.items() if name not in elsewhere}
 
 
 def _config_of(
