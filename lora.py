@@ -51,7 +51,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from double_quant import DoubleQuantized
 from double_quant import quantize as quantize_constants
-from kernels import dispatch
+from kernels import dispatch, weight_state
 from nf4 import NF4, Quantized, check_finite
 
 
@@ -147,11 +147,26 @@ class FrozenWeight(nn.Module):
         """Apply .to(), .half(), .cuda() and the like; 4-bit weights move but keep their dtypes."""
         exact = {} if self.codebook is None else dict(self.named_buffers())
         super()._apply(fn, recurse)
+        if self.codebook is None:
+            self.dtype = self.weight.dtype
         for name, tensor in exact.items():
             changed = getattr(self, name)
-            if changed.dtype != tensor.dtype:
+            if name.endswith("codebook"):  # no state_dict restores it after to_empty()
+                setattr(self, name, tensor if changed.is_meta else tensor.to(changed.device))
+            elif changed.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(changed.device))
         return self
+
+    def get_extra_state(self) -> Tensor:
+        """How the weight is decoded: in the state_dict, next to its tensors."""
+        if self.codebook is None:
+            return weight_state.encode({"shape": list(self.shape)})
+        return weight_state.encode(weight_state.describe(*self.packed_state()))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises: ValueError if the tensors of a state_dict are decoded in another way."""
+        own = weight_state.decode(self.get_extra_state())
+        weight_state.check_same(weight_state.decode(state), own)
 
     def extra_repr(self) -> str:
         bits = 8 * self.nbytes / max(self.shape.numel(), 1)
@@ -317,6 +332,17 @@ class QLoRALinear(nn.Module):
         scaling = self.scaling / (1 - p)
         return LoRAMatmul.apply(x, self.lora_A, self.lora_B, bias, keep, scaling, self.base)
 
+    def _save_to_state_dict(self, state: dict, prefix: str, *others: object) -> None:
+        # Under the name of a dense weight, so a model without attach refuses this state by shape.
+        super()._save_to_state_dict(state, prefix, *others)
+        state[f"{prefix}weight"] = weight_state.encode({"scaling": self.scaling})
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *others: object) -> None:
+        if f"{prefix}weight" in state:
+            saved = weight_state.decode(state.pop(f"{prefix}weight"))
+            weight_state.check_same(saved, {"scaling": self.scaling})
+        super()._load_from_state_dict(state, prefix, *others)
+
     def update(self) -> Tensor:
         """What the adapter adds to the weight: s B A (out, in), in the dtype of the adapter."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
@@ -335,8 +361,8 @@ def attach(
     necessary to match 16-bit fine-tuning. Other targets are names: a layer is adapted if its dotted
     name is one of them, or ends in a dot and one of them. A layer that is already in 4 bits keeps
     its base. settings: as in `from_linear`.
-    Raises: ValueError if no layer matches or if one cannot be quantized (the message names it). The
-    model is then unchanged.
+    Raises: ValueError if no layer matches, if one that is named has an adapter, or if one cannot be
+    quantized (the message names it). The model is then unchanged.
     """
     groups = unadapted(model)
     if not groups:
@@ -344,27 +370,56 @@ def attach(
             "the model has no nn.Linear besides its output head, so there is nothing to adapt; "
             "is it adapted already?"
         )
-    chosen = groups if targets == "all-linear" else _matching(groups, targets)
+    adapted = [names for layer, names in names_of(model, QLoRALinear).items() if layer.r]
+    chosen = groups if targets == "all-linear" else _matching(groups, adapted, targets)
     layers = [(names, settings) for names in chosen]
     bytes_before, bytes_now = adapt(model, layers, layer_type)
     print(
         f"adapters of rank {model.get_submodule(chosen[0][0]).r} on {len(chosen)} linear layers; "
         f"their frozen weights: {bytes_before / 1e6:.1f} MB before, {bytes_now / 1e6:.1f} MB now"
     )
+    if adapted:
+        print(f"  unchanged: {len(adapted)} linear layers that had an adapter")
+    if left := left_dense(model):
+        print(f"  left dense: {left}")
     return model
 
 
-def _matching(groups: list[list[str]], targets: str | Iterable[str]) -> list[list[str]]:
+def _matching(
+    groups: list[list[str]], adapted: list[list[str]], targets: str | Iterable[str]
+) -> list[list[str]]:
     """The layers that have a name ending in a target; a layer is given as the list of its names."""
     wanted = [targets] if isinstance(targets, str) else list(targets)
     endings = tuple(f".{target}" for target in wanted)
-    chosen = [names for names in groups if any(f".{name}".endswith(endings) for name in names)]
+
+    def matching(layers: list[list[str]]) -> list[list[str]]:
+        return [names for names in layers if any(f".{name}".endswith(endings) for name in names)]
+
+    if twice := matching(adapted):
+        raise ValueError(
+            f"a layer has one adapter, got the target {twice[0][0]}, which has one; "
+            "name other targets or merge first"
+        )
+    chosen = matching(groups)
     if not chosen:
         known = sorted({name.rpartition(".")[2] for names in groups for name in names})
         raise ValueError(
             f"targets {wanted} match no linear layer; the model has {', '.join(known)}"
         )
     return chosen
+
+
+def left_dense(model: nn.Module) -> str:
+    """Names the matrices outside adapted layers, embeddings and output head, by kind of module."""
+    kinds: dict[str, list[str]] = {}
+    head = output_head(model)
+    for name, module in model.named_modules():
+        is_matrix = any(weight.dim() > 1 for weight in module.parameters(recurse=False))
+        if is_matrix and module is not head and not isinstance(module, QLoRALinear | nn.Embedding):
+            kinds.setdefault(type(module).__name__, []).append(name.rpartition(".")[2])
+    return "; ".join(
+        f"{len(names)} {kind} ({', '.join(sorted({*names}))})" for kind, names in kinds.items()
+    )
 
 
 def adapt(
@@ -376,6 +431,11 @@ def adapt(
 
     layers: (names, settings) for each layer. Returns the bytes of their weights before and after.
     """
+    if layers and unwrap(model) is not model:
+        raise ValueError(
+            f"adapters go into the model itself, got a {type(model).__name__} around it; "
+            "add them first, then wrap or compile the model"
+        )
     for names, _ in layers:
         linear = model.get_submodule(names[0])
         if isinstance(linear, nn.Linear):
@@ -408,18 +468,33 @@ def naming(name: str) -> Iterator[None]:
         raise ValueError(f"layer {name}: {error}") from None
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel, DistributedDataParallel or AveragedModel."""
+    while [name for name, _ in model.named_children()] in (["module"], ["_orig_mod"]):
+        [model] = model.children()
+    return model
+
+
 def unadapted(model: nn.Module) -> list[list[str]]:
     """The linear layers without an adapter, except the output head; each is a list of its names."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     tied = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    body = {*model.modules()}
+    if head is None and hasattr(model, "base_model"):
+        body = {*model.base_model.modules()}  # the head of a classifier is outside
     groups = []
     for module, names in names_of(model, nn.Linear).items():
         # A subclass of nn.Linear may compute something else, so it is not replaced.
-        is_head = module is head or module.weight in tied
+        is_head = module is head or module.weight in tied or module not in body
         if type(module) is nn.Linear and not is_head:
             groups.append(names)
     groups += [names for layer, names in names_of(model, QLoRALinear).items() if layer.r == 0]
     return groups
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits from hidden states, if a model of transformers has one."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def names_of(model: nn.Module, layer_type: type[nn.Module]) -> dict[nn.Module, list[str]]:
@@ -450,7 +525,8 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
     small compared with the gaps between levels, so rounding removes much of it.
     """
     audit = {}
-    for layer, names in names_of(model, QLoRALinear).items():
+    inner = unwrap(model)
+    for layer, names in names_of(inner, QLoRALinear).items():
         base = layer.base
         update = layer.update()
         if base.codebook is not None:
@@ -461,7 +537,7 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
         linear.bias = layer.bias
         linear.train(layer.training)
         for name in names:
-            model.set_submodule(name, linear)
+            inner.set_submodule(name, linear)
     return model, audit
 
 

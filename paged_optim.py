@@ -168,6 +168,35 @@ def sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt_().float() if x.dtype == torch.float32 else x.sqrt()
 
 
+def check_group(group: StateDict) -> None:
+    """Raise a ValueError unless the settings of a parameter group are those of an AdamW."""
+    missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]
+    if missing:
+        raise ValueError(
+            f"no hyperparameter may be missing, got none for {missing}; load the state of an AdamW"
+        )
+    for name in ("lr", "eps", "weight_decay"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name} must be at least 0, got {group[name]}; give 0 or more")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must lie in [0, 1), got {group['betas']}; try (0.9, 0.999)")
+    variants = [name for name in ("amsgrad", "maximize") if group.get(name)]
+    if variants:
+        raise ValueError(
+            f"amsgrad and maximize must be off, got {variants}; continue with torch.optim.AdamW"
+        )
+    if not group.get("decoupled_weight_decay", True):
+        raise ValueError(
+            "weight decay must be decoupled, got the group of a torch.optim.Adam; "
+            "continue with that class"
+        )
+
+
+def layout(param: Tensor) -> str:
+    """What the pages of a parameter depend on: its shape, dtype and device."""
+    return f"{tuple(param.shape)} in {param.dtype} on {param.device}"
+
+
 class PagedAdamW(Optimizer):
     """torch.optim.AdamW with at most resident_bytes of its state on the device (None: all of it).
 
@@ -207,6 +236,7 @@ class PagedAdamW(Optimizer):
             )
         self.page_bytes = page_bytes
         self.pages: dict[Tensor, list[Page]] = {}
+        self.layouts: dict[Tensor, str] = {}
         self.pager = Pager(budget)
         self.counters = self.pager.counters
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -219,15 +249,12 @@ class PagedAdamW(Optimizer):
         """
         super().add_param_group(param_group)
         group = self.param_groups.pop()  # added again once it is valid and has its pages
-        for name in ("lr", "eps", "weight_decay"):
-            if not group[name] >= 0:
-                raise ValueError(f"{name} must be at least 0, got {group[name]}; give 0 or more")
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas must lie in [0, 1), got {group['betas']}; try (0.9, 0.999)")
+        check_group(group)
         pages = self.pages | {param: self._cut(param) for param in group["params"]}
         self.pager.reserve_store([page for cut in pages.values() for page in cut])
         self.param_groups.append(group)
         self.pages = pages
+        self.layouts |= {param: layout(param) for param in group["params"]}
 
     def _cut(self, param: Tensor) -> list[Page]:
         """The pages of a parameter: its moments in runs of at most page_bytes."""
@@ -257,16 +284,23 @@ class PagedAdamW(Optimizer):
             if param.grad is not None
         ]
         for param, _ in updates:
-            if param.grad.layout != torch.strided:
-                raise ValueError(
-                    f"gradients must be dense, got {param.grad.layout}; call to_dense()"
-                )
+            self._check(param)
         for index, (param, group) in enumerate(updates):
             if index + 1 < len(updates):
                 next_param, _ = updates[index + 1]
                 self.pager.prefetch(self.pages[next_param])
             self._update(param, group)
         return loss
+
+    def _check(self, param: Tensor) -> None:
+        """Raise a ValueError if a parameter no longer fits its pages, or its gradient is sparse."""
+        if layout(param) != self.layouts[param]:
+            raise ValueError(
+                f"a parameter must keep its shape, dtype and device, got {layout(param)} after "
+                f"{self.layouts[param]}; cast or move the model before you make the PagedAdamW"
+            )
+        if param.grad.layout != torch.strided:
+            raise ValueError(f"gradients must be dense, got {param.grad.layout}; call to_dense()")
 
     def _update(self, param: Tensor, group: StateDict) -> None:
         step = self.state[param].get("step", 0) + 1
@@ -339,18 +373,7 @@ class PagedAdamW(Optimizer):
         """
         indices = []
         for group in state_dict["param_groups"]:
-            missing = [name for name in self.defaults if name not in group]
-            if missing:
-                raise ValueError(
-                    f"no hyperparameter may be missing, got none for {missing}; "
-                    "load the state of an AdamW"
-                )
-            variants = [name for name in ("amsgrad", "maximize") if group.get(name)]
-            if variants:
-                raise ValueError(
-                    f"amsgrad and maximize must be off, got {variants}; "
-                    "continue with torch.optim.AdamW"
-                )
+            check_group(group)
             indices += group["params"]
         states = {
             param: state_dict["state"][index]

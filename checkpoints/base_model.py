@@ -35,7 +35,8 @@ import transformers
 from torch import Tensor, nn
 
 from checkpoints import bnb_4bit, headers, io, skeleton
-from lora import FrozenWeight, QLoRALinear, attach, names_of, naming, unadapted
+from checkpoints.peft_adapter import plain_name
+from lora import FrozenWeight, QLoRALinear, attach, names_of, naming, unadapted, unwrap
 from variants.init import maker as layer_maker
 
 PROBE = 5  # tokens
@@ -218,6 +219,7 @@ def save_4bit(model: transformers.PreTrainedModel, folder: str | Path) -> None:
     block size).
     """
     folder = Path(folder)
+    model = unwrap(model)
     layers = names_of(model, QLoRALinear)
     if not layers or not isinstance(model, transformers.PreTrainedModel):
         raise ValueError(
@@ -228,7 +230,7 @@ def save_4bit(model: transformers.PreTrainedModel, folder: str | Path) -> None:
     tensors = _dense_tensors(model, layers)
     storage = bnb_4bit.STORAGES[config.quantization_config["bnb_4bit_quant_storage"]]
     for layer, names in packed.items():
-        tensors |= bnb_4bit.pack(layer.base, f"{names[0]}.weight", storage)
+        tensors |= bnb_4bit.pack(layer.base, f"{plain_name(names[0])}.weight", storage)
     folder.mkdir(parents=True, exist_ok=True)
     io.write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
     if model.can_generate():
@@ -244,10 +246,11 @@ def _dense_tensors(
     elsewhere = set(model.all_tied_weights_keys)
     for layer, names in layers.items():
         keys = [key for key in layer.state_dict() if key != "bias"]
-        elsewhere |= {f"{name}.{key}" for name in names for key in keys}
-    tensors = {name: t for name, t in model.state_dict().items() if name not in elsewhere}
-    weights = {names[0]: layer.base.weight for layer, names in layers.items() if _is_dense(layer)}
-    return tensors | {f"{name}.weight": weight for name, weight in weights.items()}
+        elsewhere |= {f"{plain_name(name)}.{key}" for name in names for key in keys}
+    tensors = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in elsewhere}
+    dense = {names[0]: layer.base.weight for layer, names in layers.items() if _is_dense(layer)}
+    return tensors | {f"{plain_name(name)}.weight": weight for name, weight in dense.items()}
 
 
 def _is_dense(module: nn.Module) -> bool:

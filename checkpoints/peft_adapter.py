@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from checkpoints import io
 from checkpoints.bnb_4bit import CODES, DTYPES, Quantization, quant_type
-from lora import FrozenWeight, QLoRALinear, adapt, names_of, unadapted
+from lora import FrozenWeight, QLoRALinear, adapt, names_of, unadapted, unwrap
 from variants.dora import DoRALinear
 
 PREFIX = "base_model.model."
@@ -69,9 +69,14 @@ MOST_WORK = 10**5  # the sum of 10 ** repetitions over all patterns: seconds for
 
 
 def adapted_layers(model: nn.Module) -> dict[str, QLoRALinear]:
-    """Finds every layer with an adapter, by name."""
-    layers = names_of(model, QLoRALinear)
-    return {names[0]: layer for layer, names in layers.items() if layer.r}
+    """Finds every layer with an adapter, by the name that it has in a model without wrappers."""
+    layers = names_of(unwrap(model), QLoRALinear)
+    return {plain_name(names[0]): layer for layer, names in layers.items() if layer.r}
+
+
+def plain_name(name: str) -> str:
+    """Removes what torch.compile and checkpoint_wrapper of a block add to the names inside it."""
+    return re.sub(r"\b(_orig_mod|_checkpoint_wrapped_module)\.", "", name)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -113,9 +118,11 @@ def save_adapter(
     Raises: ValueError if the model has no adapters, or some that one config cannot describe.
     """
     folder = Path(folder)
+    model = unwrap(model)
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("the model has no adapters: add them with lora.attach")
+    _check_trained(model)
     config = _config_of(model, layers)
     folder.mkdir(parents=True, exist_ok=True)
     bases = [layer.base for layer in layers.values()]
@@ -125,6 +132,18 @@ def save_adapter(
         metadata={"base": describe_base(bases)},
     )
     io.write_text(json.dumps(config, indent=2), folder / "adapter_config.json")
+
+
+def _check_trained(model: nn.Module) -> None:
+    """Raises a ValueError naming a parameter that is trained and that no adapter holds."""
+    saved = {id(parameter) for parameter in adapter_tensors(model).values()}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    lost = [name for name in trained if id(model.get_parameter(name)) not in saved]
+    if lost:
+        raise ValueError(
+            f"an adapter folder cannot hold other trained parameters, got {lost[0]} "
+            f"({len(lost)} in all); freeze them with requires_grad_(False), or merge and save all"
+        )
 
 
 def _config_of(model: nn.Module, layers: dict[str, QLoRALinear]) -> dict:
@@ -173,7 +192,7 @@ def _target_modules(model: nn.Module) -> list[str]:
     """Last parts of the adapted layers' names; full names if another layer shares a last part."""
     adapted = set(adapted_layers(model))
     linears = {
-        name
+        plain_name(name)
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, QLoRALinear))
     }
@@ -216,8 +235,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     new = []
     if not layers:
         in_file = layers_of(tensors)
-        new = [names for names in unadapted(model) if names[0] in in_file]
-        layers = {names[0]: model.get_submodule(names[0]) for names in new}
+        inner = unwrap(model)
+        new = [names for names in unadapted(inner) if names[0] in in_file]
+        layers = {names[0]: inner.get_submodule(names[0]) for names in new}
     settings = {name: settings_of(name, config) for name in layers}
     if not new:
         _check_settings(layers, settings, config["use_dora"], folder)

@@ -123,16 +123,18 @@ def _kernels(tensor: Tensor) -> ModuleType | None:
     if os.environ.get("QLORA_KERNELS") == "reference":
         return None
     if tensor.device.type == "cpu":
-        kernels = _launch_cpu()
+        kernels, process = _launch_cpu()
+        if process != os.getpid():  # a fork has none of the threads of its parent
+            return None
         kernels.follow_torch()
         return kernels
     return _launch_cuda() if tensor.is_cuda else None
 
 
 @cache
-def _launch_cpu() -> ModuleType:
-    """kernels/cpu/launch.py, imported when the first CPU tensor is used."""
-    return importlib.import_module("kernels.cpu.launch")
+def _launch_cpu() -> tuple[ModuleType, int]:
+    """kernels/cpu/launch.py, imported when the first CPU tensor is used, and by which process."""
+    return importlib.import_module("kernels.cpu.launch"), os.getpid()
 
 
 @cache

@@ -122,7 +122,9 @@ def test_a_weight_costs_exactly_4_bits_and_its_constants_and_one_mean(blocks: in
     assert 8 * frozen.nbytes == n * 4 + n * 8 // 64 + n * 32 // (64 * 256) + 32
     without = FrozenWeight(torch.randn(64, 256), double_quant=False)
     assert 8 * without.nbytes == 64 * 256 * 4 + 64 * 256 * 32 // 64
-    assert frozen.nbytes == sum(tensor.nbytes for tensor in frozen.state_dict().values())
+    saved = frozen.state_dict()
+    assert saved.pop("_extra_state").nbytes < 256  # how it is decoded
+    assert frozen.nbytes == sum(tensor.nbytes for tensor in saved.values())
 
 
 @given(recipes, st.booleans())
@@ -150,7 +152,79 @@ def test_a_move_to_another_device_keeps_every_dtype() -> None:
     dtypes = {name: buffer.dtype for name, buffer in frozen.named_buffers()}
     frozen.to("meta", torch.float16)
     assert {name: buffer.dtype for name, buffer in frozen.named_buffers()} == dtypes
-    assert all(buffer.is_meta for buffer in frozen.buffers())
+    on_meta = {name for name, buffer in frozen.named_buffers() if buffer.is_meta}
+    assert on_meta == {"packed", "absmax", "nested_absmax", "nested_offset"}
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("from_meta", [True, False])
+def test_an_emptied_weight_keeps_its_code_so_its_state_restores_it(
+    double: bool, from_meta: bool
+) -> None:
+    frozen = FrozenWeight(torch.randn(8, 64), double_quant=double, codebook=nf4.FP4)
+    before, decoded = copy.deepcopy(state_of(frozen)), frozen()
+    saved = copy.deepcopy(frozen.state_dict())
+    if from_meta:
+        frozen.to("meta")
+    frozen.to_empty(device="cpu")
+    frozen.load_state_dict(saved)
+    assert is_in_state(frozen, before) and same_bits(frozen(), decoded)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"codebook": nf4.FP4},
+            "codebook must be 16 levels .*, as in this model, got 16 levels .* ",
+        ),
+        ({"dtype": torch.bfloat16}, "dtype must be torch.float32, .*, got torch.bfloat16 in the "),
+        ({"shape": (64, 16)}, r"shape must be \[16, 64\], as in this model, got \[64, 16\] in "),
+        ({"block_size": 65536}, "block_size must be 32768, as in this model, got 65536 in the "),
+    ],
+)
+def test_a_state_that_is_decoded_in_another_way_is_refused(
+    settings: dict, message: str, double: bool
+) -> None:
+    def make(
+        shape: tuple[int, int] = (16, 64),
+        dtype: torch.dtype = torch.float32,
+        block_size: int = 32768,
+        codebook: Tensor = nf4.NF4,
+    ) -> FrozenWeight:
+        return FrozenWeight(torch.ones(shape, dtype=dtype), block_size, double, codebook)
+
+    with pytest.raises(ValueError, match=message):
+        make().load_state_dict(make(**settings).state_dict())
+
+
+def test_a_state_of_other_nested_levels_is_refused() -> None:
+    q = nf4.quantize(torch.ones(2, 64))
+    constants = double_quant.quantize(q.absmax)
+    frozen = FrozenWeight.from_quantized(q, constants)
+    other = FrozenWeight.from_quantized(
+        q, dataclasses.replace(constants, codebook=-constants.codebook)
+    )
+    with pytest.raises(ValueError, match="nested_codebook must be 256 levels"):
+        frozen.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_constants_of_the_other_kind_are_refused_also_if_names_may_differ(double: bool) -> None:
+    frozen, other = (
+        FrozenWeight(torch.ones(2, 64), double_quant=kind) for kind in (double, not double)
+    )
+    with pytest.raises(ValueError, match="nested_block_size must be"):
+        frozen.load_state_dict(other.state_dict(), strict=False)
+
+
+def test_a_dense_base_is_cast_like_any_weight() -> None:
+    frozen = FrozenWeight(torch.randn(2, 64), codebook=None).half()
+    assert frozen.dtype == frozen.weight.dtype == frozen().dtype == torch.float16
+    twin = FrozenWeight(torch.zeros(2, 64), codebook=None).half()
+    twin.load_state_dict(frozen.state_dict())
+    assert same_bits(twin(), frozen())
 
 
 @given(recipes, st.booleans())
@@ -168,7 +242,7 @@ def test_a_deep_copy_has_the_same_bytes_and_shares_none(recipe: Recipe, double: 
 def test_the_state_dict_round_trips_bit_for_bit(recipe: Recipe, double: bool) -> None:
     weight = recipe.tensor()
     frozen = FrozenWeight(weight, recipe.block_size, double)
-    names = {"packed", "absmax"}
+    names = {"packed", "absmax", "_extra_state"}
     if double:
         names |= {"nested_absmax", "nested_offset"}
     assert frozen.state_dict().keys() == names  # the codebook is a constant of the format
@@ -183,7 +257,7 @@ def test_without_a_codebook_the_dense_tensor_itself_is_kept(dtype: torch.dtype) 
     frozen = FrozenWeight(weight, codebook=None)
     assert frozen().data_ptr() == weight.data_ptr() and same_bits(frozen(), weight)
     assert not frozen().requires_grad and list(frozen.parameters()) == []
-    assert frozen.nbytes == weight.nbytes and list(frozen.state_dict()) == ["weight"]
+    assert frozen.nbytes == weight.nbytes and list(frozen.state_dict())[:-1] == ["weight"]
     assert same_bits(frozen(torch.float64), weight.detach().double())
     assert frozen.half()(torch.float16).dtype == torch.float16
 

@@ -1,5 +1,6 @@
 """The laws of lora.py: the hand-derived backward pass and what it saves, attach, and merge."""
 
+import copy
 import gc
 import math
 import re
@@ -12,6 +13,13 @@ import torch.nn.functional as F
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    MixtralConfig,
+)
 
 import double_quant
 import lora
@@ -42,6 +50,17 @@ MODES = [
     (torch.float32, None, torch.bfloat16),
     (torch.bfloat16, None, torch.float32),
 ]
+TINY = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 LINEARS = [f"blocks.{i}.{name}" for i in range(3) for name in ("down", "up")]
 
 
@@ -384,6 +403,68 @@ def test_a_model_that_is_adapted_already_is_refused() -> None:
         lora.attach(model, r=3)
 
 
+@pytest.mark.parametrize("targets", ["down", ["up", "1.down"]])
+def test_a_second_adapter_for_a_layer_is_refused_by_name(targets: object) -> None:
+    model = lora.attach(TowerWithHead(), "1.down", r=3)
+    before = copy.deepcopy(model.state_dict())
+    message = "a layer has one adapter, got the target blocks.1.down, which has one; name other"
+    with pytest.raises(ValueError, match=message):
+        lora.attach(model, targets, r=4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_all_linear_says_which_layers_keep_the_adapter_they_had(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = lora.attach(TowerWithHead(), "1.down", r=3)
+    lora.attach(model, r=4)
+    assert model.blocks[1]["down"].r == 3 and model.blocks[0]["down"].r == 4
+    assert "unchanged: 1 linear layers that had an adapter" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            lambda: AutoModelForCausalLM.from_config(MixtralConfig(**TINY)),
+            "left dense: 1 MixtralTopKRouter (gate); 1 MixtralExperts (experts)",
+        ),
+        (
+            lambda: AutoModelForSequenceClassification.from_config(LlamaConfig(**TINY)),
+            "left dense: 1 Linear (score)",
+        ),
+        (
+            lambda: nn.ModuleList(
+                [nn.Linear(2, 2), nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2)]
+            ),
+            "left dense: 1 NonDynamicallyQuantizableLinear (1)",
+        ),
+    ],
+)
+def test_attach_says_which_matrices_it_leaves(
+    capsys: pytest.CaptureFixture[str], model: Callable[[], nn.Module], said: str
+) -> None:
+    lora.attach(model(), r=2)
+    assert said in capsys.readouterr().out
+
+
+def test_attach_says_which_layers_are_no_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    lora.attach(TowerWithHead(), "up", r=2)
+    assert "left dense: 3 Linear (down)" in capsys.readouterr().out
+    lora.attach(TowerWithHead(), r=2)
+    assert "left dense" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, AveragedModel])
+def test_a_wrapped_model_is_merged_and_not_adapted(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    with pytest.raises(ValueError, match="adapters go into the model itself, got a .* around it"):
+        lora.attach(wrap(TowerWithHead()), r=2)
+    model = lora.attach(TowerWithHead(), r=2)
+    wrapped, audit = lora.merge(wrap(model))
+    assert sorted(audit) == LINEARS and not adapted_names(wrapped)
+    assert all(type(lora.unwrap(wrapped).get_submodule(name)) is nn.Linear for name in LINEARS)
+
+
 @pytest.mark.parametrize("r", [-1, 0, 2.0, "8", True])
 def test_a_rank_that_is_no_integer_from_1_is_refused_with_the_layer(r: object) -> None:
     with pytest.raises(ValueError, match=f"layer blocks.0.up: r must be an integer >= 1.*got {r}"):
@@ -396,6 +477,30 @@ def test_with_use_rslora_the_scaling_is_alpha_over_the_root_of_r(
 ) -> None:
     layer = QLoRALinear.from_linear(nn.Linear(16, 16), r=9, lora_alpha=6, use_rslora=use_rslora)
     assert layer.scaling == scaling
+
+
+def test_a_state_of_another_scaling_is_refused() -> None:
+    layer, other = (QLoRALinear.from_linear(nn.Linear(64, 8), 4, alpha) for alpha in (8, 16))
+    other.load_state_dict(copy.deepcopy(other.state_dict()))
+    message = "scaling must be 2.0, as in this model, got 4.0 in the state; quantize and attach"
+    with pytest.raises(ValueError, match=message):
+        layer.load_state_dict(other.state_dict())
+
+
+def test_a_model_without_adapters_refuses_the_state_of_one_with_adapters() -> None:
+    """Also with strict=False, which from_pretrained means: it would leave random weights."""
+    model = nn.Sequential(nn.Linear(64, 8))
+    adapted = lora.attach(copy.deepcopy(model))
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
+        model.load_state_dict(adapted.state_dict(), strict=False)
+
+
+def test_a_state_without_the_description_of_a_layer_is_incomplete() -> None:
+    layer = QLoRALinear.from_linear(nn.Linear(64, 8))
+    state = {name: tensor for name, tensor in layer.state_dict().items() if name != "weight"}
+    del state["base._extra_state"]
+    with pytest.raises(RuntimeError, match='Missing key.* "base._extra_state"'):
+        layer.load_state_dict(state)
 
 
 def test_a_layer_of_rank_0_has_no_adapter_and_the_scaling_0() -> None:

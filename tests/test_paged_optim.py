@@ -763,6 +763,22 @@ def test_a_loaded_state_is_a_copy_and_a_saved_one_a_snapshot() -> None:
         assert all(torch.equal(slot[name], before["state"][index][name]) for name in slot)
 
 
+@pytest.mark.parametrize("maker", [plain, PagedAdamW])
+def test_a_state_loads_any_number_of_times(maker: Callable) -> None:
+    run = Run()
+    params = Run().params()
+    optimizer = PagedAdamW(params, page_bytes=16, resident_bytes=16)
+    theirs = Run().params()
+    other = maker([{"params": theirs}], lr=run.lr)
+    run.train(other, theirs)
+    for _ in range(3):
+        optimizer.load_state_dict(other.state_dict())
+    for mine, yours in zip(params, theirs):
+        mine.data.copy_(yours.data)
+    assert snapshot(params, optimizer) == snapshot(theirs, other)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+
 def test_a_copy_is_refused_because_it_would_have_no_pages() -> None:
     with pytest.raises(TypeError, match=r"its store has no name; save state_dict\(\)"):
         copy.deepcopy(PagedAdamW(Run().params()))
@@ -799,17 +815,21 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     optimizer = PagedAdamW(params, page_bytes=16, resident_bytes=16)
     Run().train(optimizer, params)
     before = snapshot(params, optimizer)
-    copies = [copy.deepcopy(optimizer.state_dict()) for _ in range(4)]
-    wrong_shape, amsgrad, fewer, incomplete = copies
+    copies = [copy.deepcopy(optimizer.state_dict()) for _ in range(6)]
+    wrong_shape, amsgrad, fewer, incomplete, negative, no_betas = copies
     wrong_shape["state"][0]["exp_avg"] = torch.zeros(5, 3)
     amsgrad["param_groups"][0]["amsgrad"] = True
     fewer["param_groups"][0]["params"].pop()
     del incomplete["state"][2]["exp_avg_sq"]
+    negative["param_groups"][0]["lr"] = -1.0
+    no_betas["param_groups"][0]["betas"] = (0.9, 1.0)
     for state, message in [
         (wrong_shape, r"exp_avg must have shape \(3, 5\), got \(5, 3\)"),
         (amsgrad, "amsgrad"),
         (fewer, "size of optimizer's group"),
         (incomplete, r"exp_avg_sq must have shape \(2, 2\), got nothing"),
+        (negative, "lr must be at least 0, got -1.0"),
+        (no_betas, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(state)
@@ -832,6 +852,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
             r"exp_avg_sq must have shape \(3, 5\), got nothing; load AdamW's state",
         ),
         (lambda params: torch.optim.Adam(params, amsgrad=True), "amsgrad and maximize must be off"),
+        (torch.optim.Adam, "weight decay must be decoupled, got .* continue with that class"),
     ],
 )
 def test_a_foreign_state_is_refused_by_what_it_lacks_and_changes_nothing(
@@ -889,6 +910,39 @@ def test_a_sparse_gradient_is_refused_before_anything_changes() -> None:
     with pytest.raises(ValueError, match=r"dense, got torch.sparse_coo; call to_dense"):
         optimizer.step()
     assert dense.tolist() == [1, 1, 1, 1] and not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.to(torch.bfloat16),
+        lambda data: data.double(),
+        lambda data: torch.cat([data, data]),
+        lambda data: data[:1].clone(),
+        lambda data: data.T.contiguous(),
+    ],
+)
+def test_a_parameter_that_changed_after_construction_is_refused_before_anything_changes(
+    change: Callable[[Tensor], Tensor],
+) -> None:
+    """As after model.half() or model.to(device): its moments would not fit."""
+    other, changed = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    optimizer = PagedAdamW([other, changed])
+    changed.data = change(changed.data)
+    for param in (other, changed):
+        param.grad = torch.ones_like(param)
+    message = (
+        r"a parameter must keep its shape, dtype and device, got .* after \(3, 2\) "
+        r"in torch.float32 on cpu; cast or move the model before you make the PagedAdamW"
+    )
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert other.tolist() == [[1, 1]] * 3 and not optimizer.state
+
+
+def test_options_that_would_be_ignored_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"amsgrad and maximize must be off, got \['maximize'\]"):
+        PagedAdamW([{"params": [nn.Parameter(torch.ones(2))], "maximize": True}])
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lora import FrozenWeight, QLoRALinear
 from memory import formula
@@ -98,14 +99,15 @@ class DtypeRecorder(TorchDispatchMode):
         """The forward pre-hook of a module of that kind."""
         self.running.append(kind)
 
-    def leave(self, kind: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def leave(self, kind: str, module: nn.Module, inputs: tuple, output: object) -> None:
         """The forward hook of a module of that kind."""
         self.running.pop()
-        self.output.setdefault(kind, set()).add(output.dtype)
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        self.output.setdefault(kind, set()).update(tensor.dtype for tensor in tensors)
 
     def computed(self, kind: str) -> str:
         """The widest dtype inside, then the output's if it differs."""
-        if kind not in self.output:
+        if not self.output.get(kind) or not self.inside.get(kind):
             return "-"
         inside = widest(self.inside[kind])
         output = widest(self.output[kind])
@@ -113,7 +115,7 @@ class DtypeRecorder(TorchDispatchMode):
 
 
 def modules_by_kind(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The modules of each kind. A norm is any other module with a 1-D parameter of its own."""
+    """The modules of each kind. A norm is any other module whose weight is a vector."""
     head = model.get_output_embeddings()
     found = {"linear layers": [], "embedding": [], "head": [head], "norms": []}
     for module in model.modules():
@@ -123,13 +125,14 @@ def modules_by_kind(model: nn.Module) -> dict[str, list[nn.Module]]:
             found["linear layers"].append(module)
         elif isinstance(module, nn.Embedding):
             found["embedding"].append(module)
-        elif module is not head and has_vector(module):
+        elif module is not head and has_vector_weight(module):
             found["norms"].append(module)
     return found
 
 
-def has_vector(module: nn.Module) -> bool:
-    return any(parameter.dim() == 1 for parameter in module.parameters(recurse=False))
+def has_vector_weight(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 1
 
 
 @torch.no_grad()
@@ -146,9 +149,11 @@ def record(model: nn.Module, dtype: torch.dtype) -> DtypeRecorder:
                 stack.enter_context(module.register_forward_hook(after))
         stack.enter_context(autocast(model.device, dtype))
         ids = torch.tensor([[0, 1]], device=model.device)  # (1, 2)
-        with recorder:
-            model.eval()(input_ids=ids, use_cache=False)
-    model.train(training)
+        try:
+            with recorder:
+                model.eval()(input_ids=ids, use_cache=False)
+        finally:
+            model.train(training)
     return recorder
 
 
@@ -187,8 +192,12 @@ def dtype_rows(model: nn.Module, dtype: torch.dtype) -> list[Row]:
 
 
 def dtype_table(model: nn.Module, dtype: torch.dtype) -> str:
-    """The table as text, in columns."""
-    lines = [Row("precision", "kept in", "computed in", "because"), *dtype_rows(model, dtype)]
+    """The table as text, in columns; the reason if it cannot be made, as it must not stop a run."""
+    try:
+        rows = dtype_rows(model, dtype)
+    except Exception as error:
+        return f"precision: no table for {type(model).__name__} ({type(error).__name__}: {error})"
+    lines = [Row("precision", "kept in", "computed in", "because"), *rows]
     widths = [max(len(cell) for cell in column) + 2 for column in zip(*lines)]
     text = []
     for line in lines:

@@ -59,8 +59,11 @@ class CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        # In place, because it is the largest tensor, and no other code holds it.
-        return gradient.mul_(g.to(gradient.dtype)), None
+        # In place, because it is the largest tensor, and no other code holds it. In the dtype of g:
+        # a g of 1/n, rounded to bfloat16, would scale all gradients by the same wrong factor.
+        for rows in gradient.split(CrossEntropy.ROWS):
+            rows.copy_(rows.to(g.dtype) * g)
+        return gradient, None
 
 
 def label_loss(model: transformers.PreTrainedModel, batch: Batch, dtype: torch.dtype) -> Tensor:

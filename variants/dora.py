@@ -50,14 +50,22 @@ class DoRALinear(QLoRALinear):
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
         self.reset_magnitude()
+        # A state_dict may bring another base, and has no base_norm.
+        self.register_load_state_dict_post_hook(DoRALinear._measure_base)
 
     def reset_magnitude(self) -> None:
         """Set m to the row norms of W' + s B A as they are now, so that c is 1."""
+        self.lora_magnitude_vector = Magnitude(self._norm_of_base())
+        self.lora_magnitude_vector.weight = nn.Parameter(self.row_norm())
+
+    def _norm_of_base(self) -> Tensor:
+        """w (out,), the norm of each row of W'."""
         rows = self.base(self.lora_A.dtype).split(ROWS)
         squares = torch.cat([piece.double().square().sum(1) for piece in rows])  # (out,)
-        base_norm = squares.sqrt().to(self.lora_A.dtype)
-        self.lora_magnitude_vector = Magnitude(base_norm)
-        self.lora_magnitude_vector.weight = nn.Parameter(self.row_norm())
+        return squares.sqrt().to(self.lora_A.dtype)
+
+    def _measure_base(self, *_: object) -> None:
+        self.lora_magnitude_vector.base_norm.copy_(self._norm_of_base())
 
     @torch.no_grad()
     def row_norm(self) -> Tensor:

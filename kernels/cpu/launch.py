@@ -1,5 +1,8 @@
 """Calls the CPU kernels on tensors, whose memory they see as NumPy arrays.
 
+Threads of Python take turns: Numba's own thread pool ("workqueue") ends the process if two use it
+at once. A forked process uses the reference (dispatch.py), as GNU OpenMP would end it.
+
 The product with a 4-bit weight is computed in one of two ways; neither stores a dense W. fused.py
 multiplies while it decodes, in float32. This is faster for few rows of x, and for any number of
 float32 rows. For many 16-bit rows torch is faster, with instructions that these kernels do not use.
@@ -19,7 +22,9 @@ Scratch: WINDOW elements.
 
 import ctypes
 import math
+import threading
 from collections.abc import Callable
+from functools import wraps
 
 import numba
 import numpy as np
@@ -45,7 +50,19 @@ KINDS = {
 }
 # Whether torch computes a product and a sum with one rounding, as adamw.py does
 FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+LOCK = threading.Lock()
 DECODED = [dtype for dtype in KINDS if dtype != torch.float16 or decode.FLOAT16]
+
+
+def one_at_a_time(function: Callable) -> Callable:
+    """Makes the threads of Python wait for each other in the functions that start kernels."""
+
+    @wraps(function)
+    def locked(*arguments: object) -> object:
+        with LOCK:
+            return function(*arguments)
+
+    return locked
 
 
 def follow_torch() -> None:
@@ -56,6 +73,7 @@ def follow_torch() -> None:
         torch.set_num_threads(threads)
 
 
+@one_at_a_time
 def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """packed and absmax, as in nf4.Quantized, of (n,) numbers of any float dtype.
 
@@ -85,6 +103,7 @@ def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, T
     return packed, absmax
 
 
+@one_at_a_time
 def dequantize(w: PackedWeight, out: Tensor) -> bool:
     """Decode a valid weight into contiguous `out`, of its shape; False if there is no kernel."""
     if out.dtype not in DECODED:
@@ -108,6 +127,7 @@ def adamw(param: Tensor, grad: Tensor, scalars: tuple) -> Callable[[int, Tensor]
     flat_param = param.numpy()  # slices of arrays cost less than slices of tensors
     flat_grad = grad.numpy()
 
+    @one_at_a_time
     def update(start: int, moments: Tensor) -> None:
         run = slice(start, start + moments.shape[1])
         optimizer.update(flat_param[run], flat_grad[run], moments.numpy(), *scalars)
@@ -150,6 +170,7 @@ def memory_of_floats(tensor: Tensor) -> np.ndarray:
     return tensor.detach().view(KINDS[tensor.dtype]).numpy().reshape(-1)
 
 
+@one_at_a_time
 def matmul(x: Tensor, w: PackedWeight, transposed: bool, bias: Tensor | None) -> Tensor | None:
     """x W^T + bias or, not transposed, x W, in x's dtype, for x (tokens, ...) and a valid weight.
 

@@ -3,13 +3,18 @@
 import copy
 import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import checkpoints
 from checkpoints import bnb_4bit, io, peft_adapter
@@ -309,6 +314,77 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(
 @pytest.mark.parametrize("pattern", ["(a|aa)(a|aa)", ".*.*.*.*x", "a{2}{3}{4}{5}", "a" * 2000, "["])
 def test_a_text_that_may_take_forever_to_match_is_no_pattern(pattern: str) -> None:
     assert not peft_adapter.is_pattern(pattern)
+
+
+# Models inside wrappers
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def compiled_block(model: nn.Module) -> nn.Module:
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    return model
+
+
+def checkpointed_block(model: nn.Module) -> nn.Module:
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    return model
+
+
+WRAPPERS = {
+    "torch.compile": torch.compile,
+    "DataParallel": nn.DataParallel,
+    "DDP": DistributedDataParallel,
+    "AveragedModel": AveragedModel,
+    "DDP of torch.compile": lambda model: DistributedDataParallel(torch.compile(model)),
+    "a compiled block": compiled_block,
+    "a checkpointed block": checkpointed_block,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_model_is_saved_and_loaded_as_the_model_inside(
+    group: None, tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = trained(attach(models.tiny_llama(vocab_size=256), r=4))
+    checkpoints.save_adapter(model, tmp_path / "plain")
+    checkpoints.save_4bit(model, tmp_path / "plain")
+    wrapped = wrap(model)
+    checkpoints.save_adapter(wrapped, tmp_path / "wrapped")
+    checkpoints.save_4bit(wrapped, tmp_path / "wrapped")
+    for file in (tmp_path / "plain").iterdir():
+        assert (tmp_path / "wrapped" / file.name).read_bytes() == file.read_bytes(), file.name
+    twin = wrap(attach(models.tiny_llama(vocab_size=256), r=4))
+    checkpoints.load_adapter(twin, tmp_path / "plain")
+    ours = peft_adapter.adapter_tensors(model)
+    loaded = peft_adapter.adapter_tensors(twin)
+    assert all(torch.equal(loaded[name], ours[name]) for name in ours) and len(ours) == 28
+
+
+@pytest.mark.parametrize("wrap", list(WRAPPERS.values())[:2], ids=list(WRAPPERS)[:2])
+def test_an_adapter_is_not_added_to_a_model_that_is_wrapped(
+    tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    checkpoints.save_adapter(adapted(), tmp_path)
+    with pytest.raises(ValueError, match="adapters go into the model itself, got a .* around it"):
+        checkpoints.load_adapter(wrap(base()), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_what_is_trained_but_not_saved_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    model = adapted()
+    model.resize_token_embeddings(257, mean_resizing=False)
+    model.get_parameter(name).requires_grad_(True)
+    message = rf"cannot hold other trained parameters, got {name} \(1 in all\); freeze them"
+    with pytest.raises(ValueError, match=message):
+        checkpoints.save_adapter(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_adapters_cannot_save_any(tmp_path: Path) -> None:

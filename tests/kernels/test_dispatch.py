@@ -6,8 +6,11 @@ test_stack.py measures the rest.
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -219,6 +222,47 @@ def test_what_has_no_kernel_goes_to_the_reference(
     assert same_bits(
         dispatch.matmul(x, q, constants, transposed), x @ (whole.T if transposed else whole)
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_decodes_to_the_same_bits() -> None:
+    """Numba's threads do not exist in it, and GNU OpenMP would end it."""
+    q = nf4.quantize(torch.randn(64, 64))
+    expected = dispatch.dequantize(q)
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # ends a child that waits for a thread
+        torch.set_num_threads(1)  # as a worker of a DataLoader does
+        os._exit(0 if same_bits(dispatch.dequantize(q), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_process_that_did_not_import_the_kernels_gets_the_reference(
+    monkeypatch: pytest.MonkeyPatch, no_kernels: None
+) -> None:
+    q = nf4.quantize(torch.randn(64, 64))
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert same_bits(dispatch.dequantize(q), nf4.dequantize(q))
+
+
+def test_threads_of_python_take_turns_in_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba's workqueue ends the process where two are in a kernel at once."""
+    q = nf4.quantize(torch.randn(64, 64))
+    inside = []
+
+    def decode(*arguments: object) -> None:
+        inside.append("enters")
+        time.sleep(0.01)
+        inside.append("leaves")
+
+    monkeypatch.setattr(launch.decode, "decode", decode)
+    threads = [threading.Thread(target=dispatch.dequantize, args=(q,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert inside == ["enters", "leaves"] * 6
 
 
 def test_levels_in_another_order_are_found_by_the_reference_and_decoded_by_the_kernels(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from test_base_model import SMALL
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig
+from transformers import AutoModelForCausalLM, DiffLlamaConfig, LlamaConfig, PhiConfig
 
 from data import dataset
 from helpers.strategies import same_bits
@@ -177,6 +177,45 @@ def test_a_model_without_norms_has_none_in_the_table() -> None:
     for name in [name for name, _ in model.named_modules() if "norm" in name]:
         model.set_submodule(name, nn.Identity())
     assert rows_of(model, torch.float32)["norms"][1:3] == ("-", "-")
+
+
+def test_a_module_with_vectors_that_returns_a_tuple_is_no_norm() -> None:
+    """As the attention of DiffLlama, which has vectors of its own."""
+    torch.manual_seed(0)
+    config = DiffLlamaConfig(**SMALL)
+    model = attach(AutoModelForCausalLM.from_config(config).eval(), r=4)
+    row = rows_of(model, torch.float32)["norms"]
+    assert row.because == "not cast by us: DiffLlamaRMSNorm and autocast decide"
+
+
+@pytest.mark.parametrize(
+    ("output", "computed"),
+    [
+        ((torch.ones(2), {"residual": torch.ones(2), "scale": None}), "float32"),
+        ([torch.ones(2).bfloat16()], "float32, then bfloat16"),
+        (None, "-"),
+    ],
+)
+def test_a_norm_may_return_anything(output: object, computed: str) -> None:
+    recorder = dtypes.DtypeRecorder()
+    norm = nn.Identity()
+    with recorder:
+        recorder.enter("norms", norm, ())
+        torch.ones(2).mul(2)
+        recorder.leave("norms", norm, (), output)
+    assert recorder.computed("norms") == computed
+
+
+def test_a_model_that_the_table_cannot_run_does_not_stop_a_run() -> None:
+    model = model_of(CONFIGS[0], torch.float32).train()
+
+    def forward(prompt: str) -> None:
+        raise AssertionError
+
+    model.forward = forward
+    text = dtypes.dtype_table(model, torch.float32)
+    assert text.startswith("precision: no table for LlamaForCausalLM (TypeError: ")
+    assert model.training and "\n" not in text
 
 
 def test_the_table_leaves_the_model_and_the_random_numbers_unchanged() -> None:

@@ -85,25 +85,43 @@ def test_a_second_backward_of_the_cross_entropy_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_cross_entropy_and_its_gradient_are_those_of_float64(dtype: torch.dtype) -> None:
     """The bound: exp and log have an error of a few units (4 are allowed), the sum over the classes
-    has gamma of their number, and p - 1 has a unit of 1."""
+    has gamma of their number, and p - 1 has a unit of 1. The factor 1/n is rounded to float32, and
+    the gradient to the dtype of the logits twice: before and after it is scaled."""
     torch.manual_seed(0)
-    n, classes = 37, 300
+    n, classes = 120, 300  # 1/120 is far from a number in bfloat16
     logits = (3 * torch.randn(n, classes)).to(dtype).requires_grad_()
     labels = torch.randint(classes, (n,))
     loss = CrossEntropy.apply(logits, labels)
-    (gradient,) = torch.autograd.grad(loss / 2, logits)
+    (gradient,) = torch.autograd.grad(loss / n, logits)
     exact = logits.detach().double().requires_grad_()
     each = F.cross_entropy(exact, labels, reduction="none")
-    (expected,) = torch.autograd.grad(each.sum() / 2, exact)
+    (expected,) = torch.autograd.grad(each.sum() / n, exact)
     # No term of the loss of a row is larger.
     largest = exact.detach().abs().amax(1) + math.log(classes)
     of_log = gamma(classes + 8) + 2 * gamma(1) * largest
     assert abs(loss.double() - each.sum()) <= (of_log.sum() + gamma(n) * each.sum())
-    probability = 2 * (expected + F.one_hot(labels, classes) / 2)
+    probability = n * expected + F.one_hot(labels, classes)
     of_exp = torch.expm1(of_log + gamma(1) * largest)[:, None] + gamma(8)
-    of_gradient = probability * of_exp / 2 + gamma(2, dtype) * expected.abs()
+    of_gradient = probability * of_exp / n + gamma(2, dtype) * expected.abs()
     tiny = torch.finfo(dtype).smallest_normal
-    assert ((gradient.double() - expected).abs() <= of_gradient + gamma(2) + tiny).all()
+    assert ((gradient.double() - expected).abs() <= of_gradient + gamma(4) / n + tiny).all()
+
+
+def test_a_factor_that_bfloat16_cannot_hold_scales_the_gradient_without_a_bias() -> None:
+    """The least-squares factor between the gradients: its rounding errors have no common sign."""
+    torch.manual_seed(0)
+    n = 120
+    logits = torch.randn(n, 300).bfloat16().requires_grad_()
+    labels = torch.randint(300, (n,))
+    (summed,) = torch.autograd.grad(CrossEntropy.apply(logits, labels), logits)
+    (mean,) = torch.autograd.grad(CrossEntropy.apply(logits, labels) / n, logits)
+    factor = (mean.double() * summed.double()).sum() / summed.double().square().sum()
+    # One rounding of each mean: independent errors of a unit at most, so their weighted mean has a
+    # standard deviation of at most a unit times the root of the sum of squared weights.
+    weights = summed.double().square() / summed.double().square().sum()
+    spread = gamma(1, torch.bfloat16) * weights.square().sum().sqrt()
+    assert abs(factor * n - 1) <= 4 * spread
+    assert abs((1 / torch.tensor(n)).bfloat16().item() * n - 1) > 4 * spread  # the wrong factor
 
 
 def test_the_cross_entropy_saves_one_tensor_as_large_as_the_logits_and_keeps_them() -> None:

@@ -311,6 +311,15 @@ def test_the_norms_of_the_base_are_not_saved() -> None:
     assert "base_norm" not in "".join(untrained(Adapted()).state_dict())  # the base has it
 
 
+def test_a_loaded_state_brings_the_norms_of_its_base() -> None:
+    torch.manual_seed(0)
+    saved, layer = (DoRALinear.from_linear(nn.Linear(64, 8), r=2) for _ in range(2))
+    nn.init.normal_(saved.lora_B)
+    layer.load_state_dict(saved.state_dict())
+    x = torch.randn(3, 64)
+    assert same_bits(layer(x), saved(x))
+
+
 def test_the_ledger_counts_magnitudes_and_the_norms_of_the_base_among_the_adapters() -> None:
     dora_model = tiny_llama(vocab_size=256)
     lora_model = tiny_llama(vocab_size=256)
