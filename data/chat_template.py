@@ -88,9 +88,17 @@ class Template:
         # A chat template writes BOS itself, if the model needs it.
         self.rendered_prefix = self.bos_ids if tokenizer.chat_template is None else []
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """The ids of a question and of the header of its answer."""
-        text = self._render(question_turns(prompt), add_generation_prompt=True)
+    def encode_prompt(self, prompt: str, system: str | None = None) -> list[int]:
+        """The ids of a question and of the header of its answer.
+
+        Raises: ValueError if the template refuses or drops the system message.
+        """
+        try:
+            text = self._render(question_turns(prompt, system), add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"{self.name} refuses --system ({error}): leave it out") from None
+        if system is not None and system.strip() not in text:
+            raise ValueError(f"{self.name} drops --system: leave it out")
         return self._tokenize_rendered(text)
 
     def encode_document(self, text: str) -> Example:

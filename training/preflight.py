@@ -12,17 +12,17 @@ import shutil
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
 
-from checkpoints import io, sources
+from checkpoints import sources
 from data import dataset
 from data.chat_template import fingerprint
 from memory import formula
-from training import distributed
+from training import distributed, one_run
+from training.model import adopt_settings
 from training.options import Options
 from training.state import State, latest_state, require_same_settings, saved_states
 
@@ -60,7 +60,8 @@ def preflight(args: Options) -> Job:
 
 def _check(args: Options) -> Job:
     started = time.perf_counter()
-    io.prepare_folder(args.output_dir)
+    one_run.check_folder(args)
+    adopt_settings(args)
     name = args.model or sources.DEFAULT_MODEL
     config, tokenizer = sources.load_config_and_tokenizer(name)
     context = getattr(config, "max_position_embeddings", None)
@@ -93,6 +94,7 @@ def _load_task(args: Options, tokenizer: transformers.PreTrainedTokenizerBase) -
 
 def preview(args: Options) -> str:
     """The first sequences of the data as text, with the tokens in the loss marked."""
+    adopt_settings(args)
     _, tokenizer = sources.load_config_and_tokenizer(args.model or sources.DEFAULT_MODEL)
     return dataset.preview(_load_task(args, tokenizer), tokenizer, sys.stdout.isatty())
 
@@ -108,16 +110,6 @@ def batches_of(job: Job, step: int, args: Options) -> list[dataset.Batch]:
         job.tokenizer.eos_token_id,
         args.group_by_length,
     )
-
-
-def base_folder(args: Options) -> tuple[Path, str]:
-    """The folder to read the base from, and how its adapters start.
-
-    A resumed run with --save-4bit reads the saved base, which --lora-start has already changed.
-    """
-    if args.resume and args.save_4bit:
-        return args.save_4bit, "default"
-    return sources.find_model(args.model or sources.DEFAULT_MODEL), args.lora_start
 
 
 def describe(job: Job, args: Options) -> str:

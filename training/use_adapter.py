@@ -54,7 +54,7 @@ def use_adapter(args: Options) -> int:
 def answer_prompt(args: Options) -> None:
     """Prints the answer to --prompt while it is generated."""
     model, tokenizer = load_adapted_model(args.adapter, args.model, args.dtype, args.device)
-    prompts = [encode_prompt(tokenizer, args.prompt)]
+    prompts = [encode_prompt(tokenizer, args.prompt, args.system)]
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generate_answers(model, tokenizer, prompts, args.max_seq_len, args.dtype, streamer=streamer)
 

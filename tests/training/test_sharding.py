@@ -85,6 +85,7 @@ def test_a_run_that_lost_one_of_two_processes_resumes_on_any_number_with_the_sam
         ("other_rows", "process 1 of 2 has another data (a hash of its token ids)"),
         ("no_model", "model.safetensors is damaged (in process 1 of 2)"),
         ("full_disk", "No space left on device"),
+        ("in_use", "in_use: wait for its end or choose another --output-dir"),
     ],
 )
 def test_an_error_on_one_rank_is_printed_once_and_ends_all_ranks(
