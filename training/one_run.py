@@ -127,3 +127,4 @@ def remove_earlier_run(args: Options) -> None:
 def _remove(folder: Path) -> None:
     for path in earlier_files(folder):
         path.unlink()
+        print(f"removed {path}")

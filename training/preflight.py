@@ -49,8 +49,9 @@ def preflight(args: Options) -> Job:
     Raises: ValueError if the folder cannot be written to; if the model, the data or the state
     cannot be read; if settings contradict each other; if ranks see different data or states.
     """
-    restarted_by_torchrun = distributed.restart_count() > 0
-    args.resume |= restarted_by_torchrun and bool(saved_states(args.output_dir))
+    if distributed.restart_count() > 0 and saved_states(args.output_dir):  # by torchrun
+        args.resume = True
+        args.overwrite = False  # the first attempt has removed the earlier run
     turn = min(distributed.local_rank(), 1)  # the first process on a machine may download the model
     job = distributed.all_or_none(partial(_check, args), turn)
     step = job.state.step if job.state else 0

@@ -152,7 +152,9 @@ def test_a_run_that_torchrun_restarts_after_a_lost_process_resumes_by_itself(
     script = tmp_path / "begin.py"
     script.write_text(BEGIN)
     paths = ["--model", tiny, "--data", few_rows, "--output-dir", tmp_path / "out"]
-    flags = "--max-steps 6 --save-every 2 --dtype float32".split()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "loss.png").write_text("of an earlier run")
+    flags = "--max-steps 6 --save-every 2 --dtype float32 --overwrite".split()
     command = [*TORCHRUN, "2", "--max-restarts", "1", script, *paths, *flags]
     env = os.environ | {"PYTHONPATH": str(traffic.ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora
 import train
 from checkpoints import base_model, peft_adapter
+from data.dataset import encode_prompt
 from helpers import models
 from helpers.bounds import HALF_A_PERCENT, cosine
 from lora import MergeAudit
@@ -181,3 +182,39 @@ def test_a_header_that_describes_no_base_is_refused(
     else:
         with pytest.raises(ValueError, match=complaint):
             peft_adapter.base_of(out)
+
+
+TURNS = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+DROPS = TURNS.replace("messages", "messages[1:]")
+
+
+def test_a_system_message_takes_the_place_of_the_default_one() -> None:
+    tokenizer = models.tokenizer()
+    default = tokenizer.decode(encode_prompt(tokenizer, "Who?"))
+    other = tokenizer.decode(encode_prompt(tokenizer, "Who?", "Be kind."))
+    assert other == default.replace("Answer briefly.", "Be kind.") != default
+    tokenizer.chat_template = None
+    assert tokenizer.decode(encode_prompt(tokenizer, "Who?", "Be kind.")) == "Be kind.\nWho?\n"
+
+
+@pytest.mark.parametrize(
+    "template, complaint",
+    [(REFUSES + TURNS, "refuses --system .no system.: leave it"), (DROPS, "drops --system: leave")],
+)
+def test_a_template_without_a_system_message_refuses_one(template: str, complaint: str) -> None:
+    tokenizer = models.tokenizer()
+    tokenizer.chat_template = template
+    assert "Who?" in tokenizer.decode(encode_prompt(tokenizer, "Who?"))
+    with pytest.raises(ValueError, match=complaint):
+        encode_prompt(tokenizer, "Who?", "Be kind.")
+
+
+def test_the_system_message_of_the_command_line_reaches_the_model(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = []
+    monkeypatch.setattr(use_adapter, "generate_answers", lambda *args, **_: prompts.extend(args[2]))
+    words = ["--adapter", str(out), "--prompt", "Who?", "--system", "Be kind."]
+    assert train.main(words) == 0
+    assert prompts == [encode_prompt(models.tokenizer(), "Who?", "Be kind.")]
