@@ -1,4 +1,6 @@
-# make train      set everything up and fine-tune SmolLM2-135M; ARGS="--data text" passes flags to train.py
+# make train      set everything up and fine-tune SmolLM2-135M into out/demo, again at each call; with
+#                 ARGS="--data text" train.py gets these flags instead. First make, then the shell reads
+#                 a $ in ARGS: type ARGS='--data "\$$5.jsonl"' for the file $5.jsonl
 # make test       set everything up and run the tests; ARGS="tests/test_nf4.py -k tie" runs some of them
 # make test-long  run the property tests with 5000 examples each
 # make mutate     change the code one place at a time; a test must fail for each change (takes long)
@@ -19,7 +21,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
 .PHONY: train test test-long gpu mutate bench lint figures clean
 train: $(VENV)/run
-	$(BIN)/python train.py $(ARGS)
+	$(BIN)/python train.py $(if $(ARGS),$(ARGS),--output-dir out/demo --overwrite)
 
 # The whole suite must also reach every line; with ARGS it need not. All tests of a file run in one
 # process (loadfile), so that shared fixtures are made once, and the longest files come first

@@ -17,39 +17,24 @@ if __name__ == "__main__":
     parse_args(description=__doc__)  # answer --help and wrong flags before the slow imports
 
 import math
-import time
 from functools import partial
 
-import torch
-import transformers
 from torch import nn
 from torch.optim import Optimizer
 
-from checkpoints.base_model import load_with_adapters
-from data import packing
 from data.dataset import Batch
-from lora import QLoRALinear
-from memory.measured import measure_step, rss_bytes
-from paged_optim import PagedAdamW
 from training import distributed, end_tokens, sharding
-from training.base_check import quantization_of
 from training.dtypes import dtype_table, resolve_device_and_dtype
 from training.exit_status import exit_status
 from training.loss_and_eval import LabelLoss, evaluate
-from training.preflight import (
-    Job,
-    base_folder,
-    batches_of,
-    describe,
-    preflight,
-    preview,
-    step_settings,
-)
+from training.model import load_model, make_optimizer
+from training.one_run import locked, remove_earlier_run
+from training.preflight import Job, batches_of, describe, preflight, preview
 from training.report import metrics_of, print_report, summarize, write_report
 from training.run_folder import RunFolder
 from training.state import StopAfterStep, load_state, seed_batch
-from training.use_adapter import save_4bit, use_adapter
-from variants.dora import DoRALinear
+from training.step_memory import StepMemory
+from training.use_adapter import use_adapter
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,20 +51,28 @@ def run(args: Options) -> None:
         use_adapter(args)
     elif args.preview:
         print(preview(args))
-    elif args.dry_run:
-        print(describe(preflight(args), args))
     else:
-        report = finetune(args)
+        with locked(args.output_dir):  # no other run writes there
+            plan_or_train(args)
+
+
+def plan_or_train(args: Options) -> None:
+    """Print the plan of --dry-run; else train, report, and with --compare train again."""
+    if args.dry_run:
+        print(describe(preflight(args), args))
+        return
+    report = finetune(args)
+    write_report(report, args.output_dir)
+    if args.compare:
+        report["compare"] = metrics_of(finetune(args.in_16_bits()))
         write_report(report, args.output_dir)
-        if args.compare:
-            report["compare"] = metrics_of(finetune(args.in_16_bits()))
-            write_report(report, args.output_dir)
-        print_report(report, args.output_dir)
+    print_report(report, args.output_dir)
 
 
 def finetune(args: Options) -> dict:
     """One run, from the base to its adapter in args.output_dir. Returns the report."""
     job = preflight(args)  # finds errors before a weight is read
+    remove_earlier_run(args)  # only with --overwrite
     turn = distributed.local_rank() if args.shard else 0  # sharded: one by one, to save host memory
     model = distributed.all_or_none(partial(load_model, args, job.tokenizer), turn)
     end_tokens.add(model, job.task.ends)
@@ -99,42 +92,6 @@ def finetune(args: Options) -> dict:
     return summarize(args, job, model, optimizer, before, after, memory)
 
 
-def load_model(
-    args: Options, tokenizer: transformers.PreTrainedTokenizerBase
-) -> transformers.PreTrainedModel:
-    """The frozen base with adapters: each nn.Linear is quantized as it is read."""
-    quantization = quantization_of(args)
-    adapter = {
-        "layer_type": DoRALinear if args.use_dora else QLoRALinear,
-        "r": args.lora_r,
-        "lora_alpha": args.lora_alpha,
-        "lora_dropout": args.lora_dropout,
-        "use_rslora": args.use_rslora,
-    }
-    folder, start = base_folder(args)
-    device = "cpu" if args.shard else args.device  # a sharded model moves block by block
-    model = load_with_adapters(folder, args.dtype, device, start, args.seed, adapter, quantization)
-    model.name_or_path = args.model or str(folder)  # the base that adapter_config.json names
-    if args.save_4bit and distributed.is_main():
-        save_4bit(model, tokenizer, args.save_4bit)
-    if args.packing:
-        packing.check(model)
-    if args.grad_checkpoint:
-        model.activation_checkpointing_enable()
-    if args.shard:
-        sharding.shard_model(model, args.device)
-    return model
-
-
-def make_optimizer(model: nn.Module, args: Options) -> Optimizer:
-    """AdamW for the adapters: paged, or torch's own; both give the same bits."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if args.optim == "adamw":
-        return torch.optim.AdamW(trainable, weight_decay=0.0)
-    resident = None if args.resident_mb is None else int(args.resident_mb * 2**20)
-    return PagedAdamW(trainable, weight_decay=0.0, resident_bytes=resident)
-
-
 def train(
     model: nn.Module, optimizer: Optimizer, job: Job, start: int, folder: RunFolder, args: Options
 ) -> dict:
@@ -144,27 +101,15 @@ def train(
     Raises: KeyboardInterrupt after a signal, once the state is saved.
     """
     losses = sharding.wrap_ddp(LabelLoss(model.train(), args.dtype))
-    measured_step = min(start + 1, args.max_steps - 1)  # the second: AdamW's moments exist then
-    world_size = distributed.world_size()
-    memory = {}
+    memory = StepMemory(model, optimizer, start, args)
     with StopAfterStep() as stop, folder.progress(start) as steps:
         for step in steps:
-            began = time.perf_counter()
             lr = learning_rate(step, args)
             optimizer.param_groups[0]["lr"] = lr
             batches = batches_of(job, step, args)
             work = partial(train_step, losses, optimizer, batches, step, args)
-            if step == measured_step and not args.shard:
-                mine = batches[distributed.rank() :: world_size]
-                (loss, norm), memory = measure_step(
-                    work, model, optimizer, mine, step_settings(args), world_size
-                )
-            else:
-                loss, norm = work()
-            tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-            seconds = time.perf_counter() - began
-            line = {"step": step + 1, "loss": loss, "tokens": tokens, "seconds": seconds, "lr": lr}
-            line |= {"grad_norm": norm, "rss_bytes": rss_bytes()}
+            loss, norm = memory.measure(work, step, batches)
+            line = folder.line(step, batches, loss, norm, lr)
             is_last = step + 1 == args.max_steps
             if is_due(step, args.eval_every) and not is_last:
                 line["eval"] = evaluate(model, job.tokenizer, job.task, args.batch_size, args.dtype)
@@ -175,7 +120,7 @@ def train(
                 folder.save_state(step + 1)
             if stop_requested and not is_last:
                 raise KeyboardInterrupt
-    return memory
+    return memory.rows
 
 
 def train_step(

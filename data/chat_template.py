@@ -102,9 +102,12 @@ class Template:
         # A chat template writes BOS itself, if the model needs it.
         self.rendered_prefix = self.bos_ids if tokenizer.chat_template is None else []
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """The ids of a question and of the header of its answer."""
-        turns = self.renderer.accepted(question_turns(prompt))
+    def encode_prompt(self, prompt: str, system: str | None = None) -> list[int]:
+        """The ids of a question and of the header of its answer.
+
+        Raises: BadRow if the template refuses or drops a message.
+        """
+        turns = self.renderer.accepted(question_turns(prompt, system))
         text = self.renderer.render(turns, add_generation_prompt=True)
         self.renderer.require_contents(turns, text)
         return self.rendered_prefix + self._tokenize(text)

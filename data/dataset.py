@@ -194,9 +194,14 @@ def _batches_by_length(
     return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
 
 
-def encode_prompt(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The ids of a question in the model's chat template, with the header of its answer."""
-    return Template(tokenizer).encode_prompt(prompt)
+def encode_prompt(
+    tokenizer: transformers.PreTrainedTokenizerBase, prompt: str, system: str | None = None
+) -> list[int]:
+    """The ids of a question in the model's chat template, with the header of its answer.
+
+    system: the system message, if not that of single questions in training.
+    """
+    return Template(tokenizer).encode_prompt(prompt, system)
 
 
 def preview(

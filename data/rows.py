@@ -79,9 +79,10 @@ class BadRow(ValueError):
     """An error in one row; the other rows may be valid."""
 
 
-def question_turns(prompt: str) -> list[Turn]:
-    """A single question as turns. The system message keeps the answers of small models short."""
-    return [BRIEF_SYSTEM_MESSAGE, {"role": "user", "content": prompt}]
+def question_turns(prompt: str, system: str | None = None) -> list[Turn]:
+    """A single question as turns. The default message keeps the answers of small models short."""
+    first = BRIEF_SYSTEM_MESSAGE if system is None else {"role": "system", "content": system}
+    return [first, {"role": "user", "content": prompt}]
 
 
 def pair_turns(prompt: str, answer: str) -> list[Turn]:

@@ -123,6 +123,11 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_gpu_bytes(device: str) -> int | None:
+    """The most that torch has allocated on a GPU since the peak was last reset; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
+
+
 class Live(TorchDispatchMode):
     """Tracks the bytes of all live storages: now, and the maximum after any operation.
 

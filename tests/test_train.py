@@ -14,7 +14,7 @@ import bitsandbytes
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_paged_optim import TorchAdamW
 from transformers import AutoModelForCausalLM
@@ -25,9 +25,12 @@ from data import dataset
 from helpers import models
 from helpers.bounds import OF_A_PEAK
 from lora import QLoRALinear, attach
+from memory import measured
+from nf4 import normal_float
 from training import loss_and_eval, preflight, use_adapter
 from training import report as run_report
 from training.dtypes import resolve_device_and_dtype
+from training.options import Options
 from training.state import latest_state
 
 REPORT_KEYS = set(
@@ -283,7 +286,7 @@ def test_an_adapter_answers_a_prompt_word_by_word(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        use_adapter, "encode_prompt", lambda tokenizer, prompt: tokenizer(prompt).input_ids
+        use_adapter, "encode_prompt", lambda tokenizer, prompt, system: tokenizer(prompt).input_ids
     )
     flags = "--max-steps 1 --quant nf3 --block-size 128".split()
     assert run(tiny, tmp_path, *book, *flags) == 0
@@ -291,7 +294,9 @@ def test_an_adapter_answers_a_prompt_word_by_word(
     flags = "--prompt Who? --max-seq-len 8 --dtype float32".split()
     assert train.main(["--adapter", str(tmp_path), *flags]) == 0
     streamed = capsys.readouterr().out
-    model, tokenizer = use_adapter.load_adapted_model(tmp_path, None, torch.float32, "cpu")
+    model, tokenizer = use_adapter.load_adapted_model(
+        Options(adapter=tmp_path, device="cpu"), torch.float32
+    )
     layers = peft_adapter.adapted_layers(model).values()
     assert all(layer.base.codebook.numel() == 8 for layer in layers)
     prompt = tokenizer("Who?").input_ids
@@ -326,7 +331,7 @@ def test_a_start_that_changes_the_base_keeps_it_and_goes_on_from_it(
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = PeftModel.from_pretrained(base, out)
-    ours, _ = use_adapter.load_adapted_model(out, None, torch.float32, "cpu")
+    ours, _ = use_adapter.load_adapted_model(Options(adapter=out, device="cpu"), torch.float32)
     assert ours.name_or_path == str(tmp_path / "base")
     for name, layer in peft_adapter.adapted_layers(ours).items():
         their = theirs.base_model.model.get_submodule(name)
@@ -343,10 +348,12 @@ def test_a_start_from_dense_weights_needs_them(
     flags = [*book, "--max-steps", "1"]
     assert run(tiny, tmp_path / "out", *flags, "--save-4bit", str(tmp_path / "base")) == 0
     again = ["--save-4bit", str(tmp_path / "other"), "--lora-start", "loftq"]
-    assert run(tmp_path / "base", tmp_path / "out", *book, *again) == 1
+    assert run(tmp_path / "base", tmp_path / "dense", *book, *again) == 1
     assert "loftq starts from dense weights, and" in capsys.readouterr().err
-    assert run(tmp_path / "base", tmp_path / "out", *flags) == 0, "a 4-bit folder is a model"
-    assert run(tiny, tmp_path / "out", *book, "--save-4bit", str(tiny)) == 1
+    assert run(tmp_path / "base", tmp_path / "4-bit", *flags) == 0, "a 4-bit folder is a model"
+    models.save_tiny_llama(tmp_path / "other model")
+    other = ["--save-4bit", str(tmp_path / "other model")]
+    assert run(tiny, tmp_path / "another", *book, *other) == 1
     assert "holds a model that is not in 4 bits" in capsys.readouterr().err
 
 
@@ -496,3 +503,153 @@ def test_the_learning_rate_warms_up_and_comes_down() -> None:
     tenth = args.lr / 10
     angle = math.pi / 90  # one step before the end of half a turn; 1 - cos x <= x^2 / 2
     assert tenth <= rates[-1] <= tenth + (args.lr - tenth) / 2 * angle**2 / 2
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_an_earlier_run_is_kept_until_overwrite_and_then_nothing_of_it_is_left(
+    tiny: Path, book: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert run(tiny, out, *book, "--eval-every", "2") == 0
+    before = files_of(out)
+    for more in ([], ["--lr", "0.5"], ["--dry-run"]):
+        assert run(tiny, out, *book, *more) == 1
+        error = capsys.readouterr().err
+        assert f"train.py: {out} holds an earlier run (report.json, loss.png, adapter" in error
+    assert run(tiny, out, *book, "--overwrite", "--max-seq-len", "9999") == 1
+    assert run(tiny, out, *book, "--overwrite", "--dry-run") == 0
+    assert files_of(out) == before, "a run that cannot start and a dry run remove nothing"
+
+    more = ["--max-steps", "2", "--seed", "1"]
+    assert run(tiny, out, *book, *more, "--overwrite") == 0
+    assert run(tiny, tmp_path / "fresh", *book, *more) == 0
+    again = files_of(out)
+    fresh = files_of(tmp_path / "fresh")
+    assert again.keys() == fresh.keys()
+    for name in fresh.keys() - {"metrics.jsonl", "report.json"}:  # these hold times
+        assert again[name] == fresh[name], name
+    assert len(lines_of(out)) == 2
+
+
+def test_a_run_beside_a_running_one_is_refused_and_changes_nothing(
+    tiny: Path,
+    book: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    real = train.train_step
+    errors = []
+
+    def start_others(*args: object) -> tuple[float, float]:
+        monkeypatch.setattr(train, "train_step", real)
+        before = files_of(out)
+        for more in ([], ["--resume"], ["--overwrite"], ["--resume", "--dry-run"]):
+            capsys.readouterr()
+            assert run(tiny, out, *book, *more) == 1
+            errors.append(capsys.readouterr().err)
+        assert files_of(out) == before
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_step", start_others)
+    assert run(tiny, out, *book, "--max-steps", "2") == 0
+    expected = f"train.py: process {os.getpid()} is writing to {out}: wait for its end or choose"
+    assert len(errors) == 4 and all(error.startswith(expected) for error in errors)
+    assert ".train.lock" not in files_of(out)
+
+
+def test_a_typo_in_the_model_leaves_no_folder(tmp_path: Path, book: list[str]) -> None:
+    assert run(tmp_path / "tyni", tmp_path / "new" / "out", *book) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_overwriting_that_is_stopped_before_a_step_offers_no_resume_of_the_earlier_run(
+    tiny: Path,
+    book: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run(tiny, tmp_path, *book, "--max-steps", "1") == 0
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "preflight", stop)
+    assert run(tiny, tmp_path, *book, "--overwrite") == 130
+    assert "stopped before anything was saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [["--use-dora"], ["--quant", "nf3", "--block-size", "32"]])
+def test_training_on_starts_from_the_adapter_and_its_base(
+    tiny: Path, book: list[str], tmp_path: Path, kind: list[str]
+) -> None:
+    """The loss before the first step is the loss after the last step of the first run."""
+    first = tmp_path / "first"
+    shape = ["--lora-r", "4", "--lora-alpha", "32", "--use-rslora", *kind]
+    assert run(tiny, first, *book, *shape, "--lr", "0.02") == 0
+    second = tmp_path / "second"
+    flags = "--dtype float32 --max-steps 3 --batch-size 2 --lr 0.02 --output-dir".split()
+    words = ["--init-adapter", str(first), *book, *flags, str(second)]
+    assert train.main(words) == 0
+    one, other = (json.loads((each / "report.json").read_text()) for each in (first, second))
+    assert one["before"] != one["after"] == other["before"] != other["after"]
+    assert other["quant"] == one["quant"]
+    assert other["base_bytes_4bit"] == one["base_bytes_4bit"]
+    config, new = (peft_adapter.read_config(each) for each in (first, second))
+    assert config == new
+    complete = files_of(second)
+    assert train.main([*words, "--resume"]) == 0, "the complete run"
+    name = "adapter_model.safetensors"
+    assert files_of(second)[name] == complete[name]
+
+
+def test_training_on_keeps_the_layers_that_an_adapter_of_peft_has(
+    tiny: Path, book: list[str], tmp_path: Path
+) -> None:
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 3}, lora_dropout=0.5
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "theirs")
+    words = ["--init-adapter", str(tmp_path / "theirs"), "--model", str(tiny), *book]
+    words += ["--max-steps", "1", "--output-dir", str(tmp_path / "out")]
+    assert train.main([*words, "--preview"]) == 0
+    assert train.main(words) == 0
+    theirs = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    ours = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name: t.shape for name, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+    assert peft_adapter.read_config(tmp_path / "out")["lora_dropout"] == 0.5
+
+
+def test_an_adapter_on_a_code_that_no_flag_names_is_refused(
+    tiny: Path, tmp_path: Path, book: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    model = attach(models.tiny_llama(), codebook=normal_float(5))
+    peft_adapter.save_adapter(model, tmp_path / "five")
+    words = ["--init-adapter", str(tmp_path / "five"), "--model", str(tiny), *book]
+    assert train.main([*words, "--output-dir", str(tmp_path / "out")]) == 1
+    assert "describes no base" in capsys.readouterr().err
+
+
+def test_a_run_on_a_gpu_shows_and_reports_the_memory_of_the_gpu(
+    tiny: Path,
+    book: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The device is a processor that reports a GPU's peak: 7 GB while loading, 5 GB from there."""
+    peaks = itertools.chain([7_000_000_000], itertools.repeat(5_000_000_000))
+    monkeypatch.setattr(measured, "peak_gpu_bytes", lambda device: next(peaks))
+    assert run(tiny, tmp_path, *book, "--max-steps", "3") == 0
+    shown = capsys.readouterr()
+    assert "tokens/s, 5.00 GB of GPU memory" in shown.err
+    assert re.search(r"memory +\d.\d\d GB resident at the peak; 7.00 GB on the GPU\n", shown.out)
+    assert [line["peak_gpu_bytes"] // 10**9 for line in lines_of(tmp_path)] == [7, 5, 5]
+    assert json.loads((tmp_path / "report.json").read_text())["peak_gpu_bytes"] == 7 * 10**9

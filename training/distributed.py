@@ -27,6 +27,9 @@ from training.options import launched_by_torchrun
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
+# gloo raises a plain RuntimeError, and begins each message with the place in its source.
+GLOO_SOURCE = re.compile(r"\[\S*/gloo/\S+:\d+\] *")
+NCCL_SIGNS = ("ncclRemoteError", "communicator was aborted")
 
 
 def init_distributed(device: str) -> None:
@@ -145,13 +148,22 @@ def run_on_main(work: Callable[[], object]) -> None:
 
 def describe_lost_process(error: BaseException) -> str:
     """One line for an error that means a broken connection to another rank; "" for other errors."""
-    reason = str(error).partition("\n")[0]
-    broken = re.search("gloo|nccl|connection|peer", reason, re.IGNORECASE)
-    if not broken or not dist.is_initialized():
+    if not dist.is_initialized() or not is_lost_connection(error):
         return ""
-    without_source = re.sub(r"^\[[^]]*\] *", "", reason)  # such as [/src/gloo/tcp/pair.cc:537]
-    cause = without_source.partition(". ")[0]  # the advice of gloo follows the first sentence
+    reason = GLOO_SOURCE.sub("", str(error).partition("\n")[0])
+    cause = reason.partition(". ")[0]  # the advice of gloo follows the first sentence
     return f"train.py: process {rank()} of {world_size()} has lost another one ({cause})"
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a library for communication says that it no longer reaches another rank.
+
+    The words of an error do not decide this: they may be about anything.
+    """
+    if isinstance(error, dist.DistBackendError):  # NCCL's, also for a wrong use of it
+        return any(sign in str(error) for sign in NCCL_SIGNS)
+    is_from_store = isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
+    return is_from_store or GLOO_SOURCE.match(str(error)) is not None
 
 
 def require_same_on_all(facts: Mapping[str, object]) -> None:

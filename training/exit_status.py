@@ -37,9 +37,9 @@ def exit_status(run: Callable[[], None], args: Options, argv: list[str] | None) 
 
 def how_to_resume(args: Options, argv: list[str] | None) -> str:
     """The command that continues a stopped run."""
-    if not saved_states(args.output_dir):
+    if args.overwrite or not saved_states(args.output_dir):  # or only those of the earlier run
         return " before anything was saved"
     given = sys.argv[1:] if argv is None else argv
-    words = [word for word in given if word != "--resume"]
+    words = [word for word in given if word not in ("--resume", "--overwrite")]
     again = command([*words, "--resume"], distributed.local_world_size())
     return f"; resume with\n  {again}"

@@ -4,6 +4,9 @@ Each field of `Options` is one flag: its type, default, help text and rule. `par
 parser and the help from these fields. It answers any mistake with one line and exit status 2. An
 underscore in a flag counts as a dash.
 
+A run either trains or, with --adapter, uses a trained adapter. A flag without an effect on what the
+other flags ask for is an error, so nothing that a user typed is ignored.
+
 This module imports only the standard library, so --help and a wrong flag are answered before torch
 loads. The device and the dtype need torch: dtypes.resolve_device_and_dtype sets them later.
 
@@ -16,9 +19,10 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import NoReturn, get_args, get_type_hints
 
@@ -27,6 +31,8 @@ LORA_STARTS = ["default", "pissa", "loftq"]  # equals variants.init.STARTS
 DTYPES = ["auto", "bfloat16", "float32"]
 QUANT_BITS = {"nf4": 4, "nf3": 3, "nf2": 2, "none": 0}  # bits of a code; none keeps 16-bit weights
 STEPS = 60  # if neither --max-steps nor --num-train-epochs is given
+COMPARED = "16-bit"  # the folder of the second run of --compare, in the output folder
+LARGEST_INT = 2**63 - 1  # torch and the files hold whole numbers in 64 bits
 
 RULES: dict[str, Callable[[float], bool]] = {
     "above 0": lambda x: 0 < x < math.inf,
@@ -37,7 +43,7 @@ RULES: dict[str, Callable[[float], bool]] = {
 }
 GROUPS = {  # the first flag of each group of the help
     "model": "the frozen base",
-    "lora_r": "the adapters",
+    "init_adapter": "the adapters",
     "data": "the data",
     "max_steps": "training",
     "output_dir": "saving and resuming",
@@ -54,11 +60,27 @@ ALIASES = {  # the names in Hugging Face's trainers
     "eval_every": ["--eval-steps"],
     "save_every": ["--save-steps"],
 }
-# These may differ when a run resumes. Every other flag must have the value in the state.
+# These may differ when a run resumes. Every other flag must have the value in the state, also the
+# flags that --init-adapter sets.
 MAY_DIFFER = {"shard", "data", "num_train_epochs", "grad_accum", "optim", "resident_mb"}
 MAY_DIFFER |= {"eval_every", "save_every", "save_total_limit", "output_dir", "resume"}
-MAY_DIFFER |= {"resume_anyway", "preview", "dry_run", "compare"}
-MAY_DIFFER |= {"adapter", "prompt", "merge", "merge_4bit"}
+MAY_DIFFER |= {"resume_anyway", "overwrite", "preview", "dry_run", "compare"}
+MAY_DIFFER |= {"init_adapter", "adapter", "prompt", "system", "merge", "merge_4bit"}
+
+# What has an effect with --adapter, and what each of these flags needs.
+WITH_ADAPTER = {"adapter", "model", "device", "prompt", "merge", "merge_4bit"}
+WITH_PROMPT = {"system", "dtype", "max_seq_len"}
+NEEDS = [("prompt", "adapter"), ("system", "prompt"), ("merge", "adapter")]
+NEEDS += [("merge_4bit", "adapter"), ("resume_anyway", "resume")]
+EXCLUSIVE = [("max_steps", "num_train_epochs"), ("group_by_length", "packing")]
+EXCLUSIVE += [("resume", "overwrite"), ("preview", "dry_run"), ("init_adapter", "compare")]
+# The base and the shape of an adapter that exists are those it was trained with.
+SET_BY_ADAPTER = ["quant", "no_double_quant", "block_size", "lora_r", "lora_alpha", "lora_dropout"]
+SET_BY_ADAPTER += ["use_rslora", "use_dora", "lora_start"]
+# A folder that is written must not be another folder of the command, which is why it comes first.
+WRITTEN = ["output_dir", "save_4bit", "merge", "merge_4bit"]
+FOLDERS = [*WRITTEN, "model", "init_adapter", "adapter"]
+PATHS = [*FOLDERS, "data"]
 
 
 def flag(default: object, text: str, rule: str = "", choices: list[str] | None = None) -> Field:
@@ -79,6 +101,7 @@ class Options:
     device: str | None = flag(None, "where the model runs (default: cuda if available, else cpu)")
     shard: bool = flag(False, "under torchrun: each rank keeps its part of every tensor (FSDP2)")
 
+    init_adapter: Path | None = flag(None, "train on from this adapter, not from a new one")
     lora_r: int = flag(8, "rank of the adapters", "above 0")
     lora_alpha: float = flag(16.0, "the update is scaled by alpha / r", "above 0")
     lora_dropout: float = flag(0.0, "dropout before the adapters", "a probability, 0 <= p < 1")
@@ -114,6 +137,7 @@ class Options:
     save_every: int = flag(0, "save the state every N steps; 0: only at start and end", "0 or more")
     save_total_limit: int = flag(2, "how many states to keep, the newest ones", "above 0")
     resume: bool = flag(False, "continue from the newest valid state in --output-dir")
+    overwrite: bool = flag(False, "remove the earlier run in --output-dir first")
     resume_anyway: bool = flag(False, "with --resume: accept other flags or data than the state's")
 
     preview: bool = flag(False, "show the first sequences, mark the tokens in the loss, and exit")
@@ -121,12 +145,13 @@ class Options:
     compare: bool = flag(False, "also train 16-bit LoRA from the same seed")
     adapter: Path | None = flag(None, "a trained adapter, for --prompt, --merge or --merge-4bit")
     prompt: str | None = flag(None, "a question to --adapter")
+    system: str | None = flag(None, "the system message before --prompt")
     merge: Path | None = flag(None, "write the base with --adapter merged, as a 16-bit model")
     merge_4bit: Path | None = flag(None, "the same in 4 bits, which loses most of a small update")
 
     def in_16_bits(self) -> "Options":
         """The second run of --compare: the same options with 16-bit LoRA, in its own folder."""
-        folder = self.output_dir / "16-bit"
+        folder = self.output_dir / COMPARED
         has_begun = any(folder.glob("state-*"))
         return replace(
             self,
@@ -135,6 +160,7 @@ class Options:
             save_4bit=None,
             output_dir=folder,
             resume=self.resume and has_begun,
+            overwrite=False,  # the first run has removed both
         )
 
     def settings(self) -> dict[str, str]:
@@ -150,8 +176,9 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     values, unknown = parser.parse_known_args([with_dashes(word) for word in words])
     if unknown:
         usage_error(f"{unknown[0]} is not a flag: {suggestion(unknown[0])}")
-    options = Options(**vars(values))
-    mistake = next(mistakes(options), None)
+    given = vars(values)  # without the flags that were left out
+    options = Options(**given)
+    mistake = next(mistakes(options, given.keys()), None)
     if mistake:
         usage_error(mistake)
     if options.max_steps is None and options.num_train_epochs is None:
@@ -176,7 +203,13 @@ class Parser(argparse.ArgumentParser):
 def make_parser(description: str | None) -> Parser:
     """A parser with one flag for each field of Options, in the groups of GROUPS."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser("train.py", description=description, formatter_class=layout, allow_abbrev=False)
+    parser = Parser(
+        "train.py",
+        description=description,
+        formatter_class=layout,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     types = get_type_hints(Options)
     for option in fields(Options):
         if option.name in GROUPS:
@@ -193,15 +226,16 @@ def arguments(option: Field, kind: type) -> dict[str, object]:
     if kind is bool:
         return {"action": "store_true", "help": text}
     return {
-        "type": partial(parse_value, kind, rule),
+        "type": partial(parse_path, kind)
+        if option.name in PATHS
+        else partial(parse_value, kind, rule),
         "choices": choices,
         "metavar": None if choices else {int: "N", float: "X", Path: "FOLDER"}.get(kind),
-        "default": option.default,
         "help": text if option.default is None else f"{text} (default: {option.default})",
     }
 
 
-def parse_value(kind: type, rule: str, text: str) -> int | float | str | Path:
+def parse_value(kind: type, rule: str, text: str) -> int | float | str:
     """The value of a flag. Raises: ArgumentTypeError that says what the value must be."""
     try:
         value = kind(text)
@@ -211,7 +245,19 @@ def parse_value(kind: type, rule: str, text: str) -> int | float | str | Path:
         raise argparse.ArgumentTypeError(f"must be {wanted}; got {text!r}") from None
     if rule and not RULES[rule](value):
         raise argparse.ArgumentTypeError(f"must be {rule}; got {text}")
+    if kind is int and value > LARGEST_INT:
+        raise argparse.ArgumentTypeError(f"must be below 2**63; got {text}")
     return value
+
+
+def parse_path(kind: type, text: str) -> str | Path:
+    """A path, or a name in its place. ~ is the home folder, also where no shell expands it.
+
+    Raises: ArgumentTypeError if it is empty, as an unset variable of a shell is.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return kind(os.path.expanduser(text))
 
 
 def spelling(name: str) -> str:
@@ -244,17 +290,51 @@ def launched_by_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
-def mistakes(options: Options) -> Iterator[str]:
-    """Each wrong combination of flags that are valid on their own, with the remedy."""
-    given = {each.name for each in fields(Options) if getattr(options, each.name) != each.default}
-    needs = {"prompt": "adapter", "merge": "adapter", "merge_4bit": "adapter"}
-    needs |= {"resume_anyway": "resume"}
-    for one, other in needs.items():
+def mistakes(options: Options, given: Set[str]) -> Iterator[str]:
+    """Each wrong combination of flags that are valid on their own, with the remedy.
+
+    given: the names of the flags that were typed.
+    """
+    for one, other in NEEDS:
         if one in given and other not in given:
             yield f"{spelling(one)} does nothing without {spelling(other)}: give both, or neither"
-    if "adapter" in given and not given & {"prompt", "merge", "merge_4bit"}:
-        yield "--adapter does nothing without --prompt, --merge or --merge-4bit: give one of them"
+    for one, other in EXCLUSIVE:
+        if one in given and other in given:
+            yield f"{spelling(one)} and {spelling(other)} exclude each other: leave one out"
+    yield from without_effect(options, given)
+    yield from mistakes_with_processes(options, given)
+    yield from same_paths(options, given)
 
+
+def without_effect(options: Options, given: Set[str]) -> Iterator[str]:
+    """Each flag that has no effect because of another one."""
+    if "adapter" in given:
+        if not {"prompt", "merge", "merge_4bit"} & given:
+            yield (
+                "--adapter does nothing without --prompt, --merge or --merge-4bit: give one of "
+                "them, or train on from an adapter with --init-adapter"
+            )
+        useful = WITH_ADAPTER | WITH_PROMPT if "prompt" in given else WITH_ADAPTER
+        for name in sorted(given - useful):
+            use = "--adapter and --prompt" if "prompt" in given else "--adapter and a merge"
+            yield f"{spelling(name)} does nothing with {use}: leave it out"
+    if "init_adapter" in given:
+        for name in sorted(given & {*SET_BY_ADAPTER}):
+            yield f"{spelling(name)} is that of the adapter with --init-adapter: leave it out"
+    if options.quant == "none":
+        for name in sorted(given & {"block_size", "no_double_quant", "compare"}):
+            nothing = f"{spelling(name)} does nothing with --quant none"
+            yield f"{nothing}, which is 16-bit LoRA: leave one out"
+    if "save_4bit" in given and options.quant != "nf4":
+        yield f"--save-4bit is for --quant nf4, not for {options.quant}: leave one out"
+    if options.lora_start != "default" and "save_4bit" not in given:
+        yield f"--lora-start {options.lora_start} changes the base: give --save-4bit FOLDER too"
+    if "resident_mb" in given and options.optim != "paged_adamw":
+        yield "--resident-mb is for --optim paged_adamw, whose state has pages: leave one out"
+
+
+def mistakes_with_processes(options: Options, given: Set[str]) -> Iterator[str]:
+    """Each flag that does not fit the number of processes."""
     several = launched_by_torchrun()
     if "shard" in given and not several:
         start = "torchrun --nproc-per-node N train.py --shard"
@@ -265,17 +345,13 @@ def mistakes(options: Options) -> Iterator[str]:
         same = f"--device {options.device} is the same GPU for all processes"
         yield f"{same}: give --device cuda, and each process takes its own"
 
-    if "lora_start" in given and ("save_4bit" not in given or options.quant != "nf4"):
-        start = f"--lora-start {options.lora_start}"
-        yield f"{start} changes the base: give --save-4bit FOLDER too, and --quant nf4"
-    exclusive = [("max_steps", "num_train_epochs"), ("group_by_length", "packing")]
-    exclusive += [("prompt", name) for name in ("preview", "dry_run", "resume", "compare")]
-    for one, other in exclusive:
-        if one in given and other in given:
-            yield f"{spelling(one)} and {spelling(other)} exclude each other: leave one out"
-    if options.quant == "none":
-        for name in sorted(given & {"block_size", "no_double_quant", "compare"}):
-            nothing = f"{spelling(name)} does nothing with --quant none"
-            yield f"{nothing}, which is 16-bit LoRA: leave one out"
-    if "resident_mb" in given and options.optim != "paged_adamw":
-        yield "--resident-mb is for --optim paged_adamw, whose state has pages: leave one out"
+
+def same_paths(options: Options, given: Set[str]) -> Iterator[str]:
+    """Each pair of flags that name the same folder, if one of them is written."""
+    used = given if "adapter" in given else given | {"output_dir"}
+    paths = {name: getattr(options, name) for name in FOLDERS if name in used}
+    real = {name: os.path.realpath(path) for name, path in paths.items()}
+    for one, other in combinations(real, 2):
+        if one in WRITTEN and real[one] == real[other]:
+            flags = f"{spelling(one)} and {spelling(other)}"
+            yield f"{flags} are both {paths[one]}: choose another folder for one of them"

@@ -13,19 +13,19 @@ import shutil
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
 
-from checkpoints import io, sources
+from checkpoints import sources
 from data import dataset
 from data.chat_template import fingerprint
 from data.rendering import today
 from memory import formula
-from training import distributed
+from training import distributed, one_run
 from training.base_check import check_base, ids_of, require_known_ids
+from training.model import adopt_settings, base_folder
 from training.options import Options
 from training.state import State, latest_state, require_same_settings, saved_states
 
@@ -54,8 +54,9 @@ def preflight(args: Options) -> Job:
     Raises: ValueError if the folder cannot be written to; if the model, the data or the state
     cannot be read; if settings contradict each other; if ranks see different data or states.
     """
-    restarted_by_torchrun = distributed.restart_count() > 0
-    args.resume |= restarted_by_torchrun and bool(saved_states(args.output_dir))
+    if distributed.restart_count() > 0 and saved_states(args.output_dir):  # by torchrun
+        args.resume = True
+        args.overwrite = False  # the first attempt has removed the earlier run
     turn = min(distributed.local_rank(), 1)  # the first process on a machine may download the model
     job = distributed.all_or_none(partial(_check, args), turn)
     step = job.state.step if job.state else 0
@@ -65,7 +66,8 @@ def preflight(args: Options) -> Job:
 
 def _check(args: Options) -> Job:
     started = time.perf_counter()
-    io.prepare_folder(args.output_dir)
+    one_run.check_folder(args)
+    adopt_settings(args)
     name = args.model or sources.DEFAULT_MODEL
     config, tokenizer = sources.load_config_and_tokenizer(name)
     context = getattr(config, "max_position_embeddings", None)
@@ -118,6 +120,7 @@ def _load_task(
 
 def preview(args: Options) -> str:
     """The first sequences of the data as text, with the tokens in the loss marked."""
+    adopt_settings(args)
     _, tokenizer = sources.load_config_and_tokenizer(args.model or sources.DEFAULT_MODEL)
     return dataset.preview(_load_task(args, tokenizer), tokenizer, sys.stdout.isatty())
 
@@ -133,16 +136,6 @@ def batches_of(job: Job, step: int, args: Options) -> list[dataset.Batch]:
         job.tokenizer.eos_token_id,
         args.group_by_length,
     )
-
-
-def base_folder(args: Options) -> tuple[Path, str]:
-    """The folder to read the base from, and how its adapters start.
-
-    A resumed run with --save-4bit reads the saved base, which --lora-start has already changed.
-    """
-    if args.resume and args.save_4bit:
-        return args.save_4bit, "default"
-    return sources.find_model(args.model or sources.DEFAULT_MODEL), args.lora_start
 
 
 def describe(job: Job, args: Options) -> str:

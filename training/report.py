@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from checkpoints import io
 from memory import measured
 from training import distributed, sharding
+from training.one_run import METRICS
 from training.options import Options
 from training.preflight import Job
 
@@ -57,6 +58,17 @@ def totals(metrics: Path) -> dict:
     return {"steps": len(lines), "seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
+def peak_gpu_bytes(metrics: Path, device: str) -> int | None:
+    """The most that torch has allocated on the GPU in the whole run; None on a CPU.
+
+    The measured step resets torch's peak, so the lines before that step have the peak until then.
+    """
+    peak = measured.peak_gpu_bytes(device)
+    if peak is None:
+        return None
+    return max([peak, *(line.get("peak_gpu_bytes", 0) for line in read_metrics(metrics))])
+
+
 def summarize(
     args: Options,
     job: Job,
@@ -80,9 +92,10 @@ def summarize(
         "after": after[0],
         "before_unseen": before[1],
         "after_unseen": after[1],
-        **totals(args.output_dir / "metrics.jsonl"),
+        **totals(args.output_dir / METRICS),
         "seconds_total": time.perf_counter() - job.started,
         "peak_rss_bytes": measured.peak_rss_bytes(),
+        "peak_gpu_bytes": peak_gpu_bytes(args.output_dir / METRICS, args.device),
         **measured.summary(model),
         "memory": memory,
         "pager": dict(counters),
@@ -218,4 +231,6 @@ def run_table(report: dict) -> str:
         f"{report['seconds_total']:.0f} s with loading and evaluation",
         "memory": f"{report['peak_rss_bytes'] / 1e9:.2f} GB resident at the peak",
     }
+    if report["peak_gpu_bytes"] is not None:
+        lines["memory"] += f"; {report['peak_gpu_bytes'] / 1e9:.2f} GB on the GPU"
     return "\n".join(f"{name:11}{text}" for name, text in lines.items())

@@ -104,14 +104,11 @@ def _keep_last(path: Path, limit: int) -> None:
 def remove_old_files(folder: Path, state: State | None, limit: int) -> None:
     """Remove unfinished files and old states that earlier runs left.
 
-    Keeps the last `limit` states up to the one to resume from; without one, keeps none.
+    Keeps the last `limit` states up to `state`, from which the run resumes, if it does.
     """
     io.remove_unfinished(folder)
     if state:
         _keep_last(state.path, limit)  # a kill may have come between a save and its cleanup
-    else:
-        for path in reversed(saved_states(folder)):  # the last state is removed last
-            path.unlink()
 
 
 def latest_state(folder: Path) -> State:

@@ -65,7 +65,7 @@ def use_adapter(args: Options) -> int:
 def answer_prompt(args: Options) -> None:
     """Prints the answer to --prompt while it is generated."""
     model, tokenizer = load_adapted_model(args, args.dtype)
-    prompts = [encode_prompt(tokenizer, args.prompt)]
+    prompts = [encode_prompt(tokenizer, args.prompt, args.system)]
     rows = model.get_input_embeddings().num_embeddings
     require_known_ids(prompts, rows, tokenizer, model.name_or_path)
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

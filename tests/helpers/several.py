@@ -31,7 +31,7 @@ from checkpoints import base_model, io  # noqa: E402
 from data import dataset  # noqa: E402
 from helpers import killed  # noqa: E402
 from lora import attach  # noqa: E402
-from training import report, sharding, state  # noqa: E402
+from training import one_run, report, sharding, state  # noqa: E402
 
 WAYS = {"DDP": [], "FSDP2": ["--shard"]}
 
@@ -195,6 +195,10 @@ def apart(root: Path) -> dict[str, tuple[list[int | None], str]]:
         train.train_step = step
 
     result = {}
+    in_use = root / "in_use"
+    with one_run.locked(in_use):
+        statuses = end(launch(in_use, 2))
+        result["in_use"] = statuses, in_use.with_suffix(".log").read_text()
     for disturb in (other_rows, no_model, full_disk, one_is_asked_to_stop):
         folder = root / disturb.__name__
         statuses = end(launch(folder, 2, disturb=disturb))

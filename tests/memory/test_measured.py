@@ -230,6 +230,7 @@ def test_a_model_that_the_formula_does_not_know_is_measured_alone() -> None:
             "tokens_per_second": 1,
             "seconds_total": 1,
             "peak_rss_bytes": 1,
+            "peak_gpu_bytes": None,
         }
     )
     assert f"  {'gradients':30}{'-':>15}{rows['gradients']['measured']:>15,}\n" in text
@@ -263,3 +264,9 @@ def test_the_ledger_of_a_model_without_adapters_counts_its_dense_linear_layers()
     model = models.tiny_llama(vocab_size=256).requires_grad_(False)
     row = measured.ledger(model)["linear layers"]
     assert row.elements > 0 and row.bytes_now == 4 * row.elements
+
+
+def test_the_peak_of_a_gpu_is_that_of_torchs_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {"cuda:1": 24}.get)
+    assert measured.peak_gpu_bytes("cuda:1") == 24
+    assert measured.peak_gpu_bytes("cpu") is None

@@ -12,6 +12,7 @@ import train
 from helpers import models
 from training import end_tokens, use_adapter
 from training.loss_and_eval import generate_answers
+from training.options import Options
 
 
 def model_with_ends(ends: int | list[int] | None) -> LlamaForCausalLM:
@@ -95,7 +96,7 @@ def ends_in(folder: Path) -> int | list[int]:
 
 def test_a_prompt_to_an_adapter_stops_at_the_ends_of_its_data(trained: Path) -> None:
     assert ends_in(trained) == [0, 2]
-    model, _ = use_adapter.load_adapted_model(trained, None, None, "cpu")
+    model, _ = use_adapter.load_adapted_model(Options(adapter=trained, device="cpu"), None)
     assert model.generation_config.eos_token_id == [0, 2]
 
 

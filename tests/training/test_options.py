@@ -18,6 +18,7 @@ from training import options, preflight
 from training.dtypes import resolve_device_and_dtype
 from training.exit_status import how_to_resume
 from training.options import Options, parse_args
+from training.state import seed_batch
 from variants import init
 
 ROOT = Path(__file__).parent.parent.parent
@@ -104,6 +105,10 @@ def test_the_names_that_options_repeats_are_those_of_their_modules() -> None:
         ("--resident-mb 0.001", "must be 2 or more, the megabytes of a page; got 0.001"),
         ("--save-total-limit 0", "must be above 0; got 0"),
         ("--seed -1", "must be 0 or more; got -1"),
+        (f"--seed {2**63}", f"argument --seed: must be below 2..63; got {2**63}"),
+        (f"--max-steps {2**64}", f"argument --max-steps: must be below 2..63; got {2**64}"),
+        ("--output-dir=", "argument --output-dir: must not be empty"),
+        ("--model=", "argument --model/--model-name-or-path: must not be empty"),
         ("--quant nf5", "argument --quant: invalid choice: 'nf5' .choose from"),
         ("--device abacus", "--device abacus cannot be used .*: try cpu"),
         ("--batchsize 3", "--batchsize is not a flag: did you mean --batch-size?"),
@@ -113,13 +118,16 @@ def test_the_names_that_options_repeats_are_those_of_their_modules() -> None:
         ("--prompt alone", "--prompt does nothing without --adapter: give both, or neither"),
         (
             "--adapter alone",
-            "--adapter does nothing without --prompt, --merge or --merge-4bit: give one of them",
+            "--adapter does nothing without --prompt, --merge or --merge-4bit: give one of them, "
+            "or train on from an adapter with --init-adapter",
         ),
+        ("--system alone", "--system does nothing without --prompt: give both, or neither"),
         ("--merge alone", "--merge does nothing without --adapter: give both, or neither"),
         (
             "--lora-start pissa",
-            "--lora-start pissa changes the base: give --save-4bit FOLDER too, and --quant nf4",
+            "--lora-start pissa changes the base: give --save-4bit FOLDER too",
         ),
+        ("--save-4bit a --quant nf3", "--save-4bit is for --quant nf4, not for nf3: leave one out"),
         ("--resume-anyway", "--resume-anyway does nothing without --resume: give both, or neither"),
         (
             "--max-steps 5 --num-train-epochs 1",
@@ -127,12 +135,29 @@ def test_the_names_that_options_repeats_are_those_of_their_modules() -> None:
         ),
         (
             "--adapter a --prompt b --resume",
-            "--prompt and --resume exclude each other: leave one out",
+            "--resume does nothing with --adapter and --prompt: leave it out",
         ),
         (
-            "--adapter a --prompt b --dry-run",
-            "--prompt and --dry-run exclude each other: leave one out",
+            "--adapter a --prompt b --data orders",  # the default, but typed
+            "--data does nothing with --adapter and --prompt: leave it out",
         ),
+        (
+            "--adapter a --merge b --dtype bfloat16",
+            "--dtype does nothing with --adapter and a merge: leave it out",
+        ),
+        ("--resume --overwrite", "--resume and --overwrite exclude each other: leave one out"),
+        ("--preview --dry-run", "--preview and --dry-run exclude each other: leave one out"),
+        (
+            "--init-adapter a --lora-r 8",
+            "--lora-r is that of the adapter with --init-adapter: leave it out",
+        ),
+        (
+            "--init-adapter a --output-dir ./a",
+            "--output-dir and --init-adapter are both a: choose another folder for one of them",
+        ),
+        ("--init-adapter out", "--output-dir and --init-adapter are both out: choose another"),
+        ("--model a --output-dir b/../a", "--output-dir and --model are both b/../a"),
+        ("--adapter a --merge b --merge-4bit b", "--merge and --merge-4bit are both b: choose"),
         (
             "--quant none --compare",
             "--compare does nothing with --quant none, which is 16-bit LoRA: leave one out",
@@ -153,6 +178,37 @@ def test_a_wrong_flag_gets_one_line_before_anything_is_loaded(
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("train.py: ") and error.count("\n") == 1
     assert re.search(answer, error), error
+
+
+def test_each_flag_that_has_an_effect_with_an_adapter_is_accepted() -> None:
+    asks = "--adapter out --model m --device cpu --prompt a --system b --dtype float32"
+    both = parse_args([*asks.split(), "--max-seq-len", "9", "--merge", "c", "--merge-4bit", "d"])
+    assert both.adapter == Path("out") and both.system == "b"
+
+
+def test_two_names_that_are_no_folders_may_be_equal() -> None:
+    assert parse_args("--data orders --output-dir orders".split()).data == "orders"
+
+
+def test_a_tilde_in_a_path_is_the_home_folder_wherever_it_is_typed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    words = {name: f"{options.spelling(name)}=~/{name}" for name in options.PATHS}
+    uses = ["adapter", "merge", "merge_4bit"]
+    using = vars(parse_args([words[name] for name in uses]))
+    training = vars(parse_args([words[name] for name in options.PATHS if name not in uses]))
+    for name in options.PATHS:
+        expanded = using[name] if name in uses else training[name]
+        assert str(expanded) == f"/home/ada/{name}"
+    assert parse_args(["--adapter", "a", "--prompt", "~"]).prompt == "~", "no path"
+
+
+@pytest.mark.parametrize("seed", [0, 2**32, 2**63 - 1])
+def test_a_seed_that_the_parser_accepts_seeds_every_generator(seed: int) -> None:
+    assert parse_args(["--seed", str(seed)]).seed == seed
+    torch.manual_seed(seed)
+    seed_batch(seed, 2**63)
 
 
 def test_a_resumed_run_must_share_the_flags_that_the_bits_depend_on() -> None:
@@ -209,7 +265,7 @@ def test_a_dry_run_says_what_a_run_would_be_and_loads_nothing(
         r"memory +0.0\d GB at a step's peak, predicted; cpu has",
     ):
         assert re.search(line, text), text
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_finds_what_a_run_would_fail_at(
@@ -307,3 +363,8 @@ def test_a_run_that_saved_nothing_cannot_be_resumed(tmp_path: Path) -> None:
     assert how_to_resume(args, words) == " before anything was saved"
     (tmp_path / "state-000001.safetensors").touch()
     assert how_to_resume(args, words).endswith("train.py --max-steps 2 --resume")
+    assert how_to_resume(args, [*words, "--overwrite"]).endswith("--max-steps 2 --resume")
+    args.overwrite = True
+    assert how_to_resume(args, words) == " before anything was saved", (
+        "the state is an earlier run's"
+    )

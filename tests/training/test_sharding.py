@@ -85,6 +85,7 @@ def test_a_run_that_lost_one_of_two_processes_resumes_on_any_number_with_the_sam
         ("other_rows", "process 1 of 2 has another data (a hash of its token ids)"),
         ("no_model", "model.safetensors is damaged (in process 1 of 2)"),
         ("full_disk", "No space left on device"),
+        ("in_use", "in_use: wait for its end or choose another --output-dir"),
     ],
 )
 def test_an_error_on_one_rank_is_printed_once_and_ends_all_ranks(
@@ -151,7 +152,9 @@ def test_a_run_that_torchrun_restarts_after_a_lost_process_resumes_by_itself(
     script = tmp_path / "begin.py"
     script.write_text(BEGIN)
     paths = ["--model", tiny, "--data", few_rows, "--output-dir", tmp_path / "out"]
-    flags = "--max-steps 6 --save-every 2 --dtype float32".split()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "loss.png").write_text("of an earlier run")
+    flags = "--max-steps 6 --save-every 2 --dtype float32 --overwrite".split()
     command = [*TORCHRUN, "2", "--max-restarts", "1", script, *paths, *flags]
     env = os.environ | {"PYTHONPATH": str(traffic.ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env)

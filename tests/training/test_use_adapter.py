@@ -15,6 +15,7 @@ import lora
 import train
 from checkpoints import base_model, bnb_4bit, peft_adapter
 from checkpoints.bnb_4bit import Quantization
+from data.dataset import encode_prompt
 from helpers import models
 from helpers.bounds import HALF_A_PERCENT, cosine
 from lora import MergeAudit
@@ -271,3 +272,42 @@ def test_a_base_has_the_dtype_of_its_config(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": name}))
     assert use_adapter.dtype_of(tmp_path) == expected
+
+
+TURNS = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+DROPS = TURNS.replace("messages", "messages[1:]")
+
+
+def test_a_system_message_takes_the_place_of_the_default_one() -> None:
+    tokenizer = models.tokenizer()
+    default = tokenizer.decode(encode_prompt(tokenizer, "Who?"))
+    other = tokenizer.decode(encode_prompt(tokenizer, "Who?", "Be kind."))
+    assert other == default.replace("Answer briefly.", "Be kind.") != default
+    tokenizer.chat_template = None
+    assert tokenizer.decode(encode_prompt(tokenizer, "Who?", "Be kind.")) == "Be kind.\nWho?\n"
+
+
+@pytest.mark.parametrize(
+    "template, complaint",
+    [
+        (REFUSES + TURNS, "refuses it .no system."),
+        (DROPS, "turn 1 .system.: .* drops or changes .Be kind"),
+    ],
+)
+def test_a_template_without_a_system_message_refuses_one(template: str, complaint: str) -> None:
+    tokenizer = models.tokenizer()
+    tokenizer.chat_template = template
+    assert "Who?" in tokenizer.decode(encode_prompt(tokenizer, "Who?"))
+    with pytest.raises(ValueError, match=complaint):
+        encode_prompt(tokenizer, "Who?", "Be kind.")
+
+
+def test_the_system_message_of_the_command_line_reaches_the_model(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = []
+    monkeypatch.setattr(use_adapter, "generate_answers", lambda *args, **_: prompts.extend(args[2]))
+    words = ["--adapter", str(out), "--prompt", "Who?", "--system", "Be kind."]
+    assert train.main(words) == 0
+    assert prompts == [encode_prompt(models.tokenizer(), "Who?", "Be kind.")]

@@ -40,6 +40,7 @@ from helpers.strategies import Adapted, TowerWithHead, adapted, same_bits
 from lora import FrozenWeight, QLoRALinear
 from memory import measured
 from training import state, use_adapter
+from training.options import Options
 from variants import dora, init
 from variants.dora import DoRALinear
 
@@ -491,7 +492,7 @@ def test_a_run_with_use_dora_is_merged_as_peft_merges_it(
     assert train.main(["--adapter", str(out), "--merge", str(tmp_path / "merged")]) == 0
     assert train.main(["--adapter", str(out), "--merge-4bit", str(tmp_path / "merged-4bit")]) == 0
     assert "A merge into 4 bits keeps" in capsys.readouterr().out
-    ours, _ = use_adapter.load_adapted_model(out, None, torch.float32, "cpu")
+    ours, _ = use_adapter.load_adapted_model(Options(adapter=out, device="cpu"), torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
     for name, layer in peft_adapter.adapted_layers(ours).items():
         dense.get_submodule(name).weight.data = layer.base(torch.float64)

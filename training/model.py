@@ -1,0 +1,101 @@
+"""Makes the model and the optimizer of a run from the flags.
+
+The model is a frozen base, quantized as it is read, with adapters to train. The adapters are new,
+or those of --init-adapter, which are trained on. The latter fit only the base on which they were
+trained, so their files decide about base and adapters, and the flags for these must be left out.
+"""
+
+from __future__ import annotations  # type hints must not load the classes of transformers
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from torch.optim import Optimizer
+
+from checkpoints import peft_adapter, sources
+from checkpoints.base_model import load_with_adapters
+from data import packing
+from lora import QLoRALinear
+from paged_optim import PagedAdamW
+from training import distributed, sharding
+from training.base_check import adopt_quantization, quantization_of
+from training.options import Options
+from training.use_adapter import load_adapted_model, save_4bit
+from variants.dora import DoRALinear
+
+
+def load_model(
+    args: Options, tokenizer: transformers.PreTrainedTokenizerBase
+) -> transformers.PreTrainedModel:
+    """The frozen base with adapters: each nn.Linear is quantized as it is read."""
+    folder, start = base_folder(args)
+    device = "cpu" if args.shard else args.device  # a sharded model moves block by block
+    if args.init_adapter:
+        as_used = replace(args, adapter=args.init_adapter, model=str(folder), device=device)
+        model, _ = load_adapted_model(as_used, args.dtype)
+    else:
+        adapter = adapter_settings(args)
+        base = quantization_of(args)
+        model = load_with_adapters(folder, args.dtype, device, start, args.seed, adapter, base)
+    model.name_or_path = args.model or str(folder)  # the base that adapter_config.json names
+    if args.save_4bit and distributed.is_main():
+        save_4bit(model, tokenizer, args.save_4bit)
+    if args.packing:
+        packing.check(model)
+    if args.grad_checkpoint:
+        model.activation_checkpointing_enable()
+    if args.shard:
+        sharding.shard_model(model, args.device)
+    return model
+
+
+def base_folder(args: Options) -> tuple[Path, str]:
+    """The folder to read the base from, and how its adapters start.
+
+    A resumed run with --save-4bit reads the saved base, which --lora-start has already changed.
+    """
+    if args.resume and args.save_4bit:
+        return args.save_4bit, "default"
+    return sources.find_model(args.model or sources.DEFAULT_MODEL), args.lora_start
+
+
+def adapter_settings(args: Options) -> dict:
+    """The settings of new adapters, as lora.attach takes them."""
+    return {
+        "layer_type": DoRALinear if args.use_dora else QLoRALinear,
+        "r": args.lora_r,
+        "lora_alpha": args.lora_alpha,
+        "lora_dropout": args.lora_dropout,
+        "use_rslora": args.use_rslora,
+    }
+
+
+def adopt_settings(args: Options) -> None:
+    """With --init-adapter, set the flags of the base and of the adapters to what its files say.
+
+    Raises: ValueError if they are missing or damaged.
+    """
+    if args.init_adapter is None:
+        return
+    config = peft_adapter.read_config(args.init_adapter)
+    quantization, _ = peft_adapter.base_of(args.init_adapter)
+    if quantization is not None:
+        adopt_quantization(args, quantization, args.init_adapter)
+    args.model = args.model or config["base_model_name_or_path"]
+    args.lora_r = config["r"]
+    args.lora_alpha = float(config["lora_alpha"])
+    args.lora_dropout = float(config["lora_dropout"])
+    args.use_rslora = config["use_rslora"]
+    args.use_dora = config["use_dora"]
+
+
+def make_optimizer(model: nn.Module, args: Options) -> Optimizer:
+    """AdamW for the adapters: paged, or torch's own; both give the same bits."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if args.optim == "adamw":
+        return torch.optim.AdamW(trainable, weight_decay=0.0)
+    resident = None if args.resident_mb is None else int(args.resident_mb * 2**20)
+    return PagedAdamW(trainable, weight_decay=0.0, resident_bytes=resident)
