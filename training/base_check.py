@@ -47,7 +47,7 @@ def check_base(
 def adopt_quantization(args: Options, quantization: Quantization, where: Path) -> None:
     """Sets --quant, --block-size and --no-double-quant to what a base is.
 
-    where: what says so. Raises: ValueError if a flag that is not at its default disagrees.
+    where: what says so. Raises: ValueError if a flag that was given disagrees.
     """
     values: dict[str, object] = {"quant": quantization.code}
     if quantization.code != DENSE:
@@ -56,7 +56,8 @@ def adopt_quantization(args: Options, quantization: Quantization, where: Path) -
     defaults = {each.name: each.default for each in fields(Options)}
     for name, value in values.items():
         asked = getattr(args, name)
-        if asked not in (value, defaults[name]):
+        was_given = name in args.given or asked != defaults[name]
+        if was_given and asked != value:
             words = spelling(name) if asked is True else f"{spelling(name)} {asked}"
             raise ValueError(
                 f"{words} disagrees with {where}, whose base is {describe(quantization)}: "

@@ -69,14 +69,14 @@ MAY_DIFFER |= {"init_adapter", "adapter", "prompt", "system", "merge", "merge_4b
 
 # What has an effect with --adapter, and what each of these flags needs.
 WITH_ADAPTER = {"adapter", "model", "device", "prompt", "merge", "merge_4bit"}
+WITH_ADAPTER |= {"quant", "block_size", "no_double_quant"}  # PEFT's adapters do not say these
 WITH_PROMPT = {"system", "dtype", "max_seq_len"}
 NEEDS = [("prompt", "adapter"), ("system", "prompt"), ("merge", "adapter")]
 NEEDS += [("merge_4bit", "adapter"), ("resume_anyway", "resume")]
 EXCLUSIVE = [("max_steps", "num_train_epochs"), ("group_by_length", "packing")]
 EXCLUSIVE += [("resume", "overwrite"), ("preview", "dry_run"), ("init_adapter", "compare")]
-# The base and the shape of an adapter that exists are those it was trained with.
-SET_BY_ADAPTER = ["quant", "no_double_quant", "block_size", "lora_r", "lora_alpha", "lora_dropout"]
-SET_BY_ADAPTER += ["use_rslora", "use_dora", "lora_start"]
+# What an adapter that exists has already.
+SET_BY_ADAPTER = ["lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_start"]
 # A folder that is written must not be another folder of the command, which is why it comes first.
 WRITTEN = ["output_dir", "save_4bit", "merge", "merge_4bit"]
 FOLDERS = [*WRITTEN, "model", "init_adapter", "adapter"]
@@ -91,6 +91,8 @@ def flag(default: object, text: str, rule: str = "", choices: list[str] | None =
 @dataclass
 class Options:
     """The values of the flags. dtypes.resolve_device_and_dtype sets `device` and `dtype`."""
+
+    given = frozenset()  # the names of the flags that were typed; not a field
 
     model: str | None = flag(None, f"folder or hub id (default: {DEFAULT_MODEL}, from a package)")
     quant: str = flag("nf4", "code of the frozen weights; none: 16 bits", choices=list(QUANT_BITS))
@@ -178,6 +180,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         usage_error(f"{unknown[0]} is not a flag: {suggestion(unknown[0])}")
     given = vars(values)  # without the flags that were left out
     options = Options(**given)
+    options.given = frozenset(given)
     mistake = next(mistakes(options, given.keys()), None)
     if mistake:
         usage_error(mistake)

@@ -64,6 +64,7 @@ def test_a_base_in_4_bits_is_reported_as_it_is_and_not_as_the_defaults_are(
     ("flags", "complaint"),
     [
         ("--quant none", "--quant none disagrees with .*, whose base is fp4 in blocks of 128, "),
+        ("--quant nf4", "--quant nf4 disagrees with"),
         ("--quant nf3", "--quant nf3 disagrees with"),
         ("--block-size 256", "--block-size 256 disagrees with"),
         ("--compare", "--compare needs dense weights, and .* is in 4 bits already: leave it out"),

@@ -276,7 +276,7 @@ def test_a_base_has_the_dtype_of_its_config(
 
 TURNS = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-DROPS = TURNS.replace("messages", "messages[1:]")
+DROPS = TURNS.replace("in messages", "in messages if turn.role != 'system'")
 
 
 def test_a_system_message_takes_the_place_of_the_default_one() -> None:
