@@ -328,8 +328,6 @@ def without_effect(options: Options, given: Set[str]) -> Iterator[str]:
         for name in sorted(given & {"block_size", "no_double_quant", "compare"}):
             nothing = f"{spelling(name)} does nothing with --quant none"
             yield f"{nothing}, which is 16-bit LoRA: leave one out"
-    if "save_4bit" in given and options.quant != "nf4":
-        yield f"--save-4bit is for --quant nf4, not for {options.quant}: leave one out"
     if options.lora_start != "default" and "save_4bit" not in given:
         yield f"--lora-start {options.lora_start} changes the base: give --save-4bit FOLDER too"
     if "resident_mb" in given and options.optim != "paged_adamw":
