@@ -135,10 +135,9 @@ class Template:
         first: the index of the first answer in `turns`.
         """
         text = text[: spans[-1].end]
-        ids, ends = self._tokenize_and_split(text, [span.start for span in spans])
+        ids, ends, starts = self._tokenize_and_split(text, [span.start for span in spans])
         labels = [IGNORE_INDEX] * len(ids)
-        for span in spans:
-            start = bisect_right(ends, span.start)
+        for start, span in zip(starts, spans):
             end = bisect_right(ends, span.end - 1) + 1
             labels[start:end] = ids[start:end]
             self.ends.add(ids[end - 1])
@@ -150,31 +149,31 @@ class Template:
             turns[first].get("content") or "",
         )
 
-    def _tokenize_and_split(self, text: str, starts: list[int]) -> tuple[list[int], list[int]]:
-        """The ids of a text, and the index in it at which each token ends.
+    def _tokenize_and_split(
+        self, text: str, starts: list[int]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """The ids of a text, where each token ends in it, and the token that starts each answer.
 
-        starts: where the answers start. If the text before a start has other ids alone, it is
-        tokenized separately.
+        starts: where the answers start in the text. If the text before a start has other ids alone,
+        it is tokenized separately.
         """
-        ids, ends = self._tokenize_with_ends(text)
-        # The tokens after a control token do not depend on the text before it.
+        # The tokens from a control token on do not depend on the text before it.
         controls = [0, *(token.start() for token in self.renderer.control_tokens.finditer(text))]
-        splits = []
-        for start in starts:
-            control = controls[bisect_right(controls, start) - 1]
-            before = self._tokenize(text[control:start])
-            first = bisect_right(ends, control) if control else 0
-            if ids[first : first + len(before)] != before:
-                splits.append(start)
-        if not splits:
-            return ids, ends
+        windows = [(controls[bisect_right(controls, start) - 1], start) for start in starts]
+        before = [(control, self._tokenize(text[control:start])) for control, start in windows]
 
-        ids, ends = [], []
-        for start, end in pairwise([0, *splits, len(text)]):
-            piece_ids, piece_ends = self._tokenize_with_ends(text[start:end])
-            ids += piece_ids
-            ends += [start + end for end in piece_ends]
-        return ids, ends
+        ids, ends = self._tokenize_with_ends(text)
+        indices = [_index_after(control, alone, ids, ends) for control, alone in before]
+        splits = [start for start, index in zip(starts, indices) if index is None]
+        if splits:
+            ids, ends = [], []
+            for start, end in pairwise([0, *splits, len(text)]):
+                piece_ids, piece_ends = self._tokenize_with_ends(text[start:end])
+                ids += piece_ids
+                ends += [start + end for end in piece_ends]
+            indices = [_index_after(control, alone, ids, ends) for control, alone in before]
+        assert None not in indices, "a piece has other ids than the text before its end"
+        return ids, ends, indices
 
     def _tokenize_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         if not self.tokenizer.is_fast:
@@ -190,6 +189,16 @@ class Template:
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _index_after(control: int, alone: list[int], ids: list[int], ends: list[int]) -> int | None:
+    """The index in `ids` after the ids `alone`, whose text begins at `control`; None without them.
+
+    ends: where each token of `ids` ends in the text.
+    """
+    first = bisect_right(ends, control) if control else 0
+    last = first + len(alone)
+    return last if ids[first:last] == alone else None
 
 
 def show_example(
