@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -51,6 +51,17 @@ SHORTENING = MARKED.replace(
     "{{ message['content'] + '<|im_end|>' }}{% endgen",
     "{{ (message['content'] if loop.last else message['content'].split('</think>')[-1])"
     " + '<|im_end|>' }}{% endgen",
+)
+# Ends an answer with two special tokens, of which the first is not its end.
+TWICE = MARKED.replace("'<|im_end|>' }}{% endgen", "'<file_sep><|im_end|>' }}{% endgen")
+# What these write depends on the length of a content, so marks in it would change it.
+COUNTING = MARKED.replace(HEADER, "{{ messages[0]['content'] | length }}" + HEADER).replace(
+    "{% if add_generation_prompt %}",
+    "{% if add_generation_prompt %}{{ messages[0]['content'] | length }}",
+)
+LIMITED = MARKED.replace(
+    HEADER,
+    "{% if message['content'] | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + HEADER,
 )
 # Writes nothing between a question and its answer.
 TIGHT = (
@@ -254,6 +265,23 @@ def test_a_template_that_shortens_earlier_answers_trains_on_each_answer_in_full(
     assert "<think>" not in tokenizer.decode(found[2].ids)
 
 
+def test_an_answer_ends_at_its_last_special_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    made = chat_template.Template(with_template(tokenizer, TWICE))
+    [found] = made.encode_conversation(turns_of([("a", "b", True), ("c", "d", True)]))
+    runs = [tokenizer.decode(run) for run in runs_in_loss(found)]
+    assert runs == ["b<file_sep><|im_end|>", "d<file_sep><|im_end|>"]
+    assert made.ends == {tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("template", [COUNTING, LIMITED])
+def test_answers_are_also_found_where_the_template_looks_at_the_contents(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    turns = turns_of([("a", "b", True), ("c", "d", True)])
+    [found] = chat_template.Template(with_template(tokenizer, template)).encode_conversation(turns)
+    assert [tokenizer.decode(run) for run in runs_in_loss(found)] == ["b<|im_end|>", "d<|im_end|>"]
+
+
 def test_the_work_for_a_chat_grows_with_its_length_not_with_its_square(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +325,26 @@ def test_a_tokenizer_that_writes_a_space_before_each_text_writes_none_into_a_cha
     assert spaced.convert_ids_to_tokens(found.ids) == ["▁", *"Q:aA:b", "</s>", *"Q:cA:d", "</s>"]
     runs = [spaced.convert_ids_to_tokens(run) for run in runs_in_loss(found)]
     assert runs == [["b", "</s>"], ["d", "</s>"]]
+
+
+@pytest.mark.parametrize("answer, shown", [("b c", "b c"), ("\n b", "b")])
+def test_a_special_token_may_swallow_the_space_after_it(
+    tokenizer: PreTrainedTokenizerBase, answer: str, shown: str
+) -> None:
+    """Like Phi 3's."""
+    swallowing = copy.deepcopy(tokenizer)
+    names = ["<|user|>", "<|assistant|>", "<|end|>"]
+    swallowing.add_tokens([AddedToken(name, rstrip=True, special=True) for name in names], True)
+    swallowing.chat_template = (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
+        "{{ message['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    turns = turns_of([("a", answer, True), ("c", answer, True)])
+    [found] = chat_template.Template(swallowing).encode_conversation(turns)
+    whole = swallowing.apply_chat_template(turns, return_dict=False)
+    assert found.ids == whole
+    assert [swallowing.decode(run) for run in runs_in_loss(found)] == [f"{shown}<|end|>"] * 2
 
 
 def test_a_tokenizer_without_the_places_of_its_tokens_is_refused(
@@ -424,7 +472,7 @@ LAST_END = "return answered[: ends[-1]], len(prompt)"
         (chat_template, "if is_in_loss(turn)]", "]"),
         (answers, "self.tools, add_generation_prompt=True)", "self.tools)"),  # the header is
         # Where one token spans question and answer, part of the answer is lost.
-        (chat_template, "        if splits:\n", "        if False:\n"),
+        (chat_template, "return last if ids[first:last] == alone else None", "return last"),
         (chat_template, "Rendered(text[: spans[-1].end],", "Rendered(text,"),
     ],
 )
