@@ -164,12 +164,10 @@ class Template:
     def _encode_answers(self, rendered: Rendered, ids: list[int], ends: list[int]) -> Example:
         """ids, ends: the tokens of the whole text, and the index in it at which each ends."""
         text, spans, question, answer = rendered
-        splits = self._find_splits(text, ids, ends, [span.start for span in spans])
-        if splits:
-            ids, ends = self._tokenize_pieces(text, splits)
+        starts = [span.start for span in spans]
+        ids, ends, starts = self._split_before_answers(text, ids, ends, starts)
         labels = [IGNORE_INDEX] * len(ids)
-        for span in spans:
-            start = bisect_right(ends, span.start)
+        for start, span in zip(starts, spans):
             end = bisect_right(ends, span.end - 1) + 1
             labels[start:end] = ids[start:end]
             self.ends.add(ids[end - 1])
@@ -177,24 +175,31 @@ class Template:
         labels = [IGNORE_INDEX] * len(prefix) + labels
         return Example(prefix + ids, labels, question, answer)
 
-    def _find_splits(
+    def _split_before_answers(
         self, text: str, ids: list[int], ends: list[int], starts: list[int]
-    ) -> list[int]:
-        """The starts of answers before which the text has other ids alone."""
-        # The tokens after a control token do not depend on the text before it.
-        controls = [0, *(token.start() for token in self.renderer.control_tokens.finditer(text))]
-        splits = []
-        for start in starts:
-            control = controls[bisect_right(controls, start) - 1]
-            before = self.tokenize_header(text[control:start])
-            first = bisect_right(ends, control) if control else 0
-            if ids[first : first + len(before)] != before:
-                splits.append(start)
-        return splits
+    ) -> tuple[list[int], list[int], list[int]]:
+        """The ids of a text, where each token ends in it, and the token that starts each answer.
 
-    def _tokenize_pieces(self, text: str, splits: list[int]) -> tuple[list[int], list[int]]:
-        """The ids of a text that is tokenized in pieces, and the index at which each token ends."""
-        starts = [0, *splits]
+        starts: where the answers start in the text. If the text before a start has other ids alone,
+        it is tokenized separately.
+        """
+        # The tokens from a control token on do not depend on the text before it.
+        controls = [0, *(token.start() for token in self.renderer.control_tokens.finditer(text))]
+        windows = [(controls[bisect_right(controls, start) - 1], start) for start in starts]
+        before = [
+            (control, self.tokenize_header(text[control:start])) for control, start in windows
+        ]
+
+        indices = [_index_after(control, alone, ids, ends) for control, alone in before]
+        splits = [start for start, index in zip(starts, indices) if index is None]
+        if splits:
+            ids, ends = self._tokenize_pieces(text, [0, *splits])
+            indices = [_index_after(control, alone, ids, ends) for control, alone in before]
+        assert None not in indices, "a piece has other ids than the text before its end"
+        return ids, ends, indices
+
+    def _tokenize_pieces(self, text: str, starts: list[int]) -> tuple[list[int], list[int]]:
+        """The ids of a text whose pieces are tokenized alone, and where each token ends in it."""
         pieces = [text[start:end] for start, end in pairwise([*starts, len(text)])]
         ids: list[int] = []
         ends: list[int] = []
@@ -229,6 +234,16 @@ def _render_answers(text: str, spans: list[Span], turns: list[Turn], first: int)
     """first: the index of the first answer in `turns`."""
     question = turns[first - 1].get("content") or ""
     return Rendered(text[: spans[-1].end], spans, question, turns[first].get("content") or "")
+
+
+def _index_after(control: int, alone: list[int], ids: list[int], ends: list[int]) -> int | None:
+    """The index in `ids` after the ids `alone`, whose text begins at `control`; None without them.
+
+    ends: where each token of `ids` ends in the text.
+    """
+    first = bisect_right(ends, control) if control else 0
+    last = first + len(alone)
+    return last if ids[first:last] == alone else None
 
 
 def show_example(

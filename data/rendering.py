@@ -6,7 +6,7 @@ row says:
 
     control tokens      a turn that contains one, such as <|im_end|>, is refused: the tokenizer
                         could not tell it from those that the template writes
-    contents            each must occur in the rendering, except for spaces around it
+    contents            each must occur in the rendering, except for its white space
     strftime_now        prints the date of the run: a resumed run has the tokens of its first part
 
 Without a chat template, each turn is a line, and an EOS token follows each answer.
@@ -105,16 +105,17 @@ class Renderer:
     def require_contents(self, turns: list[Turn], text: str, earlier_answers: bool = True) -> None:
         """Compares turns with their rendering.
 
-        A template may move the system message; the other contents must keep their order.
+        A template may move the system message, change white space and write a content as JSON.
         earlier_answers: whether the answers before the last turn must be in the text, too.
         Raises: BadRow if the content of a turn is not in the text.
         """
+        text = _without_spaces(text)
         position = 0
         for number, turn in enumerate(turns, 1):
             if turn["role"] == "assistant" and number < len(turns) and not earlier_answers:
                 continue
             is_system = turn["role"] == "system"
-            content = (turn.get("content") or "").strip()
+            content = turn.get("content") or ""
             end = _find_end(text, content, 0 if is_system else position)
             if end is None:
                 raise BadRow(
@@ -164,10 +165,15 @@ def _in_parts(turn: Turn) -> Turn:
 def _find_end(text: str, content: str, start: int) -> int | None:
     """The index after the content in a text, from index `start` on; None if it is not there.
 
-    A template may write the content as JSON.
+    text: without white space.
     """
-    for written in (content, json.dumps(content, ensure_ascii=False)[1:-1]):
+    for variant in (content, json.dumps(content, ensure_ascii=False)[1:-1]):
+        written = _without_spaces(variant)
         found = text.find(written, start)
         if found >= 0:
             return found + len(written)
     return None
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -327,6 +327,26 @@ def test_a_tokenizer_that_writes_a_space_before_each_text_writes_none_into_a_cha
     assert runs == [["b", "</s>"], ["d", "</s>"]]
 
 
+@pytest.mark.parametrize("answer, shown", [("b c", "b c"), ("\n b", "b")])
+def test_a_special_token_may_swallow_the_space_after_it(
+    tokenizer: PreTrainedTokenizerBase, answer: str, shown: str
+) -> None:
+    """Like Phi 3's."""
+    swallowing = copy.deepcopy(tokenizer)
+    names = ["<|user|>", "<|assistant|>", "<|end|>"]
+    swallowing.add_tokens([AddedToken(name, rstrip=True, special=True) for name in names], True)
+    swallowing.chat_template = (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
+        "{{ message['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    turns = turns_of([("a", answer, True), ("c", answer, True)])
+    [found] = chat_template.Template(swallowing).encode_conversation(turns)
+    whole = swallowing.apply_chat_template(turns, return_dict=False)
+    assert found.ids == whole
+    assert [swallowing.decode(run) for run in runs_in_loss(found)] == [f"{shown}<|end|>"] * 2
+
+
 def test_a_tokenizer_without_the_places_of_its_tokens_is_refused(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,7 +472,7 @@ LAST_END = "return answered[: ends[-1]], len(prompt)"
         (chat_template, "if is_in_loss(turn)]", "]"),
         (answers, "self.tools, add_generation_prompt=True)", "self.tools)"),  # the header is
         # Where one token spans question and answer, part of the answer is lost.
-        (chat_template, "        if splits:\n", "        if False:\n"),
+        (chat_template, "return last if ids[first:last] == alone else None", "return last"),
         (chat_template, "Rendered(text[: spans[-1].end],", "Rendered(text,"),
     ],
 )

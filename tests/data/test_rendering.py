@@ -19,6 +19,7 @@ PLAIN = LOOP + HEADER + CONTENT + PROMPT
 TRIMMED = PLAIN.replace("message['content']", "message['content'] | trim")
 UPPER = PLAIN.replace("message['content']", "message['content'] | upper")
 WITHOUT_THOUGHTS = PLAIN.replace("['content']", "['content'].split('</think>')[-1]")
+SPACED = PLAIN.replace("['content']", "['content'].split('</think>') | join('</think>\n\n')")
 WITHOUT_SYSTEM = PLAIN.replace(LOOP, LOOP[:-3] + " if message['role'] != 'system' %}")
 IN_PARTS = PLAIN.replace(
     CONTENT,
@@ -53,10 +54,12 @@ def encoded_text(tokenizer: PreTrainedTokenizerBase, template: str, chat: list[r
     return tokenizer.decode(found.ids)
 
 
-def test_a_template_may_remove_spaces_around_contents(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_template_may_change_white_space(tokenizer: PreTrainedTokenizerBase) -> None:
     assert encoded_text(tokenizer, PLAIN, CHAT) == RENDERED
     trimmed = RENDERED.replace(" Two and two? ", "Two and two?")
     assert encoded_text(tokenizer, TRIMMED, CHAT) == trimmed
+    spaced = RENDERED.replace("</think>Four", "</think>\n\nFour")
+    assert encoded_text(tokenizer, SPACED, CHAT) == spaced
 
 
 @pytest.mark.parametrize(
@@ -65,7 +68,11 @@ def test_a_template_may_remove_spaces_around_contents(tokenizer: PreTrainedToken
         (UPPER, "turn 1 (system)", "Be kind."),
         (WITHOUT_SYSTEM, "turn 1 (system)", "Be kind."),
         (WITHOUT_THOUGHTS, "turn 3 (assistant)", "<think>Add.</think>Four."),
-        (PLAIN.replace("message['content']", "message['content'][:8]"), "turn 2 (user)", "Two and"),
+        (
+            PLAIN.replace("message['content']", "message['content'][:8]"),
+            "turn 2 (user)",
+            " Two and",
+        ),
     ],
 )
 def test_a_content_that_the_template_drops_or_changes_is_refused_with_its_turn(
