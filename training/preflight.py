@@ -72,8 +72,7 @@ def _check(args: Options) -> Job:
             "tokens"
         )
     state = latest_state(args.output_dir) if args.resume else None
-    date = _date_of(state)
-    task = _load_task(args, tokenizer, date)
+    task = _load_task(args, tokenizer, _date_of(state))
     batches = args.grad_accum * distributed.world_size()
     if args.num_train_epochs:
         steps_per_epoch = len(task.train) / (args.batch_size * batches)
@@ -84,12 +83,13 @@ def _check(args: Options) -> Job:
     }
     if state:
         require_same_settings(state, settings, args.resume_anyway)
-    settings["date"] = str(date)
+    if task.date:
+        settings["date"] = str(task.date)
     return Job(config, tokenizer, task, settings, state, started)
 
 
 def _date_of(state: State | None) -> datetime.date:
-    """The date of the run for chat templates that print one: a resumed run keeps its first date.
+    """The date for a chat template that prints one: a resumed run keeps the date of its start.
 
     Raises: ValueError if the date in the state is not one.
     """
