@@ -47,6 +47,7 @@ class Task:
     metric: "exact match" of generated answers, or "perplexity".
     unseen: examples in phrasings that do not occur in training.
     ends: the ids of the tokens that end the answers and the documents.
+    date: the date that the chat template prints; None if it prints none.
     """
 
     metric: str
@@ -54,6 +55,7 @@ class Task:
     test: list[Example]
     unseen: list[Example] = field(default_factory=list)
     ends: frozenset[int] = frozenset()
+    date: datetime.date | None = None
 
 
 def load_task(
@@ -93,7 +95,8 @@ def load_task(
         train = [replace(example, labels=example.ids) for example in train]
     if packed:
         train = packing.pack(train, max_seq_len)
-    return replace(task, train=train, ends=frozenset(template.ends))
+    ends = frozenset(template.ends)
+    return replace(task, train=train, ends=ends, date=template.renderer.date)
 
 
 @dataclass(frozen=True)

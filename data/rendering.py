@@ -37,6 +37,7 @@ def today() -> datetime.date:
 class Renderer:
     """The chat template of a tokenizer, on one date.
 
+    date: the date that the template prints; None if it prints none.
     control_tokens: matches every special token of the tokenizer.
     """
 
@@ -45,7 +46,8 @@ class Renderer:
     ) -> None:
         self.tokenizer = tokenizer
         self.name = f"the chat template of {tokenizer.name_or_path}"
-        self.date = date or today()
+        prints_date = "strftime_now" in str(tokenizer.chat_template)
+        self.date = (date or today()) if prints_date else None
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | {tokenizer.eos_token}
         longest_first = sorted(special, key=len, reverse=True)

@@ -204,6 +204,10 @@ def test_a_resumed_run_keeps_the_date_that_its_chat_template_prints(
     data = "data (a hash of its token ids)"
     assert latest_state(tmp_path / "other").settings[data] != before.settings[data]
 
+    (folder / "chat_template.jinja").write_text(template)
+    assert run(folder, tmp_path / "dateless", *flags) == 0
+    assert "date" not in latest_state(tmp_path / "dateless").settings, "a state has no other bytes"
+
 
 def test_resuming_under_other_settings_says_which(
     tiny: Path, tmp_path: Path, few_questions: None, capsys: pytest.CaptureFixture

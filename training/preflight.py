@@ -77,8 +77,7 @@ def _check(args: Options) -> Job:
             "tokens"
         )
     state = latest_state(args.output_dir) if args.resume else None
-    date = _date_of(state)
-    task = _load_task(args, tokenizer, date)
+    task = _load_task(args, tokenizer, _date_of(state))
     if args.dry_run and sources.find_local_model(name) is None:
         rows = config.get_text_config().vocab_size
         require_known_ids(ids_of(task), rows, tokenizer, name)
@@ -94,12 +93,13 @@ def _check(args: Options) -> Job:
     }
     if state:
         require_same_settings(state, settings, args.resume_anyway)
-    settings["date"] = str(date)
+    if task.date:
+        settings["date"] = str(task.date)
     return Job(config, tokenizer, task, settings, state, started)
 
 
 def _date_of(state: State | None) -> datetime.date:
-    """The date of the run for chat templates that print one: a resumed run keeps its first date.
+    """The date for a chat template that prints one: a resumed run keeps the date of its start.
 
     Raises: ValueError if the date in the state is not one.
     """
