@@ -233,10 +233,29 @@ def save_4bit(model: transformers.PreTrainedModel, folder: str | Path) -> None:
         tensors |= bnb_4bit.pack(layer.base, f"{plain_name(names[0])}.weight", storage)
     folder.mkdir(parents=True, exist_ok=True)
     io.write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
+    _write_generation_config(model, folder)
+    io.write_text(config.to_json_string(), folder / "config.json")
+
+
+def save_dense(model: transformers.PreTrainedModel, folder: Path) -> None:
+    """Writes a dense model as transformers does, with the generation config of its base.
+
+    transformers reads a folder whose settings of generation are invalid, or are in config.json, and
+    refuses to write one.
+    """
+    generation = model.generation_config
+    for key in model.config._get_generation_parameters():
+        delattr(model.config, key)
+    model.generation_config = transformers.GenerationConfig()
+    model.save_pretrained(folder)
+    model.generation_config = generation
+    _write_generation_config(model, folder)
+
+
+def _write_generation_config(model: transformers.PreTrainedModel, folder: Path) -> None:
     if model.can_generate():
         generation = model.generation_config.to_json_string()
         io.write_text(generation, folder / "generation_config.json")
-    io.write_text(config.to_json_string(), folder / "config.json")
 
 
 def _dense_tensors(

@@ -73,7 +73,11 @@ def describe(quantization: Quantization) -> str:
 
 def require_no_dense_weights(args: Options, start: str, folder: Path) -> None:
     """Raises: ValueError if a flag needs the dense weights of a base that is in 4 bits."""
-    needs = {"--compare": args.compare, f"--lora-start {start}": start != "default"}
+    resumed = folder == args.save_4bit  # --compare still reads the dense --model
+    needs = {
+        "--compare": args.compare and not resumed,
+        f"--lora-start {start}": start != "default",
+    }
     for flag, is_given in needs.items():
         if is_given:
             raise ValueError(
@@ -112,7 +116,7 @@ def require_known_ids(
     where: object,
 ) -> None:
     """Raises: ValueError naming a token, of the data or the end token, without an embedding."""
-    largest = max(max(ids) for ids in [[tokenizer.eos_token_id], *sequences])
+    largest = max(max(ids, default=0) for ids in [[tokenizer.eos_token_id], *sequences])
     if largest >= rows:
         raise ValueError(
             f"{where}: its tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id "

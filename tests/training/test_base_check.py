@@ -79,6 +79,13 @@ def test_a_flag_that_a_base_in_4_bits_cannot_follow_is_refused_by_name(
     assert re.search(complaint, error) and error.count("\n") == 1, error
 
 
+def test_a_resumed_run_that_saved_its_base_may_still_compare(tmp_path: Path) -> None:
+    args = Options(compare=True, save_4bit=tmp_path)
+    base_check.require_no_dense_weights(args, "default", tmp_path)
+    with pytest.raises(ValueError, match="--compare needs dense weights"):
+        base_check.require_no_dense_weights(args, "default", tmp_path / "other")
+
+
 def test_a_flag_without_a_value_is_named_without_one(tmp_path: Path) -> None:
     args = Options(no_double_quant=True)
     with pytest.raises(ValueError, match="^--no-double-quant disagrees with"):

@@ -311,3 +311,41 @@ def test_the_system_message_of_the_command_line_reaches_the_model(
     words = ["--adapter", str(out), "--prompt", "Who?", "--system", "Be kind."]
     assert train.main(words) == 0
     assert prompts == [encode_prompt(models.tokenizer(), "Who?", "Be kind.")]
+
+
+def test_settings_of_generation_that_transformers_will_not_save_do_not_stop_a_merge(
+    out: Path, tmp_path: Path
+) -> None:
+    """They may be invalid together, or in config.json, where older versions kept them."""
+    base = tmp_path / "model"
+    settings = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_beams": 3}))
+    assert train.main(["--adapter", str(out), "--merge", str(tmp_path / "merged")]) == 0
+    merged = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert settings.items() <= merged.items()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_a_base_that_generates_with_beams_still_answers_a_prompt(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--adapter", str(out), "--prompt", "order", "--max-seq-len", "4"]
+    assert train.main(flags) == 0
+    answer = capsys.readouterr().out
+    settings = {"num_beams": 4, "num_return_sequences": 2, "return_dict_in_generate": True}
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    assert train.main(flags) == 0
+    assert capsys.readouterr().out == answer != ""
+
+
+def test_a_prompt_with_a_token_beyond_the_embedding_is_refused(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer = models.tokenizer()
+    tokenizer.add_tokens(["<zebra>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert train.main(["--adapter", str(out), "--prompt", "a <zebra>"]) == 1
+    assert "gives '<zebra>' the id 49152" in capsys.readouterr().err
