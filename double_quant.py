@@ -95,7 +95,7 @@ def quantize(
         raise ValueError(f"quantization constants must be >= 0, got {absmax.min().item()}")
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     if offset.isinf():  # the float32 sum overflowed
-        offset = absmax.double().mean().float()
+        offset = absmax.cpu().double().mean().to(absmax)  # some devices have no float64
     q = quantizer(absmax - offset, block_size, DYNAMIC)
     codes = q.packed.reshape(absmax.shape)
     return DoubleQuantized(codes, q.absmax, offset.reshape(1), block_size, q.codebook)

@@ -165,7 +165,9 @@ def sqrt(x: Tensor) -> Tensor:
     It is computed in float64. The root of a float32 number is never so close to the midpoint of two
     float32 numbers that the second rounding, to float32, chooses the wrong one.
     """
-    return x.double().sqrt_().float() if x.dtype == torch.float32 else x.sqrt()
+    if x.dtype != torch.float32:
+        return x.sqrt()
+    return dispatch.on_float64_device(x).double().sqrt_().to(x)
 
 
 def check_group(group: StateDict) -> None:

@@ -118,6 +118,11 @@ def adamw(
     return kernels.adamw(param, grad, scalars)
 
 
+def on_float64_device(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy on the host if its device has no float64, as Apple's GPUs."""
+    return tensor.cpu() if tensor.is_mps else tensor
+
+
 def _kernels(tensor: Tensor) -> ModuleType | None:
     """The module that launches kernels on the tensor's device; None where the reference runs."""
     if os.environ.get("QLORA_KERNELS") == "reference":

@@ -968,8 +968,8 @@ DORA_MUTANTS = [
     Mutant(
         "the norm forgets the scaling",
         "variants.dora",
-        "self.lora_B.double() * self.scaling",
-        "self.lora_B.double()",
+        "float64(self.lora_B) * self.scaling",
+        "float64(self.lora_B)",
         ROW_NORMS,
     ),
     Mutant(
@@ -983,15 +983,15 @@ DORA_MUTANTS = [
     Mutant(
         "the norm is what dropout makes of the scaling",
         "variants.dora",
-        "self.lora_B.double() * self.scaling",
-        "self.lora_B.double() * self.scaling / (1 - self.lora_dropout)",
+        "float64(self.lora_B) * self.scaling",
+        "float64(self.lora_B) * self.scaling / (1 - self.lora_dropout)",
         PLAIN_DORA,
         {"case": Adapted(lora_dropout=0.5), "mode": (torch.float32, None, None)},
     ),
     Mutant(
         "the squares of a row are summed in float32",
         "variants.dora",
-        "piece.double()",
+        "float64(piece)",
         "piece",
         CANCELLED,
         {"seed": 1, "size": 1e25},

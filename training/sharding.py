@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kernels.dispatch import on_float64_device
 from kernels.dtensor import full_tensor, is_dtensor, local_shard
 from lora import FrozenWeight
 from training.distributed import all_reduce_sum, is_main, world_size
@@ -41,7 +42,9 @@ from training.distributed import all_reduce_sum, is_main, world_size
 def shard_model(model: nn.Module, device: str) -> None:
     """Replace every parameter by this rank's rows on `device`, in place, block by block (FSDP2).
 
-    The blocks are the members of each nn.ModuleList, such as the decoder layers of a transformer.
+    The blocks are the members of an nn.ModuleList, such as the decoder layers of a transformer. A
+    list inside a block is not split further: which of its members run may depend on the tokens, as
+    for experts, and a rank that skips one would leave the others waiting.
     """
     from torch.distributed.device_mesh import init_device_mesh  # slow to import, needed only here
     from torch.distributed.fsdp import fully_shard
@@ -51,9 +54,8 @@ def shard_model(model: nn.Module, device: str) -> None:
         for name, tensor in base_buffers(frozen).items():
             delattr(frozen, name)
             frozen.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-    for blocks in module_lists(model):
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
@@ -66,8 +68,16 @@ def frozen_weights(module: nn.Module) -> list[FrozenWeight]:
     return [child for child in module.modules() if isinstance(child, FrozenWeight)]
 
 
-def module_lists(model: nn.Module) -> list[nn.ModuleList]:
-    return [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The members of every nn.ModuleList that is not inside a block; each once."""
+    blocks = []
+    for child in module.children():
+        is_container = isinstance(child, nn.ModuleList | nn.ModuleDict)  # it has no forward
+        if isinstance(module, nn.ModuleList) and not is_container:
+            blocks.append(child)
+        else:
+            blocks += blocks_of(child)
+    return list(dict.fromkeys(blocks))
 
 
 def base_buffers(frozen: FrozenWeight) -> dict[str, Tensor]:
@@ -94,7 +104,7 @@ def bytes_on_this_rank(model: nn.Module) -> int:
 
 def sizes_in_bytes(model: nn.Module) -> tuple[int, int, int]:
     """Bytes of the blocks, of the weights outside blocks and of the gradients, before sharding."""
-    in_blocks = [tensor for blocks in module_lists(model) for tensor in weights_of(blocks)]
+    in_blocks = [tensor for block in blocks_of(model) for tensor in weights_of(block)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     blocks = unique_bytes(in_blocks)
     return blocks, unique_bytes(weights_of(model)) - blocks, unique_bytes(trained)
@@ -151,7 +161,10 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     gradients = [local_shard(parameter.grad) for parameter in with_gradient]
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    norms = [
+        torch.linalg.vector_norm(on_float64_device(gradient), dtype=torch.float64)
+        for gradient in gradients
+    ]
     squares = torch.stack(norms).square().sum().item()
     if is_dtensor(parameters[0]):
         [squares] = all_reduce_sum(squares)

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from kernels.dispatch import on_float64_device
 from lora import QLoRALinear
 
 ROWS = 1024  # rows of the weight that are converted to float64 at a time
@@ -61,8 +62,8 @@ class DoRALinear(QLoRALinear):
     def _norm_of_base(self) -> Tensor:
         """w (out,), the norm of each row of W'."""
         rows = self.base(self.lora_A.dtype).split(ROWS)
-        squares = torch.cat([piece.double().square().sum(1) for piece in rows])  # (out,)
-        return squares.sqrt().to(self.lora_A.dtype)
+        squares = torch.cat([float64(piece).square().sum(1) for piece in rows])  # (out,)
+        return squares.sqrt().to(self.lora_A)
 
     def _measure_base(self, *_: object) -> None:
         self.lora_magnitude_vector.base_norm.copy_(self._norm_of_base())
@@ -72,12 +73,12 @@ class DoRALinear(QLoRALinear):
         """n (out,), the norm of each row of W' + s B A."""
         base_norm = self.lora_magnitude_vector.base_norm
         with torch.autocast(base_norm.device.type, enabled=False):
-            A = self.lora_A.double()  # (r, in)
-            B = self.lora_B.double() * self.scaling  # (out, r)
-            cross = self.base.matmul(self.lora_A).double().T  # (out, r)
-            squares = base_norm.double().square()
+            A = float64(self.lora_A)  # (r, in)
+            B = float64(self.lora_B) * self.scaling  # (out, r)
+            cross = float64(self.base.matmul(self.lora_A)).T  # (out, r)
+            squares = float64(base_norm).square()
             squares += (B * (2 * cross + B @ (A @ A.T))).sum(1)
-        return squares.clamp(min=0).sqrt().to(base_norm.dtype)
+        return squares.clamp(min=0).sqrt().to(base_norm)
 
     def scale(self) -> Tensor:
         """c = m / n (out,); 1 where n is 0."""
@@ -96,6 +97,10 @@ class DoRALinear(QLoRALinear):
         update = super().update()
         c = self.scale().detach()[:, None]  # (out, 1)
         return (c - 1) * self.base(update.dtype) + c * update
+
+
+def float64(tensor: Tensor) -> Tensor:
+    return on_float64_device(tensor).double()
 
 
 class Magnitude(nn.Module):

@@ -238,6 +238,22 @@ def test_a_forked_process_decodes_to_the_same_bits() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+class OnMps(torch.Tensor):
+    """Says that it is on one of Apple's GPUs, which have no float64."""
+
+    is_mps = True
+
+    def cpu(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def test_what_needs_float64_is_computed_on_the_host_where_the_device_has_none() -> None:
+    there = torch.ones(2).as_subclass(OnMps)
+    assert type(dispatch.on_float64_device(there)) is Tensor
+    here = torch.ones(2)
+    assert dispatch.on_float64_device(here) is here
+
+
 def test_a_process_that_did_not_import_the_kernels_gets_the_reference(
     monkeypatch: pytest.MonkeyPatch, no_kernels: None
 ) -> None:

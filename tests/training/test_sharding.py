@@ -1,5 +1,6 @@
 """DDP and FSDP2 give the losses of one process, and all ranks end when one of them is lost."""
 
+import copy
 import json
 import os
 import signal
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import train
@@ -265,6 +267,53 @@ def test_a_sharded_model_computes_the_same_bits(group: None, settings: dict) -> 
         assert isinstance(ours[name], DTensor)
         assert torch.equal(full_tensor(ours[name]), theirs[name])
         assert torch.equal(full_tensor(ours[name].grad), theirs[name].grad)
+
+
+class Experts(nn.Module):
+    """A block that sends its input to one of the members of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+
+    def forward(self, x: Tensor, expert: int = 1) -> Tensor:
+        return x + self.experts[expert](x)
+
+
+class Nested(nn.Module):
+    """Blocks with a list inside, a list of lists, and a block that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = Experts()
+        self.layers = nn.ModuleList([shared, Experts(), shared])
+        self.more = nn.ModuleList([nn.ModuleList([Experts(), Experts()])])
+        self.named = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(64, 64)})])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in [*self.layers, *self.more[0], self.named[0]["up"]]:
+            x = block(x)
+        return 2 * x  # FSDP2 warns of a view
+
+
+def test_a_model_with_lists_inside_its_blocks_is_sharded_block_by_block(group: None) -> None:
+    torch.manual_seed(0)
+    plain = models.trained(attach(Nested(), r=4))
+    model = copy.deepcopy(plain)
+    blocks = [*model.layers[:2], *model.more[0]]
+    assert sharding.blocks_of(model) == blocks
+    sharding.shard_model(model, "cpu")
+    assert all(isinstance(block, FSDPModule) for block in blocks)
+    x = torch.randn(3, 64)
+    for each in (plain, model):
+        each(x).square().sum().backward()
+    theirs = dict(plain.named_parameters())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        expected = theirs[name].grad  # None for an expert that did not run
+        got = parameter.grad
+        assert (got is None) == (expected is None), name
+        assert got is None or torch.equal(full_tensor(got), expected), name
 
 
 @pytest.mark.parametrize("kind", [PagedAdamW, torch.optim.AdamW])
