@@ -26,7 +26,6 @@ and a model that is saved again has the bytes that were loaded.
 from __future__ import annotations  # type hints must not load the classes of transformers
 
 import copy
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,23 +34,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from checkpoints import bnb_4bit, io, skeleton
-from lora import QLoRALinear, attach, names_of, naming, unadapted
+from checkpoints import bnb_4bit, headers, io, skeleton
+from lora import FrozenWeight, QLoRALinear, attach, names_of, naming, unadapted
 from variants.init import maker as layer_maker
 
-# What transformers writes, except for the entries that depend on the layers.
-QUANTIZATION = {
-    "_load_in_4bit": True,
-    "_load_in_8bit": False,
-    "bnb_4bit_quant_storage": "uint8",
-    "llm_int8_enable_fp32_cpu_offload": False,
-    "llm_int8_has_fp16_weight": False,
-    "llm_int8_skip_modules": None,
-    "llm_int8_threshold": 6.0,
-    "load_in_4bit": True,
-    "load_in_8bit": False,
-    "quant_method": "bitsandbytes",
-}
+PROBE = 5  # tokens
 MakeLayer = Callable[[Tensor, Tensor | None], QLoRALinear]
 
 
@@ -92,30 +79,37 @@ def load_quantized(
     """Loads the model of a folder, dense or in 4 bits, to a device, in evaluation mode.
 
     dtype: of its parameters. make: maps the weight (out, in) of a linear layer, in `dtype` on
-    `device`, and its bias, on the meta device or None, to the layer that replaces it. Layers that
-    are in 4 bits already keep their base.
+    `device`, and its bias, on the meta device or None, to the layer that replaces it. A folder in 4
+    bits is not quantized again: its 4-bit layers keep their base, its dense layers stay dense.
     Raises: ValueError naming the file, tensor or layer that is missing, unknown, damaged or not
     supported.
     """
-    if io.read_json(folder / "config.json").get("quantization_config") is not None:
-        return _cast(load_4bit(folder), dtype, device)
-    shards = io.describe_model(folder)
-    described = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
-    model = skeleton.build(folder, described, dtype)
-    _check_supported(model, folder)
+    model, shards, quantization = headers.read(folder, dtype)
+    if quantization is None:
+        model = _fill_and_quantize(model, shards, folder, device, make)
+    else:
+        model = _keep_dense_layers(_cast(load_4bit(folder), dtype, device))
+    require_causal(model, folder)
+    return model
+
+
+def _fill_and_quantize(
+    model: transformers.PreTrainedModel,
+    shards: dict[Path, dict[str, str]],
+    folder: Path,
+    device: str,
+    make: MakeLayer,
+) -> transformers.PreTrainedModel:
+    """Reads the tensors of a dense folder into a model without weights, quantizing as it reads."""
     empty = skeleton.empty_of(model)
     tied = model.all_tied_weights_keys
-    ignored = _ignored_names(model)
-    for name in [name for name in described if ignored.search(name)]:
-        del described[name]
-    io.check_like({tied.get(name, name): t for name, t in described.items()}, empty, folder)
-
     linears = {f"{names[0]}.weight": names for names in unadapted(model)}
     dense = {}
-    for path in shards:
-        for name, tensor in io.iterate_tensors(path):
-            if name not in described:
+    for path, names in shards.items():
+        for key, tensor in io.iterate_tensors(path):
+            if key not in names:
                 continue
+            name = names[key]
             parameter = empty[tied.get(name, name)]
             wanted = parameter.dtype if tensor.is_floating_point() else tensor.dtype
             if name in linears:
@@ -136,25 +130,22 @@ def _replace_linear(
         model.set_submodule(name, layer)
 
 
-def _ignored_names(model: transformers.PreTrainedModel) -> re.Pattern:
-    """Matches tensors that older versions of transformers saved and that no model needs."""
-    patterns = model._keys_to_ignore_on_load_unexpected or []
-    return re.compile("|".join([*patterns, r"rotary_emb\.inv_freq$"]))
+@torch.no_grad()
+def require_causal(model: transformers.PreTrainedModel, where: object) -> None:
+    """Raises a ValueError if the last token of a sequence changes a logit before it.
 
-
-def _check_supported(model: transformers.PreTrainedModel, where: Path) -> None:
-    """Raises a ValueError naming the first matrix outside nn.Linear, embeddings and the head."""
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear or isinstance(module, nn.Embedding) or module is head:
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() > 1:
-                shape, kind = tuple(parameter.shape), type(module).__name__
-                raise ValueError(
-                    f"{where}: {name}.{key} {shape} is the matrix of a {kind}, and only nn.Linear "
-                    f"can be put in 4 bits: {type(model).__name__} is not supported"
-                )
+    Both passes have the same shapes, so a logit that depends on the same tokens has the same bits.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(PROBE, device=model.device)[None] % rows  # (1, PROBE)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    except AttributeError as error:  # it uses a linear layer in another way than by calling it
+        name = type(model).__name__
+        raise ValueError(f"{where}: {name} does not run on 4-bit layers ({error})") from None
+    ids[:, -1] = PROBE % rows
+    if not torch.equal(logits, model(input_ids=ids, use_cache=False).logits[:, :-1]):
+        raise ValueError(headers.not_causal(model, where, "its last token changes earlier logits"))
 
 
 def _cast(
@@ -172,6 +163,17 @@ def _cast(
     return model.to(device)
 
 
+def _keep_dense_layers(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Wraps the dense linear layers of a 4-bit model, so lora.attach does not quantize them."""
+    for names in unadapted(model):
+        linear = model.get_submodule(names[0])
+        if isinstance(linear, nn.Linear):
+            layer = QLoRALinear(FrozenWeight(linear.weight, codebook=None), linear.bias)
+            for name in names:
+                model.set_submodule(name, layer.eval())
+    return model
+
+
 # Folders in 4 bits
 
 
@@ -183,10 +185,12 @@ def load_4bit(folder: str | Path) -> transformers.PreTrainedModel:
     Raises: ValueError naming the file and the key of anything missing, unknown or invalid.
     """
     folder = Path(folder)
-    quantization = _read_quantization(folder)
+    quantization = headers.read_quantization(folder)
     compute_dtype = bnb_4bit.DTYPES[quantization["bnb_4bit_compute_dtype"]]
     tensors = io.read_model(folder)
     model = skeleton.build(folder, tensors)
+    names = headers.names_in_model(model, tensors, folder)
+    tensors = {name: tensors[key] for key, name in names.items()}
     modules = dict(model.named_modules())
     try:
         for weight_name in bnb_4bit.packed_names(tensors):
@@ -205,38 +209,11 @@ def load_4bit(folder: str | Path) -> transformers.PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-def _read_quantization(folder: Path) -> dict:
-    """Reads and checks the quantization_config of a folder; adds the defaults of transformers."""
-    path = folder / "config.json"
-    given = io.read_json(path).get("quantization_config")
-    if (
-        not isinstance(given, dict)
-        or given.get("quant_method") != "bitsandbytes"
-        or not given.get("load_in_4bit")
-    ):
-        raise ValueError(
-            f"{path}: quantization_config is not that of 4 bits by bitsandbytes, but "
-            f"{str(given)[:200]}; load a dense model with transformers and quantize it with "
-            "lora.attach"
-        )
-    quantization = QUANTIZATION | {"bnb_4bit_compute_dtype": "float32"} | given
-    supported = {
-        "bnb_4bit_compute_dtype": list(bnb_4bit.DTYPES),
-        "bnb_4bit_quant_storage": list(bnb_4bit.STORAGES),
-    }
-    for key, values in supported.items():
-        if quantization[key] not in values:
-            raise ValueError(
-                f"{path}: {key} must be one of {', '.join(values)}; got {quantization[key]}"
-            )
-    return quantization
-
-
 def save_4bit(model: transformers.PreTrainedModel, folder: str | Path) -> None:
     """Writes the frozen base of a model as transformers with bitsandbytes does, without adapters.
 
-    Raises: ValueError if no layer is in 4 bits, or the format cannot hold one (it is dense, or
-    has another code).
+    Raises: ValueError if no layer is in 4 bits, or the format cannot hold one (its code or its
+    block size).
     """
     folder = Path(folder)
     layers = names_of(model, QLoRALinear)
@@ -244,10 +221,11 @@ def save_4bit(model: transformers.PreTrainedModel, folder: str | Path) -> None:
         raise ValueError(
             "save_4bit needs a model of transformers with layers in 4 bits: lora.attach makes them"
         )
-    config = _config_of(model, next(iter(layers)))
+    packed = {layer: names for layer, names in layers.items() if not _is_dense(layer)} or layers
+    config = _config_of(model, next(iter(packed)))
     tensors = _dense_tensors(model, layers)
     storage = bnb_4bit.STORAGES[config.quantization_config["bnb_4bit_quant_storage"]]
-    for layer, names in layers.items():
+    for layer, names in packed.items():
         tensors |= bnb_4bit.pack(layer.base, f"{names[0]}.weight", storage)
     folder.mkdir(parents=True, exist_ok=True)
     io.write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -265,7 +243,16 @@ def _dense_tensors(
     for layer, names in layers.items():
         keys = [key for key in layer.state_dict() if key != "bias"]
         elsewhere |= {f"{name}.{key}" for name in names for key in keys}
-    return {name: t for name, t in model.state_dict().items() if name not in elsewhere}
+    tensors = {name: t for name, t in model.state_dict().items() if name not in elsewhere}
+    weights = {names[0]: layer.base.weight for layer, names in layers.items() if _is_dense(layer)}
+    return tensors | {f"{name}.weight": weight for name, weight in weights.items()}
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with a dense weight, with or without an adapter."""
+    if isinstance(module, QLoRALinear):
+        return module.base.codebook is None
+    return type(module) is nn.Linear
 
 
 def _config_of(
@@ -280,7 +267,7 @@ def _config_of(
     config.architectures = [type(model).__name__]
     config.dtype = dtype
     compute_dtype = layer.compute_dtype or dtype
-    quantization = QUANTIZATION | (getattr(config, "quantization_config", None) or {})
+    quantization = bnb_4bit.CONFIG | (getattr(config, "quantization_config", None) or {})
     quantization |= {
         "bnb_4bit_quant_type": bnb_4bit.quant_type(layer.base.codebook),
         "bnb_4bit_use_double_quant": layer.base.double_quant,
@@ -288,7 +275,7 @@ def _config_of(
     }
     output = model.get_output_embeddings()
     head = [name for name, module in model.named_modules() if module is output]
-    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    dense = [name for name, module in model.named_modules() if _is_dense(module)]
     skipped = quantization["llm_int8_skip_modules"] or []
     if dense != head and not set(dense) <= set(skipped):
         quantization["llm_int8_skip_modules"] = [*dense, *head]

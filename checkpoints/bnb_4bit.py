@@ -17,6 +17,8 @@ that all have one dtype.
 
 import json
 import math
+import re
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +34,31 @@ STORAGES = DTYPES | {"float64": torch.float64, "int8": torch.int8, "uint8": torc
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes can read
 STATE = ".quant_state.bitsandbytes__"
 LARGEST_STATE = 2**12  # bytes; a usual state has about 200
+# The quantization_config that transformers writes, but for the entries that depend on the layers.
+CONFIG = {
+    "_load_in_4bit": True,
+    "_load_in_8bit": False,
+    "bnb_4bit_quant_storage": "uint8",
+    "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False,
+    "llm_int8_skip_modules": None,
+    "llm_int8_threshold": 6.0,
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "quant_method": "bitsandbytes",
+}
+
+
+class Quantization(NamedTuple):
+    """How a weight is quantized. code: nf4 or fp4."""
+
+    code: str
+    block_size: int
+    double_quant: bool
+
+    def __str__(self) -> str:
+        constants = "double quantization" if self.double_quant else "constants in float32"
+        return f"{self.code} in blocks of {self.block_size}, {constants}"
 
 
 def quant_type(codebook: Tensor | None) -> str | None:
@@ -84,6 +111,12 @@ def pack(base: FrozenWeight, name: str, storage: torch.dtype = torch.uint8) -> d
 def packed_names(tensors: dict[str, Tensor]) -> list[str]:
     """Names the 4-bit weights among the tensors of a checkpoint."""
     return sorted(name.partition(STATE)[0] for name in tensors if STATE in name)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Splits the name of a tensor into that of its weight, and what this format adds to it."""
+    added = re.search(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$", name)
+    return (name[: added.start()], added[0]) if added else (name, "")
 
 
 def unpack(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> FrozenWeight:
@@ -152,16 +185,28 @@ def _take(tensors: dict[str, Tensor], key: str, dtype: torch.dtype, size: int) -
     return tensor
 
 
+def read_quantization(tensor: Tensor, name: str) -> Quantization:
+    """Reads how a weight is quantized from its state, a tensor of this name."""
+    state = _parse_state(tensor, name)
+    _check_state(state, name, state["shape"])
+    return Quantization(state["quant_type"], state["blocksize"], "nested_offset" in state)
+
+
 def _read_state(tensor: Tensor, name: str, shape: torch.Size) -> dict:
     """Reads the JSON object that says how a weight was quantized, and checks each entry."""
     state = _parse_state(tensor, name)
+    _check_state(state, name, [*shape])
+    return state
+
+
+def _check_state(state: dict, name: str, shape: list[int]) -> None:
     kind = name.rpartition("__")[2]
     block_sizes = [state["blocksize"], state.get("nested_blocksize", 256)]
     offset = state.get("nested_offset", 0.0)
     largest = torch.finfo(torch.float32).max
     rules = {
         f"quant_type must be {kind}": state["quant_type"] == kind and kind in CODES,
-        f"shape must be {list(shape)}, that of the layer": state["shape"] == list(shape),
+        f"shape must be {shape}, that of the layer": state["shape"] == shape,
         f"dtype must be {', '.join(DTYPES)}": state["dtype"] in list(DTYPES),
         "block sizes must be powers of two from 2 to 65536": all(map(_is_block_size, block_sizes)),
         "nested_dtype must be float32": state.get("nested_dtype", "float32") == "float32",
@@ -172,7 +217,6 @@ def _read_state(tensor: Tensor, name: str, shape: torch.Size) -> dict:
     for rule, holds in rules.items():
         if not holds:
             raise ValueError(f"{name}: {rule}; got {str(state)[:300]}")
-    return state
 
 
 def _is_block_size(value: object) -> bool:

@@ -29,6 +29,7 @@ LARGEST_JSON = 2**26  # bytes; about the length of the index of a model with a m
 DEEPEST_JSON = 50  # levels, so that a recursive function can walk through it
 WINDOW = 2**26  # bytes that are read from a mapped file before it is mapped again
 UNFINISHED = ".unfinished"  # suffix of a temporary folder
+LFS_POINTER = b"version https://git-lfs"  # how such a file begins
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -43,6 +44,11 @@ def read_text(path: Path) -> str:
         raise ValueError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it"
         ) from None
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error on one line, without its end if it is long."""
+    return " ".join(str(error).split())[:300]
 
 
 def parse_json(text: bytes) -> dict:
@@ -76,7 +82,14 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict:
     try:
         return parse_json(path.read_bytes())
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not a JSON object ({error})") from None
+        raise ValueError(f"{path} is not a JSON object ({error}){_lfs_hint(path)}") from None
+
+
+def _lfs_hint(path: Path) -> str:
+    """What to do about a file that only points to its content in Git LFS, or nothing."""
+    with open(path, "rb") as file:
+        is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    return "; it is a pointer of Git LFS: fetch its content with git lfs pull" if is_pointer else ""
 
 
 @contextmanager
@@ -94,7 +107,7 @@ def _open_tensors(path: Path) -> Iterator[safe_open]:
     # safetensors raises a TypeError for a size of 2**63 or more.
     except (SafetensorError, RuntimeError, TypeError, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged ({reason})") from None
+        raise ValueError(f"{path} is damaged ({reason}){_lfs_hint(path)}") from None
 
 
 def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -112,6 +125,12 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 tensor = file.get_tensor(names[0])
                 unread -= tensor.nbytes
                 yield names.pop(0), tensor
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Copies one tensor of a safetensors file to memory."""
+    with _open_tensors(path) as file:
+        return file.get_tensor(name).clone()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

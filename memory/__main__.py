@@ -2,7 +2,8 @@
 
     python -m memory --model llama-65b --seq 512 --batch 1 --r 64
 
-Only the shape of the model is needed: a name, or a Hugging Face folder with config.json.
+Only the shape of the model is needed: a name, or a Hugging Face folder with config.json. A model
+that the formula does not cover is an error, with its number of parameters.
 """
 
 import argparse

@@ -39,7 +39,6 @@ r d; ours are float32), moments of 8 * 18 r d, and a "model" 13 % (65B) to 37 % 
 bits per weight plus 16-bit embedding and head, which we cannot explain.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -55,6 +54,8 @@ ROWS = 16  # logits, and their exponentials, in float32 at a time (loss_and_eval
 OUTSIDE_TORCH = 2**30  # bytes of a card for CUDA's context, libraries, gaps between tensors
 
 KNOWN_MODELS = ("llama", "mistral")  # model_type of models whose layers are the seven maps above
+MOST_TENSORS = 100_000  # of a model whose config is read
+MOST_BYTES = 2**26  # for what transformers computes while it builds a model without weights
 # A config in which one of these is set has no prediction.
 NOT_COUNTED = ("attention_bias", "mlp_bias", "quantization_config")
 
@@ -79,6 +80,12 @@ class Shape(NamedTuple):
     def kv(self) -> int:
         return self.kv_heads * self.head_dim
 
+    def parameters(self) -> int:
+        """The number of all weights."""
+        maps = sum(n_out * n_in for n_out, n_in in self.maps())
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return self.layers * maps + embeddings + self.hidden * (2 * self.layers + 1)
+
     def maps(self) -> list[tuple[int, int]]:
         """Returns (out, in) of the seven linear maps of a layer."""
         d = self.hidden
@@ -102,43 +109,44 @@ SHAPES = {
 def shape_of(model: str) -> Shape:
     """The shape of one of SHAPES, or of a Hugging Face folder; only its config.json is read.
 
-    Raises: ValueError if `model` is neither, or config.json does not have the keys of a Llama.
+    Raises: ValueError if `model` is neither, or a model that the formula does not cover. The number
+    of parameters, which transformers counts, decides: biases and experts are not in the formula.
     """
     if model in SHAPES:
         return SHAPES[model]
-    path = Path(model) / "config.json"
+    from checkpoints import skeleton  # slow, and only a folder needs it
+
     try:
-        return shape_from(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:  # invalid UTF-8 and invalid JSON are ValueErrors too
-        remedy = f"give the folder of a Llama, or one of {', '.join(SHAPES)}"
-        raise ValueError(f"{path}: {error}; {remedy}") from None
+        empty = skeleton.from_config(Path(model), MOST_TENSORS, MOST_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{error}; give a folder, or one of {', '.join(SHAPES)}") from None
+    count = sum(parameter.numel() for parameter in empty.parameters())
+    config = empty.config
+    if config.model_type in KNOWN_MODELS:
+        shape = shape_from(config.to_dict())
+        if shape.parameters() == count:
+            return shape
+    known = " and ".join(KNOWN_MODELS)
+    raise ValueError(
+        f"{Path(model) / 'config.json'} describes a {type(empty).__name__} of {count:,} "
+        f"parameters, and the formula covers {known}, without biases: its memory is not predicted"
+    )
 
 
 def shape_from(config: dict) -> Shape:
-    """The shape in the config of a Llama.
-
-    Raises: ValueError if a key is missing or a size is not a positive integer.
-    """
-    try:
-        heads = config["num_attention_heads"]
-        hidden = config["hidden_size"]
-        shape = Shape(
-            layers=config["num_hidden_layers"],
-            hidden=hidden,
-            intermediate=config["intermediate_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            vocabulary=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
-        )
-    except KeyError as error:
-        raise ValueError(f"not the config of a Llama (no {error})") from None
-    except (TypeError, ZeroDivisionError, AttributeError) as error:
-        raise ValueError(f"not the config of a Llama ({error})") from None
-    if not all(type(size) is int and size > 0 for size in shape[:-1]):
-        raise ValueError(f"sizes must be whole numbers above 0, got {shape}")
-    return shape
+    """The shape in the config of a Llama, with the defaults of transformers filled in."""
+    heads = config["num_attention_heads"]
+    hidden = config["hidden_size"]
+    return Shape(
+        layers=config["num_hidden_layers"],
+        hidden=hidden,
+        intermediate=config["intermediate_size"],
+        heads=heads,
+        kv_heads=config["num_key_value_heads"] or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        vocabulary=config["vocab_size"],
+        tied=config["tie_word_embeddings"],
+    )
 
 
 class Instant(NamedTuple):

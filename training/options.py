@@ -69,14 +69,13 @@ MAY_DIFFER |= {"init_adapter", "adapter", "prompt", "system", "merge", "merge_4b
 
 # What has an effect with --adapter, and what each of these flags needs.
 WITH_ADAPTER = {"adapter", "model", "device", "prompt", "merge", "merge_4bit"}
+WITH_ADAPTER |= {"quant", "no_double_quant", "block_size"}  # for an adapter that does not say it
 WITH_PROMPT = {"system", "dtype", "max_seq_len"}
 NEEDS = [("prompt", "adapter"), ("system", "prompt"), ("merge", "adapter")]
 NEEDS += [("merge_4bit", "adapter"), ("resume_anyway", "resume")]
 EXCLUSIVE = [("max_steps", "num_train_epochs"), ("group_by_length", "packing")]
 EXCLUSIVE += [("resume", "overwrite"), ("preview", "dry_run"), ("init_adapter", "compare")]
-# The base and the shape of an adapter that exists are those it was trained with.
-SET_BY_ADAPTER = ["quant", "no_double_quant", "block_size", "lora_r", "lora_alpha", "lora_dropout"]
-SET_BY_ADAPTER += ["use_rslora", "use_dora", "lora_start"]
+SET_BY_ADAPTER = ["lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_start"]
 # A folder that is written must not be another folder of the command, which is why it comes first.
 WRITTEN = ["output_dir", "save_4bit", "merge", "merge_4bit"]
 FOLDERS = [*WRITTEN, "model", "init_adapter", "adapter"]
@@ -325,8 +324,6 @@ def without_effect(options: Options, given: Set[str]) -> Iterator[str]:
         for name in sorted(given & {"block_size", "no_double_quant", "compare"}):
             nothing = f"{spelling(name)} does nothing with --quant none"
             yield f"{nothing}, which is 16-bit LoRA: leave one out"
-    if "save_4bit" in given and options.quant != "nf4":
-        yield f"--save-4bit is for --quant nf4, not for {options.quant}: leave one out"
     if options.lora_start != "default" and "save_4bit" not in given:
         yield f"--lora-start {options.lora_start} changes the base: give --save-4bit FOLDER too"
     if "resident_mb" in given and options.optim != "paged_adamw":

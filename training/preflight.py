@@ -22,7 +22,8 @@ from data import dataset
 from data.chat_template import fingerprint
 from memory import formula
 from training import distributed, one_run
-from training.model import adopt_settings
+from training.base_check import check_base, ids_of, require_known_ids
+from training.model import adopt_settings, base_folder, check_init_adapter
 from training.options import Options
 from training.state import State, latest_state, require_same_settings, saved_states
 
@@ -44,7 +45,9 @@ class Job(NamedTuple):
 
 
 def preflight(args: Options) -> Job:
-    """Check folder, model, data and state. Sets args.max_steps if epochs are given.
+    """Check folder, model, data and state.
+
+    Sets args.max_steps if epochs are given, and the flags that describe a base in 4 bits.
 
     Raises: ValueError if the folder cannot be written to; if the model, the data or the state
     cannot be read; if settings contradict each other; if ranks see different data or states.
@@ -72,6 +75,12 @@ def _check(args: Options) -> Job:
             "tokens"
         )
     task = _load_task(args, tokenizer)
+    if args.dry_run and sources.find_local_model(name) is None:
+        rows = config.get_text_config().vocab_size
+        require_known_ids(ids_of(task), rows, tokenizer, name)
+    else:
+        check_init_adapter(args)
+        check_base(*base_folder(args), args, task, tokenizer)
     batches = args.grad_accum * distributed.world_size()
     if args.num_train_epochs:
         steps_per_epoch = len(task.train) / (args.batch_size * batches)
@@ -120,6 +129,7 @@ def describe(job: Job, args: Options) -> str:
     name = args.model or sources.DEFAULT_MODEL
     architecture = (job.config.architectures or ["?"])[0]
     kept = "16 bits" if args.quant == "none" else args.quant
+    unseen = "" if sources.find_local_model(name) else "; its weights are not here to be checked"
     longest = max(len(example.ids) for example in task.train)
     per_step = args.batch_size * args.grad_accum * world_size
     epochs = args.max_steps * per_step / len(task.train)
@@ -128,7 +138,7 @@ def describe(job: Job, args: Options) -> str:
     free = shutil.disk_usage(args.output_dir).free
     held_out = len(task.test) + len(task.unseen)
     lines = {
-        "model": f"{name}: {architecture}, to be kept in {kept}",
+        "model": f"{name}: {architecture}, to be kept in {kept}{unseen}",
         "data": f"{args.data}: {len(task.train)} sequences to train on, "
         f"the longest of {longest} tokens; {held_out} held out",
         "training": f"{args.max_steps} steps of {per_step} sequences, {epochs:.2f} epochs, "

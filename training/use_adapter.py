@@ -19,6 +19,7 @@ from __future__ import annotations  # type hints must not load the classes of tr
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,9 +28,18 @@ import torch
 import transformers
 
 import lora
-from checkpoints import base_model, io, peft_adapter, sources
+from checkpoints import base_model, headers, io, peft_adapter, sources
+from checkpoints.bnb_4bit import DTYPES, Quantization
 from data.dataset import encode_prompt
 from lora import FrozenWeight, MergeAudit, QLoRALinear
+from training.base_check import (
+    DENSE,
+    adopt_quantization,
+    describe,
+    quantization_of,
+    require_known_ids,
+    require_no_dense_model,
+)
 from training.loss_and_eval import generate_answers
 from training.options import Options
 from variants import init
@@ -53,8 +63,10 @@ def use_adapter(args: Options) -> int:
 
 def answer_prompt(args: Options) -> None:
     """Prints the answer to --prompt while it is generated."""
-    model, tokenizer = load_adapted_model(args.adapter, args.model, args.dtype, args.device)
+    model, tokenizer = load_adapted_model(args, args.dtype)
     prompts = [encode_prompt(tokenizer, args.prompt, args.system)]
+    rows = model.get_input_embeddings().num_embeddings
+    require_known_ids(prompts, rows, tokenizer, model.name_or_path)
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generate_answers(model, tokenizer, prompts, args.max_seq_len, args.dtype, streamer=streamer)
 
@@ -62,25 +74,60 @@ def answer_prompt(args: Options) -> None:
 def merge_into(folder: Path, merge: Merge, args: Options) -> None:
     """Merges --adapter into its base, saves the result to a new folder and prints the audit."""
     require_empty_folder(folder)
-    model, tokenizer = load_adapted_model(args.adapter, args.model, None, args.device)
+    model, tokenizer = load_adapted_model(args)
     print(f"{args.adapter} is merged into {folder}: {merge(model, tokenizer, folder)}")
 
 
 def load_adapted_model(
-    adapter: Path, base: str | None, dtype: torch.dtype | None, device: str
+    args: Options, dtype: torch.dtype | None = None
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """Loads a base with a trained adapter, and its tokenizer.
+    """Loads the base of --adapter with the adapter, and its tokenizer.
 
-    base, dtype: None stands for the base and the dtype that the adapter was trained with.
+    dtype: None stands for the dtype that the adapter was trained with, or else that of the base.
     """
-    quantization, trained_dtype = peft_adapter.base_of(adapter)
-    base = base or peft_adapter.read_config(adapter)["base_model_name_or_path"]
+    base = args.model or peft_adapter.read_config(args.adapter)["base_model_name_or_path"]
     folder = sources.find_model(base or sources.DEFAULT_MODEL)
     tokenizer = sources.load_tokenizer(folder)
-    make_layer = init.maker("default", {}, quantization)
-    dtype = dtype or trained_dtype or torch.bfloat16
-    model = base_model.load_quantized(folder, dtype, device, make_layer)
-    return peft_adapter.load_adapter(model, adapter), tokenizer
+    trained_dtype = adopt_trained_base(args, args.adapter, folder)
+    dtype = dtype or trained_dtype or dtype_of(folder)
+    make_layer = init.maker("default", {}, quantization_of(args))
+    model = base_model.load_quantized(folder, dtype, args.device, make_layer)
+    return peft_adapter.load_adapter(model, args.adapter), tokenizer
+
+
+def adopt_trained_base(args: Options, adapter: Path, folder: Path) -> torch.dtype | None:
+    """Sets the flags that describe the base to what an adapter was trained on; returns its dtype.
+
+    PEFT's adapters do not say what that was: the base is then what the folder is, or what the flags
+    make of a dense one, and a line on stderr says so.
+    Raises: ValueError if adapter, folder and flags disagree.
+    """
+    trained, dtype = peft_adapter.base_of(adapter)
+    found = headers.quantization_of(folder)
+    if trained and found and trained != found:
+        raise ValueError(
+            f"{adapter} was trained on a base that was {describe(trained)}, and {folder} is "
+            f"{describe(found)}: give --model the base that it was trained on"
+        )
+    known = trained or found
+    if known:
+        adopt_quantization(args, known, adapter if trained else folder)
+    else:
+        kept = Quantization(args.quant, args.block_size, not args.no_double_quant)
+        other = "nf4 quantizes it" if args.quant == DENSE else "none keeps it dense"
+        print(
+            f"{adapter} does not say how its base was quantized: {folder} is used "
+            f"{describe(kept)}; --quant {other}",
+            file=sys.stderr,
+        )
+    return dtype
+
+
+def dtype_of(folder: Path) -> torch.dtype:
+    """The dtype in the config of a folder, bfloat16 if there is none."""
+    config = io.read_json(folder / "config.json")
+    name = config.get("dtype") or config.get("torch_dtype")
+    return DTYPES[name] if name in list(DTYPES) else torch.bfloat16
 
 
 def require_empty_folder(folder: Path) -> None:
@@ -140,8 +187,11 @@ def merge_4bit(
     for layer, names in lora.names_of(model, QLoRALinear).items():
         base = layer.base
         update = layer.update()
-        audit |= dict.fromkeys(names, lora.audit_merge(base, update))
         merged = base(update.dtype) + update
+        if base.codebook is None:  # bitsandbytes was told to skip this layer
+            layer.base = FrozenWeight(merged.to(base.dtype), codebook=None)
+            continue
+        audit |= dict.fromkeys(names, lora.audit_merge(base, update))
         layer.base = FrozenWeight(merged, base.block_size, base.double_quant, base.codebook)
         layer.base.dtype = base.dtype  # the dtype in which it decodes
 
@@ -159,9 +209,7 @@ def save_4bit(
     An adapter of this model that is saved later names this folder as its base.
     Raises: ValueError if the folder holds a dense model.
     """
-    config = folder / "config.json"
-    if config.is_file() and "quantization_config" not in io.read_json(config):
-        raise ValueError(f"{folder} holds a model that is not in 4 bits: choose another folder")
+    require_no_dense_model(folder)
     base_model.save_4bit(model, folder)
     tokenizer.save_pretrained(folder)
     model.name_or_path = str(folder.absolute())

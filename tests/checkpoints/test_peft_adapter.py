@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import checkpoints
-from checkpoints import io, peft_adapter
+from checkpoints import bnb_4bit, io, peft_adapter
 from helpers import models
 from helpers.bounds import cast
 from helpers.models import adapted, trained
@@ -142,10 +142,14 @@ def test_the_base_is_read_from_the_header_also_if_that_has_the_two_entries_of_ol
     assert header.keys() == {"base"}
     for metadata in (header, {"format": "pt"} | header):
         save_file(load_file(path), path, metadata)
-        quantization, dtype = peft_adapter.base_of(tmp_path)
-        assert torch.equal(quantization.pop("codebook"), normal_float(3))
-        assert quantization == {"block_size": 128, "double_quant": True}
-        assert dtype == torch.float32
+        assert peft_adapter.base_of(tmp_path) == (("nf3", 128, True), torch.float32)
+
+
+def test_the_header_tells_fp4_from_nf4_and_passes_over_dense_layers(tmp_path: Path) -> None:
+    model = attach(models.tiny_llama(vocab_size=256), "q_proj", r=2, codebook=None)
+    attach(model, "v_proj", r=2, codebook=bnb_4bit.CODES["fp4"], double_quant=False)
+    checkpoints.save_adapter(model, tmp_path)
+    assert peft_adapter.base_of(tmp_path) == (("fp4", 64, False), torch.float32)
 
 
 def test_an_adapter_goes_onto_adapters_that_are_there_and_takes_its_scaling_with_it(

@@ -2,16 +2,20 @@
 
 import fnmatch
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from checkpoints import sources
 from helpers import models
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
 
 
 def test_the_default_is_made_once_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +78,7 @@ def test_a_folder_that_is_there_is_taken_with_its_tokenizer(tmp_path: Path) -> N
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     models.tiny_llama(vocab_size=8).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no readable tokenizer"):
+    with pytest.raises(ValueError, match="no readable tokenizer"):
         sources.load_tokenizer(tmp_path)
 
 
@@ -138,13 +142,16 @@ def test_the_model_is_converted_once_and_found_again(
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny.parameters()))
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", ["nothing", "config", "all"])
 def test_of_a_hubs_folder_no_pickle_is_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: str
 ) -> None:
+    """A config in the cache, which preflight puts there, does not mean that the weights are."""
     asked = []
+    if cached == "all":
+        save_file({}, tmp_path / "model.safetensors")
 
-    def download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+    def download(name: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
         asked.append((name, local_files_only))
         there = """
             model-00001-of-2.safetensors config.json tokenizer.model pytorch_model.bin code.py x.pt
@@ -158,9 +165,63 @@ def test_of_a_hubs_folder_no_pickle_is_fetched(
         assert wanted == [there[i] for i in (0, 1, 2, 7, 8)]
         return str(tmp_path)
 
-    monkeypatch.setattr(sources, "_in_cache", lambda name: cached)
+    monkeypatch.setattr(sources, "_in_cache", lambda name: cached != "nothing")
     monkeypatch.setattr(sources, "snapshot_download", download)
-    assert sources.find_model("owner/model") == tmp_path and asked == [("owner/model", cached)]
+    assert sources.find_model("owner/model") == tmp_path
+    expected = {"nothing": [False], "config": [True, False], "all": [True]}
+    assert asked == [("owner/model", local_only) for local_only in expected[cached]]
+
+
+def test_a_folder_here_with_the_name_of_the_default_is_taken_as_transformers_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sources.find_model(sources.DEFAULT_MODEL) == sources.MODELS / sources.DEFAULT_MODEL
+    (tmp_path / sources.DEFAULT_MODEL).mkdir()
+    assert sources.find_model(sources.DEFAULT_MODEL) == Path(sources.DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize(
+    "value", [{"hidden_size": "64"}, {"num_hidden_layers": None}, {"dtype": "float99"}], ids=str
+)
+def test_a_config_with_a_wrong_value_is_refused_in_one_line_with_file_and_key(
+    tiny: Path, tmp_path: Path, value: dict
+) -> None:
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | value))
+    with pytest.raises(
+        ValueError, match=f"config.json: .*({'|'.join([*value, 'float99'])})"
+    ) as error:
+        sources.load_config_and_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+TOKENIZERS = {
+    "tokenizer.json: .*Unknown tokenizer version": (
+        "tokenizer.json",
+        '{"version": "2.0", "added_tokens": []}',
+    ),
+    "tokenizer_config.json is not a JSON object": ("tokenizer_config.json", "{"),
+    "tokenizer.json is not .* pointer of Git LFS: fetch": ("tokenizer.json", LFS),
+}
+
+
+@pytest.mark.parametrize("complaint", TOKENIZERS)
+def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line_with_its_file(
+    tiny: Path, tmp_path: Path, complaint: str
+) -> None:
+    name, text = TOKENIZERS[complaint]
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=complaint) as error:
+        sources.load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_download_that_breaks_off_is_an_error_of_one_line(

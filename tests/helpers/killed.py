@@ -38,7 +38,7 @@ import train  # noqa: E402
 from checkpoints import base_model, io, sources  # noqa: E402
 from data import dataset  # noqa: E402
 from helpers import models  # noqa: E402
-from training import report, state  # noqa: E402
+from training import preflight, report, state  # noqa: E402
 
 FLAGS = [
     *("--max-steps", "4"),
@@ -65,6 +65,7 @@ def warm() -> None:
     sources.load_config_and_tokenizer = lambda name: (model.config, tokenizer)
     sources.find_model = lambda name: Path(".")
     sources.load_tokenizer = lambda folder: tokenizer
+    preflight.check_base = lambda *args: None
     base_model.load_quantized = lambda *args: copy.deepcopy(model)
     train.evaluate = lambda *args: [0.5, None]
     report.plot_loss = lambda *args: None

@@ -127,7 +127,6 @@ def test_the_names_that_options_repeats_are_those_of_their_modules() -> None:
             "--lora-start pissa",
             "--lora-start pissa changes the base: give --save-4bit FOLDER too",
         ),
-        ("--save-4bit a --quant nf3", "--save-4bit is for --quant nf4, not for nf3: leave one out"),
         ("--resume-anyway", "--resume-anyway does nothing without --resume: give both, or neither"),
         (
             "--max-steps 5 --num-train-epochs 1",

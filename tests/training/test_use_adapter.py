@@ -1,7 +1,6 @@
 """A merged model equals PEFT's, transformers loads it, and the audit of a 4-bit merge is right."""
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -15,13 +14,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora
 import train
 from checkpoints import base_model, peft_adapter
+from checkpoints.bnb_4bit import Quantization
 from data.dataset import encode_prompt
 from helpers import models
 from helpers.bounds import HALF_A_PERCENT, cosine
 from lora import MergeAudit
 from training import use_adapter
+from training.options import Options
 
 DTYPE = torch.bfloat16
+
+
+def options(adapter: Path, **flags: object) -> Options:
+    return Options(adapter=adapter, device="cpu", **flags)
 
 
 @pytest.fixture
@@ -42,7 +47,7 @@ def test_a_merge_is_what_peft_merges_into_the_decoded_base_and_transformers_load
     assert train.main(["--adapter", str(out), "--merge", str(tmp_path / "merged")]) == 0
     said = capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    ours, _ = use_adapter.load_adapted_model(out, None, None, "cpu")
+    ours, _ = use_adapter.load_adapted_model(options(out))
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     for name, layer in peft_adapter.adapted_layers(ours).items():
         dense.get_submodule(name).weight.data = layer.base(torch.float32)
@@ -80,11 +85,11 @@ def test_a_merge_into_the_base_of_a_4_bit_folder_is_dense_and_stays_float16(
 def test_a_merge_into_4_bits_keeps_what_the_audit_said_and_transformers_loads_it(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    model, _ = use_adapter.load_adapted_model(out, None, None, "cpu")
+    model, _ = use_adapter.load_adapted_model(options(out))
     layers = peft_adapter.adapted_layers(model)
     before = {name: layer.base(torch.float32) for name, layer in layers.items()}
     updates = {name: layer.update() for name, layer in layers.items()}
-    _, audit = lora.merge(use_adapter.load_adapted_model(out, None, None, "cpu")[0])
+    _, audit = lora.merge(use_adapter.load_adapted_model(options(out))[0])
     assert train.main(["--adapter", str(out), "--merge-4bit", str(tmp_path / "merged")]) == 0
     said = int(re.search(r"keeps (\d+)%", capsys.readouterr().out)[1]) / 100
     with torch.compiler.set_stance("force_eager"):
@@ -147,13 +152,7 @@ def test_a_merge_overwrites_nothing_and_leaves_nothing_incomplete(
 
 
 def test_an_adapter_records_its_base(out: Path) -> None:
-    quantization, dtype = peft_adapter.base_of(out)
-    assert dtype == DTYPE and quantization.keys() == {"block_size", "double_quant", "codebook"}
-    assert torch.equal(quantization.pop("codebook"), lora.NF4)
-    assert quantization == {
-        "block_size": 64,
-        "double_quant": True,
-    }
+    assert peft_adapter.base_of(out) == (Quantization("nf4", 64, True), DTYPE)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +163,7 @@ def test_an_adapter_records_its_base(out: Path) -> None:
         ('{"bits": 99}', "describes no base"),
         ('{"dtype": "int8"}', "no base"),
         ('{"bits": "4"}', "no base"),
+        ('{"code": "int8"}', "no base"),
         ('{"bits": 0, "dtype": "float16"}', None),
         (None, None),
     ],
@@ -177,8 +177,8 @@ def test_a_header_that_describes_no_base_is_refused(
     )
     if complaint is None:
         quantization, dtype = peft_adapter.base_of(out)
-        assert (quantization["codebook"] is None) == (dtype == torch.float16)
-        assert math.log2(quantization["block_size"]) == 6
+        assert (quantization is None) == (header is None)
+        assert header is None or (quantization.code == "none") == (dtype == torch.float16)
     else:
         with pytest.raises(ValueError, match=complaint):
             peft_adapter.base_of(out)
