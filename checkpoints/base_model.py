@@ -137,14 +137,16 @@ def require_causal(model: transformers.PreTrainedModel, where: object) -> None:
     Both passes have the same shapes, so a logit that depends on the same tokens has the same bits.
     """
     rows = model.get_input_embeddings().num_embeddings
-    ids = torch.arange(PROBE, device=model.device)[None] % rows  # (1, PROBE)
+    words = torch.arange(PROBE + 1, device=model.device) + rows // 2  # no special tokens
+    ids = words[None, :-1] % rows  # (1, PROBE)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     try:
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        logits = model(**inputs).logits[:, :-1]
     except AttributeError as error:  # it uses a linear layer in another way than by calling it
         name = type(model).__name__
         raise ValueError(f"{where}: {name} does not run on 4-bit layers ({error})") from None
-    ids[:, -1] = PROBE % rows
-    if not torch.equal(logits, model(input_ids=ids, use_cache=False).logits[:, :-1]):
+    ids[:, -1] = words[-1] % rows
+    if not torch.equal(logits, model(**inputs).logits[:, :-1]):
         raise ValueError(headers.not_causal(model, where, "its last token changes earlier logits"))
 
 
@@ -229,10 +231,29 @@ def save_4bit(model: transformers.PreTrainedModel, folder: str | Path) -> None:
         tensors |= bnb_4bit.pack(layer.base, f"{names[0]}.weight", storage)
     folder.mkdir(parents=True, exist_ok=True)
     io.write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
+    _write_generation_config(model, folder)
+    io.write_text(config.to_json_string(), folder / "config.json")
+
+
+def save_dense(model: transformers.PreTrainedModel, folder: Path) -> None:
+    """Writes a dense model as transformers does, with the generation config of its base.
+
+    transformers reads a folder whose settings of generation are invalid, or are in config.json, and
+    refuses to write one.
+    """
+    generation = model.generation_config
+    for key in model.config._get_generation_parameters():
+        delattr(model.config, key)
+    model.generation_config = transformers.GenerationConfig()
+    model.save_pretrained(folder)
+    model.generation_config = generation
+    _write_generation_config(model, folder)
+
+
+def _write_generation_config(model: transformers.PreTrainedModel, folder: Path) -> None:
     if model.can_generate():
         generation = model.generation_config.to_json_string()
         io.write_text(generation, folder / "generation_config.json")
-    io.write_text(config.to_json_string(), folder / "config.json")
 
 
 def _dense_tensors(

@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from checkpoints import io
 
 SPARE_BYTES = 2**26  # for buffers that no file holds
-# Some entries count modules that a model lacks: max_window_layers of a small Qwen2, num_experts of a
-# Doge without experts.
+# Some entries count modules that a model lacks: max_window_layers of a small Qwen2, num_experts of
+# a Doge without experts.
 SPARE_MODULES = 2**15
 COUNTS = ("layers", "experts", "blocks", "cycles", "labels")  # in keys that count modules
 

@@ -133,6 +133,9 @@ def generate_answers(
     settings = {
         "max_new_tokens": length,
         "do_sample": False,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
         "pad_token_id": tokenizer.eos_token_id,
         "streamer": streamer,
         "synced_gpus": sharding.is_sharded(model),  # all ranks stop together

@@ -28,7 +28,7 @@ import torch
 import transformers
 
 import lora
-from checkpoints import base_model, headers, io, peft_adapter, sources
+from checkpoints import base_model, headers, io, peft_adapter, portable, sources
 from checkpoints.bnb_4bit import DTYPES, Quantization
 from data.dataset import encode_prompt
 from lora import FrozenWeight, MergeAudit, QLoRALinear
@@ -166,8 +166,9 @@ def merge_16bit(
         del model.config.quantization_config
 
     def write(unfinished: Path) -> None:
-        model.save_pretrained(unfinished)
+        base_model.save_dense(model, unfinished)
         tokenizer.save_pretrained(unfinished)
+        portable.add_older_names(unfinished)
 
     write_folder_atomically(folder, write)
     return f"all of the update, rounded to 16 bits. {describe_audit(audit)}"
@@ -212,6 +213,7 @@ def save_4bit(
     require_no_dense_model(folder)
     base_model.save_4bit(model, folder)
     tokenizer.save_pretrained(folder)
+    portable.add_older_names(folder)
     model.name_or_path = str(folder.absolute())
 
 

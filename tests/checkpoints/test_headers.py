@@ -49,8 +49,8 @@ OTHER_NAMES = {  # of the sizes in SMALL
     "sliding_window": 16,
 }
 KINDS = """
-    bart bloom cohere doge exaone4 gemma2 gemma3_text glm4 gpt_bigcode gpt_neox_japanese gptj granite
-    mpt nemotron olmo2 opt persimmon phi3 qwen2 starcoder2
+    bart bloom cohere doge exaone4 gemma2 gemma3_text glm4 gpt_bigcode gpt_neox_japanese gptj
+    granite mpt nemotron olmo2 opt persimmon phi3 qwen2 starcoder2
 """.split()
 
 

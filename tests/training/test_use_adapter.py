@@ -7,13 +7,13 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora
 import train
-from checkpoints import base_model, peft_adapter
+from checkpoints import base_model, bnb_4bit, peft_adapter
 from checkpoints.bnb_4bit import Quantization
 from data.dataset import encode_prompt
 from helpers import models
@@ -218,3 +218,131 @@ def test_the_system_message_of_the_command_line_reaches_the_model(
     words = ["--adapter", str(out), "--prompt", "Who?", "--system", "Be kind."]
     assert train.main(words) == 0
     assert prompts == [encode_prompt(models.tokenizer(), "Who?", "Be kind.")]
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model and an adapter that PEFT trained on it."""
+    root = tmp_path_factory.mktemp("foreign")
+    folder = models.save_tiny_llama(root / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    models.trained(theirs)
+    theirs.save_pretrained(root / "adapter")
+    return root
+
+
+def merged_logits(root: Path, out: Path, *flags: str) -> torch.Tensor:
+    words = ["--adapter", str(root / "adapter"), "--model", str(root / "model"), *flags]
+    assert train.main([*words, "--merge", str(out), "--device", "cpu"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.arange(20)[None]).logits
+
+
+def test_an_adapter_that_peft_trained_on_a_dense_base_merges_into_one(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    ours = merged_logits(foreign, tmp_path / "dense", "--quant", "none")
+    said = capsys.readouterr().err
+    assert "does not say how its base was quantized" in said and "is used dense; " in said
+    base = AutoModelForCausalLM.from_pretrained(foreign / "model", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, foreign / "adapter").merge_and_unload()
+    for parameter in theirs.parameters():  # a merge has 16 bits
+        parameter.data = parameter.to(DTYPE).float()
+    with torch.no_grad():
+        assert torch.equal(ours, theirs(torch.arange(20)[None]).logits)
+
+    quantized = merged_logits(foreign, tmp_path / "nf4")
+    said = capsys.readouterr().err
+    assert "is used nf4 in blocks of 64, double quantization; --quant none keeps it dense" in said
+    assert not torch.equal(quantized, ours)
+
+
+def test_an_adapter_for_another_base_than_the_given_one_is_refused(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base = lora.attach(models.tiny_llama(DTYPE), r=1, block_size=128)
+    use_adapter.save_4bit(base, models.tokenizer(), tmp_path / "base")
+    words = ["--adapter", str(out), "--merge", str(tmp_path / "merged"), "--device", "cpu"]
+    assert train.main([*words, "--model", str(tmp_path / "base")]) == 1
+    error = capsys.readouterr().err
+    assert "was trained on a base that was nf4 in blocks of 64, double quantization, and" in error
+    assert "is nf4 in blocks of 128" in error and error.count("\n") == 1
+    assert train.main([*words, "--quant", "none"]) == 1
+    error = capsys.readouterr().err
+    assert "--quant none disagrees with" in error and error.count("\n") == 1
+
+
+def test_the_base_of_an_adapter_that_does_not_say_is_what_its_folder_is(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings = {"codebook": bnb_4bit.CODES["fp4"], "block_size": 128}
+    base = lora.attach(models.tiny_llama(DTYPE), r=1, **settings)
+    use_adapter.save_4bit(base, models.tokenizer(), tmp_path)
+    args = options(foreign / "adapter", model=str(tmp_path))
+    model, _ = use_adapter.load_adapted_model(args)
+    assert (args.quant, args.block_size) == ("fp4", 128)
+    for layer in peft_adapter.adapted_layers(model).values():
+        assert bnb_4bit.quant_type(layer.base.codebook) == "fp4"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_merge_into_4_bits_keeps_the_dense_layers_of_its_base_dense(tmp_path: Path) -> None:
+    base = lora.attach(models.tiny_llama(DTYPE), "q_proj", r=1)
+    use_adapter.save_4bit(base, models.tokenizer(), tmp_path / "base")
+    model = base_model.load_quantized(tmp_path / "base", DTYPE, "cpu", pytest.fail)
+    peft_adapter.save_adapter(models.trained(lora.attach(model, r=2)), tmp_path / "adapter")
+    args = options(tmp_path / "adapter", model=str(tmp_path / "base"))
+    model, tokenizer = use_adapter.load_adapted_model(args)
+    layer = model.model.layers[0].mlp.up_proj
+    expected = (layer.base(torch.float32) + layer.update()).to(DTYPE)
+    use_adapter.merge_4bit(model, tokenizer, tmp_path / "merged")
+    merged = base_model.load_4bit(tmp_path / "merged")
+    assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, expected)
+
+
+@pytest.mark.parametrize("name, expected", [("float16", torch.float16), (None, torch.bfloat16)])
+def test_a_base_has_the_dtype_of_its_config(
+    tmp_path: Path, name: str | None, expected: torch.dtype
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": name}))
+    assert use_adapter.dtype_of(tmp_path) == expected
+
+
+def test_settings_of_generation_that_transformers_will_not_save_do_not_stop_a_merge(
+    out: Path, tmp_path: Path
+) -> None:
+    """They may be invalid together, or in config.json, where older versions kept them."""
+    base = tmp_path / "model"
+    settings = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_beams": 3}))
+    assert train.main(["--adapter", str(out), "--merge", str(tmp_path / "merged")]) == 0
+    merged = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert settings.items() <= merged.items()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_a_base_that_generates_with_beams_still_answers_a_prompt(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--adapter", str(out), "--prompt", "order", "--max-seq-len", "4"]
+    assert train.main(flags) == 0
+    answer = capsys.readouterr().out
+    settings = {"num_beams": 4, "num_return_sequences": 2, "return_dict_in_generate": True}
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    assert train.main(flags) == 0
+    assert capsys.readouterr().out == answer != ""
+
+
+def test_a_prompt_with_a_token_beyond_the_embedding_is_refused(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer = models.tokenizer()
+    tokenizer.add_tokens(["<zebra>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert train.main(["--adapter", str(out), "--prompt", "a <zebra>"]) == 1
+    assert "gives '<zebra>' the id 49152" in capsys.readouterr().err
