@@ -20,13 +20,12 @@ from test_paged_optim import TorchAdamW
 from transformers import AutoModelForCausalLM
 
 import train
-from checkpoints import peft_adapter, sources
+from checkpoints import base_model, peft_adapter, sources
 from data import dataset
 from helpers import models
 from helpers.bounds import OF_A_PEAK
 from lora import QLoRALinear, attach
 from memory import measured
-from nf4 import normal_float
 from training import loss_and_eval, preflight, use_adapter
 from training import report as run_report
 from training.dtypes import resolve_device_and_dtype
@@ -631,14 +630,19 @@ def test_training_on_keeps_the_layers_that_an_adapter_of_peft_has(
     assert peft_adapter.read_config(tmp_path / "out")["lora_dropout"] == 0.5
 
 
-def test_an_adapter_on_a_code_that_no_flag_names_is_refused(
+def test_training_on_from_another_base_than_the_adapters_is_refused(
     tiny: Path, tmp_path: Path, book: list[str], capsys: pytest.CaptureFixture
 ) -> None:
-    model = attach(models.tiny_llama(), codebook=normal_float(5))
-    peft_adapter.save_adapter(model, tmp_path / "five")
-    words = ["--init-adapter", str(tmp_path / "five"), "--model", str(tiny), *book]
-    assert train.main([*words, "--output-dir", str(tmp_path / "out")]) == 1
-    assert "describes no base" in capsys.readouterr().err
+    model = attach(models.tiny_llama(), block_size=128)
+    peft_adapter.save_adapter(model, tmp_path / "adapter")
+    base_model.save_4bit(attach(models.tiny_llama()), tmp_path / "base")
+    models.tokenizer().save_pretrained(tmp_path / "base")
+    words = ["--init-adapter", str(tmp_path / "adapter"), "--model", str(tmp_path / "base"), *book]
+    assert train.main([*words, "--dry-run"]) == 1
+    assert "adapter was trained on a base that was nf4" in capsys.readouterr().err
+    words = [*words[:2], "--model", str(tiny), *book]
+    assert train.main([*words, "--block-size", "32", "--dry-run"]) == 1
+    assert "--block-size 32 disagrees with" in capsys.readouterr().err
 
 
 def test_a_run_on_a_gpu_shows_and_reports_the_memory_of_the_gpu(

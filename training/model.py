@@ -2,12 +2,11 @@
 
 The model is a frozen base, quantized as it is read, with adapters to train. The adapters are new,
 or those of --init-adapter, which are trained on. The latter fit only the base on which they were
-trained, so their files decide about base and adapters, and the flags for these must be left out.
+trained, so their files say what base and adapters are, and flags cannot change that.
 """
 
 from __future__ import annotations  # type hints must not load the classes of transformers
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,30 +15,35 @@ from torch import nn
 from torch.optim import Optimizer
 
 from checkpoints import peft_adapter, sources
-from checkpoints.base_model import load_with_adapters
+from checkpoints.base_model import load_quantized, load_with_adapters
 from data import packing
 from lora import QLoRALinear
 from paged_optim import PagedAdamW
-from training import distributed, sharding
+from training import distributed, end_tokens, sharding
 from training.base_check import adopt_quantization, quantization_of
 from training.options import Options
-from training.use_adapter import load_adapted_model, save_4bit
+from training.use_adapter import adopt_trained_base, save_4bit
 from variants.dora import DoRALinear
+from variants.init import maker as layer_maker
 
 
 def load_model(
     args: Options, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> transformers.PreTrainedModel:
     """The frozen base with adapters: each nn.Linear is quantized as it is read."""
+    quantization = quantization_of(args)
     folder, start = base_folder(args)
     device = "cpu" if args.shard else args.device  # a sharded model moves block by block
     if args.init_adapter:
-        as_used = replace(args, adapter=args.init_adapter, model=str(folder), device=device)
-        model, _ = load_adapted_model(as_used, args.dtype)
+        make_layer = layer_maker("default", {}, quantization)
+        model = load_quantized(folder, args.dtype, device, make_layer)
+        peft_adapter.load_adapter(model, args.init_adapter)
+        end_tokens.load(model, args.init_adapter)
     else:
         adapter = adapter_settings(args)
-        base = quantization_of(args)
-        model = load_with_adapters(folder, args.dtype, device, start, args.seed, adapter, base)
+        model = load_with_adapters(
+            folder, args.dtype, device, start, args.seed, adapter, quantization
+        )
     model.name_or_path = args.model or str(folder)  # the base that adapter_config.json names
     if args.save_4bit and distributed.is_main():
         save_4bit(model, tokenizer, args.save_4bit)
@@ -74,22 +78,28 @@ def adapter_settings(args: Options) -> dict:
 
 
 def adopt_settings(args: Options) -> None:
-    """With --init-adapter, set the flags of the base and of the adapters to what its files say.
+    """With --init-adapter, set the flags of the model to what the adapter's files say.
 
-    Raises: ValueError if they are missing or damaged.
+    Raises: ValueError if the files are missing or damaged, or a flag about the base disagrees.
     """
     if args.init_adapter is None:
         return
     config = peft_adapter.read_config(args.init_adapter)
-    quantization, _ = peft_adapter.base_of(args.init_adapter)
-    if quantization is not None:
-        adopt_quantization(args, quantization, args.init_adapter)
+    trained, _ = peft_adapter.base_of(args.init_adapter)
+    if trained:  # PEFT's files do not say it
+        adopt_quantization(args, trained, args.init_adapter)
     args.model = args.model or config["base_model_name_or_path"]
     args.lora_r = config["r"]
     args.lora_alpha = float(config["lora_alpha"])
     args.lora_dropout = float(config["lora_dropout"])
     args.use_rslora = config["use_rslora"]
     args.use_dora = config["use_dora"]
+
+
+def check_init_adapter(args: Options) -> None:
+    """Check that the base is what --init-adapter was trained on. Raises: ValueError."""
+    if args.init_adapter is not None:
+        adopt_trained_base(args, args.init_adapter, base_folder(args)[0])
 
 
 def make_optimizer(model: nn.Module, args: Options) -> Optimizer:

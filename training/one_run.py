@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import IO
 
 from checkpoints import io
-from training import distributed
+from training import distributed, end_tokens
 from training.options import COMPARED, Options
 from training.state import saved_states
 
 # In the order in which they are removed: as long as a state is there, so are its metrics.
 RESULTS = ["report.json", "loss.png", "adapter_model.safetensors", "adapter_config.json"]
+RESULTS += [end_tokens.FILE]
 METRICS = "metrics.jsonl"
 
 

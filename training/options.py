@@ -69,7 +69,7 @@ MAY_DIFFER |= {"init_adapter", "adapter", "prompt", "system", "merge", "merge_4b
 
 # What has an effect with --adapter, and what each of these flags needs.
 WITH_ADAPTER = {"adapter", "model", "device", "prompt", "merge", "merge_4bit"}
-WITH_ADAPTER |= {"quant", "block_size", "no_double_quant"}  # PEFT's adapters do not say these
+WITH_ADAPTER |= {"quant", "no_double_quant", "block_size"}  # for an adapter that does not say it
 WITH_PROMPT = {"system", "dtype", "max_seq_len"}
 NEEDS = [("prompt", "adapter"), ("system", "prompt"), ("merge", "adapter")]
 NEEDS += [("merge_4bit", "adapter"), ("resume_anyway", "resume")]

@@ -25,7 +25,7 @@ from data.rendering import today
 from memory import formula
 from training import distributed, one_run
 from training.base_check import check_base, ids_of, require_known_ids
-from training.model import adopt_settings, base_folder
+from training.model import adopt_settings, base_folder, check_init_adapter
 from training.options import Options
 from training.state import State, latest_state, require_same_settings, saved_states
 
@@ -82,6 +82,7 @@ def _check(args: Options) -> Job:
         rows = config.get_text_config().vocab_size
         require_known_ids(ids_of(task), rows, tokenizer, name)
     else:
+        check_init_adapter(args)
         check_base(*base_folder(args), args, task, tokenizer)
     batches = args.grad_accum * distributed.world_size()
     if args.num_train_epochs:

@@ -89,7 +89,7 @@ def load_adapted_model(
     base = args.model or peft_adapter.read_config(args.adapter)["base_model_name_or_path"]
     folder = sources.find_model(base or sources.DEFAULT_MODEL)
     tokenizer = sources.load_tokenizer(folder)
-    trained_dtype = adopt_trained_base(args, folder)
+    trained_dtype = adopt_trained_base(args, args.adapter, folder)
     dtype = dtype or trained_dtype or dtype_of(folder)
     make_layer = init.maker("default", {}, quantization_of(args))
     model = base_model.load_quantized(folder, dtype, args.device, make_layer)
@@ -98,28 +98,28 @@ def load_adapted_model(
     return model, tokenizer
 
 
-def adopt_trained_base(args: Options, folder: Path) -> torch.dtype | None:
-    """Sets the flags that describe the base to what the adapter was trained on; returns its dtype.
+def adopt_trained_base(args: Options, adapter: Path, folder: Path) -> torch.dtype | None:
+    """Sets the flags that describe the base to what an adapter was trained on; returns its dtype.
 
     PEFT's adapters do not say what that was: the base is then what the folder is, or what the flags
     make of a dense one, and a line on stderr says so.
     Raises: ValueError if adapter, folder and flags disagree.
     """
-    trained, dtype = peft_adapter.base_of(args.adapter)
+    trained, dtype = peft_adapter.base_of(adapter)
     found = headers.quantization_of(folder)
     if trained and found and trained != found:
         raise ValueError(
-            f"{args.adapter} was trained on a base that was {describe(trained)}, and {folder} is "
+            f"{adapter} was trained on a base that was {describe(trained)}, and {folder} is "
             f"{describe(found)}: give --model the base that it was trained on"
         )
     known = trained or found
     if known:
-        adopt_quantization(args, known, args.adapter if trained else folder)
+        adopt_quantization(args, known, adapter if trained else folder)
     else:
         kept = Quantization(args.quant, args.block_size, not args.no_double_quant)
         other = "nf4 quantizes it" if args.quant == DENSE else "none keeps it dense"
         print(
-            f"{args.adapter} does not say how its base was quantized: {folder} is used "
+            f"{adapter} does not say how its base was quantized: {folder} is used "
             f"{describe(kept)}; --quant {other}",
             file=sys.stderr,
         )
