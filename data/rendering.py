@@ -153,13 +153,13 @@ class Renderer:
         text = ""
         for turn in turns:
             end = self.tokenizer.eos_token if turn["role"] == "assistant" else "\n"
-            text += turn["content"] + end
+            text += (turn.get("content") or "") + end
         return text
 
 
 def _in_parts(turn: Turn) -> Turn:
     """The turn with its content as a list of one part, as templates of models with images want."""
-    if "content" not in turn:
+    if not turn.get("content"):
         return turn
     return turn | {"content": [{"type": "text", "text": turn["content"]}]}
 

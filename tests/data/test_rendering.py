@@ -109,6 +109,8 @@ def test_a_turn_without_content_stays_so_in_parts(tokenizer: PreTrainedTokenizer
     text = "<|im_start|>assistant\n<|im_end|>\n"
     assert renderer.render([call]) == text
     renderer.require_contents([call], text)
+    lines = rendering.Renderer(with_template(tokenizer, None))
+    assert lines.render([CHAT[0], call]) == "Be kind.\n<|im_end|>"
 
 
 def test_a_content_that_a_template_writes_as_json_is_not_lost(

@@ -24,6 +24,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     assert result["whole"] == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "generation_config.json",
         "metrics.jsonl",
         "report.json",
         "state-000002.safetensors",
