@@ -62,14 +62,13 @@ def load_task(
     name: str,
     tokenizer: transformers.PreTrainedTokenizerBase,
     max_seq_len: int,
-    seed: int,
     train_on_prompt: bool = False,
     packed: bool = False,
     date: datetime.date | None = None,
 ) -> Task:
     """Loads a data set by name, file or hub id; prints unread keys, and rows that are too long.
 
-    seed: what is generated depends on it; rows and texts, and which are held out, do not.
+    Neither the rows nor which of them are held out depend on a seed.
     train_on_prompt: all tokens of the training examples are in the loss, not only the answers.
     packed: packs the training examples (packing.py).
     date: of a chat template that prints one; None stands for today.
@@ -79,7 +78,7 @@ def load_task(
     template = Template(tokenizer, date)
     path = Path(name)
     if name in toy_tasks.TASKS:
-        task = _toy_task(name, template, max_seq_len, seed)
+        task = _toy_task(name, template, max_seq_len)
     elif name == "text":
         task = _split(_encode_text(_help_pages(), template, max_seq_len))
     elif files.format_of(path) == files.TEXT_FORMAT and path.is_file():
@@ -226,9 +225,9 @@ def preview(
     return "\n".join(lines)
 
 
-def _toy_task(name: str, template: Template, max_seq_len: int, seed: int) -> Task:
+def _toy_task(name: str, template: Template, max_seq_len: int) -> Task:
     parts = []
-    for pairs in toy_tasks.TASKS[name](random.Random(seed)):
+    for pairs in toy_tasks.TASKS[name](random.Random(0)):
         found = [rows.Row(name, rows.pair_turns(prompt, answer)) for prompt, answer in pairs]
         parts.append([example for _, [example] in _encode_rows(found, template, name)])
     longest = max(len(example.ids) for part in parts for example in part)

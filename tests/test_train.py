@@ -227,7 +227,7 @@ def test_checkpointing_changes_no_gradient_and_accumulation_divides_by_the_label
         args = resolve_device_and_dtype(train.parse_args(["--model", str(tiny), *shape, *flags]))
         tokenizer = models.tokenizer()
         model = train.load_model(args, tokenizer)
-        task = dataset.load_task("orders", tokenizer, 256, 0)
+        task = dataset.load_task("orders", tokenizer, 256)
         batches = dataset.batches_of_step(task.train, 0, args.batch_size, args.grad_accum, 0, 2)
         params = [param for param in model.parameters() if param.requires_grad]
         optimizer = torch.optim.SGD(params, lr=1.0)
@@ -490,7 +490,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_adapte
     before = layer.lora_A.detach().clone()
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.SGD(params, lr=1.0)
-    task = dataset.load_task("orders", tokenizer, 256, 0)
+    task = dataset.load_task("orders", tokenizer, 256)
     batches = dataset.batches_of_step(task.train, 0, 2, 1, 0, 2)
     with pytest.raises(ValueError, match="the gradient is not finite"):
         train.train_step(loss_and_eval.LabelLoss(model, args.dtype), optimizer, batches, 0, args)

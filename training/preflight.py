@@ -115,7 +115,7 @@ def _load_task(
     date: datetime.date | None = None,
 ) -> dataset.Task:
     return dataset.load_task(
-        args.data, tokenizer, args.max_seq_len, args.seed, args.train_on_prompt, args.packing, date
+        args.data, tokenizer, args.max_seq_len, args.train_on_prompt, args.packing, date
     )
 
 

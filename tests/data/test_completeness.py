@@ -43,7 +43,7 @@ def load(
     path = folder / "rows.jsonl"
     path.write_text(2 * (json.dumps({"messages": turns, "tools": [TOOL]}) + "\n"))
     tokenizer.chat_template = template
-    task = dataset.load_task(str(path), tokenizer, 512, 0)
+    task = dataset.load_task(str(path), tokenizer, 512)
     for example in task.train:
         assert '"name": "weather"' in tokenizer.decode(example.ids[: example.n_prompt])
     labels = [[n for n in e.labels if n != dataset.IGNORE_INDEX] for e in task.train]

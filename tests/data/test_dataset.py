@@ -80,7 +80,7 @@ def test_roman_numerals_round_trip() -> None:
 def test_the_answer_and_its_end_are_in_the_loss_and_nothing_else(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    examples = dataset.load_task("orders", tokenizer, 256, 0).train[:5]
+    examples = dataset.load_task("orders", tokenizer, 256).train[:5]
     batch = dataset.collate(examples, tokenizer.eos_token_id)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id, (
         "the case that masking by id gets wrong"
@@ -125,7 +125,7 @@ def test_text_is_cut_into_sequences_whose_tokens_are_all_in_the_loss(
 ) -> None:
     path = tmp_path / "book.txt"
     path.write_text("It was a dark and stormy night. " * 200)
-    task = dataset.load_task(str(path), tokenizer, 64, 0)
+    task = dataset.load_task(str(path), tokenizer, 64)
     assert task.metric == "perplexity" and len(task.test) == len(task.train + task.test) // 10
     first, *_ = task.train
     predicted = [token for example in task.train + task.test for token in example.labels[1:]]
@@ -136,7 +136,7 @@ def test_text_is_cut_into_sequences_whose_tokens_are_all_in_the_loss(
 
 
 def test_the_pages_of_help_are_a_data_set(tokenizer: PreTrainedTokenizerBase) -> None:
-    task = dataset.load_task("text", tokenizer, 256, 0)
+    task = dataset.load_task("text", tokenizer, 256)
     assert task.metric == "perplexity" and len(task.train) > 100
     assert not {tuple(e.ids) for e in task.train} & {tuple(e.ids) for e in task.test}
 
@@ -148,7 +148,7 @@ def test_jsonl_rows_are_questions_and_answers(
     path.write_text(
         "".join(json.dumps({"prompt": f"{i}?", "completion": f"{i}!"}) + "\n\n" for i in range(20))
     )
-    task = dataset.load_task(str(path), tokenizer, 256, 0)
+    task = dataset.load_task(str(path), tokenizer, 256)
     assert sorted(e.answer for e in task.train + task.test) == sorted(f"{i}!" for i in range(20))
     assert len(task.test) == 2
 
@@ -175,7 +175,7 @@ def test_a_bad_file_is_refused_with_its_line(
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(complaint)):
-        dataset.load_task(str(path), tokenizer, 256, 0)
+        dataset.load_task(str(path), tokenizer, 256)
 
 
 def test_unknown_data_empty_text_and_long_examples_are_refused(
@@ -184,15 +184,15 @@ def test_unknown_data_empty_text_and_long_examples_are_refused(
     with pytest.raises(
         ValueError, match="no-such-data is not a file, nor one of orders, roman, text"
     ):
-        dataset.load_task("no-such-data", tokenizer, 256, 0)
+        dataset.load_task("no-such-data", tokenizer, 256)
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.txt is not UTF-8 text .* at byte 2"):
-        dataset.load_task(str(tmp_path / "latin.txt"), tokenizer, 256, 0)
+        dataset.load_task(str(tmp_path / "latin.txt"), tokenizer, 256)
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="empty.txt is empty"):
-        dataset.load_task(str(tmp_path / "empty.txt"), tokenizer, 256, 0)
+        dataset.load_task(str(tmp_path / "empty.txt"), tokenizer, 256)
     with pytest.raises(ValueError, match="more than --max-seq-len 32"):
-        dataset.load_task("orders", tokenizer, 32, 0)
+        dataset.load_task("orders", tokenizer, 32)
 
 
 def write_rows(folder: Path, contents: list[dict], name: str = "rows.jsonl") -> str:
@@ -215,11 +215,11 @@ def test_a_file_may_mix_formats_and_a_tenth_of_its_rows_is_held_out(
         {"role": "assistant", "content": "d"},
     ]
     contents = [{"messages": chat}, {"text": "e"}, {"question": "f", "answer": "g"}] * 10
-    task = dataset.load_task(write_rows(tmp_path, contents), tokenizer, 256, 0)
+    task = dataset.load_task(write_rows(tmp_path, contents), tokenizer, 256)
     found = [in_loss(tokenizer, example) for example in task.train + task.test]
     assert (len(task.train), len(task.test), task.metric) == (27, 3, "perplexity")
     assert sorted(found) == sorted(["b<|im_end|>d<|im_end|>", "e<|im_end|>", "g<|im_end|>"] * 10)
-    again = dataset.load_task(str(tmp_path / "rows.jsonl"), tokenizer, 256, 0)
+    again = dataset.load_task(str(tmp_path / "rows.jsonl"), tokenizer, 256)
     assert task == again
 
 
@@ -228,13 +228,13 @@ def test_which_rows_are_held_out_depends_on_the_rows_alone(
 ) -> None:
     contents = [{"prompt": f"{i}?", "completion": f"{i}!"} for i in range(20)]
     contents[3] = {"messages": [{"role": "user", "content": "3?"}, ANSWER_OF_3]}
-    task = dataset.load_task(write_rows(tmp_path, contents), tokenizer, 256, 0)
+    task = dataset.load_task(write_rows(tmp_path, contents), tokenizer, 256)
     path = write_rows(tmp_path, contents[::-1], "reversed.JSON")
-    assert dataset.load_task(path, tokenizer, 256, 1) == task
+    assert dataset.load_task(path, tokenizer, 256) == task
     (tmp_path / "rows.csv").write_text(
         "prompt,completion\n" + "".join(f"{i}?,{i}!\n" for i in range(20))
     )
-    again = dataset.load_task(str(tmp_path / "rows.csv"), tokenizer, 256, 0)
+    again = dataset.load_task(str(tmp_path / "rows.csv"), tokenizer, 256)
     held_out = {example.answer for example in task.test + again.test}
     assert len(held_out) <= 3, "at most the one row that differs"
 
@@ -244,9 +244,9 @@ def test_keys_that_are_not_read_are_named(
 ) -> None:
     contents = [{"prompt": "a", "completion": "b"} | {key: 7} for key in ("url", "id")]
     path = write_rows(tmp_path, contents)
-    dataset.load_task(path, tokenizer, 256, 0)
+    dataset.load_task(path, tokenizer, 256)
     assert capsys.readouterr().out == f"keys of {path} that are not read: id, url\n"
-    dataset.load_task(write_rows(tmp_path, [{"text": "a b"}] * 2), tokenizer, 256, 0)
+    dataset.load_task(write_rows(tmp_path, [{"text": "a b"}] * 2), tokenizer, 256)
     assert capsys.readouterr().out == ""
 
 
@@ -255,7 +255,7 @@ def test_a_text_file_may_be_compressed(tokenizer: PreTrainedTokenizerBase, tmp_p
     (tmp_path / "book.TXT").write_text(text)
     (tmp_path / "book.txt.gz").write_bytes(gzip.compress(text.encode()))
     plain, compressed = (
-        dataset.load_task(str(tmp_path / name), tokenizer, 64, 0)
+        dataset.load_task(str(tmp_path / name), tokenizer, 64)
         for name in ("book.TXT", "book.txt.gz")
     )
     assert plain == compressed
@@ -265,8 +265,8 @@ def test_training_on_prompts_changes_the_training_labels_and_not_the_held_out_on
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path, [{"prompt": str(i), "completion": "b"} for i in range(20)])
-    plain = dataset.load_task(path, tokenizer, 256, 0, train_on_prompt=False)
-    on_prompt = dataset.load_task(path, tokenizer, 256, 0, train_on_prompt=True)
+    plain = dataset.load_task(path, tokenizer, 256, train_on_prompt=False)
+    on_prompt = dataset.load_task(path, tokenizer, 256, train_on_prompt=True)
     assert on_prompt.test == plain.test
     assert [e.ids for e in on_prompt.train] == [e.ids for e in plain.train]
     assert all(example.labels == example.ids for example in on_prompt.train)
@@ -278,7 +278,7 @@ def test_packing_fills_the_training_sequences_and_leaves_the_held_out_ones(
 ) -> None:
     path = write_rows(tmp_path, [{"prompt": str(i), "completion": "b" * i} for i in range(1, 21)])
     plain, packed = (
-        dataset.load_task(path, tokenizer, 128, 0, False, packed) for packed in (False, True)
+        dataset.load_task(path, tokenizer, 128, False, packed) for packed in (False, True)
     )
     assert packed.test == plain.test and len(packed.train) < len(plain.train)
     assert sum(len(e.ids) for e in packed.train) == sum(len(e.ids) for e in plain.train)
@@ -306,7 +306,7 @@ def test_long_rows_are_counted_with_their_lines_and_cut_or_dropped(
     }
     document = {"text": " ".join(["tale"] * 50)}
     path = write_rows(tmp_path, [short, cut, dropped, document, short])
-    task = dataset.load_task(path, tokenizer, 24, 0)
+    task = dataset.load_task(path, tokenizer, 24)
     whole = {
         line: len(dataset.Template(tokenizer).encode_conversation(row["messages"])[0].ids)
         for line, row in ((2, cut), (3, dropped))
@@ -351,7 +351,7 @@ def test_all_bad_rows_of_a_file_are_reported_at_once_in_their_order(
     }
     path = write_rows(tmp_path, [{"prompt": "a"}, refused, {"text": "fine"}, {"text": 3}])
     with pytest.raises(ValueError) as error:
-        dataset.load_task(path, strict, 256, 0)
+        dataset.load_task(path, strict, 256)
     first, *lines = str(error.value).split("\n  ")
     assert first == f"3 of 4 rows of {path} cannot be used: fix or remove them"
     assert [line.partition(": ")[0] for line in lines] == [
@@ -384,14 +384,14 @@ def test_a_name_that_is_no_file_and_no_data_set_is_refused(
     (tmp_path / "some" / "folder").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"--data {re.escape(name)} .*{complaint}"):
-        dataset.load_task(name, tokenizer, 256, 0)
+        dataset.load_task(name, tokenizer, 256)
 
 
 def test_a_preview_shows_the_first_sequences_and_the_borders_of_documents(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path, [{"text": f"{i}!"} for i in range(6)])
-    task = dataset.load_task(path, tokenizer, 6, 0, packed=True)
+    task = dataset.load_task(path, tokenizer, 6, packed=True)
     first, second, third, *_ = dataset.preview(task, tokenizer, colour=False, count=1).split("\n")
     assert first == "3 sequences to train on, 1 held out; ⟦this⟧ is in the loss"
     assert second == "--- 1: 6 tokens, 4 in the loss"
@@ -476,15 +476,15 @@ def test_the_ids_and_labels_of_a_data_set_are_pinned(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     """If they change, a state that an older version saved is refused."""
-    orders = dataset.load_task("orders", tokenizer, 256, 0)
+    orders = dataset.load_task("orders", tokenizer, 256)
     assert fingerprints(orders) == ["2d1959522ae48ea0", "4b4867cebac2cc7f"]
     assert chat_template.fingerprint(orders.unseen) == "f0e7e15b92cecc77"
-    roman = dataset.load_task("roman", tokenizer, 256, 0)
+    roman = dataset.load_task("roman", tokenizer, 256)
     assert fingerprints(roman) == ["5b58e4b4d5ec2d83", "28672dafd1c82d98"]
     path = write_rows(tmp_path, mixed_rows())
-    plain = dataset.load_task(path, tokenizer, 40, 7)
+    plain = dataset.load_task(path, tokenizer, 40)
     assert fingerprints(plain) == ["2cdfdd1624803ab9", "4c3026f3aa3417c3"]
-    packed = dataset.load_task(path, tokenizer, 40, 7, packed=True)
+    packed = dataset.load_task(path, tokenizer, 40, packed=True)
     assert fingerprints(packed) == ["cb4c80bef8e61ec0", "4c3026f3aa3417c3"]
 
 
