@@ -24,9 +24,10 @@ from helpers import models
 from helpers.bounds import OF_A_PEAK
 from lora import QLoRALinear, attach
 from memory import measured
-from training import loss_and_eval, use_adapter
+from training import distributed, loss_and_eval, use_adapter
 from training import report as run_report
 from training.dtypes import resolve_device_and_dtype
+from training.options import Options
 
 REPORT_KEYS = set(
     """
@@ -264,7 +265,9 @@ def test_an_adapter_answers_a_prompt_word_by_word(
     flags = "--prompt Who? --max-seq-len 8 --dtype float32".split()
     assert train.main(["--adapter", str(tmp_path), *flags]) == 0
     streamed = capsys.readouterr().out
-    model, tokenizer = use_adapter.load_adapted_model(tmp_path, None, torch.float32, "cpu")
+    model, tokenizer = use_adapter.load_adapted_model(
+        Options(adapter=tmp_path, device="cpu"), torch.float32
+    )
     layers = peft_adapter.adapted_layers(model).values()
     assert all(layer.base.codebook.numel() == 8 for layer in layers)
     prompt = tokenizer("Who?").input_ids
@@ -299,7 +302,7 @@ def test_a_start_that_changes_the_base_keeps_it_and_goes_on_from_it(
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = PeftModel.from_pretrained(base, out)
-    ours, _ = use_adapter.load_adapted_model(out, None, torch.float32, "cpu")
+    ours, _ = use_adapter.load_adapted_model(Options(adapter=out, device="cpu"), torch.float32)
     assert ours.name_or_path == str(tmp_path / "base")
     for name, layer in peft_adapter.adapted_layers(ours).items():
         their = theirs.base_model.model.get_submodule(name)
@@ -543,7 +546,12 @@ def test_overwriting_that_is_stopped_before_a_step_offers_no_resume_of_the_earli
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert run(tiny, tmp_path, *book, "--max-steps", "1") == 0
+    words = [*book, "--max-steps", "1"]
+    assert run(tiny, tmp_path, *words) == 0
+    with monkeypatch.context() as torchrun:
+        torchrun.setattr(distributed, "restart_count", lambda: 1)
+        assert run(tiny, tmp_path, *words, "--overwrite") == 0
+        assert "removed" not in capsys.readouterr().out, "a restarted run resumes"
 
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
