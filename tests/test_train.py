@@ -26,7 +26,7 @@ from helpers import models
 from helpers.bounds import OF_A_PEAK
 from lora import QLoRALinear, attach
 from memory import measured
-from training import loss_and_eval, preflight, use_adapter
+from training import distributed, loss_and_eval, preflight, use_adapter
 from training import report as run_report
 from training.dtypes import resolve_device_and_dtype
 from training.options import Options
@@ -578,7 +578,12 @@ def test_overwriting_that_is_stopped_before_a_step_offers_no_resume_of_the_earli
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert run(tiny, tmp_path, *book, "--max-steps", "1") == 0
+    words = [*book, "--max-steps", "1"]
+    assert run(tiny, tmp_path, *words) == 0
+    with monkeypatch.context() as torchrun:
+        torchrun.setattr(distributed, "restart_count", lambda: 1)
+        assert run(tiny, tmp_path, *words, "--overwrite") == 0
+        assert "removed" not in capsys.readouterr().out, "a restarted run resumes"
 
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
