@@ -269,6 +269,11 @@ class QLoRALinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
+    def weight(self) -> Tensor:
+        """Shape and dtype of the weight, on the meta device; `base()` gives its values."""
+        return torch.empty(self.base.shape, dtype=self.base.dtype, device="meta")
+
+    @property
     def scaling(self) -> float:
         """s = lora_alpha / r; lora_alpha / sqrt(r) with use_rslora, for large ranks."""
         if self.r == 0:

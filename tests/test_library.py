@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -141,6 +142,18 @@ def test_from_pretrained_refuses_what_save_pretrained_wrote_after_attach(tmp_pat
         AutoModelForCausalLM.from_pretrained(tmp_path)
     twin = adapted_model()
     assert not twin.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)[1]
+
+
+def test_a_state_of_torch_distributed_checkpoint_is_taken_and_loaded() -> None:
+    """It looks up every key of the state as an attribute of the model."""
+    model = adapted_model()
+    state = {name: value.clone() for name, value in get_model_state_dict(model).items()}
+    twin = adapted_model()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    set_model_state_dict(twin, state)
+    assert all(map(torch.equal, twin.parameters(), model.parameters()))
 
 
 # The examples of docs/library.md
