@@ -320,7 +320,7 @@ def test_a_start_from_dense_weights_needs_them(
     assert run(tiny, tmp_path / "out", *flags, "--save-4bit", str(tmp_path / "base")) == 0
     again = ["--save-4bit", str(tmp_path / "other"), "--lora-start", "loftq"]
     assert run(tmp_path / "base", tmp_path / "dense", *book, *again) == 1
-    assert "loftq starts from dense weights, and" in capsys.readouterr().err
+    assert "--lora-start loftq needs dense weights, and" in capsys.readouterr().err
     assert run(tmp_path / "base", tmp_path / "4-bit", *flags) == 0, "a 4-bit folder is a model"
     models.save_tiny_llama(tmp_path / "other model")
     other = ["--save-4bit", str(tmp_path / "other model")]
