@@ -26,7 +26,7 @@ train: $(VENV)/run
 # The whole suite must also reach every line; with ARGS it need not. All tests of a file run in one
 # process (loadfile), so that shared fixtures are made once, and the longest files come first
 # (tests/conftest.py). At most 8 processes, to limit memory.
-test: $(VENV)/dev $(MODEL)
+test: $(VENV)/dev $(VENV)/transformers-4 $(MODEL)
 ifeq ($(ARGS),)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	@$(BIN)/python tests/covered.py
@@ -70,6 +70,10 @@ $(VENV)/run: requirements.txt requirements-gpu.txt $(VENV)/torch
 $(VENV)/dev: requirements-dev.txt requirements-gpu.txt $(VENV)/run
 	$(PIP) install -r requirements-dev.txt
 	@touch $@
+
+# What a merge writes must also be read by the transformers before 5 (tests/checkpoints/test_portable.py).
+$(VENV)/transformers-4: | $(VENV)/dev
+	$(PIP) install --no-deps --target $@ transformers==4.57.3 tokenizers==0.22.1 "huggingface-hub<1"
 
 # Created before the tests, because measuring coverage would make that take a minute.
 $(MODEL): | $(VENV)/run

@@ -269,9 +269,12 @@ class QLoRALinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
-    def weight(self) -> Tensor:
-        """Shape and dtype of the weight, on the meta device; `base()` gives its values."""
-        return torch.empty(self.base.shape, dtype=self.base.dtype, device="meta")
+    def weight(self) -> str:
+        """No tensor: a product with it would leave out the adapter, so it is a TypeError.
+
+        It is there because torch.distributed.checkpoint looks up the keys of a state as attributes.
+        """
+        return "the layer multiplies by it; base() returns its values"
 
     @property
     def scaling(self) -> float:

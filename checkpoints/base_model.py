@@ -143,7 +143,7 @@ def require_causal(model: transformers.PreTrainedModel, where: object) -> None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     try:
         logits = model(**inputs).logits[:, :-1]
-    except AttributeError as error:  # it uses a linear layer in another way than by calling it
+    except (AttributeError, TypeError) as error:  # it reads the weight of a layer itself
         name = type(model).__name__
         raise ValueError(f"{where}: {name} does not run on 4-bit layers ({error})") from None
     ids[:, -1] = words[-1] % rows

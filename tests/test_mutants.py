@@ -1008,7 +1008,7 @@ DORA_MUTANTS = [
         "magnitudes start at one",
         "variants.dora",
         "nn.Parameter(self.row_norm())",
-        "nn.Parameter(torch.ones_like(base_norm))",
+        "nn.Parameter(torch.ones_like(self.row_norm()))",
         UNTRAINED,
     ),
     Mutant(

@@ -28,6 +28,7 @@ from checkpoints import base_model
 from helpers import models
 from helpers.strategies import same_bits
 from lora import FrozenWeight, QLoRALinear, attach
+from nf4 import NF4
 
 SMALL = {
     "vocab_size": 256,
@@ -322,3 +323,29 @@ def test_a_tied_head_may_be_in_the_file_and_generation_config_json_may_be_missin
     model = base_model.load_quantized(tmp_path, torch.float32, "cpu", quantized)
     assert torch.equal(model.lm_head.weight, tiny.lm_head.weight)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_start_that_needs_dense_weights_refuses_a_base_in_4_bits(tmp_path: Path) -> None:
+    checkpoints.save_4bit(attach(models.tiny_llama(vocab_size=256), r=1), tmp_path)
+    quantization = {"block_size": 64, "double_quant": True, "codebook": NF4}
+    with pytest.raises(ValueError, match="pissa starts from dense weights"):
+        base_model.load_with_adapters(
+            tmp_path, torch.float32, "cpu", "pissa", 0, {"r": 1}, quantization
+        )
+
+
+def test_settings_of_generation_in_the_config_are_saved_in_their_own_file(tmp_path: Path) -> None:
+    model = models.tiny_llama(vocab_size=256)
+    model.config.num_beams = 3
+    base_model.save_dense(model, tmp_path)
+    assert "num_beams" not in json.loads((tmp_path / "config.json").read_text())
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_model_that_does_not_generate_is_saved_without_settings_of_generation(
+    tmp_path: Path,
+) -> None:
+    model = models.tiny_llama(vocab_size=256)
+    model.can_generate = lambda: False
+    base_model.save_dense(model, tmp_path)
+    assert not (tmp_path / "generation_config.json").exists()

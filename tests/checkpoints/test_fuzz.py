@@ -39,9 +39,6 @@ from memory import measured
 from paged_optim import PagedAdamW
 from training import state
 
-# Measuring coverage doubles the time of tests that compile, and this file adds nothing to it.
-pytestmark = pytest.mark.no_cover
-
 Contents = dict[str, bytes]
 COUNTS: Counter = Counter()
 SECONDS = 10

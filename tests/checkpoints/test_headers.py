@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_base_model import SMALL
 from torch import nn
@@ -194,7 +195,10 @@ def test_the_probe_finds_a_dependence_that_no_config_mentions() -> None:
 def test_a_model_that_reads_the_weight_of_a_layer_itself_is_refused(tmp_path: Path) -> None:
     model = attach(models.tiny_llama(vocab_size=256), r=1)
     attention = model.model.layers[0].self_attn
-    attention.forward = lambda *args, **kwargs: attention.q_proj.weight
+    attention.forward = lambda hidden_states, **_: (
+        F.linear(hidden_states, attention.q_proj.weight),
+        None,
+    )
     with pytest.raises(ValueError, match="LlamaForCausalLM does not run on 4-bit layers"):
         base_model.require_causal(model, "folder")
 

@@ -1,9 +1,6 @@
 """A folder that transformers 5 saved keeps its meaning for transformers 4.
 
-The last test needs transformers 4 beside the installed one, in a folder of its own:
-
-    pip install --no-deps --target old transformers==4.57.3 tokenizers==0.22.1 "huggingface-hub<1"
-    TRANSFORMERS_4=old pytest tests/checkpoints/test_portable.py
+`make test` installs transformers 4 in a folder of its own (Makefile).
 """
 
 import json
@@ -59,6 +56,7 @@ CONFIGS = {
     ),
 }
 IDS = torch.arange(5, 45)[None]
+OLDER = Path(sys.prefix) / "transformers-4"
 
 
 def save(config: PretrainedConfig, folder: Path) -> torch.Tensor:
@@ -120,20 +118,24 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 assert __version__.startswith("4.")
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-with torch.no_grad():
-    torch.save(model(torch.arange(5, 45)[None], use_cache=False).logits, sys.argv[2])
-print(AutoTokenizer.from_pretrained(sys.argv[1])("order<zebra>").input_ids)
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.arange(5, 45)[None], use_cache=False).logits
+    torch.save(logits, folder + "/logits")
+    print(AutoTokenizer.from_pretrained(folder)("order<zebra>").input_ids)
 """
 
 
-@pytest.mark.skipif("TRANSFORMERS_4" not in os.environ, reason="needs transformers 4, see above")
-@pytest.mark.parametrize("name", CONFIGS)
-def test_transformers_4_computes_the_same(name: str, tmp_path: Path) -> None:
-    logits = save(CONFIGS[name][0], tmp_path / "model")
-    command = [sys.executable, "-c", READ, tmp_path / "model", tmp_path / "logits"]
-    older = os.environ | {"PYTHONPATH": os.path.abspath(os.environ["TRANSFORMERS_4"])}
+def test_transformers_4_computes_the_same(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in CONFIGS]
+    logits = [save(CONFIGS[folder.name][0], folder) for folder in folders]
+    command = [sys.executable, "-c", READ, *folders]
+    assert OLDER.is_dir(), "make test installs it"
+    older = os.environ | {"PYTHONPATH": str(OLDER)}
     run = subprocess.run(command, env=older, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert torch.equal(torch.load(tmp_path / "logits"), logits)
-    assert run.stdout.strip() == str(models.tokenizer()("order").input_ids[:1] + [49152])
+    for folder, expected in zip(folders, logits):
+        assert torch.equal(torch.load(folder / "logits"), expected), folder.name
+    ids = str(models.tokenizer()("order").input_ids[:1] + [49152])
+    assert run.stdout.splitlines() == [ids] * len(folders)

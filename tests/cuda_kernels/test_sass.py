@@ -19,9 +19,6 @@ from cuda_kernels import adamw, dequantize, matmul, quantize
 from cuda_kernels.device import Kernel
 from kernels import launch_cuda
 
-# Measuring coverage doubles the time of tests that compile, and this file adds nothing to it.
-pytestmark = pytest.mark.no_cover
-
 TOOLS = Path(nvidia.__path__[0], "cu13", "bin")
 GENERATIONS = ["sm_80", "sm_89", "sm_90"]
 KINDS = ["bfloat16", "float16", "float32"]
