@@ -546,6 +546,9 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
         linear.train(layer.training)
         for name in names:
             inner.set_submodule(name, linear)
+    config = getattr(inner, "config", None)
+    if hasattr(config, "quantization_config"):  # of a base that was saved in 4 bits
+        del config.quantization_config
     return model, audit
 
 

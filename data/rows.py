@@ -54,6 +54,7 @@ MEANINGFUL = {
     *("system", "system_prompt", "history", "tools", "functions", "documents", "weight", "train"),
     *("tool_calls", "function_call", *THOUGHT_KEYS, "chat_template_kwargs"),
     *("image", "images", "audio", "audios", "video", "videos"),
+    *("input", "context", "chosen", "rejected"),  # "input" is Alpaca's alone
 }
 EMPTY = ("", [], {})  # a key with one of these values means nothing
 MAX_ROWS_SHOWN = 20

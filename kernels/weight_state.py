@@ -41,6 +41,12 @@ def encode(fields: dict) -> Tensor:
 
 
 def decode(state: Tensor) -> dict:
+    """Raises: ValueError if the tensor is no description, such as the weight of a dense model."""
+    if state.dtype != torch.uint8 or state.dim() != 1:
+        raise ValueError(
+            f"the state has a dense weight {tuple(state.shape)} for a layer with an adapter: "
+            "load it into the model before attach"
+        )
     return json.loads(bytes(state.tolist()))
 
 

@@ -16,7 +16,7 @@ import nf4
 from helpers.bounds import Bounded, both_quantized, in_float64, is_tight, operand
 from helpers.strategies import DTYPES, PATTERNS, Recipe, recipes, same_bits
 from kernels.packed_weight import with_decoded_absmax
-from lora import FrozenWeight
+from lora import FrozenWeight, attach
 
 CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "half": nn.Module.half,
@@ -306,3 +306,11 @@ def test_it_prints_its_shape_and_its_bits_per_element() -> None:
     frozen = FrozenWeight(torch.randn(64, 256))
     assert str(frozen) == "FrozenWeight((64, 256), 4.129 bits an element)"
     assert "(0,)" in str(FrozenWeight(torch.zeros(0)))
+
+
+def test_the_state_of_a_dense_model_is_refused_after_attach() -> None:
+    dense = nn.Sequential(nn.Linear(64, 64, bias=False))
+    state = dense.state_dict()
+    adapted = attach(nn.Sequential(nn.Linear(64, 64, bias=False)), r=1)
+    with pytest.raises(ValueError, match=r"dense weight \(64, 64\) .* before attach"):
+        adapted.load_state_dict(state, strict=False)

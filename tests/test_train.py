@@ -618,7 +618,7 @@ def test_training_on_starts_from_the_adapter_and_its_base(
 
 
 def test_training_on_keeps_the_layers_that_an_adapter_of_peft_has(
-    tiny: Path, book: list[str], tmp_path: Path
+    tiny: Path, book: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     lora = LoraConfig(
         r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 3}, lora_dropout=0.5
@@ -628,6 +628,9 @@ def test_training_on_keeps_the_layers_that_an_adapter_of_peft_has(
     words = ["--init-adapter", str(tmp_path / "theirs"), "--model", str(tiny), *book]
     words += ["--max-steps", "1", "--output-dir", str(tmp_path / "out")]
     assert train.main([*words, "--preview"]) == 0
+    capsys.readouterr()
+    assert train.main([*words, "--dry-run"]) == 0
+    assert f"from the adapter in {tmp_path / 'theirs'}" in capsys.readouterr().out
     assert train.main(words) == 0
     theirs = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     ours = load_file(tmp_path / "out" / "adapter_model.safetensors")

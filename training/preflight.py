@@ -150,7 +150,8 @@ def describe(job: Job, args: Options) -> str:
     longest = max(len(example.ids) for example in task.train)
     per_step = args.batch_size * args.grad_accum * world_size
     epochs = args.max_steps * per_step / len(task.train)
-    start = f"step {job.state.step}, by {job.state.path}" if job.state else "the pretrained model"
+    adapter = f"the adapter in {args.init_adapter}" if args.init_adapter else "the pretrained model"
+    start = f"step {job.state.step}, by {job.state.path}" if job.state else adapter
     processes = f"; {world_size} processes" if world_size > 1 else ""
     free = shutil.disk_usage(args.output_dir).free
     held_out = len(task.test) + len(task.unseen)

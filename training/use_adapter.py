@@ -165,8 +165,6 @@ def merge_16bit(
     for parameter in model.parameters():
         is_half = parameter.dtype == torch.float16
         parameter.data = parameter.data.to(torch.float16 if is_half else torch.bfloat16)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
     def write(unfinished: Path) -> None:
         base_model.save_dense(model, unfinished)

@@ -27,7 +27,7 @@ from bench import loading_peak
 from checkpoints import base_model
 from helpers import models
 from helpers.strategies import same_bits
-from lora import FrozenWeight, QLoRALinear, attach
+from lora import FrozenWeight, QLoRALinear, attach, merge
 from nf4 import NF4
 
 SMALL = {
@@ -349,3 +349,12 @@ def test_a_model_that_does_not_generate_is_saved_without_settings_of_generation(
     model.can_generate = lambda: False
     base_model.save_dense(model, tmp_path)
     assert not (tmp_path / "generation_config.json").exists()
+
+
+def test_a_model_in_4_bits_is_dense_after_a_merge_in_its_config_too(tmp_path: Path) -> None:
+    checkpoints.save_4bit(attach(models.tiny_llama(vocab_size=256), r=1), tmp_path / "base")
+    model = attach(checkpoints.load_4bit(tmp_path / "base"), r=1)
+    merge(model)[0].save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(20)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)

@@ -239,8 +239,8 @@ def test_other_keys_are_not_read_and_their_names_are_kept() -> None:
     row = row_of({"messages": turns, "source": "web", "prompt": "a"})
     assert row.turns == CHAT[:2]
     assert row.unread == {"source", "prompt", "messages.id", "messages.model"}
-    pair = row_of({"prompt": "a", "completion": "b", "input": "c", "text": "d"})
-    assert (pair.turns, pair.unread) == (rows.pair_turns("a", "b"), {"input", "text"})
+    pair = row_of({"prompt": "a", "completion": "b", "id": "c", "text": "d"})
+    assert (pair.turns, pair.unread) == (rows.pair_turns("a", "b"), {"id", "text"})
     assert row_of({"text": "a", "url": "b"}).unread == {"url"}
 
 
