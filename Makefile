@@ -75,7 +75,7 @@ $(VENV)/dev: requirements-dev.txt requirements-gpu.txt $(VENV)/run
 $(VENV)/transformers-4: | $(VENV)/dev
 	$(PIP) install --no-deps --target $@ transformers==4.57.3 tokenizers==0.22.1 "huggingface-hub<1"
 
-# Created before the tests, because measuring coverage would make that take a minute.
+# Created before the tests, because measuring coverage would slow it down.
 $(MODEL): | $(VENV)/run
 	$(BIN)/python -c "from checkpoints import sources; sources.default_folder()"
 

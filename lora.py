@@ -270,9 +270,10 @@ class QLoRALinear(nn.Module):
 
     @property
     def weight(self) -> str:
-        """No tensor: a product with it would leave out the adapter, so it is a TypeError.
+        """A text instead of a tensor. Code that multiplies by it itself would skip the adapter.
 
-        It is there because torch.distributed.checkpoint looks up the keys of a state as attributes.
+        With a text it fails. Without the attribute, torch.distributed.checkpoint would fail: it
+        looks up each key of a state_dict as an attribute.
         """
         return "the layer multiplies by it; base() returns its values"
 

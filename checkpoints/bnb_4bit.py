@@ -50,13 +50,15 @@ CONFIG = {
 
 
 class Quantization(NamedTuple):
-    """How a weight is quantized. code: nf4 or fp4."""
+    """How a weight is quantized. code: nf2 to nf4, fp4, or none for a dense weight."""
 
     code: str
     block_size: int
     double_quant: bool
 
     def __str__(self) -> str:
+        if self.code == "none":
+            return "dense"
         constants = "double quantization" if self.double_quant else "constants in float32"
         return f"{self.code} in blocks of {self.block_size}, {constants}"
 

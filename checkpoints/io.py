@@ -36,6 +36,11 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Reading
 
 
+def first_line(error: Exception) -> str:
+    """The first line of the message of an error."""
+    return str(error).strip().partition("\n")[0]
+
+
 def one_line(error: Exception) -> str:
     """The message of an error on one line, without its end if it is long."""
     return " ".join(str(error).split())[:300]

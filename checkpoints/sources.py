@@ -48,7 +48,7 @@ def find_model(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=WANTED))
     except (OSError, ValueError) as error:
-        reason = _first_line(error)
+        reason = io.first_line(error)
         raise ValueError(f"the download of {name} is incomplete ({reason}); {REMEDY}") from None
 
 
@@ -137,15 +137,11 @@ def _in_cache(hub_id: str) -> bool:
             return True
         HfApi().model_info(hub_id, timeout=10)
     except Exception as error:  # the hub's client may use any of several network libraries
-        reason = _first_line(error)
+        reason = io.first_line(error)
         raise ValueError(
             f"{hub_id} is neither a folder nor a hub id within reach ({reason}); {REMEDY}"
         ) from None
     return False
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def default_folder(models: Path = MODELS) -> Path:

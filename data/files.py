@@ -96,7 +96,7 @@ def read_hub(name: str) -> list[Record]:
     except Exception as error:  # its network and file libraries raise errors of many types
         raise ValueError(
             f"--data {name} is not a file, and cannot be loaded as a hub data set "
-            f"({_first_line(error)})"
+            f"({io.first_line(error)})"
         ) from None
 
 
@@ -120,7 +120,7 @@ def _read_parquet(path: Path) -> list[Record]:
     try:
         table = parquet.read_table(path)
     except (ValueError, OSError, NotImplementedError) as error:
-        raise ValueError(f"{path} cannot be read as parquet ({_first_line(error)})") from None
+        raise ValueError(f"{path} cannot be read as parquet ({io.first_line(error)})") from None
     return _records_of_table(table.to_pylist(), str(path))
 
 
@@ -142,10 +142,6 @@ def _without_nulls(value: object) -> object:
     if isinstance(value, list):
         return [_without_nulls(each) for each in value]
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _read_csv(path: Path, delimiter: str) -> list[Record]:

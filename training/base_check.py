@@ -60,15 +60,10 @@ def adopt_quantization(args: Options, quantization: Quantization, where: Path) -
         if was_given and asked != value:
             words = spelling(name) if asked is True else f"{spelling(name)} {asked}"
             raise ValueError(
-                f"{words} disagrees with {where}, whose base is {describe(quantization)}: "
+                f"{words} disagrees with {where}, whose base is {quantization}: "
                 "leave it out, or give another --model"
             )
         setattr(args, name, value)
-
-
-def describe(quantization: Quantization) -> str:
-    """The quantization of a base as text."""
-    return "dense" if quantization.code == DENSE else str(quantization)
 
 
 def require_no_dense_weights(args: Options, start: str, folder: Path) -> None:

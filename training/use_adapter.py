@@ -36,7 +36,6 @@ from training import end_tokens
 from training.base_check import (
     DENSE,
     adopt_quantization,
-    describe,
     quantization_of,
     require_known_ids,
     require_no_dense_model,
@@ -109,8 +108,8 @@ def adopt_trained_base(args: Options, adapter: Path, folder: Path) -> torch.dtyp
     found = headers.quantization_of(folder)
     if trained and found and trained != found:
         raise ValueError(
-            f"{adapter} was trained on a base that was {describe(trained)}, and {folder} is "
-            f"{describe(found)}: give --model the base that it was trained on"
+            f"{adapter} was trained on a base that was {trained}, and {folder} is "
+            f"{found}: give --model the base that it was trained on"
         )
     known = trained or found
     if known:
@@ -120,7 +119,7 @@ def adopt_trained_base(args: Options, adapter: Path, folder: Path) -> torch.dtyp
         other = "nf4 quantizes it" if args.quant == DENSE else "none keeps it dense"
         print(
             f"{adapter} does not say how its base was quantized: {folder} is used "
-            f"{describe(kept)}; --quant {other}",
+            f"{kept}; --quant {other}",
             file=sys.stderr,
         )
     return dtype
