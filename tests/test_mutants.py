@@ -22,13 +22,14 @@ from hypothesis import Phase, settings
 
 import nf4
 from helpers.strategies import Adapted, Constants, Cut, Recipe, Tower, TowerWithHead, uniform_code
+from kernels.cpu.vectors import LOOK_UP
 
 # Coverage slows these tests down, and they reach no line that others do not.
 pytestmark = pytest.mark.no_cover
 
 SOURCES = Path(nf4.__file__).parent
 HERE = Path(__file__).parent
-KERNELS = ["kernels.cpu.quantize", "kernels.cpu.decode", "kernels.cpu.fused", "kernels.cpu.adamw"]
+KERNELS = [f"kernels.cpu.{name}" for name in ("vectors", "quantize", "decode", "matmul", "adamw")]
 REFERENCE = ["nf4", "double_quant", "paged_optim"]  # their kernels would hide their bugs
 STACK = [  # in the order of their imports
     "nf4",
@@ -93,7 +94,7 @@ ONE_STACK = {"dtype": torch.bfloat16, "tokens": 8, "segment": 12, "dropout": 0.0
 IN_SEGMENTS = {"dtype": torch.bfloat16, "tokens": 8, "segment": 3, "dropout": 0.0}
 FINITE = "test_a_finite_weight_is_decoded_to_finite_numbers_of_its_dtype"
 WINDOWS = "test_any_window_of_a_weight_has_the_bits_of_the_reference"
-FUSED = "test_a_fused_product_keeps_within_its_arrays"
+PRODUCT = "test_a_product_keeps_within_its_arrays"
 ROUNDING = "test_the_compiled_kernels_round_as_torch_does"
 BLOCKWISE = "test_codes_and_constants_are_those_of_the_reference_bit_for_bit"
 REMAINDERS = "test_every_row_and_column_is_computed_for_any_remainder_of_the_windows"
@@ -120,14 +121,14 @@ SMALLER = {
 # Shapes for test_every_row_and_column_...: three windows of 64 rows, seven tokens at a time
 SQUARE = (128, 128)
 ODD = (150, 40)
-COMPILED_ROUNDING = {"dtype": torch.bfloat16, "block_size": 32, "avx512": False}
+COMPILED_ROUNDING = {"dtype": torch.bfloat16, "block_size": 32, "look_up": LOOK_UP}
 
 
 def of_a_window(cut: Cut) -> Arguments:
     """Arguments for test_any_window_..., in Python."""
     return {
         "how": "in Python",
-        "avx512": False,
+        "look_up": "",
         "dtype": torch.float32,
         "cut": cut,
         "codebook": nf4.NF4,
@@ -136,17 +137,18 @@ def of_a_window(cut: Cut) -> Arguments:
 
 
 def of_blocks(recipe: Recipe, codebook: torch.Tensor = nf4.NF4) -> Arguments:
-    return {"how": "in Python", "avx512": False, "recipe": recipe, "codebook": codebook}
+    return {"how": "in Python", "look_up": "", "recipe": recipe, "codebook": codebook}
 
 
-def of_fused(*fields: object, **more: object) -> MakeArguments:
-    return lambda suite: {"how": "in Python", "case": suite.Fused(*fields, **more)}
+def of_a_product(*fields: object, **more: object) -> MakeArguments:
+    return lambda suite: {"case": suite.Product(*fields, **more)}
 
 
 def in_small_windows(**arguments: object) -> MakeArguments:
     """Does what the fixture small_windows does, to a module that is not used again."""
 
     def prepare(suite: ModuleType) -> Arguments:
+        suite.launch.NATIVE = {torch.bfloat16}
         suite.launch.WINDOW = 64
         suite.launch.TOKENS = 7
         suite.launch.PIECE = 64
@@ -157,7 +159,7 @@ def in_small_windows(**arguments: object) -> MakeArguments:
 
 def of_remainders(**arguments: object) -> MakeArguments:
     return in_small_windows(
-        **{"shape": ODD, "tokens": 20, "transposed": True, "dtype": torch.float32} | arguments
+        **{"shape": ODD, "tokens": 20, "transposed": True, "dtype": torch.bfloat16} | arguments
     )
 
 
@@ -166,9 +168,10 @@ def without_kernels(**arguments: object) -> MakeArguments:
 
     def prepare(suite: ModuleType) -> Arguments:
         failing = dict.fromkeys(
-            ("decode", "multiply", "multiply_back"), lambda *_: pytest.fail("a kernel was called")
+            ("decode", "multiply", "multiply_few", "multiply_back"),
+            lambda *_: pytest.fail("a kernel was called"),
         )
-        for name in ("decode", "fused"):
+        for name in ("decode", "products"):
             kernels = vars(getattr(suite.launch, name))
             setattr(suite.launch, name, SimpleNamespace(**kernels | failing))
         return arguments | {"no_kernels": None}
@@ -1077,10 +1080,10 @@ KERNEL_MUTANTS = [
         of_a_window(Cut(start=1, cols=3, rows=2)),
     ),
     Mutant(
-        "the nibbles change places where many are looked up at once",
+        "the low nibble is read twice where many are looked up at once",
         "kernels.cpu.decode",
-        "numbers[2 * j] = table[pairs[j] >> np.uint8(4)]\n        numbers[2 * j + 1]",
-        "numbers[2 * j + 1] = table[pairs[j] >> np.uint8(4)]\n        numbers[2 * j]",
+        "numbers[pair >> np.uint8(4)]",
+        "numbers[pair & np.uint8(15)]",
         WINDOWS,
         of_a_window(Cut()),
     ),
@@ -1088,7 +1091,7 @@ KERNEL_MUTANTS = [
         "the kernel gives a ragged last block the constant of the one before",
         "kernels.cpu.decode",
         "scale = absmax[block >> shift8]",
-        "scale = absmax[min(block, max((2 * packed.size >> shift) - 1, 0)) >> shift8]",
+        "scale = absmax[min(block, max((2 * weight[0].size >> shift) - 1, 0)) >> shift8]",
         WINDOWS,
         of_a_window(Cut(double_quant=False)),
         seen_in="bitsandbytes 0.50 with AVX-512",
@@ -1131,30 +1134,30 @@ KERNEL_MUTANTS = [
     Mutant(
         "many are looked up at once beyond the end of a block",
         "kernels.cpu.decode",
-        "(stop - i) // GROUP",
-        "-(-(stop - i) // GROUP)",
+        "(stop - i) // WIDTH",
+        "-(-(stop - i) // WIDTH)",
         WINDOWS,
         of_a_window(Cut()),
     ),
     Mutant(
         "bfloat16 is float32 cut off",
-        "kernels.cpu.decode",
-        "builder.add(builder.add(bits, _splat(ints, 0x7FFF)), odd)",
+        "kernels.cpu.vectors",
+        "builder.add(builder.add(bits, _constant(ints, 0x7FFF)), odd)",
         "bits",
         ROUNDING,
         COMPILED_ROUNDING,
     ),
     Mutant(
         "a tie is rounded up to bfloat16",
-        "kernels.cpu.decode",
-        "builder.add(builder.add(bits, _splat(ints, 0x7FFF)), odd)",
-        "builder.add(bits, _splat(ints, 0x8000))",
+        "kernels.cpu.vectors",
+        "builder.add(builder.add(bits, _constant(ints, 0x7FFF)), odd)",
+        "builder.add(bits, _constant(ints, 0x8000))",
         ROUNDING,
         COMPILED_ROUNDING,
     ),
     Mutant(
         "NaN becomes a number of bfloat16",
-        "kernels.cpu.decode",
+        "kernels.cpu.vectors",
         'fcmp_unordered("uno"',
         'fcmp_ordered("one"',
         ROUNDING,
@@ -1162,7 +1165,7 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "bfloat16 is float32 cut off in Python",
-        "kernels.cpu.decode",
+        "kernels.cpu.vectors",
         "(bits + 0x7FFF + (bits >> 16 & 1)) >> 16",
         "bits >> 16",
         "test_in_python_numbers_are_rounded_as_torch_does",
@@ -1170,59 +1173,75 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "rows that do not fill a team are left out",
-        "kernels.cpu.fused",
-        "prange((height + TEAM - 1) // TEAM)",
-        "prange(height // TEAM)",
-        FUSED,
-        of_fused(17, 3, tokens=5),
+        "kernels.cpu.matmul",
+        "range(0, rows, 4)",
+        "range(0, rows // 4 * 4, 4)",
+        PRODUCT,
+        of_a_product((34, 70), tokens=5),
     ),
     Mutant(
-        "a second pair of rows has the scales of the first",
-        "kernels.cpu.fused",
-        "(start >> shift) + i",
-        "i",
-        FUSED,
-        of_fused(17, 3, tokens=5),
+        "all rows have the scales of the first",
+        "kernels.cpu.matmul",
+        "decode_scales(weight, start, depth, scales, 0)",
+        "decode_scales(weight, top * width + first, depth, scales, 0)",
+        PRODUCT,
+        of_a_product((34, 70), tokens=5),
     ),
     Mutant(
-        "the rows that fill up the tokens are written too",
-        "kernels.cpu.fused",
-        "range(min(tokens, count - first))",
-        "range(tokens)",
-        FUSED,
-        of_fused(17, 3, tokens=5),
+        "a column of sums is that of the one before",
+        "kernels.cpu.matmul",
+        "k * b_stride",
+        "max(k - 1, 0) * b_stride",
+        PRODUCT,
+        of_a_product((34, 70), tokens=5),
     ),
     Mutant(
-        "later teams of rows are added for the first part of the tokens alone",
-        "kernels.cpu.fused",
-        "range(0, y.size // width, tokens)",
-        "range(0, y.size // width if top == 0 else tokens, tokens)",
-        FUSED,
-        of_fused(17, 3, tokens=5, transposed=False),
+        "later rows of W are added for the first rows of x alone",
+        "kernels.cpu.matmul",
+        "for t in range(0, tokens, 4):",
+        "for t in range(0, tokens if top == 0 else 4, 4):",
+        PRODUCT,
+        of_a_product((130, 70), tokens=5, transposed=False),
     ),
     Mutant(
         "the columns that do not fill a part are left out",
-        "kernels.cpu.fused",
-        "(strips + parts - 1) // parts",
-        "strips // parts",
-        FUSED,
-        of_fused(17, 3, tokens=5, transposed=False),
+        "kernels.cpu.matmul",
+        "last = min((part + 1) * strips // parts * STRIP, width)",
+        "last = (part + 1) * (strips // parts) * STRIP",
+        PRODUCT,
+        of_a_product((5, 200), 2, tokens=4, transposed=False, parts=3),
     ),
     Mutant(
         "all columns of a part have the scales of its first block",
-        "kernels.cpu.fused",
-        "(column >> shift) - (first >> shift)",
-        "0",
-        FUSED,
-        of_fused(17, 3, tokens=5, transposed=False),
+        "kernels.cpu.matmul",
+        "own = r * blocks + (start >> shift) - ((row + first) >> shift)",
+        "own = r * blocks",
+        PRODUCT,
+        of_a_product((130, 70), tokens=3, transposed=False, parts=1),
+    ),
+    Mutant(
+        "for few rows, all columns of a part have the scales of its first block",
+        "kernels.cpu.matmul",
+        "own = (column >> shift) - (first >> shift)",
+        "own = 0",
+        PRODUCT,
+        of_a_product((130, 192), tokens=2, transposed=False, few=True, parts=1),
     ),
     Mutant(
         "a part that begins within a block has the scales from that place on",
-        "kernels.cpu.fused",
-        "(count + (1 << shift) - 1) >> shift",
-        "count >> shift",
-        FUSED,
-        of_fused(2, 1, 256, tokens=1, transposed=False, parts=3),
+        "kernels.cpu.decode",
+        "(start + count + (1 << shift) - 1) >> shift",
+        "(start + count) >> shift",
+        PRODUCT,
+        of_a_product((2, 256), 256, transposed=False, few=True, parts=3),
+    ),
+    Mutant(
+        "the last of four rows of x has the sum of the third",
+        "kernels.cpu.matmul",
+        "load(x, at + 3 * stride + k)",
+        "load(x, at + 2 * stride + k)",
+        PRODUCT,
+        of_a_product((34, 192), tokens=5, few=True),
     ),
     Mutant(
         "a NaN vanishes in a maximum",
@@ -1231,7 +1250,7 @@ KERNEL_MUTANTS = [
         "top = max(top, bits[i] & np.uint32(0x7FFFFFFF))"
         " if bits.view(np.float32)[i] == bits.view(np.float32)[i] else top",
         "test_the_constant_of_a_block_is_finite_if_its_numbers_are",
-        {"how": "in Python", "avx512": False, "bad": 0x7FC00000},
+        {"how": "in Python", "look_up": "", "bad": 0x7FC00000},
         seen_in="bitsandbytes",
     ),
     Mutant(
@@ -1265,7 +1284,7 @@ KERNEL_MUTANTS = [
         "min(np.int64((block + 1) << shift), flat.size)",
         "np.int64((block + 1) << shift)",
         BLOCKWISE,
-        of_blocks(Recipe((1, 127))) | {"avx512": True},
+        of_blocks(Recipe((1, 127))) | {"look_up": "avx512"},
     ),
     Mutant(
         "the last block is read to its full length, with many levels",

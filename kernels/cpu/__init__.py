@@ -7,11 +7,9 @@ time, and a kernel should read or write each byte once. Bytes per element, with 
 
     quantize.quantize    4 read, 1/2 + 4/64 written       absmax, codes and packing in one pass
     decode.decode        1/2 + 1/64 read, 2 or 4 written  the constants are decoded in the same pass
-    fused.multiply       1/2 + 1/64 read                  W is decoded in registers and multiplied
+    matmul.multiply      1/2 + 1/64 read                  W is decoded piece by piece and multiplied
     adamw.update         16 read, 12 written              parameter, gradient, moments in float32
 
-Each file of kernels stands alone: Numba caches compiled code on disk and recompiles when the file
-of a kernel changes, but it ignores changes in the files that this file imports. A function that is
-not written in LLVM instructions also runs in plain Python, with the compiler off. So in the tests
-NumPy checks each index. launch.py calls the kernels.
+vectors.py gives the kernels vectors of numbers. launch.py calls the kernels. With Numba's compiler
+off, all of them run in plain Python; so in the tests NumPy checks each index.
 """

@@ -3,11 +3,11 @@
 Threads of Python take turns: Numba's own thread pool ("workqueue") ends the process if two use it
 at once. A forked process uses the reference (dispatch.py), as GNU OpenMP would end it.
 
-The product with a 4-bit weight is computed in one of two ways; neither stores a dense W. fused.py
-multiplies while it decodes, in float32. This is faster for few rows of x, and for any number of
-float32 rows. For many 16-bit rows torch is faster, with instructions that these kernels do not use.
-So W is then multiplied window by window. A window is as much of W as fits in the cache. It is
-decoded into a scratch buffer, multiplied by torch, and overwritten by the next window:
+The product with a 4-bit weight is computed in one of two ways; neither stores a dense W. matmul.py
+multiplies in float32. Where the processor has instructions for 16-bit numbers, which matmul.py does
+not use, torch is faster for many 16-bit rows of x. W is then multiplied window by window. A window
+is as much of W as fits in the cache. It is decoded into a scratch buffer, multiplied by torch, and
+overwritten by the next window:
 
     y = x W^T     window: some rows of W, all columns       gives these columns of y, complete sums
     y = g W       window: all rows of W, some columns       gives these columns of y, complete sums
@@ -33,14 +33,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu import adamw as optimizer
-from kernels.cpu import decode, fused
+from kernels.cpu import decode, vectors
+from kernels.cpu import matmul as products
 from kernels.cpu import quantize as blockwise
 from kernels.packed_weight import PackedWeight, largest_absmax
 
 WINDOW = 2**20  # elements: 2 MB in 16 bits, which fits the L2 caches of two cores
 TOKENS = 512  # rows of x that a window multiplies at once: more would push it out of the cache
-FEW = 16  # rows of 16-bit x up to which the fused kernel is faster; in float32 it always is
-AT_ONCE = 32  # rows of x that a call of a fused kernel takes: more would not stay in the cache
+FEW = 8  # rows of 16-bit x up to which matmul.py is faster than torch's 16-bit products
+AT_ONCE = 256  # rows of x that a call of matmul.py takes, which limits its scratch
 PIECE = 2**20  # elements that are converted to float32 at once
 # The dtype with which NumPy and the kernels see the memory of a tensor
 KINDS = {
@@ -51,7 +52,16 @@ KINDS = {
 # Whether torch computes a product and a sum with one rounding, as adamw.py does
 FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 LOCK = threading.Lock()
-DECODED = [dtype for dtype in KINDS if dtype != torch.float16 or decode.FLOAT16]
+DECODED = [dtype for dtype in KINDS if dtype != torch.float16 or vectors.FLOAT16]
+# The 16-bit dtypes that the processor multiplies, and LLVM's names of these features
+NATIVE = {
+    dtype
+    for dtype, names in [
+        (torch.bfloat16, {"avx512bf16", "amx-bf16", "bf16"}),
+        (torch.float16, {"avx512fp16", "amx-fp16", "fullfp16"}),
+    ]
+    if names & vectors.FEATURES
+}
 
 
 def one_at_a_time(function: Callable) -> Callable:
@@ -99,7 +109,7 @@ def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, T
             blockwise.quantize_wide(*pieces, codes, scales, bits)
         else:
             pairs = packed[start // 2 : (stop + 1) // 2].numpy().reshape(-1)
-            blockwise.quantize(*pieces, pairs, scales, bits, blockwise.AVX512)
+            blockwise.quantize(*pieces, pairs, scales, bits)
     return packed, absmax
 
 
@@ -152,7 +162,7 @@ def kernel_weight(w: PackedWeight) -> tuple:
     shift = w.block_size.bit_length() - 1
     shift8 = w.nested_block_size.bit_length() - 1
     constants = (absmax, codes, levels8, offset, largest)
-    return (memory_of(w.packed), levels, *constants, shift, shift8, decode.AVX512)
+    return (memory_of(w.packed), levels, *constants, shift, shift8)
 
 
 def memory_of(tensor: Tensor) -> np.ndarray:
@@ -179,10 +189,9 @@ def matmul(x: Tensor, w: PackedWeight, transposed: bool, bias: Tensor | None) ->
     if x.dtype not in DECODED:
         return None
     weight = kernel_weight(w)
-    is_fast_fused = len(x) <= FEW or x.dtype == torch.float32
-    fits = is_fast_fused and fused.takes(weight, *w.shape)
-    multiply = fused_matmul if fits else windowed_matmul
-    return multiply(x, weight, w.shape, transposed, bias)
+    if len(x) > FEW and x.dtype in NATIVE:
+        return windowed_matmul(x, weight, w.shape, transposed, bias)
+    return float32_matmul(x, weight, w.shape, transposed, bias)
 
 
 def windowed_matmul(
@@ -215,33 +224,39 @@ def windowed_matmul(
     return y
 
 
-def fused_matmul(  # only with AVX-512
+def float32_matmul(
     x: Tensor, weight: tuple, shape: list[int], transposed: bool, bias: Tensor | None
 ) -> Tensor:
-    """The product by fused.py: summed in float32, with elements of W not rounded to 16 bits."""
+    """The product by matmul.py: with float32 elements of W and sums, rounded once."""
     height, width = shape
-    at_once = 1 if len(x) == 1 else 4  # T in fused.py
-    y = torch.empty(len(x), height if transposed else width)
-    groups = -(-min(len(x), AT_ONCE) // at_once)
-    # A part of x or, if not transposed, of y, in the order of fused.py; the same memory as rows.
-    ordered = torch.empty(groups, width // 32, at_once, 2, 16)
-    as_rows = ordered.permute(0, 2, 1, 4, 3)  # (groups, at_once, width / 32, 16, 2)
-    columns = None if transposed else torch.empty(groups, height, at_once)  # the same part of x
-    for token in range(0, len(x), AT_ONCE):
-        few = x[token : token + AT_ONCE].detach().split(at_once)
-        part = y[token : token + AT_ONCE]
-        if transposed:
-            for rows, group in zip(as_rows, few):
-                rows[: len(group)].copy_(group.reshape(-1, *rows.shape[1:]))
-            fused.multiply(weight, width, memory_of_floats(ordered), at_once, part.numpy())
-        else:
-            for rows, group in zip(columns.transpose(1, 2), few):
-                rows[: len(group)].copy_(group)
-            sums = memory_of_floats(ordered.zero_())
-            threads = torch.get_num_threads()
-            fused.multiply_back(weight, width, memory_of_floats(columns), at_once, sums, threads)
-            for rows, group in zip(as_rows, part.split(at_once)):
-                group.view(-1, *rows.shape[1:]).copy_(rows[: len(group)])
+    y = torch.zeros(len(x), height if transposed else width)
+    multiply = times_transpose if transposed else times_weight
+    if x.numel() and y.numel():
+        for few, part in zip(x.detach().split(AT_ONCE), y.split(AT_ONCE)):
+            multiply(few.to(torch.float32).contiguous(), weight, width, part)
     if bias is not None:
         y.add_(bias)
     return y.to(x.dtype)
+
+
+def times_transpose(x: Tensor, weight: tuple, width: int, y: Tensor) -> None:
+    """y (tokens, height) = x W^T in float32."""
+    if products.takes_few(weight, width) and 2 * len(x) <= products.WIDTH:
+        return products.multiply_few(weight, width, memory_of_floats(x), y.numpy())
+    interleaved = x.new_empty(-(-len(x) // products.WIDTH), width, products.WIDTH)
+    products.interleave(x.numpy(), memory_of_floats(interleaved))
+    products.multiply(weight, width, memory_of_floats(interleaved), y.numpy())
+
+
+def times_weight(x: Tensor, weight: tuple, width: int, y: Tensor) -> None:
+    """y (tokens, width) = x W in float32; y holds zeros."""
+    threads = torch.get_num_threads()
+    if products.takes_few(weight, width) and len(x) < 4:
+        x, y = memory_of_floats(x), memory_of_floats(y)
+        return products.multiply_back_few(weight, width, x, y, threads)
+    if len(x) % 4:
+        x = F.pad(x, (0, 0, 0, -len(x) % 4))
+    sums = x.new_zeros(len(x), width + -width % products.STRIP)
+    x = memory_of_floats(x)
+    products.multiply_back(weight, width, x, memory_of_floats(sums), threads)
+    y.copy_(sums[: len(y), :width])

@@ -1,13 +1,18 @@
-"""The laws of the CPU kernels: the bits of the reference, for any window and either look-up.
+"""The laws of the CPU kernels: the bits of the reference, for any window and every kind of look-up.
 
-Each kernel runs twice: compiled, and in Python, where NumPy checks every index. Results go into the
-middle of a larger array, and the rest of that array must not change.
+Each kernel runs compiled, and in Python, where NumPy checks every index. Results go into the middle
+of a larger array, and the rest of that array must not change. The look-ups of other processors run
+on this one if it has their instructions; all are compiled.
 """
 
 import dataclasses
+import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import llvmlite.binding as llvm
 import numba
@@ -17,7 +22,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from llvmlite import ir
-from numba.core import registry, types
+from numba.core import cgutils, types
 from torch import Tensor
 
 import double_quant
@@ -33,7 +38,8 @@ from helpers.strategies import (
     same_bits,
     uniform_code,
 )
-from kernels.cpu import decode, fused, quantize
+from kernels import cpu as kernels_cpu
+from kernels.cpu import decode, matmul, quantize, vectors
 
 # The types as the kernels see them.
 KINDS = {
@@ -50,141 +56,55 @@ ABOVE = Recipe(
 BELOW = Recipe((7, 99), torch.float16, block_size=2, pattern="zero blocks", exponent=14)
 
 
-def in_python(module: ModuleType) -> ModuleType:
-    """A second copy of a file of kernels, with Numba's compiler off."""
-    spec = importlib.util.spec_from_file_location(f"{module.__name__} in Python", module.__file__)
+FEATURES = {  # of a processor that has this look_up
+    "avx512": "+avx512f,+avx512bw,+avx2,+ssse3,+f16c",
+    "avx2": "+avx2,+ssse3,+f16c",
+    "ssse3": "+ssse3,+f16c",
+    "neon": "+neon",
+    "": "+f16c",
+}
+TRIPLES = dict.fromkeys(FEATURES, "x86_64-linux-gnu") | {"neon": "aarch64-linux-gnu"}
+
+
+def loaded(original: ModuleType, patch: pytest.MonkeyPatch) -> ModuleType:
+    """A second copy of a file of kernels, which the files that are loaded next import."""
+    name = original.__name__
+    spec = importlib.util.spec_from_file_location(name, original.__file__)
     copy = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numba.config, "DISABLE_JIT", 1)
-        spec.loader.exec_module(copy)
+    patch.setitem(sys.modules, name, copy)
+    patch.setattr(kernels_cpu, name.rpartition(".")[2], copy)
+    spec.loader.exec_module(copy)
     return copy
 
 
-def look_up_in_python(
-    packed: np.ndarray,
-    byte: int,
-    levels: np.ndarray,
-    scale: np.float32,
-    out: np.ndarray,
-    at: int,
-    groups: int,
-) -> None:
-    """What look_up_avx512 must compute."""
-    DECODE["in Python"].look_up(
-        packed, byte, levels, scale, out, at, groups, np.empty(16, out.dtype)
-    )
+def in_python(original: ModuleType) -> ModuleType:
+    """A second copy of a file of kernels, with Numba's compiler off."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numba.config, "DISABLE_JIT", 1)
+        return loaded(original, patch)
 
 
-def code_in_python(
-    flat: np.ndarray,
-    start: int,
-    power: np.float32,
-    reciprocal: np.float32,
-    midpoints: np.ndarray,
-    packed: np.ndarray,
-    byte: int,
-    groups: int,
-) -> None:
-    """What code_avx512 must compute."""
-    for i in range(8 * groups):
-        high, low = (
-            QUANTIZE["in Python"]._code(flat[start + k] * power * reciprocal, midpoints)
-            for k in (2 * i, 2 * i + 1)
-        )
-        packed[byte + i] = high << 4 | low
+@cache
+def copies(how: str, look_up: str) -> SimpleNamespace:
+    """Copies of the files of kernels for a processor with this look_up, compiled or in Python."""
+    files = SimpleNamespace()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llvm, "get_default_triple", lambda: TRIPLES[look_up])
+        patch.setattr(numba.config, "CPU_FEATURES", FEATURES[look_up])
+        patch.setattr(numba.config, "DISABLE_JIT", int(how == "in Python"))
+        for original in (vectors, decode, matmul, quantize):  # in the order of their imports
+            setattr(files, original.__name__.rpartition(".")[2], loaded(original, patch))
+    assert look_up == files.vectors.LOOK_UP
+    return files
 
 
-def elements_in_python(
-    packed: np.ndarray, byte: int, levels: np.ndarray, scale: np.float32
-) -> list[np.float32]:
-    """The 32 elements in 16 bytes: the even ones, then the odd ones."""
-    pairs = [int(pair) for pair in packed[byte : byte + 16]]
-    assert len(pairs) == 16
-    even = [levels[pair >> 4] * scale for pair in pairs]
-    odd = [levels[pair & 15] * scale for pair in pairs]
-    return even + odd
-
-
-def dots_in_python(tokens: int) -> Callable[..., None]:
-    """What dots_1 and dots_4 must compute."""
-
-    def dots(
-        packed: np.ndarray,
-        start: int,
-        stride: int,
-        levels: np.ndarray,
-        scales: np.ndarray,
-        blocks: int,
-        x: np.ndarray,
-        at: int,
-        sums: np.ndarray,
-    ) -> None:
-        sums[:] = 0
-        for row in (0, 1):
-            for group in range(stride // 16):
-                scale = scales[row * blocks + group * blocks // (stride // 16)]
-                elements = elements_in_python(
-                    packed, start + row * stride + 16 * group, levels, scale
-                )
-                for t in range(tokens):
-                    place = at + (group * tokens + t) * 32
-                    for i in range(32):
-                        sums[row * tokens + t] += elements[i] * x[place + i]
-
-    return dots
-
-
-def add_in_python(tokens: int) -> Callable[..., None]:
-    """What add_1 and add_4 must compute."""
-
-    def add(
-        packed: np.ndarray,
-        start: int,
-        stride: int,
-        levels: np.ndarray,
-        scales: np.ndarray,
-        apart: int,
-        x: np.ndarray,
-        at: int,
-        rows: int,
-        y: np.ndarray,
-        to: int,
-    ) -> None:
-        for row in range(rows):
-            for half in (0, 1):
-                elements = elements_in_python(
-                    packed, start + row * stride + 16 * half, levels, scales[row * apart]
-                )
-                for t in range(tokens):
-                    for i in range(32):
-                        place = to + (half * tokens + t) * 32 + i
-                        y[place] += elements[i] * x[at + row * tokens + t]
-
-    return add
-
-
-QUANTIZE = {"compiled": quantize, "in Python": in_python(quantize)}
-DECODE = {"compiled": decode, "in Python": in_python(decode)}
-FUSED = {"compiled": fused, "in Python": in_python(fused)}
-# They are machine instructions, which Python cannot run
-DECODE["in Python"].look_up_avx512 = look_up_in_python
-QUANTIZE["in Python"].code_avx512 = code_in_python
-for tokens_ in (1, 4):
-    setattr(FUSED["in Python"], f"dots_{tokens_}", dots_in_python(tokens_))
-    setattr(FUSED["in Python"], f"add_{tokens_}", add_in_python(tokens_))
-WITH_AVX512 = pytest.mark.skipif(
-    not decode.AVX512, reason="no AVX-512 here: only what its code looks like is tested"
-)
-WITH_FLOAT16 = pytest.mark.skipif(
-    not decode.FLOAT16, reason="this processor cannot round to float16"
-)
-HOW = [
-    pytest.param("in Python", False, id="in Python"),
-    pytest.param("in Python", True, id="in Python, AVX-512"),
-    pytest.param("compiled", False, id="compiled"),
-    pytest.param("compiled", True, id="compiled, AVX-512", marks=WITH_AVX512),
-]
-TARGETS = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=WITH_FLOAT16)]
+HERE = vectors.LOOK_UP  # the look_up of this processor
+LEVELS = {"avx512": ["avx512", "avx2", "ssse3", ""], "avx2": ["avx2", "ssse3", ""]}
+COMPILED = LEVELS.get(HERE, [HERE, ""])  # the look_ups that run on it
+HOW = [pytest.param("in Python", look_up, id=f"in Python, {look_up}") for look_up in ("avx512", "")]
+HOW += [pytest.param("compiled", look_up, id=f"compiled, {look_up}") for look_up in COMPILED]
+FLOAT16 = pytest.mark.skipif(not vectors.FLOAT16, reason="this processor cannot round to float16")
+TARGETS = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=FLOAT16)]
 # NumPy raises these where a kernel runs in Python.
 pytestmark = pytest.mark.filterwarnings(
     r"ignore:(overflow|invalid value) encountered:RuntimeWarning"
@@ -204,9 +124,7 @@ class Framed:
         return edges.tobytes() == b"\xa5" * edges.nbytes
 
 
-def weight_of(
-    q: nf4.Quantized, constants: double_quant.DoubleQuantized | None, avx512: bool
-) -> tuple:
+def weight_of(q: nf4.Quantized, constants: double_quant.DoubleQuantized | None) -> tuple:
     """A weight as decode.py documents it."""
     levels = np.zeros(16, np.float32)
     levels[: q.codebook.numel()] = q.codebook.numpy()
@@ -224,7 +142,6 @@ def weight_of(
             largest,
             shift,
             0,
-            avx512,
         )
     return (
         packed,
@@ -236,7 +153,6 @@ def weight_of(
         largest,
         shift,
         int(constants.block_size).bit_length() - 1,
-        avx512,
     )
 
 
@@ -270,7 +186,7 @@ def threads() -> Iterator[None]:
 
 
 def blockwise(
-    how: str, avx512: bool, flat: Tensor, block_size: int, codebook: Tensor = nf4.NF4
+    how: str, look_up: str, flat: Tensor, block_size: int, codebook: Tensor = nf4.NF4
 ) -> tuple[Tensor, Tensor]:
     """packed and absmax of float32 (n,), by the kernel for codebooks of this size."""
     wide = codebook.numel() > 16
@@ -282,15 +198,16 @@ def blockwise(
     constants = absmax.inside
     shift = block_size.bit_length() - 1
     results = packed.inside, constants, constants.view(np.uint32)
+    file = copies(how, look_up).quantize
     if wide:
-        QUANTIZE[how].quantize_wide(numbers, numbers.view(np.uint32), midpoints, shift, *results)
+        file.quantize_wide(numbers, numbers.view(np.uint32), midpoints, shift, *results)
     else:
-        QUANTIZE[how].quantize(numbers, numbers.view(np.uint32), midpoints, shift, *results, avx512)
+        file.quantize(numbers, numbers.view(np.uint32), midpoints, shift, *results)
     assert packed.is_intact() and absmax.is_intact()
     return torch.from_numpy(packed.inside).reshape(-1, 1), torch.from_numpy(absmax.inside)
 
 
-@pytest.mark.parametrize(("how", "avx512"), HOW)
+@pytest.mark.parametrize(("how", "look_up"), HOW)
 @given(
     recipe=recipes,
     codebook=st.one_of(st.just(nf4.NF4), codes_of_2_to_16_levels, codes_of_17_to_256_levels),
@@ -301,27 +218,27 @@ def blockwise(
 @example(recipe=Recipe((5, 131), pattern="zero blocks"), codebook=double_quant.DYNAMIC)
 @example(recipe=Recipe((5, 131), pattern="zero blocks"), codebook=nf4.normal_float(5))
 def test_codes_and_constants_are_those_of_the_reference_bit_for_bit(
-    how: str, avx512: bool, recipe: Recipe, codebook: Tensor
+    how: str, look_up: str, recipe: Recipe, codebook: Tensor
 ) -> None:
     flat = recipe.tensor().to(torch.float32).reshape(-1).contiguous()
     q = nf4.quantize(flat, recipe.block_size, codebook)
-    packed, absmax = blockwise(how, avx512, flat, recipe.block_size, codebook)
+    packed, absmax = blockwise(how, look_up, flat, recipe.block_size, codebook)
     assert same_bits(packed, q.packed) and same_bits(absmax, q.absmax)
 
 
-@pytest.mark.parametrize(("how", "avx512"), HOW)
+@pytest.mark.parametrize(("how", "look_up"), HOW)
 @pytest.mark.parametrize(
     "bad", [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF]
 )
 def test_the_constant_of_a_block_is_finite_if_its_numbers_are(
-    how: str, avx512: bool, bad: int
+    how: str, look_up: str, bad: int
 ) -> None:
     """Infinity and every kind of NaN, anywhere in a block, next to the largest finite numbers."""
     for place in range(0, 128, 3):
         flat = torch.tensor([1.0, -LARGEST, 0.0, LARGEST]).repeat(32)
         flat.view(torch.int32)[place] = np.uint32(bad).astype(np.int32).item()
         for codebook in (nf4.NF4, nf4.normal_float(8)):
-            _, absmax = blockwise(how, avx512, flat, 64, codebook)
+            _, absmax = blockwise(how, look_up, flat, 64, codebook)
             assert absmax.isfinite().tolist() == [place >= 64, place < 64]
 
 
@@ -329,7 +246,7 @@ def test_the_constant_of_a_block_is_finite_if_its_numbers_are(
 
 
 @pytest.mark.parametrize("dtype", TARGETS)
-@pytest.mark.parametrize(("how", "avx512"), HOW)
+@pytest.mark.parametrize(("how", "look_up"), HOW)
 @given(
     cut=cuts(),
     codebook=st.one_of(st.just(nf4.NF4), codes_of_2_to_16_levels),
@@ -341,12 +258,12 @@ def test_the_constant_of_a_block_is_finite_if_its_numbers_are(
 @example(cut=Cut(ABOVE, True, 0, 99, 7, 99), codebook=nf4.NF4, block_size8=256)
 @example(cut=Cut(BELOW, True, 1, 99, 6, 98), codebook=nf4.NF4, block_size8=256)
 def test_any_window_of_a_weight_has_the_bits_of_the_reference(
-    how: str, avx512: bool, dtype: torch.dtype, cut: Cut, codebook: Tensor, block_size8: int
+    how: str, look_up: str, dtype: torch.dtype, cut: Cut, codebook: Tensor, block_size8: int
 ) -> None:
     q, constants, absmax = frozen(cut.recipe, cut.double_quant, codebook, block_size8)
     out = Framed(cut.rows * cut.cols, KINDS[dtype])
-    DECODE[how].decode(
-        weight_of(q, constants, avx512), cut.start, cut.stride, cut.rows, cut.cols, out.inside
+    copies(how, look_up).decode.decode(
+        weight_of(q, constants), cut.start, cut.stride, cut.rows, cut.cols, out.inside
     )
     assert out.is_intact()
     assert same_bits(torch.from_numpy(out.inside).view(dtype), dense(q, absmax, dtype)[cut.index()])
@@ -377,9 +294,9 @@ def is_rounded(numbers: np.ndarray, results: np.ndarray, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", TARGETS[1:])
 @pytest.mark.parametrize("block_size", [2, 32])  # one by one, and a block at once
-@pytest.mark.parametrize("avx512", [False, pytest.param(True, marks=WITH_AVX512)])
+@pytest.mark.parametrize("look_up", COMPILED)
 def test_the_compiled_kernels_round_as_torch_does(
-    dtype: torch.dtype, block_size: int, avx512: bool
+    dtype: torch.dtype, block_size: int, look_up: str
 ) -> None:
     """One block for each number: 1 times it."""
     numbers = near_the_edges_of_rounding(dtype)
@@ -387,9 +304,10 @@ def test_the_compiled_kernels_round_as_torch_does(
     levels = np.ones(16, np.float32)
     shift = block_size.bit_length() - 1
     none = np.empty(0, np.uint8)
-    weight = packed, levels, numbers, none, levels, np.float32(0), np.float32(0), shift, 0, avx512
+    weight = packed, levels, numbers, none, levels, np.float32(0), np.float32(0), shift, 0
     out = np.empty((numbers.size, block_size), KINDS[dtype])
-    decode.decode(weight, 0, block_size, numbers.size, block_size, out.reshape(-1))
+    file = copies("compiled", look_up).decode
+    file.decode(weight, 0, block_size, numbers.size, block_size, out.reshape(-1))
     for column in (0, -1):
         assert is_rounded(numbers, out[:, column].copy(), dtype)
 
@@ -398,221 +316,274 @@ def test_the_compiled_kernels_round_as_torch_does(
 def test_in_python_numbers_are_rounded_as_torch_does(dtype: torch.dtype) -> None:
     numbers = near_the_edges_of_rounding(dtype)
     out = np.empty(0, KINDS[dtype])
-    results = np.array([decode.cast(number, out) for number in numbers], KINDS[dtype])
+    results = np.array([vectors.cast(number, out) for number in numbers], KINDS[dtype])
     assert is_rounded(numbers, results, dtype)
 
 
-def intrinsic_arguments(kind: type[np.generic]) -> list[tuple]:
-    """The types that look_up_avx512, code_avx512, dots_... and add_... take, in this order."""
-    bytes_ = types.uint8[::1]
-    floats = types.float32[::1]
-    out = numba.from_dtype(np.dtype(kind))[::1]
-    index = types.intp
-    scalar = types.float32
-    return [
-        (bytes_, index, floats, scalar, out, index, index),
-        (floats, index, scalar, scalar, floats, bytes_, index, index),
-        (bytes_, index, index, floats, floats, index, floats, index, floats),
-        (bytes_, index, index, floats, floats, index, floats, index, index, floats, index),
-    ]
+# look_up
+
+
+SCALAR = ["pextr", "pinsr", "umov", "ins\t", "ldrb", "movzbl"]  # moves of single elements
+PROCESSORS = {  # a processor with this look_up, and the instruction that looks up 32 or 16 bits
+    "avx512": ("skylake-avx512", "vpermd", "vpermw"),
+    "avx2": ("haswell", "vpermd", "vpshufb"),  # vpermps and vpermd differ in name alone
+    "ssse3": ("core2", "pshufb", "pshufb"),
+    "neon": ("generic", "tbl", "tbl"),
+}
+
+
+def assembly(look_up: str, dtype: type[np.generic]) -> str:
+    """The assembly of a loop that decodes to a dtype, for a processor with this look_up."""
+    file = copies("in Python", look_up).vectors
+    element = numba.from_dtype(np.dtype(dtype))
+    table_type = file.Vector(element, 16)
+    module = ir.Module()
+    arrays = [file._llvm(table_type).as_pointer(), file.BYTE.as_pointer()]
+    arrays.append(file.ELEMENTS[element].as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [*arrays, file.LONG])
+    function = ir.Function(module, kind, "decode")
+    builder = ir.IRBuilder(function.append_basic_block())
+    table, packed, out, count = function.args
+    table = builder.load(table, align=1)
+    with cgutils.for_range(builder, count) as loop:
+        start = builder.mul(loop.index, file.LONG(file.WIDTH))
+        codes = file._nibbles(builder, file.NIBBLES, packed, builder.ashr(start, file.LONG(1)))
+        numbers = file._look_up(builder, file.Vector(element, file.WIDTH), table, codes)
+        file._store(builder, types.none, out, start, numbers)
+    builder.ret_void()
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = llvm.Target.from_triple(TRIPLES[look_up])
+    machine = target.create_target_machine(cpu=PROCESSORS[look_up][0], opt=3)
+    compiled = llvm.parse_assembly(str(module))
+    compiled.verify()
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(compiled, passes)
+    return machine.emit_assembly(compiled)
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-def test_the_code_for_avx512_is_well_formed(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("look_up", PROCESSORS)
+def test_every_processor_looks_up_by_its_instruction_and_moves_no_single_element(
+    look_up: str, dtype: torch.dtype
 ) -> None:
-    """Also where it cannot run."""
-    look_up, code_16, dots, add = intrinsic_arguments(KINDS[dtype])
-    for file, intrinsic, arguments, look_ups in [
-        (decode, "look_up_avx512", look_up, 1),
-        (quantize, "code_avx512", code_16, 4),
-        (fused, "dots_1", dots, 8),
-        (fused, "dots_4", dots, 8),
-        (fused, "add_1", add, 4),
-        (fused, "add_4", add, 4),
-    ]:
-        monkeypatch.setattr(file, "AVX512", True)
-        code = code_of(getattr(file, intrinsic), arguments)
-        llvm.parse_assembly(code).verify()
-        found = code.count("@llvm.x86.avx512.permvar") + code.count('@"llvm.x86.avx512.permvar')
-        assert found == look_ups + 1  # declared once
+    """Compiled for it; this processor need not have the instruction."""
+    _, wide, narrow = PROCESSORS[look_up]
+    code = assembly(look_up, KINDS[dtype])
+    assert f"\t{wide if dtype == torch.float32 else narrow}" in code
+    assert not [name for name in SCALAR if name in code]
 
 
-def code_of(intrinsic: Callable, arguments: tuple) -> str:
-    """The LLVM instructions that an intrinsic emits, as a function of its own."""
-    context = registry.cpu_target.target_context
-    signature, codegen = intrinsic._defn(registry.cpu_target.typing_context, *arguments)
-    module = ir.Module()
-    kind = ir.FunctionType(
-        ir.VoidType(), [context.get_value_type(argument) for argument in signature.args]
-    )
-    function = ir.Function(module, kind, "intrinsic")
-    builder = ir.IRBuilder(function.append_basic_block())
-    codegen(context, builder, signature, function.args)
-    builder.ret_void()
-    return str(module)
+@pytest.mark.parametrize("look_up", FEATURES)
+def test_the_best_look_up_of_a_processor_is_chosen(look_up: str) -> None:
+    names = {name.removeprefix("+") for name in FEATURES[look_up].split(",")}
+    assert vectors.best_look_up(TRIPLES[look_up], names) == look_up
 
 
-def test_where_there_is_no_avx512_its_code_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    for file in (decode, quantize, fused):
-        monkeypatch.setattr(file, "AVX512", False)
-    look_up, code_16, dots, add = intrinsic_arguments(np.float32)
-    for intrinsic, arguments in [
-        (decode.look_up_avx512, look_up),
-        (quantize.code_avx512, code_16),
-        (fused.dots_4, dots),
-        (fused.add_4, add),
-    ]:
-        assert "permvar" not in code_of(intrinsic, arguments)
-
-
-# fused
+# matmul
 
 
 @dataclasses.dataclass(frozen=True)
-class Fused:
-    """A product by fused.py, x W^T or x W: pairs of rows, of whole blocks of at least 64."""
+class Product:
+    """A product by matmul.py: x W^T or x W, by the kernels for few or for many rows of x."""
 
-    rows: int = 2
-    blocks: int = 1
+    shape: tuple[int, int] = (4, 64)
     block_size: int = 64
     double_quant: bool = True
     tokens: int = 1
     transposed: bool = True
+    few: bool = False
     parts: int = 2
     seed: int = 0
 
-    def made(self, how: str) -> tuple[Tensor, Bounded]:
+    def made(self, how: str, look_up: str) -> tuple[Tensor, Bounded]:
         """The product by the kernel, and what it may be."""
-        height, width = shape = 2 * self.rows, self.blocks * self.block_size
-        recipe = Recipe(shape, block_size=self.block_size, exponent=-3, seed=self.seed)
+        height, width = self.shape
+        recipe = Recipe(self.shape, block_size=self.block_size, exponent=-3, seed=self.seed)
         q, constants, absmax = frozen(recipe, self.double_quant)
-        at_once = 1 if self.tokens == 1 else 4
-        weight = weight_of(q, constants, True)
-        assert fused.takes(weight, height, width)
+        weight = weight_of(q, constants)
         x = Recipe((self.tokens, width if self.transposed else height), seed=self.seed + 1).tensor()
-        padded = torch.nn.functional.pad(x, (0, 0, 0, -self.tokens % at_once))
-        padded = padded.reshape(-1, at_once, x.shape[1])
-        if self.transposed:
-            given = torch.stack([padded[..., 0::2], padded[..., 1::2]], 2)
-            given = given.unflatten(3, (-1, 16))  # (n, at_once, 2, width / 32, 16)
-            given = given.permute(0, 3, 1, 2, 4).flatten()  # (n, width / 32, at_once, 2, 16)
-            y = Framed(self.tokens * height, np.float32)
-            FUSED[how].multiply(
-                weight, width, given.numpy(), at_once, y.inside.reshape(self.tokens, height)
-            )
-            made = torch.from_numpy(y.inside).reshape(self.tokens, height)
-        else:
-            given = padded.transpose(1, 2).flatten()  # (n, height, at_once)
-            y = Framed(padded.shape[0] * at_once * width, np.float32)
-            y.inside[:] = 0
-            FUSED[how].multiply_back(weight, width, given.numpy(), at_once, y.inside, self.parts)
-            made = torch.from_numpy(y.inside).reshape(-1, width // 32, at_once, 2, 16)
-            made = made.permute(0, 2, 3, 1, 4).flatten(3)  # (n, at_once, 2, width / 2)
-            made = made.transpose(2, 3).reshape(-1, width)[: self.tokens]  # (tokens, width)
-        assert y.is_intact()
-        whole = Bounded.exact(dense(q, absmax, torch.float32).reshape(shape))
+        file = copies(how, look_up).matmul
+        if self.few:
+            assert file.takes_few(weight, width)
+        multiply = self._transposed if self.transposed else self._back
+        made = multiply(file, weight, x)
+        whole = Bounded.exact(dense(q, absmax, torch.float32).reshape(self.shape))
         bound = Bounded.exact(x).matmul(whole.T if self.transposed else whole, torch.float32)
         return made, in_float64(bound, 2 * x.shape[1])
 
+    def _transposed(self, file: ModuleType, weight: tuple, x: Tensor) -> Tensor:
+        height, width = self.shape
+        y = Framed(self.tokens * height, np.float32)
+        result = y.inside.reshape(self.tokens, height)
+        if self.few:
+            file.multiply_few(weight, width, x.numpy().reshape(-1), result)
+        else:
+            interleaved = Framed(-(-self.tokens // file.WIDTH) * width * file.WIDTH, np.float32)
+            file.interleave(x.numpy(), interleaved.inside)
+            assert interleaved.is_intact()
+            file.multiply(weight, width, interleaved.inside, result)
+        assert y.is_intact()
+        return torch.from_numpy(result)
 
-def check_fused(how: str, case: Fused) -> None:
-    made, bound = case.made(how)
+    def _back(self, file: ModuleType, weight: tuple, x: Tensor) -> Tensor:
+        width = self.shape[1]
+        columns = width if self.few else -(-width // file.STRIP) * file.STRIP
+        if not self.few:
+            x = torch.nn.functional.pad(x, (0, 0, 0, -self.tokens % 4))
+        y = Framed(len(x) * columns, np.float32)
+        y.inside[:] = 0
+        multiply = file.multiply_back_few if self.few else file.multiply_back
+        multiply(weight, width, x.numpy().reshape(-1), y.inside, self.parts)
+        assert y.is_intact()
+        return torch.from_numpy(y.inside).reshape(len(x), columns)[: self.tokens, :width]
+
+
+def check_product(how: str, look_up: str, case: Product) -> None:
+    made, bound = case.made(how, look_up)
     assert bound.allows(made)
 
 
-@WITH_AVX512
+@pytest.mark.parametrize("look_up", {HERE: 0, "avx2": 0} if "avx2" in COMPILED else [HERE])
 @given(
     st.builds(
-        Fused,
-        st.integers(1, 40),
+        Product,
+        st.tuples(st.integers(1, 80), st.integers(1, 700)),
+        st.sampled_from([2, 32, 64, 1024]),
+        st.booleans(),
+        st.integers(1, 70),
+        st.booleans(),
+        parts=st.integers(1, 4),
+        seed=st.integers(0, 99),
+    )
+)
+@example(Product((130, 70), tokens=5))
+@example(Product((130, 70), tokens=5, transposed=False))
+def test_a_product_of_any_shape_is_within_the_bound_of_a_float32_product(
+    look_up: str, case: Product
+) -> None:
+    check_product("compiled", look_up, case)
+
+
+@pytest.mark.skipif(not HERE, reason="this processor has no look_up")
+@given(
+    st.builds(
+        lambda height, blocks, block_size, *rest: Product(
+            (height, blocks * block_size), block_size, *rest
+        ),
+        st.integers(1, 80),
         st.integers(1, 5),
         st.sampled_from([64, 128, 1024]),
         st.booleans(),
         st.integers(1, 11),
         st.booleans(),
+        st.just(True),
         st.integers(1, 4),
         st.integers(0, 99),
     )
 )
-@example(Fused(33, 3, tokens=5))
-@example(Fused(33, 3, tokens=5, transposed=False))
-def test_a_fused_product_is_within_the_bound_of_a_float32_product(case: Fused) -> None:
-    check_fused("compiled", case)
+@example(Product((130, 192), tokens=5, few=True))
+@example(Product((130, 192), tokens=5, few=True, transposed=False))
+def test_a_product_of_few_rows_is_within_the_bound_of_a_float32_product(case: Product) -> None:
+    check_product("compiled", HERE, case)
 
 
-FUSED_CASES = [
-    Fused(),
-    Fused(17, 3, tokens=5),
-    Fused(2, 1, 256, tokens=4),
-    Fused(2, 5, double_quant=False),
+PRODUCTS = [
+    Product(),
+    Product((34, 70), tokens=5),
+    Product((4, 513), 2, tokens=33),
+    Product((2, 64), double_quant=False, tokens=4),
+    Product((34, 192), tokens=5, few=True),
+    Product((2, 256), 256, tokens=1, few=True),
+    Product((130, 70), tokens=3, transposed=False),
+    Product((5, 200), 2, tokens=4, transposed=False, parts=3),
+    Product((130, 192), tokens=2, transposed=False, few=True),
+    Product((2, 256), 256, transposed=False, few=True, parts=3),
+    Product((2, 64), 64, False, 4, False, True, 5),
 ]
-FUSED_CASES += [
-    Fused(17, 3, tokens=5, transposed=False),
-    Fused(2, 1, 256, transposed=False, parts=3),
-    Fused(1, 3, transposed=False, parts=5),
-    Fused(2, 3, 64, False, 4, False),
-]
 
 
-@pytest.mark.parametrize("case", FUSED_CASES)
-@pytest.mark.parametrize("how", ["in Python", pytest.param("compiled", marks=WITH_AVX512)])
-def test_a_fused_product_keeps_within_its_arrays(how: str, case: Fused) -> None:
-    check_fused(how, case)
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_a_product_keeps_within_its_arrays(case: Product) -> None:
+    check_product("in Python", "avx512" if case.few else "", case)
 
 
-def test_other_shapes_and_processors_are_not_taken() -> None:
-    weight = weight_of(*frozen(Recipe((4, 128)), True)[:2], True)
-    assert fused.takes(weight, 4, 128)
-    assert not fused.takes(weight, 3, 128) and not fused.takes(weight, 4, 96)
-    assert not fused.takes((*weight[:-1], False), 4, 128)
-    small_blocks = weight_of(*frozen(Recipe((4, 128), block_size=32), True)[:2], True)
-    assert not fused.takes(small_blocks, 4, 128)
+def test_the_kernels_for_few_rows_take_rows_of_whole_blocks_of_at_least_64() -> None:
+    takes_few = copies("in Python", "avx2").matmul.takes_few
+    weight = weight_of(*frozen(Recipe((4, 128)), True)[:2])
+    assert takes_few(weight, 128) and not takes_few(weight, 96)
+    small_blocks = weight_of(*frozen(Recipe((4, 128), block_size=32), True)[:2])
+    assert not takes_few(small_blocks, 128)
+    assert not copies("in Python", "").matmul.takes_few(weight, 128)
 
 
 # threads
 
 
-def shared_by_threads(run: str, avx512: bool) -> Callable[[], bytes]:
+KERNELS = ["quantize", "quantize_wide", "decode", "multiply", "multiply_back", "few", "back few"]
+
+
+def shared_by_threads(run: str) -> Callable[[], bytes]:
     """A kernel with work for many threads: each call does it, and gives the result."""
     recipe = Recipe((640, 1024), block_size=1024)
     flat = recipe.tensor().flatten()
     q, constants, _ = frozen(recipe, True)
-    weight = weight_of(q, constants, avx512)
-    x = Recipe((4, 1024)).tensor().flatten().numpy()
-    y = np.empty((4, 640), np.float32)
+    weight = weight_of(q, constants)
+    x = Recipe((32, 1024)).tensor().numpy().reshape(-1)
     out = np.empty(655360, np.uint16)
+    y = np.empty((32, 640), np.float32)
+    g = Recipe((4, 640)).tensor().numpy().reshape(-1)
 
     def call() -> bytes:
         if run.startswith("quantize"):
             codebook = double_quant.DYNAMIC if run == "quantize_wide" else nf4.NF4
-            results = blockwise("compiled", avx512, flat, 64, codebook)
+            results = blockwise("compiled", HERE, flat, 64, codebook)
             return b"".join(tensor.numpy().tobytes() for tensor in results)
         if run == "decode":
             decode.decode(weight, 0, 1024, 640, 1024, out)
             return out.tobytes()
-        if run == "multiply":
-            fused.multiply(weight, 1024, x, 4, y)
+        if run in ("multiply", "few"):
+            multiply = matmul.multiply if run == "multiply" else matmul.multiply_few
+            multiply(weight, 1024, x, y)
             return y.tobytes()
         back = np.zeros(4 * 1024, np.float32)
-        fused.multiply_back(weight, 1024, y.reshape(-1), 4, back, numba.get_num_threads())
+        multiply = matmul.multiply_back if run == "multiply_back" else matmul.multiply_back_few
+        multiply(weight, 1024, g, back, numba.get_num_threads())
         return back.tobytes()
 
-    y[:] = Recipe((4, 640)).tensor().numpy()
     return call
 
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="Numba has one thread here")
-@pytest.mark.parametrize("avx512", [False, pytest.param(True, marks=WITH_AVX512)])
-@pytest.mark.parametrize(
-    "run", ["quantize", "quantize_wide", "decode", "multiply", "multiply_back"]
-)
-def test_two_threads_give_the_bits_of_one(run: str, avx512: bool, threads: None) -> None:
+@pytest.mark.parametrize("run", KERNELS)
+def test_two_threads_give_the_bits_of_one(run: str, threads: None) -> None:
     """Many times, so that the threads run in many orders."""
-    if run.startswith("multiply") and not avx512:
-        return  # there is no such kernel
-    call = shared_by_threads(run, avx512)
+    if "few" in run and not HERE:
+        return  # these kernels are not called here
+    call = shared_by_threads(run)
     numba.set_num_threads(1)
     alone = call()
     numba.set_num_threads(2)
-    assert all(call() == alone for _ in range(200))
+    assert all(call() == alone for _ in range(100))
+
+
+# the cache
+
+
+def test_a_change_of_any_file_of_kernels_compiles_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numba's own cache would not notice a change of a file that another one imports."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(vectors, "CONTENTS", hashlib.sha256(b"old"))
+    old = vectors.kernel()(add_one)
+    monkeypatch.setattr(vectors, "CONTENTS", hashlib.sha256(b"new"))
+    new = vectors.kernel()(add_one)
+    assert str(tmp_path) == numba.config.CACHE_DIR
+    assert old(1) == new(1) == 2
+    assert old.stats.cache_path != new.stats.cache_path
+    assert new.stats.cache_misses and not new.stats.cache_hits
+
+
+def add_one(number: int) -> int:
+    return number + 1

@@ -46,8 +46,10 @@ OPERATORS = getattr(torch.ops, dispatch.LIBRARY.ns)
 ROWS = [0, 1, 2, 4, 5, 16, 17, 40]  # of x: fewer, and more, than go to the fused kernels
 KERNELS = [
     (launch.decode, "decode"),
-    (launch.fused, "multiply"),
-    (launch.fused, "multiply_back"),
+    (launch.products, "multiply"),
+    (launch.products, "multiply_few"),
+    (launch.products, "multiply_back"),
+    (launch.products, "multiply_back_few"),
     (launch.blockwise, "quantize"),
     (launch.blockwise, "quantize_wide"),
 ]
@@ -106,7 +108,11 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of 64 rows or columns, and 7 tokens at a time: small products have remainders."""
+    """Windows of 64 rows or columns, and 7 tokens at a time: small products have remainders.
+
+    All 16-bit products of many rows are computed by windows, on any processor.
+    """
+    monkeypatch.setattr(launch, "NATIVE", {torch.bfloat16, torch.float16})
     monkeypatch.setattr(launch, "WINDOW", 64)
     monkeypatch.setattr(launch, "TOKENS", 7)
     monkeypatch.setattr(launch, "AT_ONCE", 8)
@@ -148,29 +154,44 @@ def test_what_has_a_kernel_gets_it(calls: list[str]) -> None:
     dispatch.quantize(random(64, 128, dtype=torch.bfloat16))
     dispatch.dequantize(q, torch.bfloat16, constants)
     assert calls[0] == "quantize" and set(calls[1:]) == {"decode"}
-    few, many = (torch.float32, 200), (torch.bfloat16, 200)
-    if not launch.decode.AVX512:
-        few = many
-    for dtype, tokens, kernels in [
-        (*few, ("multiply", "multiply_back")),
-        (torch.bfloat16, 1, ("multiply", "multiply_back")),
-        (*many, ("decode", "decode")),
+    many = "decode" if torch.bfloat16 in launch.NATIVE else "multiply"
+    for dtype, tokens, kernel in [
+        (torch.float32, 200, "multiply"),
+        (torch.float32, 1, "multiply_few"),
+        (torch.bfloat16, 1, "multiply_few"),
+        (torch.bfloat16, 200, many),
     ]:
-        for transposed, kernel in zip(
-            (True, False), kernels if few != many else ("decode", "decode")
-        ):
+        for transposed in (True, False):
             del calls[:]
-            dispatch.matmul(
-                random(tokens, 128 if transposed else 64, dtype=dtype), q, constants, transposed
-            )
-            assert set(calls) == {kernel}
+            x = random(tokens, 128 if transposed else 64, dtype=dtype)
+            dispatch.matmul(x, q, constants, transposed)
+            expected = kernel if transposed else kernel.replace("multiply", "multiply_back")
+            if not launch.vectors.LOOK_UP:
+                expected = expected.removesuffix("_few")
+            assert set(calls) == {expected}
 
 
-def test_a_weight_of_odd_shape_is_multiplied_by_windows(calls: list[str]) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_16_bit_numbers_that_the_processor_does_not_multiply_are_multiplied_in_float32(
+    transposed: bool, dtype: torch.dtype, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rounding of the sum, and no product of torch, which takes many times as long there."""
+    monkeypatch.setattr(launch, "NATIVE", set())
+    q, constants = weight_of(Recipe((64, 128)), True)
+    x = random(100, 128 if transposed else 64, dtype=dtype)
+    y = dispatch.matmul(x, q, constants, transposed)
+    assert set(calls) == {"multiply" if transposed else "multiply_back"}
+    assert same_bits(y, dispatch.matmul(x.float(), q, constants, transposed).to(dtype))
+
+
+def test_a_weight_of_odd_shape_is_multiplied_by_the_kernels_for_many_rows(
+    calls: list[str],
+) -> None:
     q, constants = weight_of(Recipe((33, 70)), True)
     for transposed, width in [(True, 70), (False, 33)]:
         dispatch.matmul(random(1, width), q, constants, transposed)
-    assert set(calls) == {"decode"}
+    assert calls == ["multiply", "multiply_back"]
 
 
 def test_an_8_bit_code_is_quantized_by_its_kernel(calls: list[str]) -> None:
@@ -804,6 +825,7 @@ def test_a_product_holds_one_window_and_its_result_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Besides the 16 levels. A window has at most WINDOW elements, in 64s of rows or columns."""
+    monkeypatch.setattr(launch, "NATIVE", {dtype})
     monkeypatch.setattr(launch, "WINDOW", window)
     long, across = (shape[1], shape[0]) if transposed else shape
     size = min(max(window // long // 64 * 64, 64), across) * long
@@ -812,21 +834,28 @@ def test_a_product_holds_one_window_and_its_result_and_nothing_else(
     assert size < shape[0] * shape[1] or window == 2**20
 
 
-@pytest.mark.skipif(not launch.decode.AVX512, reason="there are no fused kernels here")
+@pytest.mark.skipif(not launch.vectors.LOOK_UP, reason="there are no kernels for few rows here")
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "tokens"), [(torch.float32, 50), (torch.float32, 3), (torch.bfloat16, 3)]
+    ("dtype", "tokens"),
+    [(torch.float32, 600), (torch.float32, 50), (torch.float32, 3), (torch.bfloat16, 3)],
 )
-def test_a_fused_product_holds_its_result_and_a_few_rows_of_each_factor(
+def test_a_float32_product_holds_its_result_and_some_rows_of_a_factor(
     dtype: torch.dtype, tokens: int, transposed: bool
 ) -> None:
-    """The levels, y in float32 and then in 16 bits, and x, or x and y, of at most 32 rows."""
+    """The levels, y, and one copy of at most AT_ONCE rows of x, or two of them for x W."""
     case = Product((512, 384), tokens, transposed, dtype)
     into, out = (384, 512) if transposed else (512, 384)
     y, most = most_alive(case)
-    rows = min(-(-tokens // 4) * 4, launch.AT_ONCE)
-    pieces = rows * (into if transposed else into + out)
-    assert most == 16 * 4 + 4 * tokens * out + 4 * pieces + (y if dtype != torch.float32 else 0)
+    copied = 4 * min(tokens, launch.AT_ONCE)
+    group = launch.products.WIDTH if transposed else 4
+    padded = -(-min(tokens, launch.AT_ONCE) // group) * group
+    is_few = tokens == 3
+    scratch = 0 if is_few else 4 * padded * (into if transposed else out)
+    scratch += 0 if is_few or transposed or padded * 4 == copied else 4 * padded * into
+    if dtype != torch.float32:
+        scratch = max(scratch + copied * into, y)
+    assert most == 16 * 4 + 4 * tokens * out + scratch
 
 
 def test_constants_in_float32_need_no_decoding() -> None:
