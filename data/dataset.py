@@ -84,7 +84,10 @@ def load_task(
     elif files.format_of(path) == files.TEXT_FORMAT and path.is_file():
         task = _split(_encode_text(files.read_text(path), template, max_seq_len))
     else:
-        encoded = _encode_rows(_read_rows(name), template, name)
+        found = _read_rows(name)
+        if train_on_prompt:
+            found = [rows.refuse_weights(row) for row in found]
+        encoded = _encode_rows(found, template, name)
         fitting = _fit(encoded, max_seq_len, name)
         fitting.sort(key=_hash_of_row)
         task = _split([examples for _, examples in fitting])
@@ -282,7 +285,7 @@ def _render_row(row: rows.Row, template: Template) -> tuple[rows.Row, list[Rende
     if not row.turns:
         return row, []
     try:
-        return row, template.render_conversation(row.turns, row.tools or None)
+        return row, template.render_conversation(row.turns, row.extras)
     except rows.BadRow as error:
         return replace(row, fault=str(error)), []
 
@@ -352,7 +355,8 @@ def _fit(encoded: list[EncodedRow], length: int, name: str) -> list[EncodedRow]:
 def _hash_of_row(pair: EncodedRow) -> bytes:
     """Orders rows by their content alone, neither by their places in a file nor by a seed."""
     row, _ = pair
-    return hashlib.sha256(repr((row.turns, row.tools, row.text)).encode()).digest()
+    content = (row.turns, row.tools, row.text, *row.documents)
+    return hashlib.sha256(repr(content).encode()).digest()
 
 
 def _has_labels(example: Example) -> bool:

@@ -61,7 +61,8 @@ def check_lines(
         read(layout % ",".join(texts))
     height = json.dumps(contents[0], indent=2).count("\n") + 1
     found = read(json.dumps(contents, indent=2, **style))
-    assert [row.where for row in found] == [f"{path}:{2 + height * i}" for i in range(len(texts))]
+    places = [f"{path}:{2 + height * i}, row {i + 1}" for i in range(len(texts))]
+    assert [row.where for row in found] == places
     found = read("\r\n".join(json.dumps(row, indent=2, **style) for row in contents))
     assert [row.where for row in found] == [f"{path}:{1 + height * i}" for i in range(len(texts))]
 
@@ -74,14 +75,20 @@ def test_json_rows_are_read_with_their_lines(
     check_lines(tmp_path_factory.mktemp("rows"), contents, blank, ensure_ascii=ascii)
 
 
-@given(ROWS, st.sampled_from(["csv", "tsv"]), st.sampled_from(["\n", "\r\n"]))
-def test_a_table_in_text_gives_the_same_rows(
-    tmp_path_factory: pytest.TempPathFactory, contents: list, suffix: str, newline: str
+@given(
+    ROWS, st.sampled_from(["csv", "tsv"]), st.sampled_from(",;\t"), st.sampled_from(["\n", "\r\n"])
+)
+def test_a_table_in_text_gives_the_same_rows_whatever_separates_its_columns(
+    tmp_path_factory: pytest.TempPathFactory,
+    contents: list,
+    suffix: str,
+    delimiter: str,
+    newline: str,
 ) -> None:
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, ["a", "b"], delimiter=files.DELIMITERS[suffix])
+    writer = csv.DictWriter(table, ["a", "b"], delimiter=delimiter)
     writer.writer = csv.writer(
-        table, delimiter=files.DELIMITERS[suffix], lineterminator=newline, quoting=csv.QUOTE_ALL
+        table, delimiter=delimiter, lineterminator=newline, quoting=csv.QUOTE_ALL
     )
     writer.writeheader()
     writer.writerows(contents)
@@ -132,9 +139,16 @@ def test_the_rows_may_be_the_data_of_one_object(tmp_path: Path, indent: int | No
     found = read(tmp_path, "a.json", text)
     assert contents_of(found) == GOOD
     assert [record.where for record in found] == [
-        f"{tmp_path / 'a.json'}:1, data {number}" for number in (1, 2)
+        f"{tmp_path / 'a.json'}:1, row {number}" for number in (1, 2)
     ]
     assert contents_of(read(tmp_path, "a.json", '{"data": 7}')) == [{"data": 7}]
+
+
+def test_a_row_of_a_list_on_one_line_is_named_by_its_number(tmp_path: Path) -> None:
+    found = read(tmp_path, "a.json", '[{"text": "a"}, {"text": "b"}, 7]')
+    place = f"{tmp_path / 'a.json'}:1"
+    assert [record.where for record in found] == [f"{place}, row {n}" for n in (1, 2, 3)]
+    assert [bool(record.fault) for record in found] == [False, False, True]
 
 
 def test_lists_of_turns_are_rows_on_lines_and_in_a_list(tmp_path: Path) -> None:
@@ -168,7 +182,8 @@ def test_broken_json_is_a_bad_row_at_its_syntax_error(
 ) -> None:
     [*good, bad] = read(tmp_path, "rows.json", text)
     assert not any(row.fault for row in good), bad
-    assert bad.where == f"{tmp_path / 'rows.json'}:{where}", bad
+    number = f", row {len(good) + 1}" if text.startswith("[") else ""
+    assert bad.where == f"{tmp_path / 'rows.json'}:{where}{number}", bad
     assert re.search(reason, bad.fault), bad
 
 

@@ -1,0 +1,125 @@
+"""Finds the strings of a conversation that its chat template does not write.
+
+A template is free to drop a turn, or to ignore keys that it does not know. Searching the rendering
+for a string proves little: "1" or "weather" may be there by chance. So the conversation is rendered
+once more with two marks around each string, which occur nowhere else. Then
+
+    both marks are there     what stands between them must be the string, up to its white space
+    one mark is there        the template cut the string or put it together again: no answer here
+    no mark is there         the template does not write the string
+
+These strings are marked: each content and name, the thoughts of answers in the loss, the names of
+calls and of tools, and the texts of documents.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from data.rows import THOUGHT_KEYS, BadRow, Extras, Turn, is_in_loss
+
+OPENING = "\U0010fffb"  # characters for private use
+CLOSING = "\U0010fffc"
+
+
+class Part(NamedTuple):
+    """A string of a conversation; turn: the number of its turn, 0 for tools and documents."""
+
+    turn: int
+    key: str
+    value: str
+
+
+class Marker:
+    """Puts marks around strings, and collects the strings."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+
+    def mark(self, turn: int, key: str, value: str) -> str:
+        if not value.strip():
+            return value
+        number = len(self.parts)
+        self.parts.append(Part(turn, key, value))
+        return f"{OPENING}{number}.{value}{CLOSING}{number}."
+
+    def find_unwritten(self, text: str) -> Part | None:
+        """The first string that is not in the rendering with marks."""
+        text = without_spaces(text)
+        for number, part in enumerate(self.parts):
+            opening = f"{OPENING}{number}."
+            closing = f"{CLOSING}{number}."
+            if opening in text and closing in text:
+                is_written = any(
+                    opening + variant + closing in text for variant in variants(part.value)
+                )
+            else:
+                is_written = opening in text or closing in text
+            if not is_written:
+                return part
+        return None
+
+
+def find_unwritten(
+    render: Callable[[list[Turn], Extras], str],
+    turns: list[Turn],
+    extras: Extras,
+    skipped: set[int],
+) -> Part | None:
+    """The first string that `render` does not write; None also if it refuses the marks.
+
+    skipped: the numbers of turns that need not be written.
+    """
+    marker = Marker()
+    marked_extras = {
+        key: [_marked_entry(each, key, marker) for each in extras[key]] for key in extras
+    }
+    call_names = {call["function"]["name"] for turn in turns for call in turn.get("tool_calls", [])}
+    marked = [
+        turn if number in skipped else _marked_turn(turn, number, call_names, marker)
+        for number, turn in enumerate(turns, 1)
+    ]
+    try:
+        text = render(marked, marked_extras)
+    except BadRow:
+        return None
+    return marker.find_unwritten(text)
+
+
+def variants(value: str) -> Iterator[str]:
+    """How a template may write a string: as it is, or as JSON; without white space."""
+    yield without_spaces(value)
+    yield without_spaces(json.dumps(value, ensure_ascii=False)[1:-1])
+
+
+def without_spaces(text: str) -> str:
+    return "".join(text.split())
+
+
+def _marked_turn(turn: Turn, number: int, call_names: set[str], marker: Marker) -> Turn:
+    """The name of a tool need not be written where it only repeats the name of a call."""
+    keys = ["content"]
+    if turn["role"] != "tool" or turn.get("name") not in call_names:
+        keys.append("name")
+    if is_in_loss(turn):
+        keys += THOUGHT_KEYS
+    marked = {key: marker.mark(number, key, turn[key]) for key in keys if key in turn}
+    if "tool_calls" in turn:
+        calls = turn["tool_calls"]
+        marked["tool_calls"] = [
+            _marked_function(call, number, "tool_calls", marker) for call in calls
+        ]
+    return turn | marked
+
+
+def _marked_entry(entry: dict, key: str, marker: Marker) -> dict:
+    """A tool or a document."""
+    if key == "tools":
+        return _marked_function(entry, 0, key, marker)
+    return {name: marker.mark(0, key, value) for name, value in entry.items()}
+
+
+def _marked_function(entry: dict, number: int, key: str, marker: Marker) -> dict:
+    function = entry["function"]
+    name = marker.mark(number, key, function["name"])
+    return entry | {"function": function | {"name": name}}
