@@ -161,7 +161,11 @@ def _read_csv(path: Path, delimiters: str) -> list[Record]:
         if len(set(header)) < len(header):
             raise ValueError(f"{path} names a column twice in its first line: {', '.join(header)}")
         for row in reader:
-            fault = "it has more cells than the header has columns" if None in row else ""
+            fault = ""
+            if None in row:
+                fault = "it has more cells than the header has columns"
+            elif list(row.values()) == header:
+                fault = "it repeats the header, as the start of another file does"
             records.append(Record(f"{path}:{reader.line_num}", row, fault))
     except csv.Error as error:
         line = reader.reader.line_num
@@ -188,7 +192,7 @@ def _read_json(path: Path) -> list[Record]:
 def _parse_json(text: str, path: Path, line: int, number: str = "") -> Record:
     where = f"{path}:{line}{number}"
     try:
-        return Record(where, io.parse_json(text.encode(), (dict, list)))
+        return Record(where, io.parse_json(text.encode(), (dict, list), unique_keys=True))
     except json.JSONDecodeError as error:
         where = f"{path}:{line + error.lineno - 1}{number}"
         return Record(where, None, f"not JSON ({error.msg} at column {error.colno})")

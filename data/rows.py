@@ -13,12 +13,13 @@
 
 A row with the keys of several formats is read as the first of them. These keys are optional:
 
-    system, system_prompt a system message, in any format but a document; "" is one, too
+    system                a system message, in any format but a document; "" is one, too; other
+                          names: system_prompt, system_message
     documents             what the answer is based on, for templates that know documents
     history               earlier questions and answers, [[question, answer], ...]
     tools, functions      what the model may call; the chat template writes it
-    in a turn             weight or train (0: not in the loss), tool_calls, function_call,
-                          reasoning_content, thinking, name, tool_call_id
+    in a turn             weight, train, training or loss (0: not in the loss), tool_calls,
+                          function_call, reasoning_content, reasoning, thinking, name, tool_call_id
 
 Where a key with a meaning (MEANINGFUL) cannot be used, the row is at fault. The row keeps the names
 of the other keys that are not read, for a report. A key whose value is null counts as absent. A
@@ -29,6 +30,7 @@ collected with their lines, and reported together.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 
 from checkpoints import io
@@ -52,18 +54,20 @@ PAIR_KEYS = [("prompt", "completion"), ("question", "answer"), ("instruction", "
 FORMAT_KEYS = (
     "messages; conversations; prompt, completion; question, answer; instruction, output; text"
 )
-SYSTEM_KEYS = ("system", "system_prompt")
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+WEIGHT_KEYS = ("weight", "train", "training", "loss")
 THOUGHT_END = "</think>"  # of a thought in a content
-THOUGHT_KEYS = ("reasoning_content", "thinking")  # as templates of Qwen and of gpt-oss name them
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # templates have several names
 PREFERENCE_KEYS = ("chosen", "rejected", "label", "kto_tag")  # tell good from bad answers
 MEANINGFUL = {
-    *(*SYSTEM_KEYS, "history", "tools", "functions", "documents", "weight", "train"),
-    *("tool_calls", "function_call", *THOUGHT_KEYS, "chat_template_kwargs"),
-    *("image", "images", "audio", "audios", "video", "videos"),
+    *(*SYSTEM_KEYS, "history", "tools", "functions", "documents", *WEIGHT_KEYS, "mask"),
+    *("tool_calls", "function_call", *THOUGHT_KEYS, "chat_template_kwargs", "enable_thinking"),
+    *("refusal", "image", "images", "audio", "audios", "video", "videos"),
     *("input", "context"),  # "input" is Alpaca's alone
     *PREFERENCE_KEYS,
 }
 EMPTY = ("", [], {})  # a key with one of these values means nothing
+TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
 MAX_ROWS_SHOWN = 20
 
 
@@ -218,6 +222,11 @@ def _pop_pair(unread: dict, question_key: str, answer_key: str) -> list[Turn]:
         return _checked([*system, *asked, *_pop_turn_list(unread, answer_key)], answer_key)
 
     question = _string(unread.pop(question_key), question_key)
+    if TURNS_AS_TEXT.match(question):
+        raise ValueError(
+            f"{question_key} is a list of turns that was turned into text: write the list itself, "
+            "as JSON"
+        )
     if question_key == "instruction":
         more = _string(unread.pop("input", ""), "input")
         question = "\n\n".join(filter(None, [question, more]))
@@ -367,8 +376,8 @@ def _pop_content(unread: dict, key: str) -> str:
 
 
 def _pop_weight(unread: dict, role: str) -> Turn:
-    """The weight, 0 or 1, that `weight` and `train` give to a turn; nothing without these keys."""
-    flags = {key: unread.pop(key) for key in ("weight", "train") if key in unread}
+    """The weight, 0 or 1, that WEIGHT_KEYS give to a turn; nothing without these keys."""
+    flags = {key: unread.pop(key) for key in WEIGHT_KEYS if key in unread}
     for key, flag in flags.items():
         if flag not in (0, 1):
             raise ValueError(f"{key} must be 0 or 1, not {flag!r:.50}")
@@ -432,7 +441,7 @@ def _list(value: object, key: str) -> list:
 
 def _parse_json(text: str, key: str) -> dict | list:
     try:
-        return io.parse_json(text.encode(), (dict, list))
+        return io.parse_json(text.encode(), (dict, list), unique_keys=True)
     except ValueError as error:
         raise ValueError(f"{key} must be JSON, not {text!r:.50} ({error})") from None
 

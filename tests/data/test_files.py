@@ -108,6 +108,11 @@ def test_a_row_of_a_table_is_named_by_the_line_in_which_it_ends(tmp_path: Path) 
     assert third == (f"{place}:5", {"prompt": "f", "completion": "g", "note": None}, "")
 
 
+def test_a_header_in_the_middle_of_a_table_is_a_fault(tmp_path: Path) -> None:
+    _, second, _ = read(tmp_path, "rows.csv", 2 * "prompt,completion\na,b\n")
+    assert second.fault == "it repeats the header, as the start of another file does"
+
+
 def test_a_cell_may_be_as_long_as_a_document(tmp_path: Path) -> None:
     text = "a" * 200_000
     assert contents_of(read(tmp_path, "rows.csv", f"text\n{text}\n")) == [{"text": text}]
@@ -193,6 +198,7 @@ BAD_LINES = {
     "7": "it is not an object, its type is int",
     "[" * 99999: "",  # the message of Python's recursion limit
     '{"a": 1' + "0" * 5000 + "}": "Exceeds the limit",
+    '{"text": "a", "text": "b"}': "an object has the key 'text' twice: keep one of them",
     "[" * 60 + "]" * 60: "it is nested more than 50 levels deep",
 }
 

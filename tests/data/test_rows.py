@@ -86,8 +86,11 @@ def test_every_format_gives_the_same_turns(question: str, answer: str, more: str
 
 def test_an_answer_of_weight_0_or_train_false_is_not_in_the_loss_in_any_format() -> None:
     weighted = [user("a"), assistant("b", weight=0), user("c", weight=0), assistant("d", weight=1)]
-    trained = [user("a"), assistant("b", train=False), user("c"), assistant("d", train=True)]
-    for turns in (weighted, trained):
+    flagged = [
+        [user("a"), assistant("b", **{key: False}), user("c"), assistant("d", **{key: True})]
+        for key in ("train", "training", "loss")
+    ]
+    for turns in (weighted, *flagged):
         from_value = [
             {"from": turn.pop("role"), "value": turn.pop("content")} | turn
             for turn in [dict(turn) for turn in turns]
@@ -173,7 +176,8 @@ def test_a_system_message_of_its_own_key_comes_first_in_any_format() -> None:
     assert turns_of({"messages": CHAT, "system": "Be kind."}) == [system, *CHAT]
     pair = {"question": "a", "answer": "b"}
     assert turns_of(pair | {"system": "Be kind."}) == [system, *CHAT[:2]]
-    assert turns_of(pair | {"system_prompt": "Be kind."}) == [system, *CHAT[:2]]
+    for key in rows.SYSTEM_KEYS:
+        assert turns_of(pair | {key: "Be kind."}) == [system, *CHAT[:2]]
     empty = {"role": "system", "content": ""}
     assert turns_of(pair | {"system": ""}) == [empty, *CHAT[:2]], "not our default message"
     assert turns_of({"messages": CHAT, "system": ""}) == turns_of([empty, *CHAT]) == [empty, *CHAT]
@@ -239,7 +243,7 @@ def test_a_call_has_its_arguments_as_an_object_and_no_content() -> None:
 
 
 def test_thoughts_stay_in_their_turn() -> None:
-    for key in ("reasoning_content", "thinking"):
+    for key in rows.THOUGHT_KEYS:
         assert turns_of([user("a", **{key: ""}), assistant("b", **{key: "hm"})]) == [
             user("a"),
             assistant("b", **{key: "hm"}),
@@ -296,6 +300,11 @@ FAULTS = [
     ({}, "its keys are none; a row has those of one format"),
     ({"prompt": "a"}, "its keys are 'prompt'; a row has those of one format"),
     ({"prompt": "a", "completion": " \n"}, "completion is empty"),
+    (
+        {"prompt": str(CHAT[:1]), "completion": "b"},
+        "prompt is a list of turns that was turned into",
+    ),
+    ({"messages": '[{"role": "user", "role": "tool"}]'}, "an object has the key 'role' twice"),
     ({"prompt": "a", "completion": "\ud800"}, "half of a surrogate pair at character 0"),
     ({"text": ""}, "text is empty"),
     ([], "messages must be a list of at least one turn, not an empty list"),
