@@ -153,6 +153,13 @@ def _read_csv(path: Path, delimiters: str) -> list[Record]:
     text = read_text(path)
     first_line, *_ = text.split("\n", 1)
     delimiter = next((each for each in delimiters if each in first_line), delimiters[0])
+    spaced = re.search(rf'(?:^|{delimiter}) +"[^"{delimiter}\n]', text, re.MULTILINE)
+    if spaced:
+        line = text.count("\n", 0, spaced.end()) + 1
+        raise ValueError(
+            f"{path}:{line}: a space stands before a quotation mark that begins a cell, so it does "
+            "not quote the cell: remove the space"
+        )
     csv.field_size_limit(max(len(text), csv.field_size_limit()))
     reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records = []
@@ -183,10 +190,15 @@ def _read_json(path: Path) -> list[Record]:
     records = [_parse_json(each, path, line) for line, each in _successive_values(text)]
     if len(records) == 1:
         [(where, content, _)] = records
-        rows = content.get("data") if isinstance(content, dict) else None
-        if isinstance(rows, list):
+        lists = _lists_in(content) if isinstance(content, dict) else {}
+        if lists.keys() == {"data"}:
+            rows = lists["data"]
             return [Record(f"{where}, row {number}", row) for number, row in enumerate(rows, 1)]
     return records
+
+
+def _lists_in(content: dict) -> dict[str, list]:
+    return {key: value for key, value in content.items() if isinstance(value, list)}
 
 
 def _parse_json(text: str, path: Path, line: int, number: str = "") -> Record:

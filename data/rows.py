@@ -178,7 +178,7 @@ def _parse_valid_row(content: object, where: str) -> Row:
         tools = _pop_tools(unread)
         documents = _pop_documents(unread)
     elif "text" in unread:
-        text = _nonempty_string(unread.pop("text"), "text")
+        text = _prose(_nonempty_string(unread.pop("text"), "text"), "text")
     else:
         raise ValueError(
             f"its keys are {_list_keys(content)}; a row has those of one format: {FORMAT_KEYS}"
@@ -221,12 +221,7 @@ def _pop_pair(unread: dict, question_key: str, answer_key: str) -> list[Turn]:
         asked = map(_outside_loss, _pop_turn_list(unread, question_key))
         return _checked([*system, *asked, *_pop_turn_list(unread, answer_key)], answer_key)
 
-    question = _string(unread.pop(question_key), question_key)
-    if TURNS_AS_TEXT.match(question):
-        raise ValueError(
-            f"{question_key} is a list of turns that was turned into text: write the list itself, "
-            "as JSON"
-        )
+    question = _prose(unread.pop(question_key), question_key)
     if question_key == "instruction":
         more = _string(unread.pop("input", ""), "input")
         question = "\n\n".join(filter(None, [question, more]))
@@ -449,6 +444,15 @@ def _parse_json(text: str, key: str) -> dict | list:
 def _nonempty_string(value: object, key: str) -> str:
     if not _string(value, key).strip():
         raise ValueError(f"{key} is empty")
+    return value
+
+
+def _prose(value: object, key: str) -> str:
+    """A string that is no list of turns."""
+    if TURNS_AS_TEXT.match(_string(value, key)):
+        raise ValueError(
+            f"{key} is a list of turns that was turned into text: write the list itself, as JSON"
+        )
     return value
 
 

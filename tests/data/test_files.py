@@ -147,6 +147,8 @@ def test_the_rows_may_be_the_data_of_one_object(tmp_path: Path, indent: int | No
         f"{tmp_path / 'a.json'}:1, row {number}" for number in (1, 2)
     ]
     assert contents_of(read(tmp_path, "a.json", '{"data": 7}')) == [{"data": 7}]
+    two = {"data": GOOD, "test": GOOD}
+    assert contents_of(read(tmp_path, "a.json", json.dumps(two))) == [two], "no list is dropped"
 
 
 def test_a_row_of_a_list_on_one_line_is_named_by_its_number(tmp_path: Path) -> None:
@@ -248,6 +250,8 @@ LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize
         ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-8] + bytes(8), "is a damaged gzip file"),
         ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + bytes(8), "is a damaged gzip file"),
         ("a.csv", 'text\n"a"b\n', "a.csv:2: not CSV"),
+        ("a.csv", 'a,b\nc, "d, e"\n', "a.csv:2: a space stands before a quotation mark"),
+        ("a.tsv", 'a\tb\n "c"\td\n', "a.tsv:2: a space stands before a quotation mark"),
         ("a.csv", "text,text\na,b\n", "names a column twice in its first line: text, text"),
     ],
 )
@@ -256,6 +260,13 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_cause(
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
         read(tmp_path, name, content)
+
+
+def test_quotation_marks_after_a_comma_within_a_cell_are_text(tmp_path: Path) -> None:
+    table = 'prompt,completion\n"a, ""b"", ",c "d" e\n'
+    assert contents_of(read(tmp_path, "a.csv", table)) == [
+        {"prompt": 'a, "b", ', "completion": 'c "d" e'}
+    ]
 
 
 def test_a_table_without_lines_has_no_rows(tmp_path: Path) -> None:

@@ -307,6 +307,7 @@ FAULTS = [
     ({"messages": '[{"role": "user", "role": "tool"}]'}, "an object has the key 'role' twice"),
     ({"prompt": "a", "completion": "\ud800"}, "half of a surrogate pair at character 0"),
     ({"text": ""}, "text is empty"),
+    ({"text": json.dumps(CHAT)}, "text is a list of turns that was turned into text"),
     ([], "messages must be a list of at least one turn, not an empty list"),
     ({"messages": {"role": "user"}}, "messages must be a list, not an object"),
     ({"messages": "[{'role'"}, "messages must be JSON, not \"[{'role'\" (Expecting property"),
