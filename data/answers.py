@@ -85,7 +85,7 @@ class Conversation:
         """The turns up to the end of the answer in turn `index` as text, and where it begins.
 
         Raises: ValueError if the template does not show where an answer begins or ends; BadRow if
-        it begins each answer with a thought, which this answer lacks.
+        it does for other answers.
         """
         name = self.renderer.name
         prompt = self.renderer.render(self.turns[:index], self.extras, add_generation_prompt=True)
@@ -96,17 +96,7 @@ class Conversation:
         if self._is_cut(index, answered):
             answered = self._as_generated(index, prompt) or answered
         if not answered.startswith(prompt):
-            if prompt.rstrip().endswith(THOUGHT_START):
-                raise BadRow(
-                    f"turn {index + 1} (assistant): {name} begins each answer with a thought, "
-                    "which this answer lacks: begin the content with <think>, the thought or "
-                    "nothing, and </think>"
-                )
-            raise ValueError(
-                f"{name} ends a prompt with {prompt[-40:]!r}, but does not write a given "
-                "answer after these characters, so the tokens of the answer cannot be found: "
-                "give the tokenizer a template that does"
-            )
+            raise self._other_start(index, prompt)
         found = self.renderer.control_tokens.finditer(answered, len(prompt))
         ends = [match.end() for match in found]
         if not ends:
@@ -118,6 +108,28 @@ class Conversation:
             if prompt.endswith(answered[end:]):  # the header of another answer
                 return answered[:end], len(prompt)
         return answered[: ends[-1]], len(prompt)
+
+    def _other_start(self, index: int, prompt: str) -> ValueError:
+        """The error of an answer that does not begin after the prompt."""
+        name = self.renderer.name
+        other = {"role": "assistant", "content": MARK}
+        written = self.renderer.render([*self.turns[:index], other], self.extras)
+        if written.startswith(prompt):
+            return BadRow(
+                f"turn {index + 1} (assistant): {name} ends a prompt with {prompt[-40:]!r}, but "
+                "writes this answer otherwise: remove its thoughts"
+            )
+        if prompt.rstrip().endswith(THOUGHT_START):
+            return BadRow(
+                f"turn {index + 1} (assistant): {name} begins each answer with a thought, which "
+                "this answer lacks: begin the content with <think>, the thought or nothing, and "
+                "</think>"
+            )
+        return ValueError(
+            f"{name} ends a prompt with {prompt[-40:]!r}, but does not write a given answer after "
+            "these characters, so the tokens of the answer cannot be found: give the tokenizer a "
+            "template that does"
+        )
 
     def _is_cut(self, index: int, answered: str) -> bool:
         """Whether the template drops the thought in the content of an answer."""

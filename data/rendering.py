@@ -176,10 +176,12 @@ class Renderer:
                 position = end
 
     def _lost_content(self, number: int, turn: Turn) -> BadRow:
+        is_developer = turn["role"] == "developer"
+        remedy = "give it the role system" if is_developer else "remove it from the row"
         return BadRow(
             f"turn {number} ({turn['role']}): {self.name} drops or changes "
             f"{turn['content']!r:.60}, so the model would not see it: give the tokenizer a "
-            "template that writes it, or remove it from the row"
+            f"template that writes it, or {remedy}"
         )
 
     def _try(self, turns: list[Turn]) -> str:

@@ -75,6 +75,11 @@ CUTTING = MARKED.replace(
 )
 # Like the second one: the header of an answer begins a thought, too.
 THINKING = CUTTING.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+# Like Qwen 3.5's for answers without thoughts.
+CLOSED = MARKED.replace("assistant\n' }}", "assistant\n<think></think>' }}").replace(
+    "{% generation %}",
+    "{% if '</think>' not in message['content'] %}<think></think>{% endif %}{% generation %}",
+)
 # Other words are in the header of an answer, but a given answer lacks them.
 REPLYING = CUTTING.replace("assistant\n' }}", "assistant\n<reply>\n' }}")
 # A line break is one token, and two are one token, except before a letter.
@@ -458,6 +463,17 @@ def test_an_answer_without_the_thought_that_a_template_begins_is_refused(
     )
     with pytest.raises(rows.BadRow, match=complaint):
         thinking.encode_conversation(turns_of([("a", "b", True)]))
+
+
+def test_an_answer_with_a_thought_where_the_template_begins_answers_without_one_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    closed = chat_template.Template(with_template(tokenizer, CLOSED))
+    [found] = closed.encode_conversation(turns_of([("a", "b", True)]))
+    assert [tokenizer.decode(run) for run in runs_in_loss(found)] == ["b<|im_end|>"]
+    complaint = r"^turn 2 \(assistant\): .* writes this answer otherwise: remove its thoughts"
+    with pytest.raises(rows.BadRow, match=complaint):
+        closed.encode_conversation(turns_of([("a", "<think>b</think>c", True)]))
 
 
 @given(TALKS)

@@ -84,6 +84,14 @@ def test_a_content_that_the_template_drops_or_changes_is_refused_with_its_turn(
     )
 
 
+def test_a_developer_that_the_template_drops_may_be_the_system(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    template = PLAIN.replace(LOOP, LOOP[:-3] + " if message['role'] != 'developer' %}")
+    with pytest.raises(rows.BadRow, match=r"turn 1 \(developer\): .* or give it the role system$"):
+        encoded_text(tokenizer, template, [CHAT[0] | {"role": "developer"}, *CHAT[1:]])
+
+
 def test_our_own_system_message_may_be_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
     chat = rows.pair_turns("a", "b")
     text = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>"
