@@ -30,6 +30,7 @@ from data.rendering import Renderer
 from data.rows import THOUGHT_END, BadRow, Extras, Turn
 
 THOUGHT_START = "<think>"
+LONGEST_HEADER = 100  # in characters
 MARK = "\U0010fffd"  # a character for private use
 
 
@@ -108,6 +109,23 @@ class Conversation:
             if prompt.endswith(answered[end:]):  # the header of another answer
                 return answered[:end], len(prompt)
         return answered[: ends[-1]], len(prompt)
+
+    def require_own_thought(self, index: int, text: str, span: Span) -> None:
+        """Raises: BadRow if the template writes another thought before that of an answer.
+
+        The header of an answer, after the last control token before it, may contain a thought, too.
+        """
+        content = self.turns[index]["content"]
+        if THOUGHT_END not in content:
+            return
+        before = text[max(0, span.start - LONGEST_HEADER) : span.start]
+        header = self.renderer.control_tokens.split(before)[-1]
+        written = header + text[span.start : span.end]
+        if written.count(THOUGHT_END) > content.count(THOUGHT_END):
+            raise BadRow(
+                f"turn {index + 1} (assistant): {self.renderer.name} writes a thought of its own "
+                "before the one in the content: give it as reasoning_content, or remove it"
+            )
 
     def _other_start(self, index: int, prompt: str) -> ValueError:
         """The error of an answer that does not begin after the prompt."""

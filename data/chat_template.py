@@ -147,6 +147,8 @@ class Template:
         spans = conversation.find_answers(answers)
         if spans is not None:
             self.renderer.require_written(turns, conversation.text, extras)
+            for index, span in zip(answers, spans):
+                conversation.require_own_thought(index, conversation.text, span)
             return [_render_answers(conversation.text, spans, turns, answers[0])]
 
         rendered = []
@@ -155,6 +157,7 @@ class Template:
             earlier = turns[: index + 1]
             self.renderer.require_written(earlier, text, extras, earlier_answers=False)
             span = Span(start, len(text))
+            conversation.require_own_thought(index, text, span)
             rendered.append(_render_answers(text, [span], turns, index))
         return rendered
 

@@ -80,6 +80,11 @@ CLOSED = MARKED.replace("assistant\n' }}", "assistant\n<think></think>' }}").rep
     "{% generation %}",
     "{% if '</think>' not in message['content'] %}<think></think>{% endif %}{% generation %}",
 )
+# Writes a thought before each answer, in the header or after it.
+OWN_HEADER = MARKED.replace("assistant\n' }}", "assistant\n<think></think>' }}").replace(
+    "{% generation %}", "<think></think>{% generation %}"
+)
+OWN_THOUGHT = MARKED.replace("{% generation %}", "{% generation %}<think></think>")
 # Other words are in the header of an answer, but a given answer lacks them.
 REPLYING = CUTTING.replace("assistant\n' }}", "assistant\n<reply>\n' }}")
 # A line break is one token, and two are one token, except before a letter.
@@ -474,6 +479,18 @@ def test_an_answer_with_a_thought_where_the_template_begins_answers_without_one_
     complaint = r"^turn 2 \(assistant\): .* writes this answer otherwise: remove its thoughts"
     with pytest.raises(rows.BadRow, match=complaint):
         closed.encode_conversation(turns_of([("a", "<think>b</think>c", True)]))
+
+
+@pytest.mark.parametrize("template", [OWN_HEADER, OWN_THOUGHT])
+@pytest.mark.parametrize("talk", [[], [("a", "b", True)], [("a", "b", True)] * 2])
+def test_a_thought_in_a_content_beside_one_of_the_template_is_refused(
+    tokenizer: PreTrainedTokenizerBase, template: str, talk: list
+) -> None:
+    made = chat_template.Template(with_template(tokenizer, template))
+    assert made.encode_conversation(turns_of([*talk, ("c", "d", True)]))
+    complaint = rf"^turn {2 * len(talk) + 2} \(assistant\): .* writes a thought of its own before"
+    with pytest.raises(rows.BadRow, match=complaint):
+        made.encode_conversation(turns_of([*talk, ("c", "<think>d</think>e", True)]))
 
 
 @given(TALKS)
