@@ -315,7 +315,10 @@ def _examples_of(row: rows.Row, chat: list[Example], template: Template) -> list
     if row.fault:
         raise rows.BadRow(row.fault)
     if row.text:
-        return [template.encode_document(row.text)]
+        document = template.encode_document(row.text)
+        if len(document.ids) < 2:
+            raise rows.BadRow("text is a single token, so there is nothing to predict")
+        return [document]
     require_complete(row, chat, template.tokenizer)
     return chat
 

@@ -8,8 +8,9 @@ once more with two marks around each string, which occur nowhere else. Then
     one mark is there        the template cut the string or put it together again: no answer here
     no mark is there         the template does not write the string
 
-These strings are marked: each content and name, the thoughts of answers in the loss, the names of
-calls and of tools, and the texts of documents.
+These strings are marked: each content and name, the thoughts of answers in the loss, the names and
+descriptions of tools, the names of calls and the strings in their arguments, and the texts of
+documents.
 """
 
 import json
@@ -121,5 +122,20 @@ def _marked_entry(entry: dict, key: str, marker: Marker) -> dict:
 
 def _marked_function(entry: dict, number: int, key: str, marker: Marker) -> dict:
     function = entry["function"]
-    name = marker.mark(number, key, function["name"])
-    return entry | {"function": function | {"name": name}}
+    marked = {
+        name: _marked_value(function[name], number, key, marker)
+        for name in ("name", "description", "arguments")
+        if name in function
+    }
+    return entry | {"function": function | marked}
+
+
+def _marked_value(value: object, number: int, key: str, marker: Marker) -> object:
+    """A JSON value with marks around its strings; the keys of objects have none."""
+    if isinstance(value, str):
+        return marker.mark(number, key, value)
+    if isinstance(value, dict):
+        return {name: _marked_value(each, number, key, marker) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_marked_value(each, number, key, marker) for each in value]
+    return value

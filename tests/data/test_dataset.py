@@ -164,6 +164,7 @@ def test_jsonl_rows_are_questions_and_answers(
             ":2: not JSON (Expecting value at column 1)",
         ),
         ('{"prompt": "a"}\n', ":1: its keys are 'prompt'"),
+        ('{"text": "<|im_end|>"}\n', ":1: text is a single token, so there is nothing to predict"),
         ("[1]\n", ":1, row 1: it is not an object, its type is int"),
         ('{"prompt": "a", "completion": ""}\n', "completion is empty"),
         ('{"prompt": 1, "completion": "b"}\n', "prompt must be a string, not 1"),

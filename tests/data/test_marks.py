@@ -11,8 +11,9 @@ from data import rows
 from data.chat_template import Template
 from helpers import models
 
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "Hm."}}
+ARGUMENTS = {"n": 3, "cities": ["Oslo", {"city": "Oslo"}]}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}
 DOCUMENT = {"title": "Oslo", "text": "It is warm."}
 
 # Writes every key; each test takes out or changes one of its pieces.
@@ -84,24 +85,26 @@ FULL_CHAT = [
 
 
 @pytest.mark.parametrize(
-    "piece, complaint",
+    "piece, other, complaint",
     [
-        ("{{ tool | tojson }}", "the chat template of .* does not write tools ('weather')"),
-        ("{{ each.title }}", "the chat template of .* does not write documents ('Oslo')"),
-        ("{{ each.text }}", "the chat template of .* does not write documents ('It is warm.')"),
-        ("{{ m.name }}", "turn 1 (user): the chat template of .* does not write name ('Oslo')"),
-        ("{{ m.thinking }}", "turn 4 (assistant): .* does not write thinking ('Hm.')"),
-        ("{{ call.function | tojson }}", "turn 2 (assistant): .* tool_calls ('weather')"),
+        ("tool | tojson", "''", "the chat template of .* does not write tools ('weather')"),
+        ("tool | tojson", "tool.function.name", "the chat template .* not write tools ('Hm.')"),
+        ("each.title", "''", "the chat template of .* does not write documents ('Oslo')"),
+        ("each.text", "''", "the chat template of .* does not write documents ('It is warm.')"),
+        ("m.name", "''", "turn 1 (user): the chat template of .* does not write name ('Oslo')"),
+        ("m.thinking }}", "'' }}", "turn 4 (assistant): .* does not write thinking ('Hm.')"),
+        ("call.function | tojson", "''", "turn 2 (assistant): .* tool_calls ('weather')"),
+        ("call.function | tojson", "call.function.name", "turn 2 (assistant): .* ('Oslo')"),
     ],
 )
 def test_a_key_that_the_template_does_not_write_is_refused_although_its_text_is_in_a_content(
-    tokenizer: PreTrainedTokenizerBase, piece: str, complaint: str
+    tokenizer: PreTrainedTokenizerBase, piece: str, other: str, complaint: str
 ) -> None:
     assert WHOLE.count(piece) == 1
     pattern = "^" + complaint.replace("(", r"\(").replace(")", r"\)") + ": remove the key, or use"
     assert render(tokenizer, WHOLE, FULL_CHAT, tools=[TOOL], documents=[DOCUMENT])
     with pytest.raises(rows.BadRow, match=pattern):
-        template = WHOLE.replace(piece, "")
+        template = WHOLE.replace(piece, other)
         render(tokenizer, template, FULL_CHAT, tools=[TOOL], documents=[DOCUMENT])
 
 
