@@ -14,6 +14,7 @@ documents.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from data.rows import THOUGHT_KEYS, BadRow, Extras, Turn, is_in_loss
 
 OPENING = "\U0010fffb"  # characters for private use
 CLOSING = "\U0010fffc"
+MARK = re.compile(f"([{OPENING}{CLOSING}])([0-9]+)[.]")
 
 
 class Part(NamedTuple):
@@ -47,16 +49,20 @@ class Marker:
     def find_unwritten(self, text: str) -> Part | None:
         """The first string that is not in the rendering with marks."""
         text = without_spaces(text)
+        seen = set()  # the numbers of strings with at least one mark
+        starts: dict[int, int] = {}
+        between: dict[int, set[str]] = {}
+        for match in MARK.finditer(text):
+            number = int(match[2])
+            seen.add(number)
+            if match[1] == OPENING:
+                starts[number] = match.end()
+            elif number in starts:
+                between.setdefault(number, set()).add(text[starts[number] : match.start()])
+
         for number, part in enumerate(self.parts):
-            opening = f"{OPENING}{number}."
-            closing = f"{CLOSING}{number}."
-            if opening in text and closing in text:
-                is_written = any(
-                    opening + variant + closing in text for variant in variants(part.value)
-                )
-            else:
-                is_written = opening in text or closing in text
-            if not is_written:
+            written = between.get(number)
+            if number not in seen or (written and written.isdisjoint(variants(part.value))):
                 return part
         return None
 

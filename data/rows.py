@@ -67,7 +67,9 @@ MEANINGFUL = {
     *PREFERENCE_KEYS,
 }
 EMPTY = ("", [], {})  # a key with one of these values means nothing
-TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
+TURNS_AS_TEXT = re.compile(
+    rf"""\s*\[\s*\{{[^}}]*["'](role|from)["']\s*:\s*["']({"|".join(SPEAKERS)})["']"""
+)
 MAX_ROWS_SHOWN = 20
 
 

@@ -135,6 +135,12 @@ def test_documents_are_objects_of_texts() -> None:
         assert complaint in fault_of({"messages": CHAT, "documents": wrong})
 
 
+def test_json_that_is_no_list_of_turns_is_a_text_as_any_other() -> None:
+    for text in ('[{"from": "Paris", "value": 3}]', '[{"role": "king"}]', '{"role": "user"}', "[]"):
+        assert row_of({"text": text}) == rows.Row("here", text=text)
+        assert turns_of({"prompt": text, "completion": "b"}) == rows.pair_turns(text, "b")
+
+
 def test_a_row_of_preference_data_is_refused_with_what_to_keep() -> None:
     pair = {"prompt": "a", "completion": "b"}
     for more in ({"label": False}, {"label": True}, {"kto_tag": "False"}, {"rejected": "c"}):
