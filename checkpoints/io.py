@@ -46,13 +46,16 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def parse_json(text: bytes, allowed: tuple[type, ...] = (dict,)) -> dict | list:
+def parse_json(
+    text: bytes, allowed: tuple[type, ...] = (dict,), unique_keys: bool = False
+) -> dict | list:
     """Parses a JSON object, or a list if that is allowed.
 
-    Raises: ValueError if it is of another type, or nested too deeply.
+    Raises: ValueError if it is of another type, or nested too deeply, or has a key twice in one
+    object although keys must be unique.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_unique_keys if unique_keys else None)
     except RecursionError as error:
         raise ValueError(error) from None
     if not isinstance(content, allowed):
@@ -62,6 +65,15 @@ def parse_json(text: bytes, allowed: tuple[type, ...] = (dict,)) -> dict | list:
         level = [child for parent in level for child in _containers_in(parent)]
     if level:
         raise ValueError(f"it is nested more than {DEEPEST_JSON} levels deep")
+    return content
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r:.50} twice: keep one of them")
     return content
 
 

@@ -29,7 +29,7 @@ import transformers
 
 from data.answers import Conversation, Span
 from data.rendering import Renderer
-from data.rows import Turn, is_in_loss, question_turns
+from data.rows import Extras, Turn, is_in_loss, question_turns
 
 IGNORE_INDEX = -100  # the label that cross entropy skips
 TEXTS_PER_BATCH = 256  # to tokenize at once; the offsets of more would take much memory
@@ -109,31 +109,32 @@ class Template:
         """
         turns = self.renderer.accepted(question_turns(prompt, system))
         text = self.renderer.render(turns, add_generation_prompt=True)
-        self.renderer.require_contents(turns, text)
+        self.renderer.require_written(turns, text)
         return self.rendered_prefix + self._tokenize(text)
 
     def encode_document(self, text: str) -> Example:
-        """A plain text, BOS if the model needs it, and EOS, each once, with all in the loss."""
+        """A plain text, BOS if the model needs it, and EOS, each once, with all in the loss.
+
+        A text that has them already keeps the white space before BOS and after EOS.
+        """
         ids = self._tokenize(text)
-        if ids[: len(self.bos_ids)] != self.bos_ids:
+        if self.bos_ids and not text.lstrip().startswith(self.tokenizer.bos_token):
             ids = self.bos_ids + ids
         eos = self.tokenizer.eos_token_id
-        if ids[-1:] != [eos]:
+        if not text.rstrip().endswith(self.tokenizer.eos_token):
             ids = [*ids, eos]
         self.ends.add(eos)
         return Example(ids, ids)
 
-    def encode_conversation(
-        self, turns: list[Turn], tools: list[dict] | None = None
-    ) -> list[Example]:
+    def encode_conversation(self, turns: list[Turn], extras: Extras | None = None) -> list[Example]:
         """One example, or one per answer if the template rewrites earlier turns.
 
         Raises: as render_conversation.
         """
-        return self.encode_rendered(self.render_conversation(turns, tools))
+        return self.encode_rendered(self.render_conversation(turns, extras))
 
     def render_conversation(
-        self, turns: list[Turn], tools: list[dict] | None = None
+        self, turns: list[Turn], extras: Extras | None = None
     ) -> list[Rendered]:
         """One text, or one per answer if the template rewrites earlier turns.
 
@@ -141,18 +142,22 @@ class Template:
         not show where an answer begins or ends.
         """
         turns = self.renderer.accepted(turns)
-        conversation = Conversation(self.renderer, turns, tools)
+        conversation = Conversation(self.renderer, turns, extras)
         answers = [index for index, turn in enumerate(turns) if is_in_loss(turn)]
         spans = conversation.find_answers(answers)
         if spans is not None:
-            self.renderer.require_contents(turns, conversation.text)
+            self.renderer.require_written(turns, conversation.text, extras)
+            for index, span in zip(answers, spans):
+                conversation.require_own_thought(index, conversation.text, span)
             return [_render_answers(conversation.text, spans, turns, answers[0])]
 
         rendered = []
         for index in answers:
             text, start = conversation.render_answer(index)
-            self.renderer.require_contents(turns[: index + 1], text, earlier_answers=False)
+            earlier = turns[: index + 1]
+            self.renderer.require_written(earlier, text, extras, earlier_answers=False)
             span = Span(start, len(text))
+            conversation.require_own_thought(index, text, span)
             rendered.append(_render_answers(text, [span], turns, index))
         return rendered
 

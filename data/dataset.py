@@ -24,6 +24,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from checkpoints import io
 from data import files, packing, rows, toy_tasks
 from data.chat_template import (
     IGNORE_INDEX,
@@ -35,6 +36,8 @@ from data.chat_template import (
 )
 from data.completeness import require_complete
 
+# Control tokens of many models; </s> is not one of them here, because HTML has it, too.
+CONTROL_TOKEN = re.compile(r"<\|[a-z_]+\|>|\[/?INST\]|<(?:start|end)_of_turn>")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 EncodedRow = tuple[rows.Row, list[Example]]
 BATCHES_PER_WINDOW = 50  # by_length sorts the sequences of so many batches at a time
@@ -82,12 +85,17 @@ def load_task(
     elif name == "text":
         task = _split(_encode_text(_help_pages(), template, max_seq_len))
     elif files.format_of(path) == files.TEXT_FORMAT and path.is_file():
-        task = _split(_encode_text(files.read_text(path), template, max_seq_len))
+        task = _split(_encode_text(_read_document(path), template, max_seq_len))
     else:
-        encoded = _encode_rows(_read_rows(name), template, name)
+        found = _read_rows(name)
+        if train_on_prompt:
+            found = [rows.refuse_weights(row) for row in found]
+        _print_foreign_tokens(found, tokenizer, name)
+        encoded = _encode_rows(found, template, name)
         fitting = _fit(encoded, max_seq_len, name)
         fitting.sort(key=_hash_of_row)
         task = _split([examples for _, examples in fitting])
+        _print_repeated(task, name)
 
     train = task.train
     if train_on_prompt:
@@ -239,6 +247,21 @@ def _toy_task(name: str, template: Template, max_seq_len: int) -> Task:
     return Task("exact match", *parts)
 
 
+def _read_document(path: Path) -> str:
+    """The text of a file. Raises: ValueError if its first line is a row of a format in rows.py."""
+    text = files.read_text(path)
+    first_line, *_ = text.lstrip().split("\n", 1)
+    try:
+        content = io.parse_json(first_line.encode())
+    except ValueError:
+        return text
+    if not rows.parse_row(files.Record("", content)).fault:
+        raise ValueError(
+            f"--data {path} is read as one text, but its first line is a row: name it .jsonl"
+        )
+    return text
+
+
 def _help_pages() -> str:
     """The pages of help("for"), help("yield") and so on."""
     from pydoc_data.topics import topics
@@ -282,7 +305,7 @@ def _render_row(row: rows.Row, template: Template) -> tuple[rows.Row, list[Rende
     if not row.turns:
         return row, []
     try:
-        return row, template.render_conversation(row.turns, row.tools or None)
+        return row, template.render_conversation(row.turns, row.extras)
     except rows.BadRow as error:
         return replace(row, fault=str(error)), []
 
@@ -292,7 +315,10 @@ def _examples_of(row: rows.Row, chat: list[Example], template: Template) -> list
     if row.fault:
         raise rows.BadRow(row.fault)
     if row.text:
-        return [template.encode_document(row.text)]
+        document = template.encode_document(row.text)
+        if len(document.ids) < 2:
+            raise rows.BadRow("text is a single token, so there is nothing to predict")
+        return [document]
     require_complete(row, chat, template.tokenizer)
     return chat
 
@@ -352,7 +378,8 @@ def _fit(encoded: list[EncodedRow], length: int, name: str) -> list[EncodedRow]:
 def _hash_of_row(pair: EncodedRow) -> bytes:
     """Orders rows by their content alone, neither by their places in a file nor by a seed."""
     row, _ = pair
-    return hashlib.sha256(repr((row.turns, row.tools, row.text)).encode()).digest()
+    content = (row.turns, row.tools, row.text, *row.documents)
+    return hashlib.sha256(repr(content).encode()).digest()
 
 
 def _has_labels(example: Example) -> bool:
@@ -368,6 +395,30 @@ def _print_long_rows(
         f"conversations are cut, and {n_dropped} sequences with no answer left are dropped: "
         + ", ".join(rows.shorten(long_rows))
     )
+
+
+def _print_foreign_tokens(
+    found: list[rows.Row], tokenizer: transformers.PreTrainedTokenizerBase, name: str
+) -> None:
+    """Prints the control tokens in rows that were written for another model."""
+    vocabulary = tokenizer.get_vocab().keys()
+    foreign = [set(CONTROL_TOKEN.findall(f"{row.turns} {row.text}")) - vocabulary for row in found]
+    n_rows = sum(map(bool, foreign))
+    if n_rows:
+        print(
+            f"{n_rows} of {len(found)} rows of {name} contain control tokens of another model, "
+            "which are plain text for this one: " + ", ".join(sorted(set().union(*foreign)))
+        )
+
+
+def _print_repeated(task: Task, name: str) -> None:
+    trained = {tuple(example.ids) for example in task.train}
+    n_repeated = sum(tuple(example.ids) in trained for example in task.test)
+    if n_repeated:
+        print(
+            f"{n_repeated} of {len(task.test)} held-out sequences of {name} are also trained on, "
+            "so the perplexity is too low: remove repeated rows"
+        )
 
 
 def _split(encoded: list[list[Example]]) -> Task:

@@ -1,7 +1,8 @@
 """Reads data files into records: one value per row, with its place in the file.
 
     .jsonl .ndjson .json    values, each on its own lines, or one list, or {"data": [...]}
-    .csv .tsv               a header, then one row per line; each cell is text
+    .csv .tsv               a header, then one row per line; each cell is text; the header tells
+                            whether commas, tabs or semicolons separate the columns
     .parquet                needs pyarrow
     owner/name              the train split of a data set on the Hugging Face hub; needs datasets
 
@@ -23,7 +24,7 @@ from checkpoints import io
 
 TEXT_FORMAT = "txt"
 JSON_FORMATS = ("jsonl", "ndjson", "json")
-DELIMITERS = {"csv": ",", "tsv": "\t"}
+DELIMITERS = {"csv": ",\t;", "tsv": "\t,;"}  # the first one in the header counts
 ROW_FORMATS = (*JSON_FORMATS, *DELIMITERS, "parquet")
 FORMATS = (TEXT_FORMAT, *ROW_FORMATS)
 GZIP_MAGIC = b"\x1f\x8b"
@@ -33,7 +34,10 @@ JSON_WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Record(NamedTuple):
-    """One row as it stands in a file, or why it cannot be read; `where` is its file and line."""
+    """One row as it stands in a file, or why it cannot be read.
+
+    where: its file and line; in a list or a table, its number, too.
+    """
 
     where: str
     content: object
@@ -144,9 +148,18 @@ def _without_nulls(value: object) -> object:
     return value
 
 
-def _read_csv(path: Path, delimiter: str) -> list[Record]:
+def _read_csv(path: Path, delimiters: str) -> list[Record]:
     """The rows below the header; `where` has the line in which a row ends."""
     text = read_text(path)
+    first_line, *_ = text.split("\n", 1)
+    delimiter = next((each for each in delimiters if each in first_line), delimiters[0])
+    spaced = re.search(rf'(?:^|{delimiter}) +"[^"{delimiter}\n]', text, re.MULTILINE)
+    if spaced:
+        line = text.count("\n", 0, spaced.end()) + 1
+        raise ValueError(
+            f"{path}:{line}: a space stands before a quotation mark that begins a cell, so it does "
+            "not quote the cell: remove the space"
+        )
     csv.field_size_limit(max(len(text), csv.field_size_limit()))
     reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records = []
@@ -155,7 +168,11 @@ def _read_csv(path: Path, delimiter: str) -> list[Record]:
         if len(set(header)) < len(header):
             raise ValueError(f"{path} names a column twice in its first line: {', '.join(header)}")
         for row in reader:
-            fault = "it has more cells than the header has columns" if None in row else ""
+            fault = ""
+            if None in row:
+                fault = "it has more cells than the header has columns"
+            elif list(row.values()) == header:
+                fault = "it repeats the header, as the start of another file does"
             records.append(Record(f"{path}:{reader.line_num}", row, fault))
     except csv.Error as error:
         line = reader.reader.line_num
@@ -164,33 +181,35 @@ def _read_csv(path: Path, delimiter: str) -> list[Record]:
 
 
 def _read_json(path: Path) -> list[Record]:
-    values = _json_values(read_text(path))
-    records = [_parse_json(text, path, line) for line, text in values]
+    text = read_text(path)
+    start = _skip_whitespace(text, 0)
+    if text.startswith("[", start) and not _has_a_list_per_line(text, start):
+        elements = enumerate(_list_elements(text, start + 1), 1)
+        return [_parse_json(each, path, line, f", row {n}") for n, (line, each) in elements]
+
+    records = [_parse_json(each, path, line) for line, each in _successive_values(text)]
     if len(records) == 1:
         [(where, content, _)] = records
-        rows = content.get("data") if isinstance(content, dict) else None
-        if isinstance(rows, list):
-            return [Record(f"{where}, data {number}", row) for number, row in enumerate(rows, 1)]
+        lists = _lists_in(content) if isinstance(content, dict) else {}
+        if lists.keys() == {"data"}:
+            rows = lists["data"]
+            return [Record(f"{where}, row {number}", row) for number, row in enumerate(rows, 1)]
     return records
 
 
-def _parse_json(text: str, path: Path, line: int) -> Record:
-    where = f"{path}:{line}"
+def _lists_in(content: dict) -> dict[str, list]:
+    return {key: value for key, value in content.items() if isinstance(value, list)}
+
+
+def _parse_json(text: str, path: Path, line: int, number: str = "") -> Record:
+    where = f"{path}:{line}{number}"
     try:
-        return Record(where, io.parse_json(text.encode(), (dict, list)))
+        return Record(where, io.parse_json(text.encode(), (dict, list), unique_keys=True))
     except json.JSONDecodeError as error:
-        where = f"{path}:{line + error.lineno - 1}"
+        where = f"{path}:{line + error.lineno - 1}{number}"
         return Record(where, None, f"not JSON ({error.msg} at column {error.colno})")
     except ValueError as error:
         return Record(where, None, str(error))
-
-
-def _json_values(text: str) -> Iterator[tuple[int, str]]:
-    """Each JSON value of a file with the number of its first line."""
-    start = _skip_whitespace(text, 0)
-    if text.startswith("[", start) and not _has_a_list_per_line(text, start):
-        return _list_elements(text, start + 1)
-    return _successive_values(text)
 
 
 def _has_a_list_per_line(text: str, start: int) -> bool:

@@ -6,7 +6,8 @@ row says:
 
     control tokens      a turn that contains one, such as <|im_end|>, is refused: the tokenizer
                         could not tell it from those that the template writes
-    contents            each must occur in the rendering, except for its white space
+    contents, names     must occur in the rendering, except for their white space; so must tools,
+                        documents, thoughts and calls (marks.py)
     strftime_now        prints the date of the run: a resumed run has the tokens of its first part
 
 Without a chat template, each turn is a line, and an EOS token follows each answer.
@@ -17,12 +18,23 @@ from __future__ import annotations  # type hints must not load the classes of tr
 import datetime
 import functools
 import json
+import os
 import re
 
 import transformers
 from jinja2 import TemplateError
 
-from data.rows import BadRow, Turn, is_default_system_message, question_turns
+from data import marks
+from data.rows import (
+    THOUGHT_END,
+    BadRow,
+    Extras,
+    Turn,
+    is_default_system_message,
+    is_empty_system_message,
+    is_in_loss,
+    question_turns,
+)
 
 PROBE = "7f3a9c"  # a content that no template writes by itself
 STRFTIME_CALL = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
@@ -63,9 +75,10 @@ class Renderer:
         )
 
     def accepted(self, turns: list[Turn]) -> list[Turn]:
-        """The turns, without our default system message if the template does not write it.
+        """The turns. If the template writes no system message, an empty one or ours is left out.
 
-        Raises: BadRow if a turn contains a control token.
+        Raises: BadRow if a turn contains a control token, or if the template writes a message of
+        its own in place of an empty one.
         """
         for number, turn in enumerate(turns, 1):
             found = self.control_tokens.search(json.dumps(turn, ensure_ascii=False))
@@ -74,14 +87,31 @@ class Renderer:
                     f"turn {number} ({turn['role']}) contains {found[0]}, a control token: remove "
                     "it, or give the whole chat as a text row, where control tokens are allowed"
                 )
-        if is_default_system_message(turns[0]) and not self.has_system:
+        is_empty = is_empty_system_message(turns[0])
+        if not self.has_system and (is_empty or is_default_system_message(turns[0])):
             return turns[1:]
+        if is_empty and self.replaces_empty_system:
+            raise BadRow(
+                f"the system message is empty, and {self.name} writes one of its own in its place: "
+                "give a system message"
+            )
         return turns
+
+    @functools.cached_property
+    def replaces_empty_system(self) -> bool:
+        """Whether the template writes something else in place of an empty system message.
+
+        It may write nothing instead: a start and an end of what it writes for another message.
+        """
+        other = self._try(question_turns(PROBE, system=PROBE[::-1]))
+        empty = self._try(question_turns(PROBE, system=""))
+        start = os.path.commonprefix([other, empty])
+        return not other.endswith(empty[len(start) :])
 
     def render(
         self,
         turns: list[Turn],
-        tools: list[dict] | None = None,
+        extras: Extras | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
         """The turns as text; add_generation_prompt: with the header of an answer after them.
@@ -90,13 +120,14 @@ class Renderer:
         """
         if self.tokenizer.chat_template is None:
             return self._render_lines(turns)
-        template = self._on_date(self.tokenizer.get_chat_template(tools=tools))
+        extras = extras or {}
+        template = self._on_date(self.tokenizer.get_chat_template(tools=extras.get("tools")))
         if self.has_parts:
             turns = [_in_parts(turn) for turn in turns]
         try:
             return self.tokenizer.apply_chat_template(
                 turns,
-                tools=tools,
+                **extras,
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
@@ -104,29 +135,54 @@ class Renderer:
         except (TemplateError, TypeError) as error:
             raise BadRow(f"{self.name} refuses it ({error})") from None
 
-    def require_contents(self, turns: list[Turn], text: str, earlier_answers: bool = True) -> None:
-        """Compares turns with their rendering.
+    def require_written(
+        self,
+        turns: list[Turn],
+        text: str,
+        extras: Extras | None = None,
+        earlier_answers: bool = True,
+    ) -> None:
+        """Compares turns with their rendering, and finds whether the template writes the extras.
 
         A template may move the system message, change white space and write a content as JSON.
         earlier_answers: whether the answers before the last turn must be in the text, too.
-        Raises: BadRow if the content of a turn is not in the text.
+        Raises: BadRow if a string is not written.
         """
-        text = _without_spaces(text)
+        earlier = {n for n, turn in enumerate(turns[:-1], 1) if turn["role"] == "assistant"}
+        skipped = set() if earlier_answers else earlier
+        part = marks.find_unwritten(self.render, turns, extras or {}, skipped)
+        if part and part.key == "content":
+            raise self._lost_content(part.turn, turns[part.turn - 1])
+        if part:
+            place = f"turn {part.turn} ({turns[part.turn - 1]['role']}): " if part.turn else ""
+            raise BadRow(
+                f"{place}{self.name} does not write {part.key} ({part.value!r:.50}): remove the "
+                "key, or use a model whose template does"
+            )
+
+        text = marks.without_spaces(text)
         position = 0
         for number, turn in enumerate(turns, 1):
-            if turn["role"] == "assistant" and number < len(turns) and not earlier_answers:
+            if number in skipped:
                 continue
             is_system = turn["role"] == "system"
             content = turn.get("content") or ""
+            if number in earlier and not is_in_loss(turn):
+                content = content.split(THOUGHT_END)[-1]  # a template may drop the thought
             end = _find_end(text, content, 0 if is_system else position)
             if end is None:
-                raise BadRow(
-                    f"turn {number} ({turn['role']}): {self.name} drops or changes "
-                    f"{content!r:.60}, so the model would not see it: give the tokenizer a "
-                    "template that writes it, or remove it from the row"
-                )
+                raise self._lost_content(number, turn)
             if not is_system:
                 position = end
+
+    def _lost_content(self, number: int, turn: Turn) -> BadRow:
+        is_developer = turn["role"] == "developer"
+        remedy = "give it the role system" if is_developer else "remove it from the row"
+        return BadRow(
+            f"turn {number} ({turn['role']}): {self.name} drops or changes "
+            f"{turn['content']!r:.60}, so the model would not see it: give the tokenizer a "
+            f"template that writes it, or {remedy}"
+        )
 
     def _try(self, turns: list[Turn]) -> str:
         """The turns as text, or nothing if the template refuses them."""
@@ -169,13 +225,8 @@ def _find_end(text: str, content: str, start: int) -> int | None:
 
     text: without white space.
     """
-    for variant in (content, json.dumps(content, ensure_ascii=False)[1:-1]):
-        written = _without_spaces(variant)
+    for written in marks.variants(content):
         found = text.find(written, start)
         if found >= 0:
             return found + len(written)
     return None
-
-
-def _without_spaces(text: str) -> str:
-    return "".join(text.split())

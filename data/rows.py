@@ -13,11 +13,13 @@
 
 A row with the keys of several formats is read as the first of them. These keys are optional:
 
-    system                a system message, in any format but a document
+    system                a system message, in any format but a document; "" is one, too; other
+                          names: system_prompt, system_message
+    documents             what the answer is based on, for templates that know documents
     history               earlier questions and answers, [[question, answer], ...]
     tools, functions      what the model may call; the chat template writes it
-    in a turn             weight or train (0: not in the loss), tool_calls, function_call,
-                          reasoning_content, thinking, name, tool_call_id
+    in a turn             weight, train, training or loss (0: not in the loss), tool_calls,
+                          function_call, reasoning_content, reasoning, thinking, name, tool_call_id
 
 Where a key with a meaning (MEANINGFUL) cannot be used, the row is at fault. The row keeps the names
 of the other keys that are not read, for a report. A key whose value is null counts as absent. A
@@ -28,12 +30,15 @@ collected with their lines, and reported together.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 
 from checkpoints import io
 from data.files import Record
 
-Turn = dict[str, object]  # role, content, other keys of templates; weight, if it is 0
+# role, content, other keys of templates; weight 0 or in_loss False keeps an answer out of the loss
+Turn = dict[str, object]
+Extras = dict[str, list[dict]]  # what a template gets besides the turns: tools, documents
 BRIEF_SYSTEM_MESSAGE: Turn = {"role": "system", "content": "Answer briefly."}
 SPEAKERS = {
     "system": "system",
@@ -49,14 +54,22 @@ PAIR_KEYS = [("prompt", "completion"), ("question", "answer"), ("instruction", "
 FORMAT_KEYS = (
     "messages; conversations; prompt, completion; question, answer; instruction, output; text"
 )
-THOUGHT_KEYS = ("reasoning_content", "thinking")  # as templates of Qwen and of gpt-oss name them
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+WEIGHT_KEYS = ("weight", "train", "training", "loss")
+THOUGHT_END = "</think>"  # of a thought in a content
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # templates have several names
+PREFERENCE_KEYS = ("chosen", "rejected", "label", "kto_tag")  # tell good from bad answers
 MEANINGFUL = {
-    *("system", "system_prompt", "history", "tools", "functions", "documents", "weight", "train"),
-    *("tool_calls", "function_call", *THOUGHT_KEYS, "chat_template_kwargs"),
-    *("image", "images", "audio", "audios", "video", "videos"),
-    *("input", "context", "chosen", "rejected"),  # "input" is Alpaca's alone
+    *(*SYSTEM_KEYS, "history", "tools", "functions", "documents", *WEIGHT_KEYS, "mask"),
+    *("tool_calls", "function_call", *THOUGHT_KEYS, "chat_template_kwargs", "enable_thinking"),
+    *("refusal", "image", "images", "audio", "audios", "video", "videos"),
+    *("input", "context"),  # "input" is Alpaca's alone
+    *PREFERENCE_KEYS,
 }
 EMPTY = ("", [], {})  # a key with one of these values means nothing
+TURNS_AS_TEXT = re.compile(
+    rf"""\s*\[\s*\{{[^}}]*["'](role|from)["']\s*:\s*["']({"|".join(SPEAKERS)})["']"""
+)
 MAX_ROWS_SHOWN = 20
 
 
@@ -65,15 +78,23 @@ class Row:
     """One row: its turns, its text, or its fault; `where` is its file and line.
 
     tools: what the model may call, in OpenAI's format.
+    documents: what the answer is based on; each is an object of texts.
     unread: the keys that are not used; a key of a turn stands behind the key of the turns.
     """
 
     where: str
     turns: list[Turn] = field(default_factory=list)
     tools: list[dict] = field(default_factory=list)
+    documents: list[dict] = field(default_factory=list)
     text: str = ""
     fault: str = ""
     unread: frozenset[str] = frozenset()
+
+    @property
+    def extras(self) -> Extras:
+        """What the chat template gets besides the turns."""
+        lists = {"tools": self.tools, "documents": self.documents}
+        return {key: value for key, value in lists.items() if value}
 
 
 class BadRow(ValueError):
@@ -96,9 +117,26 @@ def is_default_system_message(turn: Turn) -> bool:
     return turn is BRIEF_SYSTEM_MESSAGE
 
 
+def is_empty_system_message(turn: Turn) -> bool:
+    return turn["role"] == "system" and not turn["content"].strip()
+
+
 def is_in_loss(turn: Turn) -> bool:
     """Whether a turn is an answer to train on."""
-    return turn["role"] == "assistant" and turn.get("weight") != 0
+    is_skipped = turn.get("weight") == 0 or turn.get("in_loss") is False
+    return turn["role"] == "assistant" and not is_skipped
+
+
+def refuse_weights(row: Row) -> Row:
+    """The row; with a fault if a turn has the weight 0, which --train-on-prompt ignores."""
+    for number, turn in enumerate(row.turns, 1):
+        if turn.get("weight") == 0:
+            fault = (
+                f"turn {number} ({turn['role']}) has weight 0 or train false, but "
+                "--train-on-prompt trains on every token: remove one of the two"
+            )
+            return Row(row.where, fault=fault)
+    return row
 
 
 def raise_if_any(faults: list[str], n_rows: int, name: str) -> None:
@@ -135,18 +173,20 @@ def _parse_valid_row(content: object, where: str) -> Row:
         content = {"messages": content}
     unread = _present_keys(content)  # the functions below take out what they read
     turns = _pop_turns(unread)
+    tools: list[dict] = []
+    documents: list[dict] = []
+    text = ""
     if turns:
         tools = _pop_tools(unread)
-        text = ""
+        documents = _pop_documents(unread)
     elif "text" in unread:
-        tools = []
-        text = _nonempty_string(unread.pop("text"), "text")
+        text = _prose(_nonempty_string(unread.pop("text"), "text"), "text")
     else:
         raise ValueError(
             f"its keys are {_list_keys(content)}; a row has those of one format: {FORMAT_KEYS}"
         )
     _refuse_meaningful(unread)
-    return Row(where, turns, tools, text, unread=frozenset(unread))
+    return Row(where, turns, tools, documents, text, unread=frozenset(unread))
 
 
 def _present_keys(content: object) -> dict:
@@ -159,7 +199,9 @@ def _present_keys(content: object) -> dict:
 def _refuse_meaningful(unread: dict) -> None:
     for key, value in unread.items():
         if key in MEANINGFUL and value not in EMPTY:
-            raise ValueError(f"{key} cannot be used here, and must not be ignored: remove it")
+            is_preference = key in PREFERENCE_KEYS
+            remedy = "keep only good answers, and remove it" if is_preference else "remove it"
+            raise ValueError(f"{key} cannot be used here, and must not be ignored: {remedy}")
 
 
 def _pop_turns(unread: dict) -> list[Turn]:
@@ -181,7 +223,7 @@ def _pop_pair(unread: dict, question_key: str, answer_key: str) -> list[Turn]:
         asked = map(_outside_loss, _pop_turn_list(unread, question_key))
         return _checked([*system, *asked, *_pop_turn_list(unread, answer_key)], answer_key)
 
-    question = _string(unread.pop(question_key), question_key)
+    question = _prose(unread.pop(question_key), question_key)
     if question_key == "instruction":
         more = _string(unread.pop("input", ""), "input")
         question = "\n\n".join(filter(None, [question, more]))
@@ -191,8 +233,10 @@ def _pop_pair(unread: dict, question_key: str, answer_key: str) -> list[Turn]:
 
 
 def _pop_system(unread: dict) -> list[Turn]:
-    system = _string(unread.pop("system", ""), "system")
-    return [{"role": "system", "content": system}] if system else []
+    for key in SYSTEM_KEYS:
+        if key in unread:
+            return [{"role": "system", "content": _string(unread.pop(key), key)}]
+    return []
 
 
 def _pop_history(unread: dict) -> list[Turn]:
@@ -214,6 +258,16 @@ def _pop_tools(unread: dict) -> list[dict]:
     return [_function(tool, "each of tools") for tool in tools]
 
 
+def _pop_documents(unread: dict) -> list[dict]:
+    documents = _list(unread.pop("documents", []), "documents")
+    for document in documents:
+        if not isinstance(document, dict):
+            raise ValueError(f"each of documents must be an object, not {_describe(document)}")
+        for key, value in document.items():
+            _string(value, f"{key} in documents")
+    return documents
+
+
 def _pop_turn_list(unread: dict, key: str) -> list[Turn]:
     """The turns in a list. The keys of turns that are not read are added to those of the row."""
     turns = _list(unread.pop(key), key)
@@ -223,6 +277,7 @@ def _pop_turn_list(unread: dict, key: str) -> list[Turn]:
     for number, turn in enumerate(turns, 1):
         try:
             unread_in_turn = _present_keys(turn)
+            _require_turn_keys(turn)
             parsed.append(_pop_turn(unread_in_turn))
             _refuse_meaningful(unread_in_turn)
         except ValueError as error:
@@ -238,7 +293,9 @@ def _checked(turns: list[Turn], key: str) -> list[Turn]:
     """
     roles = [turn["role"] for turn in turns]
     if "system" in roles[1:]:
-        raise ValueError(f"{key}: a system message must come first")
+        raise ValueError(
+            f"{key}: a system message must come first, and once: as a turn or as the key system"
+        )
     start = roles.index("user") if "user" in roles else len(roles)
     turns = [*map(_outside_loss, turns[:start]), *turns[start:]]
     if not any(map(is_in_loss, turns)):
@@ -250,29 +307,47 @@ def _checked(turns: list[Turn], key: str) -> list[Turn]:
 
 
 def _outside_loss(turn: Turn) -> Turn:
-    return turn | {"weight": 0} if turn["role"] == "assistant" else turn
+    """Raises: ValueError if the turn says that it is in the loss."""
+    if turn.get("weight") == 1:
+        raise ValueError(
+            "an answer has weight 1 or train true, but an answer in a prompt or before the first "
+            "question is not in the loss: remove the key"
+        )
+    return turn | {"in_loss": False} if turn["role"] == "assistant" else turn
 
 
 def _pop_turn(unread: dict) -> Turn:
     """A turn with the keys that chat templates read."""
-    role_key, content_key = ("from", "value") if "from" in unread else ("role", "content")
-    has_calls = "tool_calls" in unread or "function_call" in unread
-    if role_key not in unread or not (content_key in unread or has_calls):
-        raise ValueError(
-            f"its keys are {_list_keys(unread)}; required are role, content or from, value"
-        )
+    role_key, content_key = _turn_keys(unread)
     role = _role(unread.pop(role_key), role_key)
     turn = {"role": role, "content": _pop_content(unread, content_key)}
     for key in ("name", "tool_call_id"):
         if key in unread:
             turn[key] = _string(unread.pop(key), key)
-    if not _pop_is_in_loss(unread, role):
-        turn["weight"] = 0
+    turn |= _pop_weight(unread, role)
     if role == "assistant":
         turn |= _pop_thoughts_and_calls(unread)
         if not turn.get("tool_calls"):
             _nonempty_string(turn["content"], f"the answer ({content_key})")
     return turn
+
+
+def _turn_keys(turn: dict) -> tuple[str, str]:
+    """The keys of the role and of the content."""
+    return ("from", "value") if turn.get("from") is not None else ("role", "content")
+
+
+def _require_turn_keys(turn: dict) -> None:
+    role_key, content_key = _turn_keys(turn)
+    has_calls = turn.get("tool_calls") is not None or turn.get("function_call") is not None
+    if turn.get(role_key) is None or not (content_key in turn or has_calls):
+        raise ValueError(
+            f"its keys are {_list_keys(turn)}; required are role, content or from, value"
+        )
+    if turn.get(content_key) is None and not has_calls:
+        raise ValueError(
+            f"{content_key} is null, which only an answer with tool_calls may be: give the content"
+        )
 
 
 def _role(speaker: object, key: str) -> str:
@@ -297,9 +372,9 @@ def _pop_content(unread: dict, key: str) -> str:
     return "".join(_string(part.get("text"), f"text in {key}") for part in content)
 
 
-def _pop_is_in_loss(unread: dict, role: str) -> bool:
-    """Whether `weight` and `train` leave a turn in the loss, in which only answers can be."""
-    flags = {key: unread.pop(key) for key in ("weight", "train") if key in unread}
+def _pop_weight(unread: dict, role: str) -> Turn:
+    """The weight, 0 or 1, that WEIGHT_KEYS give to a turn; nothing without these keys."""
+    flags = {key: unread.pop(key) for key in WEIGHT_KEYS if key in unread}
     for key, flag in flags.items():
         if flag not in (0, 1):
             raise ValueError(f"{key} must be 0 or 1, not {flag!r:.50}")
@@ -308,7 +383,7 @@ def _pop_is_in_loss(unread: dict, role: str) -> bool:
                 f"{key} is {json.dumps(flag)}, but only the answers of the assistant are in the "
                 f"loss: remove {key}"
             )
-    return all(flags.values())
+    return {"weight": int(all(flags.values()))} if flags else {}
 
 
 def _pop_thoughts_and_calls(unread: dict) -> Turn:
@@ -363,7 +438,7 @@ def _list(value: object, key: str) -> list:
 
 def _parse_json(text: str, key: str) -> dict | list:
     try:
-        return io.parse_json(text.encode(), (dict, list))
+        return io.parse_json(text.encode(), (dict, list), unique_keys=True)
     except ValueError as error:
         raise ValueError(f"{key} must be JSON, not {text!r:.50} ({error})") from None
 
@@ -371,6 +446,15 @@ def _parse_json(text: str, key: str) -> dict | list:
 def _nonempty_string(value: object, key: str) -> str:
     if not _string(value, key).strip():
         raise ValueError(f"{key} is empty")
+    return value
+
+
+def _prose(value: object, key: str) -> str:
+    """A string that is no list of turns."""
+    if TURNS_AS_TEXT.match(_string(value, key)):
+        raise ValueError(
+            f"{key} is a list of turns that was turned into text: write the list itself, as JSON"
+        )
     return value
 
 

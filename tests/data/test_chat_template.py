@@ -68,8 +68,25 @@ TIGHT = (
     "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}"
     "{{ '<|im_end|>' }}{% endif %}{% endfor %}"
 )
-# Like DeepSeek R1's: the header of an answer begins a thought, which a given answer lacks.
-THINKING = STRICT.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+# Like the first one of DeepSeek R1: cuts an answer up to the end of its thought.
+CUTTING = MARKED.replace(
+    "{{ message['content'] + '<|im_end|>' }}{% endgen",
+    "{{ message['content'].split('</think>')[-1] + '<|im_end|>' }}{% endgen",
+)
+# Like the second one: the header of an answer begins a thought, too.
+THINKING = CUTTING.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+# Like Qwen 3.5's for answers without thoughts.
+CLOSED = MARKED.replace("assistant\n' }}", "assistant\n<think></think>' }}").replace(
+    "{% generation %}",
+    "{% if '</think>' not in message['content'] %}<think></think>{% endif %}{% generation %}",
+)
+# Writes a thought before each answer, in the header or after it.
+OWN_HEADER = MARKED.replace("assistant\n' }}", "assistant\n<think></think>' }}").replace(
+    "{% generation %}", "<think></think>{% generation %}"
+)
+OWN_THOUGHT = MARKED.replace("{% generation %}", "{% generation %}<think></think>")
+# Other words are in the header of an answer, but a given answer lacks them.
+REPLYING = CUTTING.replace("assistant\n' }}", "assistant\n<reply>\n' }}")
 # A line break is one token, and two are one token, except before a letter.
 DOUBLE = MARKED.replace("assistant\n' }}", "assistant\n\n' }}").replace(
     "message['role'] + '\n' }}", "message['role'] + '\n\n' }}"
@@ -373,8 +390,8 @@ def test_a_template_without_system_messages_drops_ours_but_no_other_turn(
     "text, complaint",
     [
         (
-            THINKING,
-            r"ends a prompt with '.*<think>\\n', but does not write a given answer after these "
+            REPLYING,
+            r"ends a prompt with '.*<reply>\\n', but does not write a given answer after these "
             "characters, so the tokens of the answer cannot be found: give the tokenizer a",
         ),
         (
@@ -391,9 +408,89 @@ def test_a_template_in_which_answers_cannot_be_found_is_refused_by_name(
         ValueError, match=f"^the chat template of .*SmolLM2-135M-Instruct {complaint}"
     ) as error:
         chat_template.Template(with_template(tokenizer, text)).encode_conversation(
-            turns_of([("a", "b", True)])
+            turns_of([("a", "<think>b</think>c", True)])
         )
     assert not isinstance(error.value, rows.BadRow), "the error is in no row"
+
+
+@pytest.mark.parametrize(
+    "template, answer, prompt, in_loss",
+    [
+        (CUTTING, "<think>\nb\n</think>\nc", "", "<think>\nb\n</think>\nc"),
+        (CUTTING, "c", "", "c"),
+        (THINKING, "<think>\nb\n</think>\nc", "<think>\n", "b\n</think>\nc"),
+        (THINKING, "b\n</think>\nc", "<think>\n", "b\n</think>\nc"),
+        (THINKING, "<think></think>c", "<think>\n", "</think>c"),
+    ],
+)
+def test_where_a_template_cuts_thoughts_an_answer_is_what_the_model_generates(
+    tokenizer: PreTrainedTokenizerBase, template: str, answer: str, prompt: str, in_loss: str
+) -> None:
+    made = chat_template.Template(with_template(tokenizer, template))
+    [found] = made.encode_conversation(rows.pair_turns("a", answer))
+    assert found.ids[: found.n_prompt] == made.encode_prompt("a")
+    assert tokenizer.decode(found.ids[: found.n_prompt]).endswith("assistant\n" + prompt)
+    assert [tokenizer.decode(run) for run in runs_in_loss(found)] == [in_loss + "<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CUTTING, THINKING])
+@pytest.mark.parametrize("first_in_loss", [True, False])
+def test_where_a_template_cuts_thoughts_earlier_ones_are_not_in_a_prompt(
+    tokenizer: PreTrainedTokenizerBase, template: str, first_in_loss: bool
+) -> None:
+    answers = [f"<think>\n{thought}\n</think>\n{text}" for thought, text in ("bc", "ef")]
+    talk = [("a", answers[0], first_in_loss), ("d", answers[1], True)]
+    made = chat_template.Template(with_template(tokenizer, template))
+    [*before, last] = made.encode_conversation(turns_of(talk))
+    text = tokenizer.decode(last.ids)
+    assert len(before) == first_in_loss
+    assert text.startswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n\nc<|im_end|>")
+    assert text.endswith("<|im_start|>assistant\n" + answers[1] + "<|im_end|>")
+
+
+def test_an_answer_outside_the_loss_may_lose_its_thought_but_not_its_text(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    turns = turns_of([("a", "<think>b</think>c", False), ("d", "e", True)])
+    [found] = chat_template.Template(with_template(tokenizer, CUTTING)).encode_conversation(turns)
+    assert "assistant\nc<|im_end|>" in tokenizer.decode(found.ids)
+    halved = CUTTING.replace("'</think>')[-1]", "'</think>')[-1][1:]")
+    with pytest.raises(rows.BadRow, match=r"turn 2 \(assistant\)"):
+        chat_template.Template(with_template(tokenizer, halved)).encode_conversation(turns)
+
+
+def test_an_answer_without_the_thought_that_a_template_begins_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    thinking = chat_template.Template(with_template(tokenizer, THINKING))
+    complaint = (
+        r"^turn 2 \(assistant\): .* begins each answer with a thought, which this answer lac"
+    )
+    with pytest.raises(rows.BadRow, match=complaint):
+        thinking.encode_conversation(turns_of([("a", "b", True)]))
+
+
+def test_an_answer_with_a_thought_where_the_template_begins_answers_without_one_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    closed = chat_template.Template(with_template(tokenizer, CLOSED))
+    [found] = closed.encode_conversation(turns_of([("a", "b", True)]))
+    assert [tokenizer.decode(run) for run in runs_in_loss(found)] == ["b<|im_end|>"]
+    complaint = r"^turn 2 \(assistant\): .* writes this answer otherwise: remove its thoughts"
+    with pytest.raises(rows.BadRow, match=complaint):
+        closed.encode_conversation(turns_of([("a", "<think>b</think>c", True)]))
+
+
+@pytest.mark.parametrize("template", [OWN_HEADER, OWN_THOUGHT])
+@pytest.mark.parametrize("talk", [[], [("a", "b", True)], [("a", "b", True)] * 2])
+def test_a_thought_in_a_content_beside_one_of_the_template_is_refused(
+    tokenizer: PreTrainedTokenizerBase, template: str, talk: list
+) -> None:
+    made = chat_template.Template(with_template(tokenizer, template))
+    assert made.encode_conversation(turns_of([*talk, ("c", "d", True)]))
+    complaint = rf"^turn {2 * len(talk) + 2} \(assistant\): .* writes a thought of its own before"
+    with pytest.raises(rows.BadRow, match=complaint):
+        made.encode_conversation(turns_of([*talk, ("c", "<think>d</think>e", True)]))
 
 
 @given(TALKS)
@@ -429,6 +526,8 @@ def test_without_a_template_a_tokenizer_that_adds_bos_adds_it_once(
     assert document.labels == document.ids
     for text in ("<|endoftext|>e", "e<|im_end|>", "<|endoftext|>e<|im_end|>"):
         assert made.encode_document(text) == document, "neither token is written twice"
+    spaced = made.encode_document("\n<|endoftext|>e<|im_end|> \n")
+    assert plain.decode(spaced.ids) == "\n<|endoftext|>e<|im_end|> \n", "and no space is lost"
     plain.chat_template = MARKED
     assert chat_template.Template(plain).encode_prompt("a")[0] != 0, "a template writes BOS itself"
 
@@ -470,7 +569,7 @@ LAST_END = "return answered[: ends[-1]], len(prompt)"
         # Answers of weight 0 are, and questions.
         (chat_template, "if is_in_loss(turn)]", "if turn['role'] == 'assistant']"),
         (chat_template, "if is_in_loss(turn)]", "]"),
-        (answers, "self.tools, add_generation_prompt=True)", "self.tools)"),  # the header is
+        (answers, "self.extras, add_generation_prompt=True)", "self.extras)"),  # the header is
         # Where one token spans question and answer, part of the answer is lost.
         (chat_template, "return last if ids[first:last] == alone else None", "return last"),
         (chat_template, "Rendered(text[: spans[-1].end],", "Rendered(text,"),

@@ -164,7 +164,8 @@ def test_jsonl_rows_are_questions_and_answers(
             ":2: not JSON (Expecting value at column 1)",
         ),
         ('{"prompt": "a"}\n', ":1: its keys are 'prompt'"),
-        ("[1]\n", ":1: it is not an object, its type is int"),
+        ('{"text": "<|im_end|>"}\n', ":1: text is a single token, so there is nothing to predict"),
+        ("[1]\n", ":1, row 1: it is not an object, its type is int"),
         ('{"prompt": "a", "completion": ""}\n', "completion is empty"),
         ('{"prompt": 1, "completion": "b"}\n', "prompt must be a string, not 1"),
     ],
@@ -242,12 +243,56 @@ def test_which_rows_are_held_out_depends_on_the_rows_alone(
 def test_keys_that_are_not_read_are_named(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    contents = [{"prompt": "a", "completion": "b"} | {key: 7} for key in ("url", "id")]
+    contents = [{"prompt": key, "completion": "b", key: 7} for key in ("url", "id")]
     path = write_rows(tmp_path, contents)
     dataset.load_task(path, tokenizer, 256)
     assert capsys.readouterr().out == f"keys of {path} that are not read: id, url\n"
-    dataset.load_task(write_rows(tmp_path, [{"text": "a b"}] * 2), tokenizer, 256)
+    dataset.load_task(write_rows(tmp_path, [{"text": "a b"}, {"text": "c"}]), tokenizer, 256)
     assert capsys.readouterr().out == ""
+
+
+def test_held_out_rows_that_are_also_trained_on_are_counted(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = write_rows(tmp_path, [{"text": "a b"}] * 20)
+    dataset.load_task(path, tokenizer, 256)
+    said = f"2 of 2 held-out sequences of {path} are also trained on, so the perplexity is too low"
+    assert said in capsys.readouterr().out
+
+
+def test_control_tokens_of_another_model_are_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    contents = [
+        {"text": "<s>[INST] a [/INST] b </s>"},
+        {"prompt": "a<|eot_id|>", "completion": "b"},
+        {"text": "<|im_start|>user\na<|im_end|> <s>c</s> <|not one|>"},
+    ]
+    path = write_rows(tmp_path, contents)
+    dataset.load_task(path, tokenizer, 256)
+    said = f"2 of 3 rows of {path} contain control tokens of another model, which are plain text"
+    assert capsys.readouterr().out == f"{said} for this one: <|eot_id|>, [/INST], [INST]\n"
+
+
+@pytest.mark.parametrize("start", ['{"prompt": "a", "completion": "b"}\n', '\n{"text": "a"}\n'])
+def test_rows_in_a_text_file_are_refused_and_other_json_in_it_is_text(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, start: str
+) -> None:
+    (tmp_path / "rows.txt").write_text(start * 20)
+    with pytest.raises(ValueError, match="its first line is a row: name it .jsonl"):
+        dataset.load_task(str(tmp_path / "rows.txt"), tokenizer, 16)
+    (tmp_path / "rows.txt").write_text('{"level": "info", "at": 3}\n' * 20)
+    assert dataset.load_task(str(tmp_path / "rows.txt"), tokenizer, 16).train
+
+
+def test_an_answer_of_weight_0_is_refused_when_training_on_prompts(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "a"}, ANSWER_OF_3]
+    path = write_rows(tmp_path, [{"messages": [turns[0], ANSWER_OF_3 | {"weight": 0}, *turns]}] * 2)
+    assert dataset.load_task(path, tokenizer, 256)
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: turn 2 \(assistant\) has weight 0"):
+        dataset.load_task(path, tokenizer, 256, train_on_prompt=True)
 
 
 def test_a_text_file_may_be_compressed(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

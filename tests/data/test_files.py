@@ -61,7 +61,8 @@ def check_lines(
         read(layout % ",".join(texts))
     height = json.dumps(contents[0], indent=2).count("\n") + 1
     found = read(json.dumps(contents, indent=2, **style))
-    assert [row.where for row in found] == [f"{path}:{2 + height * i}" for i in range(len(texts))]
+    places = [f"{path}:{2 + height * i}, row {i + 1}" for i in range(len(texts))]
+    assert [row.where for row in found] == places
     found = read("\r\n".join(json.dumps(row, indent=2, **style) for row in contents))
     assert [row.where for row in found] == [f"{path}:{1 + height * i}" for i in range(len(texts))]
 
@@ -74,14 +75,20 @@ def test_json_rows_are_read_with_their_lines(
     check_lines(tmp_path_factory.mktemp("rows"), contents, blank, ensure_ascii=ascii)
 
 
-@given(ROWS, st.sampled_from(["csv", "tsv"]), st.sampled_from(["\n", "\r\n"]))
-def test_a_table_in_text_gives_the_same_rows(
-    tmp_path_factory: pytest.TempPathFactory, contents: list, suffix: str, newline: str
+@given(
+    ROWS, st.sampled_from(["csv", "tsv"]), st.sampled_from(",;\t"), st.sampled_from(["\n", "\r\n"])
+)
+def test_a_table_in_text_gives_the_same_rows_whatever_separates_its_columns(
+    tmp_path_factory: pytest.TempPathFactory,
+    contents: list,
+    suffix: str,
+    delimiter: str,
+    newline: str,
 ) -> None:
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, ["a", "b"], delimiter=files.DELIMITERS[suffix])
+    writer = csv.DictWriter(table, ["a", "b"], delimiter=delimiter)
     writer.writer = csv.writer(
-        table, delimiter=files.DELIMITERS[suffix], lineterminator=newline, quoting=csv.QUOTE_ALL
+        table, delimiter=delimiter, lineterminator=newline, quoting=csv.QUOTE_ALL
     )
     writer.writeheader()
     writer.writerows(contents)
@@ -99,6 +106,11 @@ def test_a_row_of_a_table_is_named_by_the_line_in_which_it_ends(tmp_path: Path) 
     assert second.where == f"{place}:4"
     assert second.fault == "it has more cells than the header has columns"
     assert third == (f"{place}:5", {"prompt": "f", "completion": "g", "note": None}, "")
+
+
+def test_a_header_in_the_middle_of_a_table_is_a_fault(tmp_path: Path) -> None:
+    _, second, _ = read(tmp_path, "rows.csv", 2 * "prompt,completion\na,b\n")
+    assert second.fault == "it repeats the header, as the start of another file does"
 
 
 def test_a_cell_may_be_as_long_as_a_document(tmp_path: Path) -> None:
@@ -132,9 +144,18 @@ def test_the_rows_may_be_the_data_of_one_object(tmp_path: Path, indent: int | No
     found = read(tmp_path, "a.json", text)
     assert contents_of(found) == GOOD
     assert [record.where for record in found] == [
-        f"{tmp_path / 'a.json'}:1, data {number}" for number in (1, 2)
+        f"{tmp_path / 'a.json'}:1, row {number}" for number in (1, 2)
     ]
     assert contents_of(read(tmp_path, "a.json", '{"data": 7}')) == [{"data": 7}]
+    two = {"data": GOOD, "test": GOOD}
+    assert contents_of(read(tmp_path, "a.json", json.dumps(two))) == [two], "no list is dropped"
+
+
+def test_a_row_of_a_list_on_one_line_is_named_by_its_number(tmp_path: Path) -> None:
+    found = read(tmp_path, "a.json", '[{"text": "a"}, {"text": "b"}, 7]')
+    place = f"{tmp_path / 'a.json'}:1"
+    assert [record.where for record in found] == [f"{place}, row {n}" for n in (1, 2, 3)]
+    assert [bool(record.fault) for record in found] == [False, False, True]
 
 
 def test_lists_of_turns_are_rows_on_lines_and_in_a_list(tmp_path: Path) -> None:
@@ -168,7 +189,8 @@ def test_broken_json_is_a_bad_row_at_its_syntax_error(
 ) -> None:
     [*good, bad] = read(tmp_path, "rows.json", text)
     assert not any(row.fault for row in good), bad
-    assert bad.where == f"{tmp_path / 'rows.json'}:{where}", bad
+    number = f", row {len(good) + 1}" if text.startswith("[") else ""
+    assert bad.where == f"{tmp_path / 'rows.json'}:{where}{number}", bad
     assert re.search(reason, bad.fault), bad
 
 
@@ -178,6 +200,7 @@ BAD_LINES = {
     "7": "it is not an object, its type is int",
     "[" * 99999: "",  # the message of Python's recursion limit
     '{"a": 1' + "0" * 5000 + "}": "Exceeds the limit",
+    '{"text": "a", "text": "b"}': "an object has the key 'text' twice: keep one of them",
     "[" * 60 + "]" * 60: "it is nested more than 50 levels deep",
 }
 
@@ -227,6 +250,8 @@ LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize
         ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-8] + bytes(8), "is a damaged gzip file"),
         ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + bytes(8), "is a damaged gzip file"),
         ("a.csv", 'text\n"a"b\n', "a.csv:2: not CSV"),
+        ("a.csv", 'a,b\nc, "d, e"\n', "a.csv:2: a space stands before a quotation mark"),
+        ("a.tsv", 'a\tb\n "c"\td\n', "a.tsv:2: a space stands before a quotation mark"),
         ("a.csv", "text,text\na,b\n", "names a column twice in its first line: text, text"),
     ],
 )
@@ -235,6 +260,13 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_cause(
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
         read(tmp_path, name, content)
+
+
+def test_quotation_marks_after_a_comma_within_a_cell_are_text(tmp_path: Path) -> None:
+    table = 'prompt,completion\n"a, ""b"", ",c "d" e\n'
+    assert contents_of(read(tmp_path, "a.csv", table)) == [
+        {"prompt": 'a, "b", ', "completion": 'c "d" e'}
+    ]
 
 
 def test_a_table_without_lines_has_no_rows(tmp_path: Path) -> None:

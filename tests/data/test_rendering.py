@@ -18,7 +18,6 @@ PROMPT = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n'
 PLAIN = LOOP + HEADER + CONTENT + PROMPT
 TRIMMED = PLAIN.replace("message['content']", "message['content'] | trim")
 UPPER = PLAIN.replace("message['content']", "message['content'] | upper")
-WITHOUT_THOUGHTS = PLAIN.replace("['content']", "['content'].split('</think>')[-1]")
 SPACED = PLAIN.replace("['content']", "['content'].split('</think>') | join('</think>\n\n')")
 WITHOUT_SYSTEM = PLAIN.replace(LOOP, LOOP[:-3] + " if message['role'] != 'system' %}")
 IN_PARTS = PLAIN.replace(
@@ -67,7 +66,6 @@ def test_a_template_may_change_white_space(tokenizer: PreTrainedTokenizerBase) -
     [
         (UPPER, "turn 1 (system)", "Be kind."),
         (WITHOUT_SYSTEM, "turn 1 (system)", "Be kind."),
-        (WITHOUT_THOUGHTS, "turn 3 (assistant)", "<think>Add.</think>Four."),
         (
             PLAIN.replace("message['content']", "message['content'][:8]"),
             "turn 2 (user)",
@@ -86,6 +84,14 @@ def test_a_content_that_the_template_drops_or_changes_is_refused_with_its_turn(
     )
 
 
+def test_a_developer_that_the_template_drops_may_be_the_system(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    template = PLAIN.replace(LOOP, LOOP[:-3] + " if message['role'] != 'developer' %}")
+    with pytest.raises(rows.BadRow, match=r"turn 1 \(developer\): .* or give it the role system$"):
+        encoded_text(tokenizer, template, [CHAT[0] | {"role": "developer"}, *CHAT[1:]])
+
+
 def test_our_own_system_message_may_be_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
     chat = rows.pair_turns("a", "b")
     text = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>"
@@ -93,6 +99,44 @@ def test_our_own_system_message_may_be_dropped(tokenizer: PreTrainedTokenizerBas
     equal = [dict(chat[0]), *chat[1:]]
     with pytest.raises(rows.BadRow, match=r"turn 1 \(system\)"):
         encoded_text(tokenizer, WITHOUT_SYSTEM, equal)
+
+
+EMPTY = {"role": "system", "content": ""}
+DEFAULT = (
+    "{% if not messages[0]['content'] or messages[0]['role'] != 'system' %}Be wise.\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, start",
+    [
+        (PLAIN, "<|im_start|>system\n<|im_end|>\n"),
+        (PLAIN.replace(LOOP, LOOP[:-3] + " if message['content'] %}"), ""),
+        (WITHOUT_SYSTEM, ""),
+        (None, ""),
+    ],
+)
+def test_an_empty_system_message_is_written_as_one_or_left_out(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, start: str
+) -> None:
+    text = encoded_text(tokenizer, template, [EMPTY, *rows.pair_turns("a", "b")[1:]])
+    assert text.startswith(start) and "briefly" not in text and text.count("system") < 2
+    made = Template(with_template(tokenizer, template))
+    assert text.startswith(tokenizer.decode(made.encode_prompt("a", system="")))
+
+
+def test_an_empty_system_message_that_the_template_replaces_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    made = Template(with_template(tokenizer, DEFAULT + PLAIN))
+    complaint = (
+        "^the system message is empty, and .* writes one of its own .*: give a system message"
+    )
+    with pytest.raises(rows.BadRow, match=complaint):
+        made.encode_conversation([EMPTY, *CHAT[1:]])
+    with pytest.raises(rows.BadRow, match=complaint):
+        made.encode_prompt("a", system="")
+    assert encoded_text(tokenizer, DEFAULT + PLAIN, CHAT) == RENDERED
 
 
 def test_a_template_that_wants_contents_in_parts_gets_them_in_parts(
@@ -108,7 +152,7 @@ def test_a_turn_without_content_stays_so_in_parts(tokenizer: PreTrainedTokenizer
     call = {"role": "assistant", "tool_calls": []}
     text = "<|im_start|>assistant\n<|im_end|>\n"
     assert renderer.render([call]) == text
-    renderer.require_contents([call], text)
+    renderer.require_written([call], text)
     lines = rendering.Renderer(with_template(tokenizer, None))
     assert lines.render([CHAT[0], call]) == "Be kind.\n<|im_end|>"
 

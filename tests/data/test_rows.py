@@ -86,8 +86,11 @@ def test_every_format_gives_the_same_turns(question: str, answer: str, more: str
 
 def test_an_answer_of_weight_0_or_train_false_is_not_in_the_loss_in_any_format() -> None:
     weighted = [user("a"), assistant("b", weight=0), user("c", weight=0), assistant("d", weight=1)]
-    trained = [user("a"), assistant("b", train=False), user("c"), assistant("d", train=True)]
-    for turns in (weighted, trained):
+    flagged = [
+        [user("a"), assistant("b", **{key: False}), user("c"), assistant("d", **{key: True})]
+        for key in ("train", "training", "loss")
+    ]
+    for turns in (weighted, *flagged):
         from_value = [
             {"from": turn.pop("role"), "value": turn.pop("content")} | turn
             for turn in [dict(turn) for turn in turns]
@@ -96,6 +99,52 @@ def test_an_answer_of_weight_0_or_train_false_is_not_in_the_loss_in_any_format()
             found = turns_of(row)
             assert [rows.is_in_loss(turn) for turn in found] == [False, False, False, True]
     assert "no answer to train on" in fault_of([user("a"), assistant("b", weight=0)])
+
+
+@pytest.mark.parametrize("more", [{"weight": 1}, {"train": True}])
+def test_an_answer_that_is_never_in_the_loss_is_refused_if_it_says_that_it_is(more: dict) -> None:
+    """Its header stands where no prompt ends, or its row says that only the completion counts."""
+    complaint = "an answer has weight 1 or train true, but an answer in a prompt or before the fir"
+    assert complaint in fault_of([assistant("Hello!", **more), *CHAT])
+    prompt = [user("a"), assistant("b", **more), user("c")]
+    assert complaint in fault_of({"prompt": prompt, "completion": CHAT[3:]})
+
+
+def test_a_weight_of_0_contradicts_training_on_prompts_but_an_answer_in_a_prompt_does_not() -> None:
+    for turns in (
+        [user("a", train=False), *CHAT[1:]],
+        [user("a"), assistant("b", weight=0), *CHAT],
+    ):
+        fault = rows.refuse_weights(row_of(turns)).fault
+        assert re.match(
+            r"turn [12] \(.*\) has weight 0 or train false, but --train-on-prompt", fault
+        )
+    row = row_of({"prompt": CHAT[:3], "completion": CHAT[3:]})
+    assert rows.refuse_weights(row) == row
+
+
+def test_documents_are_objects_of_texts() -> None:
+    documents = [{"title": "b", "text": "c"}]
+    row = row_of({"messages": CHAT, "documents": documents})
+    assert (row.documents, row.extras) == (documents, {"documents": documents})
+    assert row_of({"messages": CHAT, "documents": "[]"}) == rows.Row("here", CHAT)
+    for wrong, complaint in (
+        (["c"], "each of documents must be an object, not 'c'"),
+        ([{"text": 5}], "text in documents must be a string, not 5"),
+    ):
+        assert complaint in fault_of({"messages": CHAT, "documents": wrong})
+
+
+def test_json_that_is_no_list_of_turns_is_a_text_as_any_other() -> None:
+    for text in ('[{"from": "Paris", "value": 3}]', '[{"role": "king"}]', '{"role": "user"}', "[]"):
+        assert row_of({"text": text}) == rows.Row("here", text=text)
+        assert turns_of({"prompt": text, "completion": "b"}) == rows.pair_turns(text, "b")
+
+
+def test_a_row_of_preference_data_is_refused_with_what_to_keep() -> None:
+    pair = {"prompt": "a", "completion": "b"}
+    for more in ({"label": False}, {"label": True}, {"kto_tag": "False"}, {"rejected": "c"}):
+        assert "must not be ignored: keep only good answers, and rem" in fault_of(pair | more)
 
 
 def test_an_answer_before_the_first_question_is_not_in_the_loss() -> None:
@@ -133,7 +182,13 @@ def test_a_system_message_of_its_own_key_comes_first_in_any_format() -> None:
     assert turns_of({"messages": CHAT, "system": "Be kind."}) == [system, *CHAT]
     pair = {"question": "a", "answer": "b"}
     assert turns_of(pair | {"system": "Be kind."}) == [system, *CHAT[:2]]
-    assert turns_of(pair | {"system": ""}) == rows.pair_turns("a", "b")
+    for key in rows.SYSTEM_KEYS:
+        assert turns_of(pair | {key: "Be kind."}) == [system, *CHAT[:2]]
+    empty = {"role": "system", "content": ""}
+    assert turns_of(pair | {"system": ""}) == [empty, *CHAT[:2]], "not our default message"
+    assert turns_of({"messages": CHAT, "system": ""}) == turns_of([empty, *CHAT]) == [empty, *CHAT]
+    both = {"system": "a", "system_prompt": "b"}
+    assert "system_prompt cannot be used here" in fault_of({"messages": CHAT} | both)
     lists = {"prompt": CHAT[:1], "completion": CHAT[1:2], "system": "Be kind."}
     assert turns_of(lists) == [system, *CHAT[:2]]
 
@@ -194,7 +249,7 @@ def test_a_call_has_its_arguments_as_an_object_and_no_content() -> None:
 
 
 def test_thoughts_stay_in_their_turn() -> None:
-    for key in ("reasoning_content", "thinking"):
+    for key in rows.THOUGHT_KEYS:
         assert turns_of([user("a", **{key: ""}), assistant("b", **{key: "hm"})]) == [
             user("a"),
             assistant("b", **{key: "hm"}),
@@ -251,8 +306,14 @@ FAULTS = [
     ({}, "its keys are none; a row has those of one format"),
     ({"prompt": "a"}, "its keys are 'prompt'; a row has those of one format"),
     ({"prompt": "a", "completion": " \n"}, "completion is empty"),
+    (
+        {"prompt": str(CHAT[:1]), "completion": "b"},
+        "prompt is a list of turns that was turned into",
+    ),
+    ({"messages": '[{"role": "user", "role": "tool"}]'}, "an object has the key 'role' twice"),
     ({"prompt": "a", "completion": "\ud800"}, "half of a surrogate pair at character 0"),
     ({"text": ""}, "text is empty"),
+    ({"text": json.dumps(CHAT)}, "text is a list of turns that was turned into text"),
     ([], "messages must be a list of at least one turn, not an empty list"),
     ({"messages": {"role": "user"}}, "messages must be a list, not an object"),
     ({"messages": "[{'role'"}, "messages must be JSON, not \"[{'role'\" (Expecting property"),
@@ -260,6 +321,13 @@ FAULTS = [
     ({"messages": '{"a": 1}'}, "messages must be a list, not an object"),
     (["hi"], "turn 1 of messages: it must be an object, not 'hi'"),
     ([None], "turn 1 of messages: it must be an object, not null"),
+    (
+        [user(None), *CHAT],
+        "turn 1 of messages: content is null, which only an answer with tool_calls",
+    ),
+    ([user("a"), assistant(None)], "turn 2 of messages: content is null"),
+    ([{"from": "human", "value": None}], "turn 1 of messages: value is null"),
+    ([{"role": None, "content": "a"}], "its keys are 'role' (null), 'content'; required are role"),
     ([{"role": "user"}], "turn 1 of messages: its keys are 'role'; required are role, content"),
     ([{"content": "a"}], "turn 1 of messages: its keys are 'content'; required are role"),
     ([{"role": "robot", "content": "b"}], "role must be one of system, developer, human, user,"),
