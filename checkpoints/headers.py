@@ -24,6 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from checkpoints import bnb_4bit, io, skeleton
+from checkpoints.quantization import Quantization
 
 
 class Headers(NamedTuple):
@@ -35,7 +36,7 @@ class Headers(NamedTuple):
 
     model: transformers.PreTrainedModel
     shards: dict[Path, dict[str, str]]
-    quantization: bnb_4bit.Quantization | None
+    quantization: Quantization | None
 
 
 def read(folder: Path, dtype: torch.dtype | None = None) -> Headers:
@@ -96,7 +97,7 @@ def read_quantization(folder: Path) -> dict:
     return quantization
 
 
-def quantization_of(folder: Path) -> bnb_4bit.Quantization | None:
+def quantization_of(folder: Path) -> Quantization | None:
     """Reads how a folder is quantized; None for a dense one. Raises: ValueError."""
     if not is_quantized(folder):
         return None
@@ -104,7 +105,7 @@ def quantization_of(folder: Path) -> bnb_4bit.Quantization | None:
     return packed_base(io.describe_model(folder), folder)
 
 
-def packed_base(described: dict[Path, dict[str, Tensor]], folder: Path) -> bnb_4bit.Quantization:
+def packed_base(described: dict[Path, dict[str, Tensor]], folder: Path) -> Quantization:
     """Reads how the first 4-bit weight of a folder is quantized.
 
     Raises: ValueError if the folder has none: its quantization_config is then wrong.

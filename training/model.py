@@ -85,9 +85,9 @@ def adopt_settings(args: Options) -> None:
     if args.init_adapter is None:
         return
     config = peft_adapter.read_config(args.init_adapter)
-    trained, _ = peft_adapter.base_of(args.init_adapter)
+    trained = peft_adapter.base_of(args.init_adapter)
     if trained:  # PEFT's files do not say it
-        adopt_quantization(args, trained, args.init_adapter)
+        adopt_quantization(args, trained.quantization, args.init_adapter)
     args.model = args.model or config["base_model_name_or_path"]
     args.lora_r = config["r"]
     args.lora_alpha = float(config["lora_alpha"])

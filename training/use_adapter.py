@@ -29,12 +29,12 @@ import transformers
 
 import lora
 from checkpoints import base_model, headers, io, peft_adapter, portable, sources
-from checkpoints.bnb_4bit import DTYPES, Quantization
+from checkpoints.bnb_4bit import DTYPES
+from checkpoints.quantization import DENSE, Quantization
 from data.dataset import encode_prompt
 from lora import FrozenWeight, MergeAudit, QLoRALinear
 from training import end_tokens
 from training.base_check import (
-    DENSE,
     adopt_quantization,
     quantization_of,
     require_known_ids,
@@ -104,7 +104,8 @@ def adopt_trained_base(args: Options, adapter: Path, folder: Path) -> torch.dtyp
     make of a dense one, and a line on stderr says so.
     Raises: ValueError if adapter, folder and flags disagree.
     """
-    trained, dtype = peft_adapter.base_of(adapter)
+    base = peft_adapter.base_of(adapter)
+    trained = base.quantization if base else None
     found = headers.quantization_of(folder)
     if trained and found and trained != found:
         raise ValueError(
@@ -122,7 +123,7 @@ def adopt_trained_base(args: Options, adapter: Path, folder: Path) -> torch.dtyp
             f"{kept}; --quant {other}",
             file=sys.stderr,
         )
-    return dtype
+    return base.dtype if base else None
 
 
 def dtype_of(folder: Path) -> torch.dtype:

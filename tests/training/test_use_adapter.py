@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora
 import train
 from checkpoints import base_model, bnb_4bit, peft_adapter
-from checkpoints.bnb_4bit import Quantization
+from checkpoints.quantization import Quantization
 from data.dataset import encode_prompt
 from helpers import models
 from helpers.bounds import HALF_A_PERCENT, cosine
@@ -152,7 +152,7 @@ def test_a_merge_overwrites_nothing_and_leaves_nothing_incomplete(
 
 
 def test_an_adapter_records_its_base(out: Path) -> None:
-    assert peft_adapter.base_of(out) == (Quantization("nf4", 64, True), DTYPE)
+    assert peft_adapter.base_of(out) == (Quantization("nf4", 64, True), DTYPE, {})
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,13 @@ def test_an_adapter_records_its_base(out: Path) -> None:
         ('{"dtype": "int8"}', "no base"),
         ('{"bits": "4"}', "no base"),
         ('{"code": "int8"}', "no base"),
+        ('{"bits": [4]}', "no base"),
+        ('{"block_size": 48}', "no base"),
+        ('{"block_size": 0}', "no base"),
+        ('{"double_quant": 1}', "no base"),
+        ('{"layers": []}', "no base"),
+        ('{"layers": {"model": {"code": "int8"}}}', "no base"),
+        ("[]", "no base"),
         ('{"bits": 0, "dtype": "float16"}', None),
         (None, None),
     ],
@@ -176,9 +183,9 @@ def test_a_header_that_describes_no_base_is_refused(
         load_file(path), path, {"format": "pt"} | ({} if header is None else {"base": header})
     )
     if complaint is None:
-        quantization, dtype = peft_adapter.base_of(out)
-        assert (quantization is None) == (header is None)
-        assert header is None or (quantization.code == "none") == (dtype == torch.float16)
+        base = peft_adapter.base_of(out)
+        assert (base is None) == (header is None)
+        assert base is None or (base.quantization.code == "none") == (base.dtype == torch.float16)
     else:
         with pytest.raises(ValueError, match=complaint):
             peft_adapter.base_of(out)
