@@ -368,8 +368,8 @@ def attach(
 
     "all-linear" adapts every nn.Linear except the output head; the paper (section 4) finds this
     necessary to match 16-bit fine-tuning. Other targets are names: a layer is adapted if its dotted
-    name is one of them, or ends in a dot and one of them. A layer that is already in 4 bits keeps
-    its base. settings: as in `from_linear`.
+    name is one of them, or ends in a dot and one of them. The layers of a loaded 4-bit model keep
+    their bases. settings: as in `from_linear`.
     Raises: ValueError if no layer matches, if one that is named has an adapter, or if one cannot be
     quantized (the message names it). The model is then unchanged.
     """

@@ -89,7 +89,7 @@ def load_quantized(
     if quantization is None:
         model = _fill_and_quantize(model, shards, folder, device, make)
     else:
-        model = _keep_dense_layers(_cast(load_4bit(folder), dtype, device))
+        model = _cast(load_4bit(folder), dtype, device)
     require_causal(model, folder)
     return model
 
@@ -156,25 +156,15 @@ def _cast(
 ) -> transformers.PreTrainedModel:
     """Casts the parameters of a 4-bit model; its layers then compute in the dtype of their input.
 
-    Buffers keep their dtype, as they do in a dense model.
+    So are dense weights inside the layers; other buffers keep their dtype, as in a dense model.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)
     for layer in model.modules():
         if isinstance(layer, QLoRALinear):
             layer.compute_dtype = None
+            layer.base.to(dtype)  # 4-bit weights keep their dtypes
     return model.to(device)
-
-
-def _keep_dense_layers(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """Wraps the dense linear layers of a 4-bit model, so lora.attach does not quantize them."""
-    for names in unadapted(model):
-        linear = model.get_submodule(names[0])
-        if isinstance(linear, nn.Linear):
-            layer = QLoRALinear(FrozenWeight(linear.weight, codebook=None), linear.bias)
-            for name in names:
-                model.set_submodule(name, layer.eval())
-    return model
 
 
 # Folders in 4 bits
@@ -183,8 +173,8 @@ def _keep_dense_layers(model: transformers.PreTrainedModel) -> transformers.PreT
 def load_4bit(folder: str | Path) -> transformers.PreTrainedModel:
     """Loads a model that save_4bit, or transformers with bitsandbytes, saved.
 
-    The model is frozen and in evaluation mode. Each 4-bit layer is a QLoRALinear without an
-    adapter; lora.attach or load_adapter adds one.
+    The model is frozen and in evaluation mode. Each linear layer is a QLoRALinear without an
+    adapter, in 4 bits, or dense if bitsandbytes skipped it; lora.attach or load_adapter adds one.
     Raises: ValueError naming the file and the key of anything missing, unknown or invalid.
     """
     folder = Path(folder)
@@ -209,7 +199,18 @@ def load_4bit(folder: str | Path) -> transformers.PreTrainedModel:
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     skeleton.fill(model, tensors, folder)
-    return model.requires_grad_(False).eval()
+    return _keep_dense_layers(model.requires_grad_(False).eval())
+
+
+def _keep_dense_layers(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Wraps the dense linear layers of a 4-bit model, so an adapter does not quantize them."""
+    for names in unadapted(model):
+        linear = model.get_submodule(names[0])
+        if isinstance(linear, nn.Linear):
+            layer = QLoRALinear(FrozenWeight(linear.weight, codebook=None), linear.bias)
+            for name in names:
+                model.set_submodule(name, layer.eval())
+    return model
 
 
 def save_4bit(model: transformers.PreTrainedModel, folder: str | Path) -> None:

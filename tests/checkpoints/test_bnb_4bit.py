@@ -209,8 +209,11 @@ def test_layers_that_were_left_dense_stay_dense_on_both_sides(tmp_path: Path) ->
     checkpoints.save_4bit(ours, tmp_path / "ours")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     again = checkpoints.load_4bit(tmp_path / "ours")
-    for model, kind in ((theirs, bitsandbytes.nn.Linear4bit), (again, QLoRALinear)):
-        assert sum(isinstance(module, kind) for module in model.modules()) == 4
+    in_4_bits = [isinstance(module, bitsandbytes.nn.Linear4bit) for module in theirs.modules()]
+    assert sum(in_4_bits) == 4
+    layers = [layer for layer in again.modules() if isinstance(layer, QLoRALinear)]
+    assert len(layers) == 14 and sum(layer.base.codebook is not None for layer in layers) == 4
+    for model in (theirs, again):
         assert same_bits(logits(model), logits(ours))
     checkpoints.save_4bit(again, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "ours")

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import checkpoints
 from checkpoints import bnb_4bit, io, peft_adapter
+from checkpoints.quantization import quantization_of
 from helpers import models
 from helpers.bounds import cast
 from helpers.models import adapted, trained
@@ -211,6 +212,24 @@ def test_a_line_says_what_base_an_adapter_gets_that_does_not_say_it(
     assert said in capsys.readouterr().out
     checkpoints.load_adapter(attach(small(), "q_proj", codebook=None), tmp_path)
     assert said not in capsys.readouterr().out
+
+
+def test_layers_that_a_folder_in_4_bits_keeps_dense_stay_dense_under_an_adapter(
+    tmp_path: Path,
+) -> None:
+    checkpoints.save_4bit(attach(small(), "q_proj", r=1), tmp_path)
+    get_peft_model(small(), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
+    for model in (
+        checkpoints.load_adapter(checkpoints.load_4bit(tmp_path), tmp_path),
+        attach(checkpoints.load_4bit(tmp_path)),
+    ):
+        layers = peft_adapter.adapted_layers(model)
+        codes = {name: quantization_of(layer.base).code for name, layer in layers.items()}
+        assert len(codes) == 14
+        assert {name for name, code in codes.items() if code == "nf4"} == {
+            f"model.layers.{number}.self_attn.q_proj" for number in range(2)
+        }
+        assert {*codes.values()} == {"nf4", "none"}
 
 
 def test_an_adapter_goes_onto_adapters_that_are_there_and_takes_its_settings_with_it(
