@@ -85,8 +85,7 @@ def load_adapted_model(
 
     dtype: None stands for the dtype that the adapter was trained with, or else that of the base.
     """
-    base = args.model or peft_adapter.read_config(args.adapter)["base_model_name_or_path"]
-    folder = sources.find_model(base or sources.DEFAULT_MODEL)
+    folder = sources.find_model(base_name(args, args.adapter))
     tokenizer = sources.load_tokenizer(folder)
     trained_dtype = adopt_trained_base(args, args.adapter, folder)
     dtype = dtype or trained_dtype or dtype_of(folder)
@@ -95,6 +94,23 @@ def load_adapted_model(
     model = peft_adapter.load_adapter(model, args.adapter)
     end_tokens.load(model, args.adapter)
     return model, tokenizer
+
+
+def base_name(args: Options, adapter: Path) -> str:
+    """The base of an adapter: --model, or else what its files name.
+
+    Raises: ValueError naming the entry of adapter_config.json if that base is nowhere.
+    """
+    if args.model:
+        return args.model
+    name = peft_adapter.read_config(adapter)["base_model_name_or_path"] or sources.DEFAULT_MODEL
+    try:
+        sources.find_local_model(name)
+    except ValueError as error:
+        entry = f"{adapter / 'adapter_config.json'}: base_model_name_or_path"
+        reason = str(error).removesuffix(f"; {sources.REMEDY}")
+        raise ValueError(f"{entry}: {reason}: give the base as --model") from None
+    return name
 
 
 def adopt_trained_base(args: Options, adapter: Path, folder: Path) -> torch.dtype | None:

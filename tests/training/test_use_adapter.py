@@ -245,6 +245,20 @@ def test_an_adapter_for_another_base_than_the_given_one_is_refused(
     assert "--quant none disagrees with" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("flags", ["--init-adapter {} --dry-run", "--adapter {} --prompt hello"])
+def test_a_base_that_is_nowhere_is_named_by_the_entry_of_the_adapter(
+    out: Path, flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = out / "adapter_config.json"
+    entries = json.loads(config.read_text()) | {"base_model_name_or_path": "../elsewhere/model"}
+    config.write_text(json.dumps(entries))
+    monkeypatch.chdir(out)
+    assert train.main([*flags.format(out).split(), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    entry = f"{config}: base_model_name_or_path: ../elsewhere/model is neither a folder nor a hub"
+    assert entry in error and "give the base as --model" in error and error.count("\n") == 1
+
+
 def test_the_base_of_an_adapter_that_does_not_say_is_what_its_folder_is(
     foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
