@@ -34,7 +34,8 @@ Error. |w - w'| <= h absmax + e plus rounding. h is half the widest gap between 
 and e is the error of the decoded constant (double_quant.py).
 
 Differs from bitsandbytes: the 4-bit state is in ordinary buffers, so state_dict, .to() and deepcopy
-work on them unchanged; .half() and other casts do not round the float32 constants.
+work on them unchanged; .half() and other casts change the dtype that the weight decodes to, and do
+not round the float32 constants.
 Differs from PEFT: base and adapter are one autograd function, which chooses what it saves; a merge
 gives a dense weight and reports what a merge into 4 bits would lose.
 """
@@ -149,6 +150,8 @@ class FrozenWeight(nn.Module):
         super()._apply(fn, recurse)
         if self.codebook is None:
             self.dtype = self.weight.dtype
+        else:  # a cast decides the dtype that the weight decodes to, and no bits
+            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
         for name, tensor in exact.items():
             changed = getattr(self, name)
             if name.endswith("codebook"):  # no state_dict restores it after to_empty()
@@ -269,13 +272,13 @@ class QLoRALinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
-    def weight(self) -> str:
-        """A text instead of a tensor. Code that multiplies by it itself would skip the adapter.
+    def weight(self) -> "NoTensor":
+        """No tensor: code that multiplies by it itself would skip the adapter, so that must fail.
 
-        With a text it fails. Without the attribute, torch.distributed.checkpoint would fail: it
-        looks up each key of a state_dict as an attribute.
+        Without the attribute, torch.distributed.checkpoint would fail: it looks up each key of a
+        state_dict as an attribute.
         """
-        return "the layer multiplies by it; base() returns its values"
+        return NoTensor()
 
     @property
     def scaling(self) -> float:
@@ -358,6 +361,20 @@ class QLoRALinear(nn.Module):
             return (self.lora_B @ self.lora_A).detach() * self.scaling
 
 
+class NoTensor:
+    """Stands for the weight of a QLoRALinear; every function of torch refuses it.
+
+    nn.TransformerEncoderLayer multiplies by its weights itself, unless one is not a plain tensor.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, *_: object) -> None:
+        raise TypeError(
+            f"{function.__name__} needs a tensor, got the weight of a QLoRALinear; "
+            "call the layer instead, or its base() for the decoded weight"
+        )
+
+
 def attach(
     model: nn.Module,
     targets: str | Iterable[str] = "all-linear",
@@ -370,17 +387,18 @@ def attach(
     necessary to match 16-bit fine-tuning. Other targets are names: a layer is adapted if its dotted
     name is one of them, or ends in a dot and one of them. The layers of a loaded 4-bit model keep
     their bases. settings: as in `from_linear`.
-    Raises: ValueError if no layer matches, if one that is named has an adapter, or if one cannot be
-    quantized (the message names it). The model is then unchanged.
+    Raises: ValueError if a target matches no such layer, if one that is named has an adapter, or if
+    one cannot be quantized (the message names it). The model is then unchanged.
     """
     groups = unadapted(model)
     if not groups:
+        reason = f"it has {left}" if (left := left_dense(model)) else "is it adapted already?"
         raise ValueError(
             "the model has no nn.Linear besides its output head, so there is nothing to adapt; "
-            "is it adapted already?"
+            f"{reason}"
         )
     adapted = [names for layer, names in names_of(model, QLoRALinear).items() if layer.r]
-    chosen = groups if targets == "all-linear" else _matching(groups, adapted, targets)
+    chosen = groups if targets == "all-linear" else _matching(model, groups, adapted, targets)
     layers = [(names, settings) for names in chosen]
     bytes_before, bytes_now = adapt(model, layers, layer_type)
     print(
@@ -395,27 +413,43 @@ def attach(
 
 
 def _matching(
-    groups: list[list[str]], adapted: list[list[str]], targets: str | Iterable[str]
+    model: nn.Module,
+    groups: list[list[str]],
+    adapted: list[list[str]],
+    targets: str | Iterable[str],
 ) -> list[list[str]]:
     """The layers that have a name ending in a target; a layer is given as the list of its names."""
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    endings = tuple(f".{target}" for target in wanted)
+    if not wanted:
+        raise ValueError(f"targets must name a layer, got {wanted}; all-linear takes all")
 
-    def matching(layers: list[list[str]]) -> list[list[str]]:
+    def matching(layers: list[list[str]], *targets: str) -> list[list[str]]:
+        endings = tuple(f".{target}" for target in targets)
         return [names for names in layers if any(f".{name}".endswith(endings) for name in names)]
 
-    if twice := matching(adapted):
+    if twice := matching(adapted, *wanted):
         raise ValueError(
             f"a layer has one adapter, got the target {twice[0][0]}, which has one; "
             "name other targets or merge first"
         )
-    chosen = matching(groups)
-    if not chosen:
-        known = sorted({name.rpartition(".")[2] for names in groups for name in names})
-        raise ValueError(
-            f"targets {wanted} match no linear layer; the model has {', '.join(known)}"
-        )
-    return chosen
+    for target in wanted:
+        if not matching(groups, target):
+            raise ValueError(f"target {target!r} {_why_not_linear(model, groups, target)}")
+    return matching(groups, *wanted)
+
+
+def _why_not_linear(model: nn.Module, groups: list[list[str]], target: str) -> str:
+    """Why a target matches none of these layers."""
+    for name, module in model.named_modules():
+        if f".{name}".endswith(f".{target}"):
+            if type(module) is nn.Linear:
+                return f"matches the head {name}, which stays dense; leave it out"
+            if any(weight.dim() > 1 for weight in module.parameters(recurse=False)):
+                kind = type(module).__name__
+                reason = f"{name} of type {kind}, and only nn.Linear can be adapted"
+                return f"matches {reason}; leave it out"
+    known = sorted({name.rpartition(".")[2] for names in groups for name in names})
+    return f"matches no linear layer; the model has {', '.join(known)}"
 
 
 def left_dense(model: nn.Module) -> str:

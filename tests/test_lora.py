@@ -370,23 +370,25 @@ def test_targets_are_names_or_the_ends_of_names(targets: object, expected: list[
 
 
 @pytest.mark.parametrize(
-    ("targets", "said"),
+    ("targets", "reason"),
     [
-        ("own", "['own']"),
-        ("wn", "['wn']"),
-        ("lm_head", "['lm_head']"),
-        ("blocks", "['blocks']"),
-        (["q_proj", "v_proj"], "['q_proj', 'v_proj']"),
-        ([], "[]"),
-        ("", "['']"),
+        ("own", "target 'own' matches no linear layer; the model has down, up"),
+        ("wn", "target 'wn' matches no linear layer; the model has down, up"),
+        ("blocks", "target 'blocks' matches no linear layer; the model has down, up"),
+        ("", "target '' matches no linear layer; the model has down, up"),
+        (["up", "q_proj"], "target 'q_proj' matches no linear layer; the model has down, up"),
+        ("lm_head", "target 'lm_head' matches the head lm_head, which stays dense; leave it out"),
+        (["up", "embed"], "target 'embed' matches embed of type Embedding, and only nn.Linear can"),
+        ([], "targets must name a layer, got []; all-linear takes all"),
     ],
 )
-def test_a_target_that_matches_no_layer_is_refused_with_the_names_of_the_layers(
-    targets: object, said: str
+def test_a_target_that_matches_no_layer_is_refused_with_the_reason(
+    targets: object, reason: str
 ) -> None:
-    message = f"targets {said} match no linear layer; the model has down, up"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        lora.attach(TowerWithHead(), targets, r=3)
+    model = TowerWithHead()
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        lora.attach(model, targets, r=3)
+    assert not adapted_names(model)
 
 
 @pytest.mark.parametrize(
@@ -394,6 +396,12 @@ def test_a_target_that_matches_no_layer_is_refused_with_the_names_of_the_layers(
 )
 def test_a_model_without_linear_layers_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="no nn.Linear besides its output head"):
+        lora.attach(model)
+
+
+def test_a_model_whose_matrices_are_elsewhere_is_refused_with_their_places() -> None:
+    model = nn.Sequential(nn.Bilinear(3, 3, 3))
+    with pytest.raises(ValueError, match=r"so there is nothing to adapt; it has 1 Bilinear \(0\)"):
         lora.attach(model)
 
 
@@ -748,6 +756,31 @@ def test_merge_leaves_an_ordinary_model_with_the_same_training_mode_and_no_adapt
 def test_a_layer_that_is_used_twice_stays_one_layer_when_merged() -> None:
     model, _ = lora.merge(lora.attach(TowerWithHead(), r=3))
     assert model.blocks[0]["up"] is model.blocks[2]["up"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_that_was_cast_after_attach_has_one_dtype_after_a_merge(dtype: torch.dtype) -> None:
+    model, _ = lora.merge(lora.attach(TowerWithHead(), r=3).to(dtype))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model(torch.tensor([[1, 2, 3]])).dtype == dtype
+
+
+def test_an_encoder_layer_of_torch_calls_our_layers_also_in_its_fast_path() -> None:
+    """In evaluation without gradients, it multiplies by the weights of its layers itself."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True).eval()
+    lora.attach(model, r=2)
+    x = torch.randn(2, 5, 64)
+    expected = model(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
+def test_a_function_of_torch_refuses_the_weight_of_an_adapted_layer() -> None:
+    layer = QLoRALinear.from_linear(nn.Linear(64, 8))
+    message = "linear needs a tensor, got the weight of a QLoRALinear; call the layer instead"
+    with pytest.raises(TypeError, match=message):
+        F.linear(torch.ones(64), layer.weight)
 
 
 @pytest.mark.parametrize("training", [True, False])
