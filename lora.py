@@ -479,12 +479,10 @@ def adapt(
             f"adapters go into the model itself, got a {type(model).__name__} around it; "
             "add them first, then wrap or compile the model"
         )
+    check_no_other_adapters(model)
     for names, _ in layers:
-        linear = model.get_submodule(names[0])
-        if isinstance(linear, nn.Linear):
-            weight = linear.weight.detach()
-            with naming(names[0]):
-                check_finite(weight.float().flatten(), weight.shape)
+        with naming(names[0]):
+            check_replaceable(model.get_submodule(names[0]))
     bytes_before = 0
     bytes_now = 0
     for names, settings in layers:
@@ -500,6 +498,29 @@ def adapt(
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(layer.r > 0 and name != "bias")
     return bytes_before, bytes_now
+
+
+def check_no_other_adapters(model: nn.Module) -> None:
+    """Raise a ValueError if PEFT has wrapped a layer: its adapters are nn.Linear themselves."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise ValueError(
+                f"adapters go into a plain model, got {name}, a layer that PEFT has wrapped; "
+                "call merge_and_unload() or unload() first, or load its adapter with load_adapter"
+            )
+
+
+def check_replaceable(linear: "nn.Linear | QLoRALinear") -> None:
+    """Raise a ValueError if a layer has hooks, which would be lost, or no finite weight."""
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+        raise ValueError("a new layer would lose the hooks of this one; register them afterwards")
+    if isinstance(linear, nn.Linear):
+        weight = linear.weight.detach()
+        if weight.is_meta:
+            raise ValueError(
+                "its weight is on the meta device; load the weights first, without offloading them"
+            )
+        check_finite(weight.float().flatten(), weight.shape)
 
 
 @contextmanager

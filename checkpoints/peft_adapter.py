@@ -53,7 +53,7 @@ DEFAULTS = {  # PEFT's
     "init_lora_weights": True,
 }
 UNSUPPORTED = """
-    use_qalora use_bdlora lora_bias alora_invocation_tokens modules_to_save trainable_token_indices
+    lora_bias alora_invocation_tokens modules_to_save trainable_token_indices
     target_parameters layer_replication arrow_config velora_config monteclora_config kasa_config
 """.split()
 # Other values of init_lora_weights change the base, so the adapter would need that base.
@@ -240,6 +240,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     settings = {name: settings_of(name, config) for name in layers}
     if not new:
         _check_settings(layers, settings, config["use_dora"], folder)
+    _check_places(model, tensors, layers, path)
     io.check_like(tensors, _expected_tensors(layers, settings, config["use_dora"]), path)
     if not layers:
         raise ValueError(f"{path} has no adapter for any layer of the model")
@@ -293,6 +294,28 @@ def _check_settings(
             raise ValueError(f"{path} gives {name} rank {r}, and the model's adapter has {layer.r}")
         if isinstance(layer, DoRALinear) != use_dora:
             raise ValueError(f"{path} has use_dora {use_dora}, and the model's adapter has not")
+
+
+def _check_places(
+    model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, nn.Module], path: Path
+) -> None:
+    """Raises a ValueError naming a tensor that the model has a place for, but no adapter."""
+    modules = {plain_name(name) for name, _ in unwrap(model).named_modules()}
+    for name in tensors:
+        place, is_adapter, _ = name.partition(".lora_")
+        if not place.startswith(PREFIX):
+            continue
+        module = place.removeprefix(PREFIX)
+        if not is_adapter and module.removesuffix(".weight") in modules:
+            raise ValueError(
+                f"{path} holds {name}, a whole weight, and not adapters alone: save the adapter "
+                "without it (save_embedding_layers=False in PEFT), or merge both with PEFT"
+            )
+        if is_adapter and module in modules and module not in layers:
+            raise ValueError(
+                f"{path} holds {name}, and {module} has no adapter in the model: attach adapters "
+                "to the same layers, none of which may be the output head or an embedding"
+            )
 
 
 def _expected_tensors(
@@ -381,7 +404,8 @@ def _check_supported(config: dict, path: Path) -> None:
         "bias": ("none",),
         "init_lora_weights": SUPPORTED_INITS,
     }
-    wrong = [key for key in UNSUPPORTED if config.get(key)]
+    unknown = [key for key in config if key.startswith("use_") and key not in DEFAULTS]
+    wrong = [key for key in [*UNSUPPORTED, *unknown] if config.get(key)]
     wrong += [key for key, values in supported.items() if config.get(key) not in values]
     if wrong:
         settings = ", ".join(f"{key} {config.get(key)}" for key in wrong)

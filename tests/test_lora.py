@@ -405,6 +405,31 @@ def test_a_model_whose_matrices_are_elsewhere_is_refused_with_their_places() -> 
         lora.attach(model)
 
 
+def with_hook(model: nn.Module) -> str:
+    model.blocks[1]["down"].register_forward_hook(lambda *_: None)
+    return "layer blocks.1.down: a new layer would lose the hooks of this one; register them after"
+
+
+def without_weights(model: nn.Module) -> str:
+    model.blocks[1]["down"].to("meta")
+    return "layer blocks.1.down: its weight is on the meta device; load the weights first"
+
+
+def with_another_adapter(model: nn.Module) -> str:
+    model.blocks[1]["down"].base_layer = nn.Linear(4, 4)  # as PEFT's layers have
+    return "adapters go into a plain model, got blocks.1.down, a layer that PEFT has wrapped"
+
+
+@pytest.mark.parametrize("change", [with_hook, without_weights, with_another_adapter])
+def test_a_layer_that_cannot_be_replaced_is_refused_by_name(
+    change: Callable[[nn.Module], str],
+) -> None:
+    model = TowerWithHead()
+    with pytest.raises(ValueError, match=change(model)):
+        lora.attach(model, r=3)
+    assert not adapted_names(model)
+
+
 def test_a_model_that_is_adapted_already_is_refused() -> None:
     model = lora.attach(TowerWithHead(), r=3)
     with pytest.raises(ValueError, match="adapted already"):

@@ -305,6 +305,8 @@ def rewrite(folder: Path, change: str | dict) -> None:
         del tensors[next(iter(tensors))]
     elif change == "one too many":
         tensors["base_model.model.elsewhere.lora_A.weight"] = torch.zeros(4, 4)
+    elif change in ("lm_head.lora_A", "model.embed_tokens"):
+        tensors[f"base_model.model.{change}.weight"] = torch.ones(4)
     elif change == "NaN":
         next(iter(tensors.values()))[0, 0] = math.nan
     elif change == "integers":
@@ -339,6 +341,11 @@ def rewrite(folder: Path, change: str | dict) -> None:
         ),
         ("other rank", r"is \(2, 64\), floating point, and must be \(4, 64\)"),
         ("one missing", "is missing"),
+        ("lm_head.lora_A", "lora_A.weight, and lm_head has no adapter in the model: attach"),
+        (
+            "model.embed_tokens",
+            "holds base_model.model.model.embed_tokens.weight, a whole weight, and",
+        ),
         ("one too many", "elsewhere.lora_A.weight belongs to nothing in the model"),
         ("NaN", "lora_A.weight holds NaN"),
         ("integers", r"is \(4, 64\), torch.int32, and must be"),
@@ -351,6 +358,7 @@ def rewrite(folder: Path, change: str | dict) -> None:
         ("pickle", "adapter_model.bin is a pickle, which could run code"),
         ({"peft_type": "IA3"}, "asks for peft_type IA3"),
         ({"use_bdlora": {"x": 1}}, "asks for use_bdlora"),
+        ({"use_what_comes_next": True}, "asks for use_what_comes_next True"),
         ({"bias": "all"}, "asks for bias all"),
         ({"init_lora_weights": "pissa"}, "asks for init_lora_weights pissa"),
         ({"modules_to_save": ["lm_head"]}, r"asks for modules_to_save \['lm_head'\]"),
