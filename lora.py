@@ -75,6 +75,7 @@ class FrozenWeight(nn.Module):
         if codebook is None:
             self.shape = weight.shape
             self.dtype = weight.dtype
+            self.decoded_dtype = weight.dtype
             self.double_quant = False
             self.register_buffer("weight", weight.detach())
             self.register_buffer("codebook", None)
@@ -95,7 +96,8 @@ class FrozenWeight(nn.Module):
 
     def _register(self, q: Quantized, constants: DoubleQuantized | None) -> None:
         self.shape = q.shape
-        self.dtype = q.dtype
+        self.dtype = q.dtype  # of the weight that was quantized
+        self.decoded_dtype = q.dtype  # a cast of the module changes it, and no bits
         self.block_size = q.block_size
         self.double_quant = constants is not None
         self.register_buffer("packed", q.packed)
@@ -124,9 +126,10 @@ class FrozenWeight(nn.Module):
         return q, constants
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight in `dtype`, by default its original one. A copy, unless it is dense."""
+        """The dense weight in `dtype`, by default as it was cast. A copy, unless it is dense."""
+        dtype = dtype or self.decoded_dtype
         if self.codebook is None:
-            return self.weight.to(dtype or self.dtype)
+            return self.weight.to(dtype)
         q, constants = self.packed_state()
         return dispatch.dequantize(q, dtype, constants)
 
@@ -150,8 +153,10 @@ class FrozenWeight(nn.Module):
         super()._apply(fn, recurse)
         if self.codebook is None:
             self.dtype = self.weight.dtype
-        else:  # a cast decides the dtype that the weight decodes to, and no bits
-            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
+            self.decoded_dtype = self.dtype
+        else:
+            empty = torch.empty(0, dtype=self.decoded_dtype, device=self.packed.device)
+            self.decoded_dtype = fn(empty).dtype
         for name, tensor in exact.items():
             changed = getattr(self, name)
             if name.endswith("codebook"):  # no state_dict restores it after to_empty()
@@ -308,12 +313,12 @@ class QLoRALinear(nn.Module):
         """
         if type(r) is not int or r < 1:
             raise ValueError(f"r must be an integer >= 1, such as 8; got {r}")
-        if not 0 < lora_alpha < math.inf:
+        if not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
             raise ValueError(
-                f"lora_alpha must be positive and finite, often 2 * r; got {lora_alpha}"
+                f"lora_alpha must be an int or float, positive and finite; got {lora_alpha!r}"
             )
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout is a probability, 0 <= p < 1; got {lora_dropout}")
+        if not isinstance(lora_dropout, int | float) or not 0 <= lora_dropout < 1:
+            raise ValueError(f"lora_dropout is a probability, 0 <= p < 1; got {lora_dropout!r}")
         if isinstance(linear, QLoRALinear):
             base = linear.base
             compute_dtype = compute_dtype or linear.compute_dtype
@@ -584,7 +589,7 @@ class MergeAudit(NamedTuple):
 def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
     """Replace each QLoRALinear, in place, by a dense nn.Linear of base + update.
 
-    The weight has the original dtype of the base, and is rounded to it once.
+    The weight has the dtype of the base, or that to which the model was cast, and is rounded once.
     Returns the model and, for each 4-bit layer, what a merge into 4 bits would keep: an update is
     small compared with the gaps between levels, so rounding removes much of it.
     """
@@ -595,7 +600,7 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
         update = layer.update()
         if base.codebook is not None:
             audit |= dict.fromkeys(names, audit_merge(base, update))
-        weight = (base(update.dtype) + update).to(base.dtype)
+        weight = (base(update.dtype) + update).to(base.decoded_dtype)
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = layer.bias

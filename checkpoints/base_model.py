@@ -263,7 +263,7 @@ def _dense_tensors(
     model: transformers.PreTrainedModel, layers: dict[QLoRALinear, list[str]]
 ) -> dict[str, Tensor]:
     """Finds the tensors that are saved as they are: no 4-bit weights, adapters or tied copies."""
-    elsewhere = set(model.all_tied_weights_keys)
+    elsewhere = _tied_names(model)
     for layer, names in layers.items():
         keys = [key for key in layer.state_dict() if key != "bias"]
         elsewhere |= {f"{plain_name(name)}.{key}" for name in names for key in keys}
@@ -271,6 +271,23 @@ def _dense_tensors(
     tensors = {name: tensor for name, tensor in tensors.items() if name not in elsewhere}
     dense = {names[0]: layer.base.weight for layer, names in layers.items() if _is_dense(layer)}
     return tensors | {f"{plain_name(name)}.weight": weight for name, weight in dense.items()}
+
+
+def _tied_names(model: transformers.PreTrainedModel) -> set[str]:
+    """Names the parameters that are saved as the parameter that they are tied to.
+
+    Raises: ValueError if two differ, for example after training one, and the config ties them.
+    """
+    tied = set()
+    for target, source in model.all_tied_weights_keys.items():
+        if model.get_parameter(target) is model.get_parameter(source):
+            tied.add(target)
+        elif getattr(model.config.get_text_config(), "tie_word_embeddings", True):
+            raise ValueError(
+                f"{target} and {source} are no longer one parameter, and the config ties them; "
+                "set config.tie_word_embeddings = False to save both"
+            )
+    return tied
 
 
 def _is_dense(module: nn.Module) -> bool:

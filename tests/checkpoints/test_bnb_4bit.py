@@ -356,6 +356,19 @@ def test_what_has_no_layer_in_4_bits_or_none_of_that_format_is_not_saved(tmp_pat
         assert not (tmp_path / "folder").exists()
 
 
+def test_a_head_that_is_no_longer_tied_is_saved_or_refused(tmp_path: Path) -> None:
+    """After training it, or after resizing one of both."""
+    model = lora.attach(models.tiny_llama(vocab_size=256), r=1)
+    model.lm_head.weight = nn.Parameter(2 * model.lm_head.weight)
+    message = "lm_head.weight and model.embed_tokens.weight are no longer one parameter, and the"
+    with pytest.raises(ValueError, match=message):
+        checkpoints.save_4bit(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    model.config.tie_word_embeddings = False
+    checkpoints.save_4bit(model, tmp_path / "folder")
+    assert same_bits(logits(checkpoints.load_4bit(tmp_path / "folder")), logits(model))
+
+
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 STATE = f"{FIRST}.quant_state.bitsandbytes__nf4"
 
