@@ -128,9 +128,16 @@ def adopt_trained_base(args: Options, adapter: Path, folder: Path) -> torch.dtyp
             f"{adapter} was trained on a base that was {trained}, and {folder} is "
             f"{found}: give --model the base that it was trained on"
         )
+    if base and base.layers and not found:
+        name, other = next(iter(base.layers.items()))
+        raise ValueError(
+            f"{adapter} was trained on a base that was {trained}, and {name} was {other}; train.py "
+            "quantizes all layers alike: use checkpoints.load_adapter and lora.merge in Python"
+        )
     known = trained or found
     if known:
         adopt_quantization(args, known, adapter if trained else folder)
+        quantization_of(args)  # raises a ValueError if the codebook has no name
     else:
         kept = Quantization(args.quant, args.block_size, not args.no_double_quant)
         other = "nf4 quantizes it" if args.quant == DENSE else "none keeps it dense"

@@ -19,10 +19,12 @@ from data.dataset import encode_prompt
 from helpers import models
 from helpers.bounds import HALF_A_PERCENT, cosine
 from lora import MergeAudit
+from nf4 import NF4
 from training import use_adapter
 from training.options import Options
 
 DTYPE = torch.bfloat16
+OTHER_LEVELS = torch.linspace(-1, 1, 16)
 
 
 def options(adapter: Path, **flags: object) -> Options:
@@ -243,6 +245,33 @@ def test_an_adapter_for_another_base_than_the_given_one_is_refused(
     assert train.main([*words, "--quant", "none"]) == 1
     error = capsys.readouterr().err
     assert "--quant none disagrees with" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("q_proj", "others", "complaint"),
+    [
+        (
+            None,
+            NF4,
+            "base that was nf4 in blocks of 64, .*q_proj was dense; train.py quantizes all",
+        ),
+        (OTHER_LEVELS, OTHER_LEVELS, "a codebook must be known by name, got 16 levels"),
+    ],
+)
+def test_a_base_that_only_python_can_make_is_refused_in_a_dry_run_too(
+    out: Path,
+    tmp_path: Path,
+    q_proj: torch.Tensor | None,
+    others: torch.Tensor,
+    complaint: str,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    model = lora.attach(models.tiny_llama(DTYPE), "q_proj", codebook=q_proj)
+    peft_adapter.save_adapter(lora.attach(model, codebook=others), out)
+    words = ["--init-adapter", str(out), "--model", str(tmp_path / "model"), "--dry-run"]
+    assert train.main([*words, "--output-dir", str(tmp_path / "next"), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(complaint, error) and error.count("\n") == 1, error
 
 
 @pytest.mark.parametrize("flags", ["--init-adapter {} --dry-run", "--adapter {} --prompt hello"])
