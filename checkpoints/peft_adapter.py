@@ -219,9 +219,9 @@ def describe_bases(layers: dict[str, QLoRALinear]) -> str:
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Loads an adapter, ours or PEFT's, into a model in place.
 
-    A model without adapters gets them first, with the lora_dropout of the folder. Its dense layers
-    are quantized as in the training. PEFT's files do not say how, and get NF4; to keep the base
-    dense, attach adapters with codebook=None first.
+    A model without adapters gets them first, and its dense layers are quantized as in the training.
+    PEFT's files do not say how: the base becomes NF4, unless adapters were attached with
+    codebook=None before. Scaling and lora_dropout become those of the folder.
     Raises: ValueError for missing or damaged files, an unsupported kind of adapter, names, ranks or
     shapes that do not fit, and a base that is quantized in another way than in the training, naming
     the first one. The model is then unchanged.
