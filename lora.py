@@ -55,6 +55,8 @@ from double_quant import quantize as quantize_constants
 from kernels import dispatch, weight_state
 from nf4 import NF4, Quantized, check_finite
 
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 class FrozenWeight(nn.Module):
     """A weight of any shape in 4 bits, or dense with codebook=None. Calling it dequantizes it.
@@ -308,8 +310,8 @@ class QLoRALinear(nn.Module):
         """Quantize a dense layer and add an adapter. If `linear` is a QLoRALinear, keep its base.
 
         codebook=None keeps the weight dense, for 16-bit LoRA. compute_dtype: see `forward`.
-        Raises: ValueError if r, lora_alpha or lora_dropout is out of range, and where
-        `nf4.quantize` does.
+        Raises: ValueError if r, lora_alpha, lora_dropout or compute_dtype is not possible, and
+        where `nf4.quantize` does.
         """
         if type(r) is not int or r < 1:
             raise ValueError(f"r must be an integer >= 1, such as 8; got {r}")
@@ -319,6 +321,8 @@ class QLoRALinear(nn.Module):
             )
         if not isinstance(lora_dropout, int | float) or not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout is a probability, 0 <= p < 1; got {lora_dropout!r}")
+        if compute_dtype not in (None, *COMPUTE_DTYPES):
+            raise ValueError(f"compute_dtype must be one of {COMPUTE_DTYPES}; got {compute_dtype}")
         if isinstance(linear, QLoRALinear):
             base = linear.base
             compute_dtype = compute_dtype or linear.compute_dtype

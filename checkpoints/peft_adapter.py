@@ -247,10 +247,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     # As float32, because a float64 in the file may be beyond its range.
     io.require_finite({name: tensor.float() for name, tensor in tensors.items()}, path)
     bases = _bases_for(layers, path)
-    layer_type = DoRALinear if config["use_dora"] else QLoRALinear
-    adapt(
-        model, [(names, settings[names[0]] | bases.get(names[0], {})) for names in new], layer_type
-    )
+    if new:
+        layer_type = DoRALinear if config["use_dora"] else QLoRALinear
+        chosen = [(names, settings[names[0]] | bases.get(names[0], {})) for names in new]
+        adapt(model, chosen, layer_type)
     for name, layer in adapted_layers(model).items():
         for key, value in settings[name].items():
             setattr(layer, key, value)

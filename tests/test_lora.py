@@ -606,6 +606,13 @@ def test_a_lora_alpha_that_is_not_positive_and_finite_is_refused(alpha: float) -
         QLoRALinear.from_linear(nn.Linear(4, 4), r=2, lora_alpha=alpha)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2, "bfloat16"])
+def test_a_compute_dtype_that_is_none_of_a_product_is_refused(dtype: object) -> None:
+    """A product in whole numbers would be computed, and mean nothing."""
+    with pytest.raises(ValueError, match=f"compute_dtype must be one of .*; got {dtype}"):
+        QLoRALinear.from_linear(nn.Linear(4, 4), r=2, compute_dtype=dtype)
+
+
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5, math.nan, "0"])
 def test_a_dropout_that_is_no_probability_below_1_is_refused(dropout: float) -> None:
     with pytest.raises(ValueError, match="lora_dropout is a probability"):

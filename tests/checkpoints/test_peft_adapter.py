@@ -243,6 +243,16 @@ def test_an_adapter_goes_onto_adapters_that_are_there_and_takes_its_settings_wit
     assert {layer.lora_dropout for layer in peft_adapter.adapted_layers(second).values()} == {0.0}
 
 
+def test_loading_into_adapters_does_not_change_what_is_trained(tmp_path: Path) -> None:
+    model = adapted()
+    model.model.norm.weight.requires_grad_(True)
+    model.model.layers[0].mlp.up_proj.lora_A.requires_grad_(False)
+    before = {name: each.requires_grad for name, each in model.named_parameters()}
+    checkpoints.save_adapter(adapted(), tmp_path)
+    checkpoints.load_adapter(model, tmp_path)
+    assert {name: each.requires_grad for name, each in model.named_parameters()} == before
+
+
 def test_a_model_without_adapters_gets_those_of_the_folder(tmp_path: Path) -> None:
     model = attach(base(), ["v_proj", "up_proj"], r=3)
     nn.init.normal_(model.model.layers[0].mlp.up_proj.lora_B)
