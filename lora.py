@@ -34,7 +34,8 @@ Error. |w - w'| <= h absmax + e plus rounding. h is half the widest gap between 
 and e is the error of the decoded constant (double_quant.py).
 
 Differs from bitsandbytes: the 4-bit state is in ordinary buffers, so state_dict, .to() and deepcopy
-work on them unchanged; .half() and other casts do not round the float32 constants.
+work on them unchanged; .half() and other casts change the dtype that the weight decodes to, and do
+not round the float32 constants.
 Differs from PEFT: base and adapter are one autograd function, which chooses what it saves; a merge
 gives a dense weight and reports what a merge into 4 bits would lose.
 """
@@ -53,6 +54,8 @@ from double_quant import DoubleQuantized
 from double_quant import quantize as quantize_constants
 from kernels import dispatch, weight_state
 from nf4 import NF4, Quantized, check_finite
+
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class FrozenWeight(nn.Module):
@@ -74,6 +77,7 @@ class FrozenWeight(nn.Module):
         if codebook is None:
             self.shape = weight.shape
             self.dtype = weight.dtype
+            self.decoded_dtype = weight.dtype
             self.double_quant = False
             self.register_buffer("weight", weight.detach())
             self.register_buffer("codebook", None)
@@ -94,7 +98,8 @@ class FrozenWeight(nn.Module):
 
     def _register(self, q: Quantized, constants: DoubleQuantized | None) -> None:
         self.shape = q.shape
-        self.dtype = q.dtype
+        self.dtype = q.dtype  # of the weight that was quantized
+        self.decoded_dtype = q.dtype  # a cast of the module changes it, and no bits
         self.block_size = q.block_size
         self.double_quant = constants is not None
         self.register_buffer("packed", q.packed)
@@ -123,9 +128,10 @@ class FrozenWeight(nn.Module):
         return q, constants
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight in `dtype`, by default its original one. A copy, unless it is dense."""
+        """The dense weight in `dtype`, by default as it was cast. A copy, unless it is dense."""
+        dtype = dtype or self.decoded_dtype
         if self.codebook is None:
-            return self.weight.to(dtype or self.dtype)
+            return self.weight.to(dtype)
         q, constants = self.packed_state()
         return dispatch.dequantize(q, dtype, constants)
 
@@ -149,6 +155,10 @@ class FrozenWeight(nn.Module):
         super()._apply(fn, recurse)
         if self.codebook is None:
             self.dtype = self.weight.dtype
+            self.decoded_dtype = self.dtype
+        else:
+            empty = torch.empty(0, dtype=self.decoded_dtype, device=self.packed.device)
+            self.decoded_dtype = fn(empty).dtype
         for name, tensor in exact.items():
             changed = getattr(self, name)
             if name.endswith("codebook"):  # no state_dict restores it after to_empty()
@@ -269,13 +279,13 @@ class QLoRALinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
-    def weight(self) -> str:
-        """A text instead of a tensor. Code that multiplies by it itself would skip the adapter.
+    def weight(self) -> "NoTensor":
+        """No tensor: code that multiplies by it itself would skip the adapter, so that must fail.
 
-        With a text it fails. Without the attribute, torch.distributed.checkpoint would fail: it
-        looks up each key of a state_dict as an attribute.
+        Without the attribute, torch.distributed.checkpoint would fail: it looks up each key of a
+        state_dict as an attribute.
         """
-        return "the layer multiplies by it; base() returns its values"
+        return NoTensor()
 
     @property
     def scaling(self) -> float:
@@ -300,17 +310,19 @@ class QLoRALinear(nn.Module):
         """Quantize a dense layer and add an adapter. If `linear` is a QLoRALinear, keep its base.
 
         codebook=None keeps the weight dense, for 16-bit LoRA. compute_dtype: see `forward`.
-        Raises: ValueError if r, lora_alpha or lora_dropout is out of range, and where
-        `nf4.quantize` does.
+        Raises: ValueError if r, lora_alpha, lora_dropout or compute_dtype is not possible, and
+        where `nf4.quantize` does.
         """
         if type(r) is not int or r < 1:
             raise ValueError(f"r must be an integer >= 1, such as 8; got {r}")
-        if not 0 < lora_alpha < math.inf:
+        if not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
             raise ValueError(
-                f"lora_alpha must be positive and finite, often 2 * r; got {lora_alpha}"
+                f"lora_alpha must be an int or float, positive and finite; got {lora_alpha!r}"
             )
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout is a probability, 0 <= p < 1; got {lora_dropout}")
+        if not isinstance(lora_dropout, int | float) or not 0 <= lora_dropout < 1:
+            raise ValueError(f"lora_dropout is a probability, 0 <= p < 1; got {lora_dropout!r}")
+        if compute_dtype not in (None, *COMPUTE_DTYPES):
+            raise ValueError(f"compute_dtype must be one of {COMPUTE_DTYPES}; got {compute_dtype}")
         if isinstance(linear, QLoRALinear):
             base = linear.base
             compute_dtype = compute_dtype or linear.compute_dtype
@@ -358,6 +370,20 @@ class QLoRALinear(nn.Module):
             return (self.lora_B @ self.lora_A).detach() * self.scaling
 
 
+class NoTensor:
+    """Stands for the weight of a QLoRALinear; every function of torch refuses it.
+
+    nn.TransformerEncoderLayer multiplies by its weights itself, unless one is not a plain tensor.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, *_: object) -> None:
+        raise TypeError(
+            f"{function.__name__} needs a tensor, got the weight of a QLoRALinear; "
+            "call the layer instead, or its base() for the decoded weight"
+        )
+
+
 def attach(
     model: nn.Module,
     targets: str | Iterable[str] = "all-linear",
@@ -368,19 +394,20 @@ def attach(
 
     "all-linear" adapts every nn.Linear except the output head; the paper (section 4) finds this
     necessary to match 16-bit fine-tuning. Other targets are names: a layer is adapted if its dotted
-    name is one of them, or ends in a dot and one of them. A layer that is already in 4 bits keeps
-    its base. settings: as in `from_linear`.
-    Raises: ValueError if no layer matches, if one that is named has an adapter, or if one cannot be
-    quantized (the message names it). The model is then unchanged.
+    name is one of them, or ends in a dot and one of them. The layers of a loaded 4-bit model keep
+    their bases. settings: as in `from_linear`.
+    Raises: ValueError if a target matches no such layer, if one that is named has an adapter, or if
+    one cannot be quantized (the message names it). The model is then unchanged.
     """
     groups = unadapted(model)
     if not groups:
+        reason = f"it has {left}" if (left := left_dense(model)) else "is it adapted already?"
         raise ValueError(
             "the model has no nn.Linear besides its output head, so there is nothing to adapt; "
-            "is it adapted already?"
+            f"{reason}"
         )
     adapted = [names for layer, names in names_of(model, QLoRALinear).items() if layer.r]
-    chosen = groups if targets == "all-linear" else _matching(groups, adapted, targets)
+    chosen = groups if targets == "all-linear" else _matching(model, groups, adapted, targets)
     layers = [(names, settings) for names in chosen]
     bytes_before, bytes_now = adapt(model, layers, layer_type)
     print(
@@ -395,27 +422,43 @@ def attach(
 
 
 def _matching(
-    groups: list[list[str]], adapted: list[list[str]], targets: str | Iterable[str]
+    model: nn.Module,
+    groups: list[list[str]],
+    adapted: list[list[str]],
+    targets: str | Iterable[str],
 ) -> list[list[str]]:
     """The layers that have a name ending in a target; a layer is given as the list of its names."""
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    endings = tuple(f".{target}" for target in wanted)
+    if not wanted:
+        raise ValueError(f"targets must name a layer, got {wanted}; all-linear takes all")
 
-    def matching(layers: list[list[str]]) -> list[list[str]]:
+    def matching(layers: list[list[str]], *targets: str) -> list[list[str]]:
+        endings = tuple(f".{target}" for target in targets)
         return [names for names in layers if any(f".{name}".endswith(endings) for name in names)]
 
-    if twice := matching(adapted):
+    if twice := matching(adapted, *wanted):
         raise ValueError(
             f"a layer has one adapter, got the target {twice[0][0]}, which has one; "
             "name other targets or merge first"
         )
-    chosen = matching(groups)
-    if not chosen:
-        known = sorted({name.rpartition(".")[2] for names in groups for name in names})
-        raise ValueError(
-            f"targets {wanted} match no linear layer; the model has {', '.join(known)}"
-        )
-    return chosen
+    for target in wanted:
+        if not matching(groups, target):
+            raise ValueError(f"target {target!r} {_why_not_linear(model, groups, target)}")
+    return matching(groups, *wanted)
+
+
+def _why_not_linear(model: nn.Module, groups: list[list[str]], target: str) -> str:
+    """Why a target matches none of these layers."""
+    for name, module in model.named_modules():
+        if f".{name}".endswith(f".{target}"):
+            if type(module) is nn.Linear:
+                return f"matches the head {name}, which stays dense; leave it out"
+            if any(weight.dim() > 1 for weight in module.parameters(recurse=False)):
+                kind = type(module).__name__
+                reason = f"{name} of type {kind}, and only nn.Linear can be adapted"
+                return f"matches {reason}; leave it out"
+    known = sorted({name.rpartition(".")[2] for names in groups for name in names})
+    return f"matches no linear layer; the model has {', '.join(known)}"
 
 
 def left_dense(model: nn.Module) -> str:
@@ -445,12 +488,10 @@ def adapt(
             f"adapters go into the model itself, got a {type(model).__name__} around it; "
             "add them first, then wrap or compile the model"
         )
+    check_no_other_adapters(model)
     for names, _ in layers:
-        linear = model.get_submodule(names[0])
-        if isinstance(linear, nn.Linear):
-            weight = linear.weight.detach()
-            with naming(names[0]):
-                check_finite(weight.float().flatten(), weight.shape)
+        with naming(names[0]):
+            check_replaceable(model.get_submodule(names[0]))
     bytes_before = 0
     bytes_now = 0
     for names, settings in layers:
@@ -466,6 +507,29 @@ def adapt(
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(layer.r > 0 and name != "bias")
     return bytes_before, bytes_now
+
+
+def check_no_other_adapters(model: nn.Module) -> None:
+    """Raise a ValueError if PEFT has wrapped a layer: its adapters are nn.Linear themselves."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise ValueError(
+                f"adapters go into a plain model, got {name}, a layer that PEFT has wrapped; "
+                "call merge_and_unload() or unload() first, or load its adapter with load_adapter"
+            )
+
+
+def check_replaceable(linear: "nn.Linear | QLoRALinear") -> None:
+    """Raise a ValueError if a layer has hooks, which would be lost, or no finite weight."""
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+        raise ValueError("a new layer would lose the hooks of this one; register them afterwards")
+    if isinstance(linear, nn.Linear):
+        weight = linear.weight.detach()
+        if weight.is_meta:
+            raise ValueError(
+                "its weight is on the meta device; load the weights first, without offloading them"
+            )
+        check_finite(weight.float().flatten(), weight.shape)
 
 
 @contextmanager
@@ -529,7 +593,7 @@ class MergeAudit(NamedTuple):
 def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
     """Replace each QLoRALinear, in place, by a dense nn.Linear of base + update.
 
-    The weight has the original dtype of the base, and is rounded to it once.
+    The weight has the dtype of the base, or that to which the model was cast, and is rounded once.
     Returns the model and, for each 4-bit layer, what a merge into 4 bits would keep: an update is
     small compared with the gaps between levels, so rounding removes much of it.
     """
@@ -540,7 +604,7 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
         update = layer.update()
         if base.codebook is not None:
             audit |= dict.fromkeys(names, audit_merge(base, update))
-        weight = (base(update.dtype) + update).to(base.dtype)
+        weight = (base(update.dtype) + update).to(base.decoded_dtype)
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = layer.bias

@@ -172,10 +172,12 @@ def sqrt(x: Tensor) -> Tensor:
 
 def check_group(group: StateDict) -> None:
     """Raise a ValueError unless the settings of a parameter group are those of an AdamW."""
-    missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]
+    names = ("params", "lr", "betas", "eps", "weight_decay")
+    missing = [name for name in names if name not in group]
     if missing:
         raise ValueError(
-            f"no hyperparameter may be missing, got none for {missing}; load the state of an AdamW"
+            f"no setting of a group may be missing, got none for {missing}; "
+            "load the state of an AdamW"
         )
     for name in ("lr", "eps", "weight_decay"):
         if not group[name] >= 0:
@@ -373,6 +375,9 @@ class PagedAdamW(Optimizer):
 
         Raises: ValueError unless it is the state of an AdamW and fits the parameters.
         """
+        missing = [key for key in ("state", "param_groups") if key not in state_dict]
+        if missing:
+            raise ValueError(f"{missing[0]} must not be missing; load the state of an AdamW")
         indices = []
         for group in state_dict["param_groups"]:
             check_group(group)

@@ -1,9 +1,9 @@
 """Saves and loads adapters in PEFT's format, and 4-bit models in that of bitsandbytes.
 
-Modules: io (atomic writes, files from strangers), bnb_4bit and peft_adapter (the two formats),
-skeleton (a model without weights), headers (checks before weights are read), base_model (streaming
-load, 4-bit save and load), portable (what older versions read), sources (a folder, a hub id or a
-package).
+Modules: io (atomic writes, files from strangers), quantization (how a base is quantized, in words),
+bnb_4bit and peft_adapter (the two formats), skeleton (a model without weights), headers (checks
+before weights are read), base_model (streaming load, 4-bit save and load), portable (what older
+versions read), sources (a folder, a hub id or a package).
 """
 
 import logging

@@ -89,7 +89,7 @@ def load_quantized(
     if quantization is None:
         model = _fill_and_quantize(model, shards, folder, device, make)
     else:
-        model = _keep_dense_layers(_cast(load_4bit(folder), dtype, device))
+        model = _cast(load_4bit(folder), dtype, device)
     require_causal(model, folder)
     return model
 
@@ -156,25 +156,15 @@ def _cast(
 ) -> transformers.PreTrainedModel:
     """Casts the parameters of a 4-bit model; its layers then compute in the dtype of their input.
 
-    Buffers keep their dtype, as they do in a dense model.
+    So are dense weights inside the layers; other buffers keep their dtype, as in a dense model.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)
     for layer in model.modules():
         if isinstance(layer, QLoRALinear):
             layer.compute_dtype = None
+            layer.base.to(dtype)  # 4-bit weights keep their dtypes
     return model.to(device)
-
-
-def _keep_dense_layers(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """Wraps the dense linear layers of a 4-bit model, so lora.attach does not quantize them."""
-    for names in unadapted(model):
-        linear = model.get_submodule(names[0])
-        if isinstance(linear, nn.Linear):
-            layer = QLoRALinear(FrozenWeight(linear.weight, codebook=None), linear.bias)
-            for name in names:
-                model.set_submodule(name, layer.eval())
-    return model
 
 
 # Folders in 4 bits
@@ -183,8 +173,8 @@ def _keep_dense_layers(model: transformers.PreTrainedModel) -> transformers.PreT
 def load_4bit(folder: str | Path) -> transformers.PreTrainedModel:
     """Loads a model that save_4bit, or transformers with bitsandbytes, saved.
 
-    The model is frozen and in evaluation mode. Each 4-bit layer is a QLoRALinear without an
-    adapter; lora.attach or load_adapter adds one.
+    The model is frozen and in evaluation mode. Each linear layer is a QLoRALinear without an
+    adapter, in 4 bits, or dense if bitsandbytes skipped it; lora.attach or load_adapter adds one.
     Raises: ValueError naming the file and the key of anything missing, unknown or invalid.
     """
     folder = Path(folder)
@@ -209,7 +199,18 @@ def load_4bit(folder: str | Path) -> transformers.PreTrainedModel:
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     skeleton.fill(model, tensors, folder)
-    return model.requires_grad_(False).eval()
+    return _keep_dense_layers(model.requires_grad_(False).eval())
+
+
+def _keep_dense_layers(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Wraps the dense linear layers of a 4-bit model, so an adapter does not quantize them."""
+    for names in unadapted(model):
+        linear = model.get_submodule(names[0])
+        if isinstance(linear, nn.Linear):
+            layer = QLoRALinear(FrozenWeight(linear.weight, codebook=None), linear.bias)
+            for name in names:
+                model.set_submodule(name, layer.eval())
+    return model
 
 
 def save_4bit(model: transformers.PreTrainedModel, folder: str | Path) -> None:
@@ -262,7 +263,7 @@ def _dense_tensors(
     model: transformers.PreTrainedModel, layers: dict[QLoRALinear, list[str]]
 ) -> dict[str, Tensor]:
     """Finds the tensors that are saved as they are: no 4-bit weights, adapters or tied copies."""
-    elsewhere = set(model.all_tied_weights_keys)
+    elsewhere = _tied_names(model)
     for layer, names in layers.items():
         keys = [key for key in layer.state_dict() if key != "bias"]
         elsewhere |= {f"{plain_name(name)}.{key}" for name in names for key in keys}
@@ -270,6 +271,23 @@ def _dense_tensors(
     tensors = {name: tensor for name, tensor in tensors.items() if name not in elsewhere}
     dense = {names[0]: layer.base.weight for layer, names in layers.items() if _is_dense(layer)}
     return tensors | {f"{plain_name(name)}.weight": weight for name, weight in dense.items()}
+
+
+def _tied_names(model: transformers.PreTrainedModel) -> set[str]:
+    """Names the parameters that are saved as the parameter that they are tied to.
+
+    Raises: ValueError if two differ, for example after training one, and the config ties them.
+    """
+    tied = set()
+    for target, source in model.all_tied_weights_keys.items():
+        if model.get_parameter(target) is model.get_parameter(source):
+            tied.add(target)
+        elif getattr(model.config.get_text_config(), "tie_word_embeddings", True):
+            raise ValueError(
+                f"{target} and {source} are no longer one parameter, and the config ties them; "
+                "set config.tie_word_embeddings = False to save both"
+            )
+    return tied
 
 
 def _is_dense(module: nn.Module) -> bool:

@@ -18,17 +18,17 @@ that all have one dtype.
 import json
 import math
 import re
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import nf4
 from checkpoints import io
+from checkpoints.quantization import CODEBOOKS, Quantization
 from double_quant import DoubleQuantized
 from lora import FrozenWeight
 
-CODES = {"nf4": nf4.NF4, "fp4": nf4.FP4}
+CODES = {code: CODEBOOKS[code] for code in ("nf4", "fp4")}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STORAGES = DTYPES | {"float64": torch.float64, "int8": torch.int8, "uint8": torch.uint8}
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes can read
@@ -47,20 +47,6 @@ CONFIG = {
     "load_in_8bit": False,
     "quant_method": "bitsandbytes",
 }
-
-
-class Quantization(NamedTuple):
-    """How a weight is quantized. code: nf2 to nf4, fp4, or none for a dense weight."""
-
-    code: str
-    block_size: int
-    double_quant: bool
-
-    def __str__(self) -> str:
-        if self.code == "none":
-            return "dense"
-        constants = "double quantization" if self.double_quant else "constants in float32"
-        return f"{self.code} in blocks of {self.block_size}, {constants}"
 
 
 def quant_type(codebook: Tensor | None) -> str | None:

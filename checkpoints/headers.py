@@ -24,6 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from checkpoints import bnb_4bit, io, skeleton
+from checkpoints.quantization import Quantization
 
 
 class Headers(NamedTuple):
@@ -35,7 +36,7 @@ class Headers(NamedTuple):
 
     model: transformers.PreTrainedModel
     shards: dict[Path, dict[str, str]]
-    quantization: bnb_4bit.Quantization | None
+    quantization: Quantization | None
 
 
 def read(folder: Path, dtype: torch.dtype | None = None) -> Headers:
@@ -96,7 +97,7 @@ def read_quantization(folder: Path) -> dict:
     return quantization
 
 
-def quantization_of(folder: Path) -> bnb_4bit.Quantization | None:
+def quantization_of(folder: Path) -> Quantization | None:
     """Reads how a folder is quantized; None for a dense one. Raises: ValueError."""
     if not is_quantized(folder):
         return None
@@ -104,7 +105,7 @@ def quantization_of(folder: Path) -> bnb_4bit.Quantization | None:
     return packed_base(io.describe_model(folder), folder)
 
 
-def packed_base(described: dict[Path, dict[str, Tensor]], folder: Path) -> bnb_4bit.Quantization:
+def packed_base(described: dict[Path, dict[str, Tensor]], folder: Path) -> Quantization:
     """Reads how the first 4-bit weight of a folder is quantized.
 
     Raises: ValueError if the folder has none: its quantization_config is then wrong.
@@ -138,22 +139,25 @@ def require_linear_matrices(model: transformers.PreTrainedModel, where: Path) ->
 
 
 def require_causal_attention(model: transformers.PreTrainedModel, where: Path) -> None:
-    """Raises a ValueError if the config and an attention layer say that it sees later tokens.
+    """Raises a ValueError if the config and the layers say that a token sees later ones.
 
-    A few architectures, such as BigBird, do not say so in their layers: base_model.require_causal
-    finds them when the weights are there.
+    An architecture may have other ways: base_model.require_causal finds them when the weights are
+    there.
     """
+    if getattr(model.config, "causal", True) is False:  # XLM
+        raise ValueError(not_causal(model, where, "causal is False in its config"))
     is_encoder = getattr(model.config, "is_decoder", True) is False
     for name, module in model.named_modules():
-        if is_encoder and getattr(module, "is_causal", True) is False:
-            raise ValueError(not_causal(model, where, f"{name}.is_causal is False"))
+        if is_encoder and getattr(module, "is_decoder", True) is False:
+            raise ValueError(not_causal(model, where, f"{name}.is_decoder is False"))
 
 
 def not_causal(model: transformers.PreTrainedModel, where: object, reason: str) -> str:
     """The message for a model that sees the tokens it must predict."""
+    flag = "causal" if hasattr(model.config, "causal") else "is_decoder"
     return (
         f"{where}: {type(model).__name__} sees the tokens that it must predict ({reason}), so "
-        'fine-tuning would teach it to copy: take a causal model, or set "is_decoder": true in '
+        f'fine-tuning would teach it to copy: take a causal model, or set "{flag}": true in '
         "config.json if it was trained as one"
     )
 

@@ -29,13 +29,14 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from checkpoints import io
-from checkpoints.bnb_4bit import CODES, DTYPES, Quantization, quant_type
-from lora import FrozenWeight, QLoRALinear, adapt, names_of, unadapted, unwrap
+from checkpoints import io, quantization
+from checkpoints.quantization import Quantization
+from lora import QLoRALinear, adapt, names_of, naming, unadapted, unwrap
 from variants.dora import DoRALinear
 
 PREFIX = "base_model.model."
@@ -52,13 +53,12 @@ DEFAULTS = {  # PEFT's
     "init_lora_weights": True,
 }
 UNSUPPORTED = """
-    use_qalora use_bdlora lora_bias alora_invocation_tokens modules_to_save trainable_token_indices
+    lora_bias alora_invocation_tokens modules_to_save trainable_token_indices
     target_parameters layer_replication arrow_config velora_config monteclora_config kasa_config
 """.split()
 # Other values of init_lora_weights change the base, so the adapter would need that base.
 SUPPORTED_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
-CODE_OF_BITS = {0: "none", 2: "nf2", 3: "nf3", 4: "nf4"}  # the codes by their bits
 MOST_REPETITIONS = 3  # in a pattern
 LONGEST_PATTERN = 1000  # characters
 MOST_PATTERNS = 10_000
@@ -125,11 +125,10 @@ def save_adapter(
     _check_trained(model)
     config = _config_of(model, layers)
     folder.mkdir(parents=True, exist_ok=True)
-    bases = [layer.base for layer in layers.values()]
     io.write_tensors(
         tensors or adapter_tensors(model),
         folder / "adapter_model.safetensors",
-        metadata={"base": describe_base(bases)},
+        metadata={"base": describe_bases(layers)},
     )
     io.write_text(json.dumps(config, indent=2), folder / "adapter_config.json")
 
@@ -201,20 +200,17 @@ def _target_modules(model: nn.Module) -> list[str]:
     return sorted(adapted if suffixes & other_suffixes else suffixes)
 
 
-def describe_base(bases: list[FrozenWeight]) -> str:
-    """Describes how the base of an adapter is quantized, as JSON for the header of its file.
+def describe_bases(layers: dict[str, QLoRALinear]) -> str:
+    """Describes the bases of an adapter's layers as JSON for the header of its file.
 
-    bases: of all layers. A 4-bit model may keep some dense; the first in 4 bits counts.
+    The first base in 4 bits stands for all, and "layers" has those that are quantized otherwise.
     """
-    base = next((each for each in bases if each.codebook is not None), bases[0])
-    description = {"bits": 0, "dtype": str(base.dtype).removeprefix("torch.")}
-    if base.codebook is not None:
-        description["bits"] = base.codebook.numel().bit_length() - 1
-        description["block_size"] = base.block_size
-        description["double_quant"] = base.double_quant
-        if quant_type(base.codebook) == "fp4":
-            description["code"] = "fp4"
-    return json.dumps(description)
+    bases = {name: layer.base for name, layer in layers.items()}
+    found = {name: quantization.quantization_of(base) for name, base in bases.items()}
+    first = min(found, key=lambda name: found[name].code == quantization.DENSE)
+    others = {name: each._asdict() for name, each in found.items() if each != found[first]}
+    entries = found[first]._asdict() | {"dtype": str(bases[first].dtype).removeprefix("torch.")}
+    return json.dumps(entries | ({"layers": others} if others else {}))
 
 
 # Loading
@@ -223,9 +219,12 @@ def describe_base(bases: list[FrozenWeight]) -> str:
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Loads an adapter, ours or PEFT's, into a model in place.
 
-    A model without adapters gets them first, on an NF4 base.
-    Raises: ValueError for missing or damaged files, an unsupported kind of adapter, and names,
-    ranks or shapes that do not fit, naming the first one. The model is then unchanged.
+    A model without adapters gets them first, and its dense layers are quantized as in the training.
+    PEFT's files do not say how: the base becomes NF4, unless adapters were attached with
+    codebook=None before. Scaling and lora_dropout become those of the folder.
+    Raises: ValueError for missing or damaged files, an unsupported kind of adapter, names, ranks or
+    shapes that do not fit, and a base that is quantized in another way than in the training, naming
+    the first one. The model is then unchanged.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -241,18 +240,47 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     settings = {name: settings_of(name, config) for name in layers}
     if not new:
         _check_settings(layers, settings, config["use_dora"], folder)
+    _check_places(model, tensors, layers, path)
     io.check_like(tensors, _expected_tensors(layers, settings, config["use_dora"]), path)
     if not layers:
         raise ValueError(f"{path} has no adapter for any layer of the model")
     # As float32, because a float64 in the file may be beyond its range.
     io.require_finite({name: tensor.float() for name, tensor in tensors.items()}, path)
-    layer_type = DoRALinear if config["use_dora"] else QLoRALinear
-    adapt(model, [(names, settings[names[0]]) for names in new], layer_type)
+    bases = _bases_for(layers, path)
+    if new:
+        layer_type = DoRALinear if config["use_dora"] else QLoRALinear
+        chosen = [(names, settings[names[0]] | bases.get(names[0], {})) for names in new]
+        adapt(model, chosen, layer_type)
     for name, layer in adapted_layers(model).items():
-        layer.lora_alpha = settings[name]["lora_alpha"]
-        layer.use_rslora = settings[name]["use_rslora"]
+        for key, value in settings[name].items():
+            setattr(layer, key, value)
     copy_tensors(tensors, adapter_tensors(model))
     return model
+
+
+def _bases_for(layers: dict[str, nn.Linear | QLoRALinear], path: Path) -> dict[str, dict]:
+    """Returns how to quantize each layer that is dense, as `from_linear` takes it.
+
+    Raises: ValueError if a layer is quantized already, and in another way than in the training.
+    """
+    trained = base_of(path.parent)
+    if trained is None:
+        if any(isinstance(layer, nn.Linear) for layer in layers.values()):
+            default = Quantization("nf4")
+            print(f"{path} does not say how its base was quantized: it is made {default}")
+        return {}
+    bases = {}
+    for name, layer in layers.items():
+        wanted = trained.of_layer(name)
+        if isinstance(layer, nn.Linear):
+            with naming(f"{name} in {path}"):
+                bases[name] = wanted.settings()
+        elif (found := quantization.quantization_of(layer.base)) != wanted:
+            raise ValueError(
+                f"{path} was trained on a base that was {wanted}, and {name} is {found}: load it "
+                "into a dense model without adapters, or quantize the model as in the training"
+            )
+    return bases
 
 
 def _check_settings(
@@ -266,6 +294,28 @@ def _check_settings(
             raise ValueError(f"{path} gives {name} rank {r}, and the model's adapter has {layer.r}")
         if isinstance(layer, DoRALinear) != use_dora:
             raise ValueError(f"{path} has use_dora {use_dora}, and the model's adapter has not")
+
+
+def _check_places(
+    model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, nn.Module], path: Path
+) -> None:
+    """Raises a ValueError naming a tensor that the model has a place for, but no adapter."""
+    modules = {plain_name(name) for name, _ in unwrap(model).named_modules()}
+    for name in tensors:
+        place, is_adapter, _ = name.partition(".lora_")
+        if not place.startswith(PREFIX):
+            continue
+        module = place.removeprefix(PREFIX)
+        if not is_adapter and module.removesuffix(".weight") in modules:
+            raise ValueError(
+                f"{path} holds {name}, a whole weight, and not adapters alone: save the adapter "
+                "without it (save_embedding_layers=False in PEFT), or merge both with PEFT"
+            )
+        if is_adapter and module in modules and module not in layers:
+            raise ValueError(
+                f"{path} holds {name}, and {module} has no adapter in the model: attach adapters "
+                "to the same layers, none of which may be the output head or an embedding"
+            )
 
 
 def _expected_tensors(
@@ -354,7 +404,8 @@ def _check_supported(config: dict, path: Path) -> None:
         "bias": ("none",),
         "init_lora_weights": SUPPORTED_INITS,
     }
-    wrong = [key for key in UNSUPPORTED if config.get(key)]
+    unknown = [key for key in config if key.startswith("use_") and key not in DEFAULTS]
+    wrong = [key for key in [*UNSUPPORTED, *unknown] if config.get(key)]
     wrong += [key for key, values in supported.items() if config.get(key) not in values]
     if wrong:
         settings = ", ".join(f"{key} {config.get(key)}" for key in wrong)
@@ -396,26 +447,38 @@ def _repetitions(text: str) -> int:
     return sum(text.count(repetition) for repetition in "*+?{")
 
 
-def base_of(folder: Path) -> tuple[Quantization | None, torch.dtype | None]:
-    """Reads how the base of an adapter is quantized, and its dtype.
+class TrainedBase(NamedTuple):
+    """The base that an adapter was trained on: its quantization and its dtype.
 
-    The code is nf2 to nf4, fp4, or none for a dense base. Returns None for what the header does not
-    say; PEFT's says nothing.
+    layers: the quantization of each layer that is quantized otherwise.
+    """
+
+    quantization: Quantization
+    dtype: torch.dtype | None
+    layers: dict[str, Quantization]
+
+    def of_layer(self, name: str) -> Quantization:
+        """How the base of one layer was quantized."""
+        return self.layers.get(name, self.quantization)
+
+
+def base_of(folder: Path) -> TrainedBase | None:
+    """Reads from the header of an adapter what base it was trained on; PEFT's does not say it.
+
     Raises: ValueError if the file is missing or damaged, or the header describes no possible base.
     """
     path = folder / "adapter_model.safetensors"
     io.describe(path)  # validates the file
     text = io.read_metadata(path).get("base")
     if text is None:
-        return None, None
-    base = {"bits": 4, "block_size": 64, "double_quant": True, "dtype": None}
+        return None
     try:
-        base |= io.parse_json(text.encode())
-        dtype = base["dtype"] and DTYPES[base["dtype"]]
-        code = base.get("code") or CODE_OF_BITS[base["bits"]]
-        if code not in (*CODE_OF_BITS.values(), *CODES):
-            raise ValueError(f"code {code}")
-    except (ValueError, KeyError, TypeError) as error:
+        entries = io.parse_json(text.encode())
+        dtypes = {None: None} | {str(dtype).removeprefix("torch."): dtype for dtype in io.FLOATING}
+        layers = {
+            name: quantization.parse(each) for name, each in entries.get("layers", {}).items()
+        }
+        return TrainedBase(quantization.parse(entries), dtypes[entries.get("dtype")], layers)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: its header describes no base ({reason})") from None
-    return Quantization(code, base["block_size"], bool(base["double_quant"])), dtype

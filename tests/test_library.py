@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from trl import SFTConfig, SFTTrainer
 
 import lora
-from helpers.models import tiny_llama, tokenizer, trained
+from helpers.models import save_tiny_llama, tiny_llama, tokenizer, trained
 from helpers.pages import ROOT
 from paged_optim import PagedAdamW
 
@@ -35,8 +35,9 @@ SETTINGS = {
 }
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
-# Of the libraries: Trainer without a GPU, and torch while it traces
+# Of the libraries: TRL's default settings, Trainer without a GPU, and torch while it traces
 pytestmark = pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing` is deprecated:FutureWarning",
     "ignore:'pin_memory' argument is set as true:UserWarning",
     "ignore:.* should not be instantiated:DeprecationWarning",
 )
@@ -201,10 +202,11 @@ def test_an_example_of_the_page_runs_and_saves_an_adapter(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    tiny_llama(vocab_size=VOCAB_SIZE).save_pretrained("my/model")
+    save_tiny_llama(tmp_path / "my/model")
     data = rows(8)
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     names = {"rows": data, "batches": [{key: row[key][None] for key in row} for row in data[:2]]}
-    exec(compile(code, title, "exec"), names)
+    exec(compile(code, title, "exec"), names | {"chats": [{"messages": turns}] * 8})
     saved = load_file("out/adapter_model.safetensors")
     assert len(saved) == 28 and any(tensor.any() for name, tensor in saved.items() if "_B" in name)
 

@@ -7,6 +7,7 @@ import re
 import weakref
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -370,23 +371,25 @@ def test_targets_are_names_or_the_ends_of_names(targets: object, expected: list[
 
 
 @pytest.mark.parametrize(
-    ("targets", "said"),
+    ("targets", "reason"),
     [
-        ("own", "['own']"),
-        ("wn", "['wn']"),
-        ("lm_head", "['lm_head']"),
-        ("blocks", "['blocks']"),
-        (["q_proj", "v_proj"], "['q_proj', 'v_proj']"),
-        ([], "[]"),
-        ("", "['']"),
+        ("own", "target 'own' matches no linear layer; the model has down, up"),
+        ("wn", "target 'wn' matches no linear layer; the model has down, up"),
+        ("blocks", "target 'blocks' matches no linear layer; the model has down, up"),
+        ("", "target '' matches no linear layer; the model has down, up"),
+        (["up", "q_proj"], "target 'q_proj' matches no linear layer; the model has down, up"),
+        ("lm_head", "target 'lm_head' matches the head lm_head, which stays dense; leave it out"),
+        (["up", "embed"], "target 'embed' matches embed of type Embedding, and only nn.Linear can"),
+        ([], "targets must name a layer, got []; all-linear takes all"),
     ],
 )
-def test_a_target_that_matches_no_layer_is_refused_with_the_names_of_the_layers(
-    targets: object, said: str
+def test_a_target_that_matches_no_layer_is_refused_with_the_reason(
+    targets: object, reason: str
 ) -> None:
-    message = f"targets {said} match no linear layer; the model has down, up"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        lora.attach(TowerWithHead(), targets, r=3)
+    model = TowerWithHead()
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        lora.attach(model, targets, r=3)
+    assert not adapted_names(model)
 
 
 @pytest.mark.parametrize(
@@ -395,6 +398,37 @@ def test_a_target_that_matches_no_layer_is_refused_with_the_names_of_the_layers(
 def test_a_model_without_linear_layers_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="no nn.Linear besides its output head"):
         lora.attach(model)
+
+
+def test_a_model_whose_matrices_are_elsewhere_is_refused_with_their_places() -> None:
+    model = nn.Sequential(nn.Bilinear(3, 3, 3))
+    with pytest.raises(ValueError, match=r"so there is nothing to adapt; it has 1 Bilinear \(0\)"):
+        lora.attach(model)
+
+
+def with_hook(model: nn.Module) -> str:
+    model.blocks[1]["down"].register_forward_hook(lambda *_: None)
+    return "layer blocks.1.down: a new layer would lose the hooks of this one; register them after"
+
+
+def without_weights(model: nn.Module) -> str:
+    model.blocks[1]["down"].to("meta")
+    return "layer blocks.1.down: its weight is on the meta device; load the weights first"
+
+
+def with_another_adapter(model: nn.Module) -> str:
+    model.blocks[1]["down"].base_layer = nn.Linear(4, 4)  # as PEFT's layers have
+    return "adapters go into a plain model, got blocks.1.down, a layer that PEFT has wrapped"
+
+
+@pytest.mark.parametrize("change", [with_hook, without_weights, with_another_adapter])
+def test_a_layer_that_cannot_be_replaced_is_refused_by_name(
+    change: Callable[[nn.Module], str],
+) -> None:
+    model = TowerWithHead()
+    with pytest.raises(ValueError, match=change(model)):
+        lora.attach(model, r=3)
+    assert not adapted_names(model)
 
 
 def test_a_model_that_is_adapted_already_is_refused() -> None:
@@ -564,13 +598,22 @@ def test_adapt_returns_the_bytes_of_the_weights_before_and_now() -> None:
     assert bytes_now == 2 * (1024 + 32 + 4 + 4)
 
 
-@pytest.mark.parametrize("alpha", [0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("alpha", [0, -1.0, math.inf, math.nan, "16", np.float32(16)])
 def test_a_lora_alpha_that_is_not_positive_and_finite_is_refused(alpha: float) -> None:
-    with pytest.raises(ValueError, match=f"lora_alpha must be positive and finite.*got {alpha}"):
+    """So is a number that JSON cannot hold: an adapter could not be saved after the training."""
+    message = f"lora_alpha must be an int or float, positive and finite; got {alpha!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         QLoRALinear.from_linear(nn.Linear(4, 4), r=2, lora_alpha=alpha)
 
 
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5, math.nan])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2, "bfloat16"])
+def test_a_compute_dtype_that_is_none_of_a_product_is_refused(dtype: object) -> None:
+    """A product in whole numbers would be computed, and mean nothing."""
+    with pytest.raises(ValueError, match=f"compute_dtype must be one of .*; got {dtype}"):
+        QLoRALinear.from_linear(nn.Linear(4, 4), r=2, compute_dtype=dtype)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5, math.nan, "0"])
 def test_a_dropout_that_is_no_probability_below_1_is_refused(dropout: float) -> None:
     with pytest.raises(ValueError, match="lora_dropout is a probability"):
         QLoRALinear.from_linear(nn.Linear(4, 4), r=2, lora_dropout=dropout)
@@ -748,6 +791,31 @@ def test_merge_leaves_an_ordinary_model_with_the_same_training_mode_and_no_adapt
 def test_a_layer_that_is_used_twice_stays_one_layer_when_merged() -> None:
     model, _ = lora.merge(lora.attach(TowerWithHead(), r=3))
     assert model.blocks[0]["up"] is model.blocks[2]["up"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_that_was_cast_after_attach_has_one_dtype_after_a_merge(dtype: torch.dtype) -> None:
+    model, _ = lora.merge(lora.attach(TowerWithHead(), r=3).to(dtype))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model(torch.tensor([[1, 2, 3]])).dtype == dtype
+
+
+def test_an_encoder_layer_of_torch_calls_our_layers_also_in_its_fast_path() -> None:
+    """In evaluation without gradients, it multiplies by the weights of its layers itself."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True).eval()
+    lora.attach(model, r=2)
+    x = torch.randn(2, 5, 64)
+    expected = model(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
+def test_a_function_of_torch_refuses_the_weight_of_an_adapted_layer() -> None:
+    layer = QLoRALinear.from_linear(nn.Linear(64, 8))
+    message = "linear needs a tensor, got the weight of a QLoRALinear; call the layer instead"
+    with pytest.raises(TypeError, match=message):
+        F.linear(torch.ones(64), layer.weight)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -909,10 +909,10 @@ LORA_MUTANTS = [
     Mutant(
         "a target may end inside a name",
         "lora",
-        'tuple(f".{target}" for target in wanted)',
-        "tuple(wanted)",
-        "test_a_target_that_matches_no_layer_is_refused_with_the_names_of_the_layers",
-        {"targets": "wn", "said": "['wn']"},
+        'tuple(f".{target}" for target in targets)',
+        "tuple(targets)",
+        "test_a_target_that_matches_no_layer_is_refused_with_the_reason",
+        {"targets": "wn", "reason": "target 'wn' matches no linear layer"},
     ),
     Mutant(
         "a shared layer is replaced under one of its names",

@@ -841,11 +841,11 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     [
         (
             lambda params: torch.optim.SGD(params),
-            r"no hyperparameter may be missing, got none for \['betas', 'eps'\]; ",
+            r"no setting of a group may be missing, got none for \['betas', 'eps'\]; ",
         ),
         (
             lambda params: torch.optim.SGD(params, momentum=0.9),
-            r"no hyperparameter may be missing, got none for \['betas', 'eps'\]; ",
+            r"no setting of a group may be missing, got none for \['betas', 'eps'\]; ",
         ),
         (
             torch.optim.Adamax,
@@ -873,6 +873,21 @@ def test_a_foreign_state_is_refused_by_what_it_lacks_and_changes_nothing(
     assert optimizer.counters == counts
     assert snapshot(params, optimizer) == before
     assert optimizer.state_dict()["param_groups"] == groups
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "state must not be missing; load the state of an AdamW"),
+        ({"state": {}}, "param_groups must not be missing; load the state of an AdamW"),
+        ({"state": {}, "param_groups": [{"lr": 1.0}]}, r"got none for \['params', 'betas', 'eps'"),
+    ],
+)
+def test_what_is_no_state_of_an_optimizer_is_refused_by_what_it_lacks(
+    state: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        PagedAdamW([nn.Parameter(torch.ones(2))]).load_state_dict(state)
 
 
 # The optimizer as torch knows it

@@ -14,12 +14,9 @@ import transformers
 from torch import Tensor
 
 from checkpoints import bnb_4bit, headers, io
-from checkpoints.bnb_4bit import Quantization
+from checkpoints.quantization import DENSE, Quantization
 from data.dataset import Task
-from nf4 import normal_float
-from training.options import QUANT_BITS, Options, spelling
-
-DENSE = "none"  # the value of --quant
+from training.options import Options, spelling
 
 
 def check_base(
@@ -122,16 +119,4 @@ def require_known_ids(
 
 def quantization_of(args: Options) -> dict[str, int | bool | Tensor | None]:
     """The flags as FrozenWeight takes them."""
-    return {
-        "block_size": args.block_size,
-        "double_quant": not args.no_double_quant,
-        "codebook": codebook_of(args.quant),
-    }
-
-
-def codebook_of(quant: str) -> Tensor | None:
-    """The codebook of a value of --quant; None for 16-bit LoRA."""
-    if quant in bnb_4bit.CODES:
-        return bnb_4bit.CODES[quant]
-    bits = QUANT_BITS[quant]
-    return normal_float(bits) if bits else None
+    return Quantization(args.quant, args.block_size, not args.no_double_quant).settings()

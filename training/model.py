@@ -22,7 +22,7 @@ from paged_optim import PagedAdamW
 from training import distributed, end_tokens, sharding
 from training.base_check import adopt_quantization, quantization_of
 from training.options import Options
-from training.use_adapter import adopt_trained_base, save_4bit
+from training.use_adapter import adopt_trained_base, base_name, save_4bit
 from variants.dora import DoRALinear
 from variants.init import maker as layer_maker
 
@@ -85,10 +85,10 @@ def adopt_settings(args: Options) -> None:
     if args.init_adapter is None:
         return
     config = peft_adapter.read_config(args.init_adapter)
-    trained, _ = peft_adapter.base_of(args.init_adapter)
+    trained = peft_adapter.base_of(args.init_adapter)
     if trained:  # PEFT's files do not say it
-        adopt_quantization(args, trained, args.init_adapter)
-    args.model = args.model or config["base_model_name_or_path"]
+        adopt_quantization(args, trained.quantization, args.init_adapter)
+    args.model = base_name(args, args.init_adapter)
     args.lora_r = config["r"]
     args.lora_alpha = float(config["lora_alpha"])
     args.lora_dropout = float(config["lora_dropout"])

@@ -29,7 +29,7 @@ from typing import NoReturn, get_args, get_type_hints
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"  # equals the name in checkpoints.sources
 LORA_STARTS = ["default", "pissa", "loftq"]  # equals variants.init.STARTS
 DTYPES = ["auto", "bfloat16", "float32"]
-QUANT_BITS = {"nf4": 4, "nf3": 3, "nf2": 2, "none": 0}  # bits of a code; none keeps 16-bit weights
+QUANTS = ["nf4", "nf3", "nf2", "none"]  # some codes of checkpoints.quantization
 STEPS = 60  # if neither --max-steps nor --num-train-epochs is given
 COMPARED = "16-bit"  # the folder of the second run of --compare, in the output folder
 LARGEST_INT = 2**63 - 1  # torch and the files hold whole numbers in 64 bits
@@ -95,7 +95,7 @@ class Options:
     given = frozenset()  # the names of the flags that were typed; not a field
 
     model: str | None = flag(None, f"folder or hub id (default: {DEFAULT_MODEL}, from a package)")
-    quant: str = flag("nf4", "code of the frozen weights; none: 16 bits", choices=list(QUANT_BITS))
+    quant: str = flag("nf4", "code of the frozen weights; none: 16 bits", choices=QUANTS)
     no_double_quant: bool = flag(False, "keep the quantization constants in float32")
     block_size: int = flag(64, "weights per quantization constant", "a power of two, 2 or more")
     save_4bit: Path | None = flag(None, "save the 4-bit base for transformers and bitsandbytes")

@@ -29,12 +29,12 @@ import transformers
 
 import lora
 from checkpoints import base_model, headers, io, peft_adapter, portable, sources
-from checkpoints.bnb_4bit import DTYPES, Quantization
+from checkpoints.bnb_4bit import DTYPES
+from checkpoints.quantization import DENSE, Quantization
 from data.dataset import encode_prompt
 from lora import FrozenWeight, MergeAudit, QLoRALinear
 from training import end_tokens
 from training.base_check import (
-    DENSE,
     adopt_quantization,
     quantization_of,
     require_known_ids,
@@ -85,8 +85,7 @@ def load_adapted_model(
 
     dtype: None stands for the dtype that the adapter was trained with, or else that of the base.
     """
-    base = args.model or peft_adapter.read_config(args.adapter)["base_model_name_or_path"]
-    folder = sources.find_model(base or sources.DEFAULT_MODEL)
+    folder = sources.find_model(base_name(args, args.adapter))
     tokenizer = sources.load_tokenizer(folder)
     trained_dtype = adopt_trained_base(args, args.adapter, folder)
     dtype = dtype or trained_dtype or dtype_of(folder)
@@ -97,6 +96,23 @@ def load_adapted_model(
     return model, tokenizer
 
 
+def base_name(args: Options, adapter: Path) -> str:
+    """The base of an adapter: --model, or else what its files name.
+
+    Raises: ValueError naming the entry of adapter_config.json if that base is nowhere.
+    """
+    if args.model:
+        return args.model
+    name = peft_adapter.read_config(adapter)["base_model_name_or_path"] or sources.DEFAULT_MODEL
+    try:
+        sources.find_local_model(name)
+    except ValueError as error:
+        entry = f"{adapter / 'adapter_config.json'}: base_model_name_or_path"
+        reason = str(error).removesuffix(f"; {sources.REMEDY}")
+        raise ValueError(f"{entry}: {reason}: give the base as --model") from None
+    return name
+
+
 def adopt_trained_base(args: Options, adapter: Path, folder: Path) -> torch.dtype | None:
     """Sets the flags that describe the base to what an adapter was trained on; returns its dtype.
 
@@ -104,16 +120,24 @@ def adopt_trained_base(args: Options, adapter: Path, folder: Path) -> torch.dtyp
     make of a dense one, and a line on stderr says so.
     Raises: ValueError if adapter, folder and flags disagree.
     """
-    trained, dtype = peft_adapter.base_of(adapter)
+    base = peft_adapter.base_of(adapter)
+    trained = base.quantization if base else None
     found = headers.quantization_of(folder)
     if trained and found and trained != found:
         raise ValueError(
             f"{adapter} was trained on a base that was {trained}, and {folder} is "
             f"{found}: give --model the base that it was trained on"
         )
+    if base and base.layers and not found:
+        name, other = next(iter(base.layers.items()))
+        raise ValueError(
+            f"{adapter} was trained on a base that was {trained}, and {name} was {other}; train.py "
+            "quantizes all layers alike: use checkpoints.load_adapter and lora.merge in Python"
+        )
     known = trained or found
     if known:
         adopt_quantization(args, known, adapter if trained else folder)
+        quantization_of(args)  # raises a ValueError if the codebook has no name
     else:
         kept = Quantization(args.quant, args.block_size, not args.no_double_quant)
         other = "nf4 quantizes it" if args.quant == DENSE else "none keeps it dense"
@@ -122,7 +146,7 @@ def adopt_trained_base(args: Options, adapter: Path, folder: Path) -> torch.dtyp
             f"{kept}; --quant {other}",
             file=sys.stderr,
         )
-    return dtype
+    return base.dtype if base else None
 
 
 def dtype_of(folder: Path) -> torch.dtype:

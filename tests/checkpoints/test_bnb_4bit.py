@@ -209,8 +209,11 @@ def test_layers_that_were_left_dense_stay_dense_on_both_sides(tmp_path: Path) ->
     checkpoints.save_4bit(ours, tmp_path / "ours")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     again = checkpoints.load_4bit(tmp_path / "ours")
-    for model, kind in ((theirs, bitsandbytes.nn.Linear4bit), (again, QLoRALinear)):
-        assert sum(isinstance(module, kind) for module in model.modules()) == 4
+    in_4_bits = [isinstance(module, bitsandbytes.nn.Linear4bit) for module in theirs.modules()]
+    assert sum(in_4_bits) == 4
+    layers = [layer for layer in again.modules() if isinstance(layer, QLoRALinear)]
+    assert len(layers) == 14 and sum(layer.base.codebook is not None for layer in layers) == 4
+    for model in (theirs, again):
         assert same_bits(logits(model), logits(ours))
     checkpoints.save_4bit(again, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "ours")
@@ -351,6 +354,19 @@ def test_what_has_no_layer_in_4_bits_or_none_of_that_format_is_not_saved(tmp_pat
         with pytest.raises(ValueError, match=complaint):
             checkpoints.save_4bit(model, tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
+
+
+def test_a_head_that_is_no_longer_tied_is_saved_or_refused(tmp_path: Path) -> None:
+    """After training it, or after resizing one of both."""
+    model = lora.attach(models.tiny_llama(vocab_size=256), r=1)
+    model.lm_head.weight = nn.Parameter(2 * model.lm_head.weight)
+    message = "lm_head.weight and model.embed_tokens.weight are no longer one parameter, and the"
+    with pytest.raises(ValueError, match=message):
+        checkpoints.save_4bit(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    model.config.tie_word_embeddings = False
+    checkpoints.save_4bit(model, tmp_path / "folder")
+    assert same_bits(logits(checkpoints.load_4bit(tmp_path / "folder")), logits(model))
 
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"

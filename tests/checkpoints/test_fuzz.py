@@ -179,7 +179,10 @@ def assert_is_the_file(model: nn.Module, paths: list[Path]) -> None:
                 for key, tensor in ours.items()
                 if not key.startswith((f"{name}.base.", f"{name}.lora_"))
             }
-            ours |= bnb_4bit.pack(layer.base, f"{name}.weight")
+            if layer.base.codebook is None:
+                ours[f"{name}.weight"] = layer.base.weight
+            else:
+                ours |= bnb_4bit.pack(layer.base, f"{name}.weight")
     assert ours.keys() == theirs.keys() - model.all_tied_weights_keys.keys()
     for name, tensor in ours.items():
         shape, data = raw(tensor)

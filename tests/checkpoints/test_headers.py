@@ -50,8 +50,11 @@ OTHER_NAMES = {  # of the sizes in SMALL
     "sliding_window": 16,
 }
 KINDS = """
-    bart bloom cohere doge exaone4 gemma2 gemma3_text glm4 gpt_bigcode gpt_neox_japanese gptj
-    granite mpt nemotron olmo2 opt persimmon phi3 qwen2 starcoder2
+    apertus arcee bart biogpt bitnet bloom codegen cohere cohere2 ctrl cwm doge ernie4_5 exaone4
+    gemma gemma2 gemma3_text glm glm4 gpt_bigcode gpt_neox gpt_neox_japanese gptj granite helium
+    hunyuan_v1_dense internlm3 jais2 lfm2 llama ministral mistral modernbert-decoder mpt nanochat
+    nemotron olmo olmo2 olmo3 opt persimmon phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm
+    starcoder2 vaultgemma
 """.split()
 
 
@@ -161,16 +164,31 @@ BERT = {
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (BertConfig, "bert.encoder.layer.0.attention.self.is_causal is False"),
-        (BigBirdConfig, "its last token changes earlier logits"),
+        ("bert", "bert.encoder.layer.0.is_decoder is False"),
+        ("big_bird", "bert.encoder.layer.0.is_decoder is False"),
+        ("megatron-bert", "bert.encoder.layer.0.is_decoder is False"),
+        ("rembert", "rembert.encoder.layer.0.is_decoder is False"),
+        ("roformer", "roformer.encoder.layer.0.is_decoder is False"),
+        ("xlm", "causal is False in its config"),
     ],
 )
-def test_a_model_that_sees_what_it_must_predict_is_refused_unless_it_is_a_decoder(
-    kind: type[PretrainedConfig], reason: str, tmp_path: Path
+def test_a_model_that_sees_what_it_must_predict_is_refused_by_what_its_config_says(
+    kind: str, reason: str
+) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind]())
+    flag = "causal" if kind == "xlm" else "is_decoder"
+    complaint = rf'must predict \({re.escape(reason)}\), .* or set "{flag}": true'
+    with pytest.raises(ValueError, match=complaint):
+        headers.require_causal_attention(model, Path("folder"))
+
+
+@pytest.mark.parametrize("kind", [BertConfig, BigBirdConfig])
+def test_it_is_accepted_if_it_was_trained_as_a_decoder(
+    kind: type[PretrainedConfig], tmp_path: Path
 ) -> None:
     save(kind(**BERT), tmp_path)
-    complaint = re.escape(f"sees the tokens that it must predict ({reason})")
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match="sees the tokens that it must predict"):
         base_model.load_quantized(tmp_path, torch.float32, "cpu", dense)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"is_decoder": True}))

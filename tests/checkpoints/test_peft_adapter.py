@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import checkpoints
 from checkpoints import bnb_4bit, io, peft_adapter
+from checkpoints.quantization import quantization_of
 from helpers import models
 from helpers.bounds import cast
 from helpers.models import adapted, trained
@@ -136,35 +137,120 @@ def test_we_load_the_adapter_of_peft_and_compute_the_same(tmp_path: Path, config
         assert layer.lora_A.shape[0] == layer.r == their.r["default"]
 
 
+# The base that an adapter was trained on
+
+NF3 = {"codebook": normal_float(3), "block_size": 256}
+FP4 = {"codebook": bnb_4bit.CODES["fp4"], "double_quant": False}
+OTHER_LEVELS = {"codebook": torch.linspace(-1, 1, 16)}
+
+
+def small() -> nn.Module:
+    return models.tiny_llama(vocab_size=256)
+
+
 def test_the_base_is_read_from_the_header_also_if_that_has_the_two_entries_of_older_files(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "adapter_model.safetensors"
-    model = models.tiny_llama(vocab_size=256)
-    attach(model, r=2, codebook=normal_float(3), block_size=128)
-    checkpoints.save_adapter(model, tmp_path)
+    checkpoints.save_adapter(attach(small(), r=2, **NF3), tmp_path)
     header = io.read_metadata(path)
     assert header.keys() == {"base"}
-    for metadata in (header, {"format": "pt"} | header):
+    older = {"base": json.dumps({"bits": 3, "block_size": 256, "dtype": "float32"})}
+    for metadata in (header, {"format": "pt"} | older):
         save_file(load_file(path), path, metadata)
-        assert peft_adapter.base_of(tmp_path) == (("nf3", 128, True), torch.float32)
+        assert peft_adapter.base_of(tmp_path) == (("nf3", 256, True), torch.float32, {})
 
 
-def test_the_header_tells_fp4_from_nf4_and_passes_over_dense_layers(tmp_path: Path) -> None:
-    model = attach(models.tiny_llama(vocab_size=256), "q_proj", r=2, codebook=None)
-    attach(model, "v_proj", r=2, codebook=bnb_4bit.CODES["fp4"], double_quant=False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_header_has_the_first_base_in_4_bits_and_those_that_differ(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = attach(models.tiny_llama(dtype, vocab_size=256), ["0.self_attn.q_proj"], codebook=None)
+    attach(model, ["0.self_attn.k_proj"], **FP4)
+    attach(model, ["0.self_attn.v_proj"], **NF3)
     checkpoints.save_adapter(model, tmp_path)
-    assert peft_adapter.base_of(tmp_path) == (("fp4", 64, False), torch.float32)
+    base = peft_adapter.base_of(tmp_path)
+    assert base[:2] == (("fp4", 64, False), dtype)
+    codes = [base.of_layer(f"model.layers.0.self_attn.{name}_proj").code for name in "qkvo"]
+    assert codes == ["none", "fp4", "nf3", "fp4"]
+    again = checkpoints.load_adapter(models.tiny_llama(dtype, vocab_size=256), tmp_path)
+    assert torch.equal(logits(again), logits(model))
 
 
-def test_an_adapter_goes_onto_adapters_that_are_there_and_takes_its_scaling_with_it(
+@pytest.mark.parametrize("settings", [{"codebook": None}, NF3, FP4], ids=["dense", "nf3", "fp4"])
+def test_a_model_without_adapters_gets_the_base_of_the_training_and_no_other_is_accepted(
+    settings: dict, tmp_path: Path
+) -> None:
+    model = trained(attach(small(), r=2, **settings))
+    checkpoints.save_adapter(model, tmp_path / "out")
+    again = checkpoints.load_adapter(small(), tmp_path / "out")
+    assert torch.equal(logits(again), logits(model))
+
+    complaint = r"base that was .*, and model.layers.0.self_attn.q_proj is nf4 in blocks of 64, "
+    with pytest.raises(ValueError, match=complaint):
+        checkpoints.load_adapter(attach(small(), r=2), tmp_path / "out")
+    checkpoints.save_4bit(attach(small(), r=1), tmp_path / "base")
+    with pytest.raises(ValueError, match=complaint):
+        checkpoints.load_adapter(checkpoints.load_4bit(tmp_path / "base"), tmp_path / "out")
+
+
+def test_a_codebook_without_a_name_is_compared_and_not_replaced_by_another(tmp_path: Path) -> None:
+    model = trained(attach(small(), r=2, **OTHER_LEVELS))
+    checkpoints.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="known by name, got 16 levels .*; attach adapters with"):
+        checkpoints.load_adapter(small(), tmp_path)
+    again = checkpoints.load_adapter(attach(small(), r=2, **OTHER_LEVELS), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_line_says_what_base_an_adapter_gets_that_does_not_say_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    get_peft_model(small(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    said = "does not say how its base was quantized: it is made nf4 in blocks of 64, double"
+    checkpoints.load_adapter(small(), tmp_path)
+    assert said in capsys.readouterr().out
+    checkpoints.load_adapter(attach(small(), "q_proj", codebook=None), tmp_path)
+    assert said not in capsys.readouterr().out
+
+
+def test_layers_that_a_folder_in_4_bits_keeps_dense_stay_dense_under_an_adapter(
+    tmp_path: Path,
+) -> None:
+    checkpoints.save_4bit(attach(small(), "q_proj", r=1), tmp_path)
+    get_peft_model(small(), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
+    for model in (
+        checkpoints.load_adapter(checkpoints.load_4bit(tmp_path), tmp_path),
+        attach(checkpoints.load_4bit(tmp_path)),
+    ):
+        layers = peft_adapter.adapted_layers(model)
+        codes = {name: quantization_of(layer.base).code for name, layer in layers.items()}
+        assert len(codes) == 14
+        assert {name for name, code in codes.items() if code == "nf4"} == {
+            f"model.layers.{number}.self_attn.q_proj" for number in range(2)
+        }
+        assert {*codes.values()} == {"nf4", "none"}
+
+
+def test_an_adapter_goes_onto_adapters_that_are_there_and_takes_its_settings_with_it(
     tmp_path: Path,
 ) -> None:
     first = adapted(targets=["q_proj", "up_proj"], lora_alpha=12, use_rslora=True)
     checkpoints.save_adapter(first, tmp_path)
-    second = adapted(targets=["q_proj", "up_proj"], lora_alpha=8)
+    second = adapted(targets=["q_proj", "up_proj"], lora_alpha=8, lora_dropout=0.5)
     checkpoints.load_adapter(second, tmp_path)
     assert torch.equal(logits(second), logits(first))
+    assert {layer.lora_dropout for layer in peft_adapter.adapted_layers(second).values()} == {0.0}
+
+
+def test_loading_into_adapters_does_not_change_what_is_trained(tmp_path: Path) -> None:
+    model = adapted()
+    model.model.norm.weight.requires_grad_(True)
+    model.model.layers[0].mlp.up_proj.lora_A.requires_grad_(False)
+    before = {name: each.requires_grad for name, each in model.named_parameters()}
+    checkpoints.save_adapter(adapted(), tmp_path)
+    checkpoints.load_adapter(model, tmp_path)
+    assert {name: each.requires_grad for name, each in model.named_parameters()} == before
 
 
 def test_a_model_without_adapters_gets_those_of_the_folder(tmp_path: Path) -> None:
@@ -229,6 +315,8 @@ def rewrite(folder: Path, change: str | dict) -> None:
         del tensors[next(iter(tensors))]
     elif change == "one too many":
         tensors["base_model.model.elsewhere.lora_A.weight"] = torch.zeros(4, 4)
+    elif change in ("lm_head.lora_A", "model.embed_tokens"):
+        tensors[f"base_model.model.{change}.weight"] = torch.ones(4)
     elif change == "NaN":
         next(iter(tensors.values()))[0, 0] = math.nan
     elif change == "integers":
@@ -263,6 +351,11 @@ def rewrite(folder: Path, change: str | dict) -> None:
         ),
         ("other rank", r"is \(2, 64\), floating point, and must be \(4, 64\)"),
         ("one missing", "is missing"),
+        ("lm_head.lora_A", "lora_A.weight, and lm_head has no adapter in the model: attach"),
+        (
+            "model.embed_tokens",
+            "holds base_model.model.model.embed_tokens.weight, a whole weight, and",
+        ),
         ("one too many", "elsewhere.lora_A.weight belongs to nothing in the model"),
         ("NaN", "lora_A.weight holds NaN"),
         ("integers", r"is \(4, 64\), torch.int32, and must be"),
@@ -275,6 +368,7 @@ def rewrite(folder: Path, change: str | dict) -> None:
         ("pickle", "adapter_model.bin is a pickle, which could run code"),
         ({"peft_type": "IA3"}, "asks for peft_type IA3"),
         ({"use_bdlora": {"x": 1}}, "asks for use_bdlora"),
+        ({"use_what_comes_next": True}, "asks for use_what_comes_next True"),
         ({"bias": "all"}, "asks for bias all"),
         ({"init_lora_weights": "pissa"}, "asks for init_lora_weights pissa"),
         ({"modules_to_save": ["lm_head"]}, r"asks for modules_to_save \['lm_head'\]"),

@@ -20,12 +20,12 @@ from helpers.bounds import OF_A_PEAK
 from lora import attach
 from memory import measured
 from memory.formula import Shape
-from nf4 import normal_float
 from paged_optim import PagedAdamW
 from training import report
+from training.base_check import quantization_of
 from training.dtypes import resolve_device_and_dtype
 from training.loss_and_eval import LabelLoss
-from training.options import QUANT_BITS, Options, parse_args
+from training.options import Options, parse_args
 from training.preflight import step_settings
 
 WEIGHTS = ["linear layers", "embedding, head", "norms, biases", "adapters"]
@@ -95,14 +95,11 @@ def setting(
     """The options, model and optimizer of train.py with these flags and a random model."""
     args = resolve_device_and_dtype(parse_args(["--device", "cpu", *flags.split()]))
     torch.manual_seed(0)
-    bits = QUANT_BITS[args.quant]
     model = attach(
         AutoModelForCausalLM.from_config(config, dtype=args.dtype).train(),
         r=args.lora_r,
-        codebook=normal_float(bits) if bits else None,
         lora_dropout=args.lora_dropout,
-        block_size=args.block_size,
-        double_quant=not args.no_double_quant,
+        **quantization_of(args),
     )
     if args.grad_checkpoint:
         model.activation_checkpointing_enable()

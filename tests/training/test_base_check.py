@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertConfig, MambaConfig, MixtralConfig, 
 import lora
 import train
 from checkpoints import bnb_4bit, sources
-from checkpoints.bnb_4bit import Quantization
+from checkpoints.quantization import Quantization
 from helpers import models
 from training import base_check, use_adapter
 from training.options import Options

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import train
-from checkpoints import sources
+from checkpoints import quantization, sources
 from helpers import models
 from memory import formula
 from training import options, preflight
@@ -88,6 +88,7 @@ print(*set(sys.modules) - before)
 def test_the_names_that_options_repeats_are_those_of_their_modules() -> None:
     assert options.DEFAULT_MODEL == sources.DEFAULT_MODEL
     assert tuple(options.LORA_STARTS) == tuple(init.STARTS)
+    assert {*options.QUANTS} <= {*quantization.CODEBOOKS, quantization.DENSE}
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora
 import train
 from checkpoints import base_model, bnb_4bit, peft_adapter
-from checkpoints.bnb_4bit import Quantization
+from checkpoints.quantization import Quantization
 from data.dataset import encode_prompt
 from helpers import models
 from helpers.bounds import HALF_A_PERCENT, cosine
 from lora import MergeAudit
+from nf4 import NF4
 from training import use_adapter
 from training.options import Options
 
 DTYPE = torch.bfloat16
+OTHER_LEVELS = torch.linspace(-1, 1, 16)
 
 
 def options(adapter: Path, **flags: object) -> Options:
@@ -152,7 +154,7 @@ def test_a_merge_overwrites_nothing_and_leaves_nothing_incomplete(
 
 
 def test_an_adapter_records_its_base(out: Path) -> None:
-    assert peft_adapter.base_of(out) == (Quantization("nf4", 64, True), DTYPE)
+    assert peft_adapter.base_of(out) == (Quantization("nf4", 64, True), DTYPE, {})
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,13 @@ def test_an_adapter_records_its_base(out: Path) -> None:
         ('{"dtype": "int8"}', "no base"),
         ('{"bits": "4"}', "no base"),
         ('{"code": "int8"}', "no base"),
+        ('{"bits": [4]}', "no base"),
+        ('{"block_size": 48}', "no base"),
+        ('{"block_size": 0}', "no base"),
+        ('{"double_quant": 1}', "no base"),
+        ('{"layers": []}', "no base"),
+        ('{"layers": {"model": {"code": "int8"}}}', "no base"),
+        ("[]", "no base"),
         ('{"bits": 0, "dtype": "float16"}', None),
         (None, None),
     ],
@@ -176,9 +185,9 @@ def test_a_header_that_describes_no_base_is_refused(
         load_file(path), path, {"format": "pt"} | ({} if header is None else {"base": header})
     )
     if complaint is None:
-        quantization, dtype = peft_adapter.base_of(out)
-        assert (quantization is None) == (header is None)
-        assert header is None or (quantization.code == "none") == (dtype == torch.float16)
+        base = peft_adapter.base_of(out)
+        assert (base is None) == (header is None)
+        assert base is None or (base.quantization.code == "none") == (base.dtype == torch.float16)
     else:
         with pytest.raises(ValueError, match=complaint):
             peft_adapter.base_of(out)
@@ -238,6 +247,47 @@ def test_an_adapter_for_another_base_than_the_given_one_is_refused(
     assert "--quant none disagrees with" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("q_proj", "others", "complaint"),
+    [
+        (
+            None,
+            NF4,
+            "base that was nf4 in blocks of 64, .*q_proj was dense; train.py quantizes all",
+        ),
+        (OTHER_LEVELS, OTHER_LEVELS, "a codebook must be known by name, got 16 levels"),
+    ],
+)
+def test_a_base_that_only_python_can_make_is_refused_in_a_dry_run_too(
+    out: Path,
+    tmp_path: Path,
+    q_proj: torch.Tensor | None,
+    others: torch.Tensor,
+    complaint: str,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    model = lora.attach(models.tiny_llama(DTYPE), "q_proj", codebook=q_proj)
+    peft_adapter.save_adapter(lora.attach(model, codebook=others), out)
+    words = ["--init-adapter", str(out), "--model", str(tmp_path / "model"), "--dry-run"]
+    assert train.main([*words, "--output-dir", str(tmp_path / "next"), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(complaint, error) and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("flags", ["--init-adapter {} --dry-run", "--adapter {} --prompt hello"])
+def test_a_base_that_is_nowhere_is_named_by_the_entry_of_the_adapter(
+    out: Path, flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = out / "adapter_config.json"
+    entries = json.loads(config.read_text()) | {"base_model_name_or_path": "../elsewhere/model"}
+    config.write_text(json.dumps(entries))
+    monkeypatch.chdir(out)
+    assert train.main([*flags.format(out).split(), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    entry = f"{config}: base_model_name_or_path: ../elsewhere/model is neither a folder nor a hub"
+    assert entry in error and "give the base as --model" in error and error.count("\n") == 1
+
+
 def test_the_base_of_an_adapter_that_does_not_say_is_what_its_folder_is(
     foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -263,7 +313,7 @@ def test_a_merge_into_4_bits_keeps_the_dense_layers_of_its_base_dense(tmp_path: 
     expected = (layer.base(torch.float32) + layer.update()).to(DTYPE)
     use_adapter.merge_4bit(model, tokenizer, tmp_path / "merged")
     merged = base_model.load_4bit(tmp_path / "merged")
-    assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, expected)
+    assert torch.equal(merged.model.layers[0].mlp.up_proj.base(), expected)
 
 
 @pytest.mark.parametrize("name, expected", [("float16", torch.float16), (None, torch.bfloat16)])
