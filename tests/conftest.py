@@ -4,6 +4,7 @@ Profiles of Hypothesis: dev (the default), ci (where CI is set), long (make test
 mutate).
 """
 
+import gc
 import os
 import sys
 import sysconfig
@@ -67,3 +68,9 @@ LONG = ["test_sharding.py", "test_train.py", "test_mutants.py", "test_cuda_kerne
 
 def pytest_collection_modifyitems(items: list[Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)  # a stable sort
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking at all that was imported, again and again."""
+    gc.collect()
+    gc.freeze()
