@@ -63,7 +63,9 @@ settings.register_profile(
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 # Files that take long come first: a process that gets one of them last would work alone at the end.
-LONG = ["test_sharding.py", "test_train.py", "test_mutants.py", "test_cuda_kernels.py"]
+LONG = """
+test_sharding.py test_train.py test_mutants.py test_cuda_kernels.py test_kill.py
+""".split()
 
 
 def pytest_collection_modifyitems(items: list[Item]) -> None:
