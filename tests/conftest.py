@@ -40,6 +40,7 @@ SourceFileLoader.exec_module = import_without_warnings
 # thread with two; our kernels use as many as torch. Both libraries read this when imported.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER:
+    gc.disable()  # until pytest_collection_finish
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["NUMBA_NUM_THREADS"] = "2"
     os.environ["NUMBA_CACHE_DIR"] = os.path.join(os.environ["NUMBA_CACHE_DIR"], WORKER)
@@ -73,6 +74,7 @@ def pytest_collection_modifyitems(items: list[Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector from looking at all that was imported, again and again."""
+    """No collection of garbage looks again at all that was imported."""
     gc.collect()
     gc.freeze()
+    gc.enable()
