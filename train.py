@@ -11,10 +11,13 @@ python train.py --help                             all flags
 
 from __future__ import annotations  # type hints must not load the classes of transformers
 
+import gc
+
 from training.options import Options, parse_args
 
 if __name__ == "__main__":
     parse_args(description=__doc__)  # answer --help and wrong flags before the slow imports
+    gc.disable()  # the imports make a million objects, and hardly any garbage
 
 import math
 from functools import partial
@@ -169,4 +172,6 @@ def is_due(step: int, every: int) -> bool:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # no collection looks at what was imported
+    gc.enable()
     distributed.exit_process(main())

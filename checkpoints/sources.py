@@ -33,6 +33,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # The files of a hub's repository that are downloaded: no pickles, no code.
 WANTED = ["*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+WEIGHTS = "model.safetensors"
+CHECKSUM = "model.safetensors.sha256"
 MODELS = Path(__file__).parent.parent / "models"
 REMEDY = f"without --model, {DEFAULT_MODEL} comes from a Python package"
 
@@ -43,6 +45,8 @@ def find_model(name: str | Path) -> Path:
     Raises: ValueError if there is no such model.
     """
     here = find_local_model(name)
+    if here == MODELS / DEFAULT_MODEL:
+        return default_folder()
     if here is not None:
         return here
     try:
@@ -55,7 +59,8 @@ def find_model(name: str | Path) -> Path:
 def find_local_model(name: str | Path) -> Path | None:
     """Finds the folder of a model whose files are all on this machine; None for any other.
 
-    A hub id may be in the cache with its config and without its weights.
+    A hub id may be in the cache with its config and without its weights. The checksum of the
+    default model's weights, which takes a moment, is left to find_model.
     """
     folder, is_local = _locate(name)
     if Path(folder).is_dir():
@@ -123,7 +128,7 @@ def _locate(name: str | Path) -> tuple[str, bool]:
     path = Path(name)
     is_default = path.name == DEFAULT_MODEL and path.parent in (Path("."), MODELS)
     if path == MODELS / DEFAULT_MODEL or (is_default and not path.is_dir()):
-        folder = str(default_folder())
+        folder = str(_converted_folder(MODELS))
     return folder, Path(folder).is_dir() or _in_cache(folder)
 
 
@@ -145,17 +150,24 @@ def _in_cache(hub_id: str) -> bool:
 
 
 def default_folder(models: Path = MODELS) -> Path:
-    """The folder of SmolLM2-135M-Instruct as safetensors, created from the package on first use."""
-    folder = models / DEFAULT_MODEL
-    weights = folder / "model.safetensors"
-    checksum = folder / "model.safetensors.sha256"
-    if not checksum.exists():
-        _convert(_find_gguf(models), folder)
-    elif _sha256(weights) != checksum.read_text().strip():
+    """The folder of SmolLM2-135M-Instruct as safetensors, created from the package on first use.
+
+    Raises: ValueError if the checksum of its weights has changed.
+    """
+    folder = _converted_folder(models)
+    weights = folder / WEIGHTS
+    if _sha256(weights) != (folder / CHECKSUM).read_text().strip():
         raise ValueError(
             f"{weights} is damaged (its checksum has changed): "
             f"delete {folder}, and the next run creates it again"
         )
+    return folder
+
+
+def _converted_folder(models: Path) -> Path:
+    folder = models / DEFAULT_MODEL
+    if not (folder / CHECKSUM).exists():
+        _convert(_find_gguf(models), folder)
     return folder
 
 
@@ -201,8 +213,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    checksum = _sha256(temporary / "model.safetensors")
-    (temporary / "model.safetensors.sha256").write_text(checksum)
+    (temporary / CHECKSUM).write_text(_sha256(temporary / WEIGHTS))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -4,6 +4,7 @@ Profiles of Hypothesis: dev (the default), ci (where CI is set), long (make test
 mutate).
 """
 
+import gc
 import os
 import sys
 import sysconfig
@@ -39,6 +40,7 @@ SourceFileLoader.exec_module = import_without_warnings
 # thread with two; our kernels use as many as torch. Both libraries read this when imported.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER:
+    gc.disable()  # until pytest_collection_finish
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["NUMBA_NUM_THREADS"] = "2"
     os.environ["NUMBA_CACHE_DIR"] = os.path.join(os.environ["NUMBA_CACHE_DIR"], WORKER)
@@ -62,8 +64,17 @@ settings.register_profile(
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 # Files that take long come first: a process that gets one of them last would work alone at the end.
-LONG = ["test_sharding.py", "test_train.py", "test_mutants.py", "test_cuda_kernels.py"]
+LONG = """
+test_sharding.py test_train.py test_mutants.py test_cuda_kernels.py test_kill.py
+""".split()
 
 
 def pytest_collection_modifyitems(items: list[Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)  # a stable sort
+
+
+def pytest_collection_finish() -> None:
+    """No collection of garbage looks again at all that was imported."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def top_level(modules: set[str]) -> set[str]:
     return {module.partition(".")[0] for module in modules}
 
 
+@cache
 def loaded_by(statement: str) -> set[str]:
     """The top-level modules that a fresh process has after a statement."""
     program = f"{statement}\nimport sys\nprint(*sys.modules)"

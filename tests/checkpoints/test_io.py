@@ -46,24 +46,27 @@ def test_a_save_that_fails_at_any_moment_leaves_the_old_file_and_no_other(
 PATHS = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 SAVE = """
 import os, sys
-os.umask(int(sys.argv[2], 8))
+umask = os.umask(int(sys.argv[2], 8))
 import checkpoints, lora
 from helpers import models
 model = lora.attach(models.tiny_llama(vocab_size=256))
 checkpoints.save_adapter(model, sys.argv[1])
 checkpoints.save_4bit(model, sys.argv[1])
+os.umask(umask)
 """
 
 
 def test_two_processes_write_the_same_bytes_with_the_permissions_of_their_umask(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """This process and another one."""
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "here"), "022"])
+    exec(SAVE, {})  # noqa: S102
+    command = [sys.executable, "-c", SAVE, str(tmp_path / "there"), "007"]
+    subprocess.run(command, env=PATHS, check=True)
     contents = []
-    for umask in (0o022, 0o007):
-        folder = tmp_path / f"{umask:o}"
-        command = [sys.executable, "-c", SAVE, folder, f"{umask:o}"]
-        subprocess.run(command, env=PATHS, check=True)
-        paths = sorted(folder.iterdir())
+    for name, umask in (("here", 0o022), ("there", 0o007)):
+        paths = sorted((tmp_path / name).iterdir())
         assert [path.stat().st_mode & 0o777 for path in paths] == [0o666 & ~umask] * 5
         contents.append({path.name: path.read_bytes() for path in paths})
     assert contents[0] == contents[1]

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from coverage import Coverage
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_dispatch import dense, random, said, weight_of
@@ -39,6 +40,22 @@ orders = st.integers(0, 2)
 BLOCKS = [8, 16, 32, 64, 128, 256]  # what `quantize` has a kernel for
 HALVES = [torch.bfloat16, torch.float16]
 FEW = settings(max_examples=25)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def greenlets_are_measured() -> Iterator[None]:
+    """Coverage per greenlet, which the simulator needs, and which would slow down all else."""
+    others = Coverage.current()
+    if others is None:
+        yield
+        return
+    others.stop()
+    ours = Coverage(data_suffix=True, concurrency="greenlet")
+    ours.start()
+    yield
+    ours.stop()
+    ours.save()
+    others.start()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ harm are listed with the reason.
 """
 
 import ast
+import copy
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -92,9 +93,9 @@ def change(place: Place) -> None:
         node.ops[0] = OTHER[type(node.ops[0])]()
 
 
-def label_of(file: str, index: int) -> str:
+def label_of(place: Place) -> str:
     """The statement, on one line however the file breaks it, with [old -> new] at the place."""
-    statement, node = places_in(kernel_tree(file))[index]
+    statement, node = copy.deepcopy(place)
     if is_barrier(node):
         return "[cuda.syncthreads() -> pass]"
     if is_number(node):
@@ -118,8 +119,8 @@ def header_of(statement: ast.stmt) -> str:
 
 def mutants_of(file: str) -> list[Mutant]:
     """Every mutant that the rule makes of a file."""
-    count = len(places_in(kernel_tree(file)))
-    return [Mutant(file, index, label_of(file, index)) for index in range(count)]
+    places = places_in(kernel_tree(file))
+    return [Mutant(file, index, label_of(place)) for index, place in enumerate(places)]
 
 
 # Mutants that do no harm, as they print, and why

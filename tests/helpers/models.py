@@ -18,7 +18,7 @@ from lora import attach
 
 def tokenizer() -> PreTrainedTokenizerBase:
     """SmolLM2's tokenizer, from the folder that the first call creates."""
-    return AutoTokenizer.from_pretrained(sources.default_folder())
+    return AutoTokenizer.from_pretrained(sources.find_local_model(sources.DEFAULT_MODEL))
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, vocab_size: int = 49152) -> LlamaForCausalLM:

@@ -158,21 +158,26 @@ def test_a_run_that_torchrun_restarts_after_a_lost_process_resumes_by_itself(
     (tmp_path / "out" / "loss.png").write_text("of an earlier run")
     flags = "--max-steps 6 --save-every 2 --dtype float32 --overwrite".split()
     command = [*TORCHRUN, "2", "--max-restarts", "1", script, *paths, *flags]
-    env = os.environ | {"PYTHONPATH": str(traffic.ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "PYTHONPATH": str(traffic.ROOT),
+        "OMP_NUM_THREADS": "1",
+        "QLORA_KERNELS": "reference",  # else four processes would compile kernels
+    }
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "out")) == 6 and done.stdout.count("base loaded") == 2
     assert done.stdout.count("perplexity") == 1, "measured only before the first start"
 
 
-def test_over_6_steps_of_the_real_model_torchrun_gives_the_losses_of_one_process(
+def test_over_3_steps_of_the_real_model_torchrun_gives_the_losses_of_one_process(
     few_rows: Path, tmp_path: Path
 ) -> None:
     """A loss may differ by 1e-5; here all bits of the adapters are the same.
 
-    Six steps show as much as more: with the same bits after a step, the next step is the same.
+    Three steps show as much as more: the first changes only the adapters' B, which starts at zero;
+    the second also A; the third works with both. With the same bits after it, the next is the same.
     """
-    shape = "--max-steps 6 --batch-size 1 --dtype float32".split()
+    shape = "--max-steps 3 --batch-size 1 --dtype float32".split()
     flags = ["train.py", "--data", str(few_rows), *shape]
     ways = {
         "one": [sys.executable, *flags, "--grad-accum", "2"],
@@ -191,7 +196,7 @@ def test_over_6_steps_of_the_real_model_torchrun_gives_the_losses_of_one_process
         model_bytes[name] = saved["model_bytes_per_process"]
     for name in ("DDP", "FSDP2"):
         off = [abs(a - b) for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / name))]
-        assert len(off) == 6 and max(off) <= bounds.OF_A_LOSS_IN_SEVERAL_PROCESSES
+        assert len(off) == 3 and max(off) <= bounds.OF_A_LOSS_IN_SEVERAL_PROCESSES
         assert have_the_same_bits(tmp_path / "one", tmp_path / name)
     assert model_bytes["DDP"] == model_bytes["one"]
     assert model_bytes["FSDP2"] <= (1 + bounds.OF_A_SHARE) / 2 * model_bytes["one"]
