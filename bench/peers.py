@@ -34,6 +34,7 @@ from kernels import dispatch
 from lora import FrozenWeight, QLoRALinear
 from memory.measured import rss_bytes
 from paged_optim import PagedAdamW
+from training import attention
 from training.dtypes import autocast
 from training.loss_and_eval import label_loss
 
@@ -174,6 +175,7 @@ def model_of(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = base_model.load_with_adapters(
             folder, torch.bfloat16, "cpu", "default", 0, adapter, {}
         )
+        attention.use(model)
         return model, PagedAdamW(trainable(model), lr=1e-4)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -128,10 +128,12 @@ class Batch:
     def inputs(self) -> dict[str, Tensor]:
         """The arguments of the model.
 
-        Transformers detects packed documents only if it gets no attention_mask.
+        No attention_mask: the padding is on the right, so in a causal model no token sees it, and
+        the padding has no labels. Without a mask, attention is faster, and transformers detects
+        packed documents in the position_ids.
         """
         if self.position_ids is None:
-            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+            return {"input_ids": self.input_ids}
         return {"input_ids": self.input_ids, "position_ids": self.position_ids}
 
     def to(self, device: str | torch.device) -> Batch:

@@ -267,8 +267,8 @@ def lasting_rows(parts: dict[str, int]) -> dict[str, int]:
 
 
 def is_masked(batch: Batch) -> bool:
-    """Whether attention has a mask: transformers drops it if nothing is padded or packed."""
-    return batch.position_ids is not None or not bool(batch.attention_mask.all())
+    """Whether attention has a mask: only packed documents need one."""
+    return batch.position_ids is not None
 
 
 def pages_of(optimizer: Optimizer) -> list[Page]:

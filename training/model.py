@@ -19,7 +19,7 @@ from checkpoints.base_model import load_quantized, load_with_adapters
 from data import packing
 from lora import QLoRALinear
 from paged_optim import PagedAdamW
-from training import distributed, end_tokens, sharding
+from training import attention, distributed, end_tokens, sharding
 from training.base_check import adopt_quantization, quantization_of
 from training.options import Options
 from training.use_adapter import adopt_trained_base, base_name, save_4bit
@@ -47,6 +47,7 @@ def load_model(
     model.name_or_path = args.model or str(folder)  # the base that adapter_config.json names
     if args.save_4bit and distributed.is_main():
         save_4bit(model, tokenizer, args.save_4bit)
+    attention.use(model)
     if args.packing:
         packing.check(model)
     if args.grad_checkpoint:

@@ -331,7 +331,7 @@ def test_packing_fills_the_training_sequences_and_leaves_the_held_out_ones(
     assert batch.inputs.keys() == {"input_ids", "position_ids"}, (
         "an attention_mask would let documents see each other"
     )
-    assert dataset.collate(plain.train[:2], 0).inputs.keys() == {"input_ids", "attention_mask"}
+    assert dataset.collate(plain.train[:2], 0).inputs.keys() == {"input_ids"}
 
 
 def test_long_rows_are_counted_with_their_lines_and_cut_or_dropped(

@@ -1,0 +1,210 @@
+"""Attention in blocks is torch's attention for any shape; what is not plain is left to torch."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from data.chat_template import Example
+from data.dataset import collate
+from helpers import bounds, models
+from helpers.bounds import Bounded
+from training import attention
+from training.loss_and_eval import label_loss
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Queries (batch, shared * keys, length, size), keys, and values of another size."""
+
+    length: int = 5
+    batch: int = 2
+    keys: int = 2
+    shared: int = 3
+    size: int = 4
+    value_size: int = 6
+    seed: int = 0
+
+    def tensors(self, dtype: torch.dtype) -> list[Tensor]:
+        """q, k and v, with heads between batch and length only in their strides, as in a model."""
+        torch.manual_seed(self.seed)
+        heads = self.keys * self.shared
+        shapes = [(heads, self.size), (self.keys, self.size), (self.keys, self.value_size)]
+        return [
+            torch.randn(self.batch, self.length, *shape).to(dtype).transpose(1, 2)
+            for shape in shapes
+        ]
+
+
+cases = st.builds(
+    Case,
+    length=st.integers(2, 150),
+    batch=st.integers(1, 2),
+    keys=st.integers(1, 2),
+    shared=st.integers(1, 3),
+    size=st.sampled_from([1, 4, 16]),
+    seed=st.integers(0, 99),
+)
+
+
+def of_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(case=cases)
+@example(case=Case(length=attention.BLOCK))
+@example(case=Case(length=attention.BLOCK + 1))
+def test_the_output_is_within_the_bound_of_a_rounded_softmax_of_float32_scores(
+    dtype: torch.dtype, case: Case
+) -> None:
+    q, k, v = case.tensors(dtype)
+    scale = case.size**-0.5
+    y = attention.CausalAttention.apply(q, k, v, scale)
+    assert y.dtype == dtype
+    k, v = (each.repeat_interleave(case.shared, 1) for each in (k, v))
+    wide = torch.promote_types(dtype, torch.float32)
+    scores = Bounded.exact(q).matmul(Bounded.exact(k.mT), wide).times(scale, wide)
+    later = torch.ones(case.length, case.length, dtype=torch.bool).triu(1)
+    scores = Bounded(scores.value.masked_fill(later, -torch.inf), scores.error)
+    p = bounds.softmax(scores, wide).to(dtype)
+    bound = p.matmul(Bounded.exact(v), dtype)
+    assert bounds.in_float64(bound, 4 * case.length).allows(y)
+
+
+@given(case=cases)
+@example(case=Case(length=attention.BLOCK + 1))
+def test_the_gradients_are_those_of_torch_in_float64(case: Case) -> None:
+    ours, torchs = (
+        [tensor.requires_grad_() for tensor in case.tensors(torch.float64)] for _ in range(2)
+    )
+    y = attention.CausalAttention.apply(*ours, case.size**-0.5)
+    g = torch.randn(y.shape, dtype=torch.float64)
+    expected = torch.autograd.grad(of_torch(*torchs), torchs, g)
+    for mine, other in zip(torch.autograd.grad(y, ours, g), expected):
+        torch.testing.assert_close(mine, other)
+
+
+def test_the_backward_passes_gradcheck_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 2)
+    inputs = [tensor.requires_grad_() for tensor in Case().tensors(torch.float64)]
+    assert torch.autograd.gradcheck(attention.CausalAttention.apply, (*inputs, 0.7))
+
+
+def test_only_queries_keys_and_values_are_saved() -> None:
+    """No probabilities, and no copy of a key for each head that shares it."""
+    saved = []
+    inputs = [tensor.requires_grad_() for tensor in Case().tensors(torch.float32)]
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.data_ptr()), lambda _: None
+    ):
+        attention.CausalAttention.apply(*inputs, 1.0)
+    assert saved == [tensor.data_ptr() for tensor in inputs]
+
+
+class Layer(nn.Module):
+    """What transformers passes of a layer whose keys are shared by three heads."""
+
+    num_key_value_groups = 3
+    training = True
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "is_ours"),
+    [
+        (Case(), {}, True),
+        (Case(), {"is_causal": True}, True),
+        (Case(), {"is_causal": False}, False),
+        (Case(), {"dropout": 0.5}, False),
+        (Case(), {"attention_mask": torch.ones(2, 1, 5, 5).bool()}, False),
+        (Case(), {"position_bias": torch.zeros(1, 6, 5, 5)}, False),
+        (Case(length=1), {}, False),
+        (Case(length=attention.LONGEST + 1, batch=1), {}, False),
+    ],
+)
+def test_what_is_not_plain_is_left_to_torch(
+    case: Case, options: dict, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(
+        attention, "sdpa_attention_forward", lambda *_, **options: calls.append(options)
+    )
+    q, k, v = case.tensors(torch.float32)
+    options = {"attention_mask": None} | options
+    result = attention.causal_attention(Layer(), q, k, v, scaling=0.3, **options)
+    assert bool(calls) != is_ours
+    if is_ours:
+        y, weights = result
+        expected = attention.CausalAttention.apply(q, k, v, 0.3).transpose(1, 2)
+        assert torch.equal(y, expected) and weights is None
+    else:
+        del options["attention_mask"]
+        assert calls == [{"dropout": 0.0, "scaling": 0.3} | options]
+
+
+def test_fewer_queries_than_keys_are_left_to_torch() -> None:
+    """As in generation with a cache."""
+    q, k, v = Case().tensors(torch.float32)
+    y, _ = attention.causal_attention(Layer(), q[:, :, -2:], k, v, None)
+    assert y.shape == (2, 2, 6, 6)
+
+
+def test_a_model_gives_the_logits_and_gradients_of_torchs_attention() -> None:
+    ids = torch.randint(0, 256, (2, 70), generator=torch.Generator().manual_seed(0))
+    logits, gradients = [], []
+    for change in (lambda model: None, attention.use):
+        model = models.tiny_llama(torch.float64, vocab_size=256)
+        change(model)
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        logits.append(output.logits)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert model.config._attn_implementation == attention.NAME
+    torch.testing.assert_close(*logits)
+    torch.testing.assert_close(*gradients)
+    assert attention.NAME not in model.config.to_json_string()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_model_that_does_not_use_torchs_attention_keeps_its_own(implementation: str) -> None:
+    model = models.tiny_llama(vocab_size=256)
+    model.set_attn_implementation(implementation)
+    attention.use(model if implementation == "eager" else model.to("meta"))
+    assert model.config._attn_implementation == implementation
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "pad_token_id": 1}
+ARCHITECTURES = {
+    "opt": transformers.OPTConfig(
+        **SMALL, word_embed_proj_dim=16, ffn_dim=8, num_hidden_layers=2, num_attention_heads=2
+    ),
+    "bloom": transformers.BloomConfig(**SMALL, n_layer=2, n_head=2),
+    "gemma2": transformers.Gemma2Config(
+        **SMALL,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_padding_changes_no_loss_although_no_mask_hides_it(name: str) -> None:
+    """In models with learned positions, with a slope for each distance, and with a window."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[name]).double().eval()
+    attention.use(model)
+    examples = [Example(list(range(2, 2 + n)), list(range(2, 2 + n))) for n in (9, 3, 6)]
+    together = label_loss(model, collate(examples, 1), torch.float32)
+    alone = [label_loss(model, collate([each], 1), torch.float32) for each in examples]
+    torch.testing.assert_close(together, sum(alone))
