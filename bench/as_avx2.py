@@ -12,8 +12,8 @@ MKL follows its setting on Intel's processors. On AMD's it has one kernel, which
 the setting. bitsandbytes asks the processor, not the environment: on one with AVX-512 it decodes
 with AVX-512 here too, and only the product that follows, which is torch's, is restricted.
 
-bfloat16 is compared with our own float32 only. Without AVX-512, torch's product in bfloat16, which
-the peers use too, takes seconds where ours takes milliseconds.
+bfloat16 is compared with our own float32 only. Without AVX-512, the product of torch that gives the
+gradient of x in bfloat16, which the peers use too, takes seconds where ours takes milliseconds.
 """
 
 import os

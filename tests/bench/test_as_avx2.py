@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import __main__ as command
-from bench import as_avx2, cpu, figures
+from bench import as_avx2
 
 AVX2 = pytest.mark.skipif(not as_avx2.is_possible(), reason="the processor has no AVX2")
 
@@ -77,24 +77,3 @@ def test_a_restriction_without_effect_is_an_error(state: tuple[str, str]) -> Non
     as_avx2.check("avx2", "AVX2")
     with pytest.raises(RuntimeError, match="the settings must restrict Numba and torch to AVX2"):
         as_avx2.check(*state)
-
-
-def test_the_table_has_float32_next_to_the_peers_and_bfloat16_next_to_float32(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(as_avx2, "check", lambda *state: None)
-    monkeypatch.setattr(as_avx2, "ROWS", [2])
-    monkeypatch.setattr(cpu, "host_seconds", lambda work: 0.001)
-    lines = figures.as_avx2_table(as_avx2.ops(quick=True)).splitlines()
-    rows = [line for line in lines if line.startswith("|") and not line.startswith("| ---")]
-    both = "1.00 | 1.00"
-    assert rows == [
-        "| 512 × 512, AVX2 | ours | bitsandbytes | torchao | dense "
-        "| bitsandbytes / ours | ours / dense |",
-        "| quantize float32 | 1.00 | 1.00 | 1.00 | – | 1.0 × | – |",
-        f"| forward float32, 2 rows | {both} | {both} | 1.0 × | 1.00 |",
-        "| forward + backward float32, 2 rows | 1.00 | 1.00 | – | 1.00 | 1.0 × | 1.00 |",
-        "| 512 × 512, AVX2, bfloat16 | ours | ours in float32 | bfloat16 / float32 |",
-        f"| forward bfloat16, 2 rows | {both} | 1.00 |",
-        f"| forward + backward bfloat16, 2 rows | {both} | 1.00 |",
-    ]

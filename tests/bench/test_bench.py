@@ -10,7 +10,7 @@ from torch import Tensor
 
 import nf4
 from bench import __main__ as command
-from bench import cpu, figures, peers, turns
+from bench import as_avx2, cpu, figures, peers, turns
 from helpers.bounds import Bounded, lora_backward
 from kernels.packed_weight import with_decoded_absmax
 from lora import FrozenWeight
@@ -106,6 +106,27 @@ def test_the_memory_of_a_call_is_what_it_takes_beyond_what_it_returns() -> None:
 
     page = 2**20  # the system counts in pages, and updates its counts in batches
     assert abs(peers.extra_bytes(holds_one_more) - size) <= page
+
+
+def test_the_table_of_avx2_has_float32_next_to_the_peers_and_bfloat16_next_to_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(as_avx2, "check", lambda *state: None)
+    monkeypatch.setattr(as_avx2, "ROWS", [2])
+    monkeypatch.setattr(cpu, "host_seconds", lambda work: 0.001)
+    lines = figures.as_avx2_table(as_avx2.ops(quick=True)).splitlines()
+    rows = [line for line in lines if line.startswith("|") and not line.startswith("| ---")]
+    both = "1.00 | 1.00"
+    assert rows == [
+        "| 512 × 512, AVX2 | ours | bitsandbytes | torchao | dense "
+        "| bitsandbytes / ours | ours / dense |",
+        "| quantize float32 | 1.00 | 1.00 | 1.00 | – | 1.0 × | – |",
+        f"| forward float32, 2 rows | {both} | {both} | 1.0 × | 1.00 |",
+        "| forward + backward float32, 2 rows | 1.00 | 1.00 | – | 1.00 | 1.0 × | 1.00 |",
+        "| 512 × 512, AVX2, bfloat16 | ours | ours in float32 | bfloat16 / float32 |",
+        f"| forward bfloat16, 2 rows | {both} | 1.00 |",
+        f"| forward + backward bfloat16, 2 rows | {both} | 1.00 |",
+    ]
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/speed.md"])
