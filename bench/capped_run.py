@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bench import random_llama
 from bench.peers import trainable
+from bench.random_llama import TINY
 from data.dataset import Batch
 from memory.formula import OUTSIDE_TORCH, QLORA, SHAPES, Prediction, Shape, predict
 from memory.measured import lasting_rows, ledger, measure_peak, on_gpu, uses_unified_memory
@@ -30,9 +31,6 @@ LENGTH = 512
 RANK = 64
 BATCHES = (1, 16)
 PAGE = 2**21
-TINY = Shape(
-    layers=3, hidden=64, intermediate=176, heads=4, kv_heads=4, head_dim=16, vocabulary=500
-)
 
 
 class Plan:

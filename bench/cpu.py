@@ -1,9 +1,10 @@
-"""The numbers of a CPU, in four parts.
+"""The numbers of a CPU, in five parts.
 
     ops       single operations on one layer: quantize, dequantize, matmul
     optim     an AdamW step
     step      a training step of SmolLM2
     growth    how a training step grows with length and batch
+    size      how a training step grows with length and the size of the model, ours and PEFT's
 
 What makes the comparison fair:
 
@@ -15,19 +16,26 @@ What makes the comparison fair:
 The first call of each peer compiles kernels and warms up libraries, and is not timed.
 """
 
-import json
 import statistics
-import subprocess
-import sys
 
 import torch
 
 from bench import peers
+from bench.step_process import OutOfMemory, Stepper
 from bench.turns import Work, host_seconds, ours_to_this, take_turns
 
 ROWS = [1, 4, 16, 64, 256, 1024]
 LENGTHS = [128, 256, 512, 1024, 2048]
 BATCHES = [1, 2, 4, 8, 16]
+# Sizes of random_llama.SIZES, and tokens of the one sequence
+MODELS = [
+    ("135M", 512),
+    ("360M", 512),
+    ("1.1B", 512),
+    ("135M", 1024),
+    ("135M", 2048),
+    ("135M", 4096),
+]
 
 
 def race(works: dict[str, Work], turns: int) -> dict[str, list[float]]:
@@ -98,9 +106,13 @@ def ops(quick: bool) -> dict:
 def measure_op(name: str, works: dict[str, Work], turns: int, nbytes: float) -> dict:
     """One row of `ops`, which is printed too; nbytes: what the operation must move."""
     row = summary(race(works, turns))
+    print_row(name, row)
+    return row | {"bytes": nbytes}
+
+
+def print_row(name: str, row: dict[str, dict]) -> None:
     times = (f"{who} {1e3 * entry['seconds']:.2f} ms" for who, entry in row.items())
     print(f"{name:33}", *times, sep="   ", flush=True)
-    return row | {"bytes": nbytes}
 
 
 def optim(quick: bool) -> dict:
@@ -110,31 +122,6 @@ def optim(quick: bool) -> dict:
     times = (f"{name} {1e3 * row['seconds']:.0f} ms" for name, row in rows.items())
     print("optimizer step", *times, sep="   ", flush=True)
     return {"parameters": count, "rows": rows}
-
-
-class Stepper:
-    """A peer in its own process, which does one training step per request."""
-
-    def __init__(self, name: str) -> None:
-        command = [sys.executable, "-m", "bench.peers", name]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        while (line := self.process.stdout.readline()) != "ready\n":
-            if not line:
-                raise RuntimeError(f"{name} did not start: run {' '.join(command)}")
-
-    def step(self, batch: int, length: int, checkpointing: bool = False) -> dict:
-        self.process.stdin.write(f"{batch} {length} {int(checkpointing)}\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.communicate()
 
 
 def step(quick: bool) -> dict:
@@ -193,4 +180,34 @@ def growth(quick: bool) -> dict:
     return {"rows": rows}
 
 
-PARTS = {"ops": ops, "optim": optim, "step": step, "growth": growth}
+def size(quick: bool) -> dict:
+    """Time and peak of a step of one sequence by model, ours and PEFT's with bitsandbytes."""
+    rows = []
+    for model, length in [("tiny", 64)] if quick else MODELS:
+        row = {"model": model, "length": length}
+        for name in ("ours", "bitsandbytes autocast"):
+            row[name] = steps_of(name, model, length, repeats=1 if quick else 3)
+        rows.append(row)
+        print("size", row, flush=True)
+    return {"rows": rows}
+
+
+def steps_of(name: str, model: str, length: int, repeats: int) -> dict[str, dict | None]:
+    """Seconds and peak of a step with and without checkpointing; None where memory ran out."""
+    found: dict[str, dict | None] = {"checkpointing": None, "plain": None}
+    try:
+        stepper = Stepper(name, model)
+        stepper.step(1, length, checkpointing=True)  # warms up
+        for kind in found:  # checkpointing takes less memory, so it is first
+            results = [stepper.step(1, length, kind == "checkpointing") for _ in range(repeats)]
+            found[kind] = {
+                "seconds": statistics.median(result["seconds"] for result in results),
+                "peak_bytes": max(result["peak_bytes"] for result in results),
+            }
+        stepper.close()
+    except OutOfMemory:
+        pass
+    return found
+
+
+PARTS = {"ops": ops, "optim": optim, "step": step, "growth": growth, "size": size}

@@ -20,15 +20,28 @@ COLORS = {"ours": "tab:blue", "bitsandbytes": "tab:orange", "torchao": "tab:gree
 
 def write(found: dict) -> None:
     """Writes tables and plots of the parts measured on a CPU."""
-    tables = {"ops": ops_table, "optim": optim_table, "step": step_table, "growth": growth_table}
+    tables = {
+        "ops": ops_table,
+        "optim": optim_table,
+        "step": step_table,
+        "growth": growth_table,
+        "size": size_table,
+    }
     for part, table in tables.items():
         if part in found:
             fill(part, table(found[part]) + conditions(found[part]["machine"]))
+    if {"ops", "step"} <= found.keys():
+        fill("summary", summary_table(found["ops"], found["step"]))
     results = ROOT / "bench" / "results"
     if "ops" in found:
         plot_rows(found["ops"]["rows"], results / "rows.png")
     if "growth" in found:
         plot_growth(found["growth"]["rows"], results / "growth.png")
+
+
+def write_as_avx2(found: dict) -> None:
+    """Writes the table of bench/as_avx2.py."""
+    fill("ops-avx2", as_avx2_table(found["ops"]) + conditions(found["ops"]["machine"]))
 
 
 def write_cuda(found: dict) -> None:
@@ -83,18 +96,42 @@ def header(*cells: str) -> str:
 
 
 def ops_table(part: dict) -> str:
-    """Milliseconds of each library; bitsandbytes relative to ours, ours relative to dense torch."""
     side = part["side"]
-    title = f"{side} × {side}, double-quantized"
+    return peers_table(f"{side} × {side}, double-quantized", part["rows"]) + ops_notes(part)
+
+
+def peers_table(title: str, rows: dict) -> str:
+    """Milliseconds of each library; bitsandbytes relative to ours, ours relative to dense torch."""
     table = header(title, *OPS, "bitsandbytes / ours", "ours / dense")
-    for name, entry in part["rows"].items():
-        if name == "copy":
+    for name, entry in rows.items():
+        if "bitsandbytes" not in entry:
             continue
         cells = [f"{1e3 * entry[who]['seconds']:.2f}" if who in entry else "–" for who in OPS]
         cells.append(f"{1 / entry['bitsandbytes']['ours_to_this']:.1f} ×")
         cells.append(f"{entry['dense']['ours_to_this']:.2f}" if "dense" in entry else "–")
         table += row(op_title(name), *cells)
-    return table + ops_notes(part)
+    return table
+
+
+def as_avx2_table(part: dict) -> str:
+    """float32 next to the peers, and bfloat16 next to our own float32."""
+    side = part["side"]
+    title = f"{side} × {side}, AVX2"
+    text = peers_table(title, part["rows"])
+    text += "\n" + header(f"{title}, bfloat16", "ours", "ours in float32", "bfloat16 / float32")
+    for name, entry in part["rows"].items():
+        if "ours in float32" in entry:
+            single = entry["ours in float32"]
+            times = [f"{1e3 * who['seconds']:.2f}" for who in (entry["ours"], single)]
+            text += row(op_title(name), *times, f"{single['ours_to_this']:.2f}")
+    return text + (
+        f"\nMedians in milliseconds. Forward + backward includes LoRA of rank {part['rank']} and "
+        f"the gradients of x, A and B, for bitsandbytes by PEFT's layer. The environment variables "
+        f"of Numba, torch, oneDNN and MKL restrict them to AVX2. bitsandbytes has none: it decodes "
+        f"with AVX-512 where the processor has it, and only its matmul, which is torch's, is "
+        f"restricted. bfloat16 has no peers here, because torch's bfloat16 matmul, which they use, "
+        f"takes seconds in backward where ours takes milliseconds.\n"
+    )
 
 
 def op_title(name: str) -> str:
@@ -141,6 +178,9 @@ NAMES = {
 }
 
 
+STEP_PEERS = ("bitsandbytes autocast", "dense autocast")  # the faster way of each, as we compute
+
+
 def step_table(part: dict) -> str:
     title = f"a step of {part['batch']} × {part['length']} tokens"
     plain = ["s", "peak GB", "this / ours"]
@@ -166,6 +206,45 @@ def growth_table(part: dict) -> str:
             cells.append(f"{entry['peak_bytes'] / 1e9:.2f}")
         table += row(f"{plain['batch']} × {plain['length']}", *cells)
     return table
+
+
+def size_table(part: dict) -> str:
+    """Ours and the peer by model and length, with and without checkpointing."""
+    names = ("ours", STEP_PEERS[0])
+    titles = [f"{NAMES[name]}: {unit}" for name in names for unit in ("s", "peak GB")]
+    table = header("model, tokens", *titles, "time / ours", "peak / ours")
+    for entry in part["rows"]:
+        for kind in ("plain", "checkpointing"):
+            ours, peer = (entry[name][kind] for name in names)
+            title = f"{entry['model']}, 1 × {entry['length']}"
+            title += ", checkpointing" if kind == "checkpointing" else ""
+            cells = [*step_cells(ours), *step_cells(peer), "–", "–"]
+            if ours and peer:
+                cells[4:] = [f"{peer[key] / ours[key]:.2f}" for key in ("seconds", "peak_bytes")]
+            table += row(title, *cells)
+    return table
+
+
+def step_cells(found: dict | None) -> list[str]:
+    """Seconds and peak GB of a step; None means that memory ran out."""
+    if found is None:
+        return ["out of memory", "–"]
+    return [f"{found['seconds']:.2f}", f"{found['peak_bytes'] / 1e9:.2f}"]
+
+
+def summary_table(ops: dict, step: dict) -> str:
+    """Three operations and a step; PEFT's steps, on a 4-bit and a dense base, under autocast."""
+    columns = ["ours", "bitsandbytes", "dense"]
+    side = ops["side"]
+    table = header(f"a {side} × {side} weight, or a step of SmolLM2-135M", *columns)
+    for name in ("quantize float32", "dequantize bfloat16", "forward + backward float32 256"):
+        entry = ops["rows"][name]
+        cells = [f"{1e3 * entry[who]['seconds']:.1f}" if who in entry else "–" for who in columns]
+        table += row(f"{op_title(name)}, ms", *cells)
+    entries = [step["rows"]["plain"][who] for who in ("ours", *STEP_PEERS)]
+    cells = [f"{e['seconds']:.2f} ({e['peak_bytes'] / 1e9:.2f})" for e in entries]
+    size = f"{step['batch']} × {step['length']}"
+    return table + row(f"step of {size} tokens in bfloat16, s (peak GB)", *cells)
 
 
 def cuda_ops_table(part: dict) -> str:

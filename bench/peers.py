@@ -9,16 +9,11 @@ numbers in, and results that the tests compare. The peers:
     torchao         its NF4Tensor, on which QLoRA in torchtune is built
     dense           torch with an unquantized weight: no compression to pay for
 
-A training step runs in a process of its own, `python -m bench.peers NAME`, so that its memory peak
-is its own. It prints "ready", then does one step for each line it reads and answers with the
-seconds and the memory: so peers can take turns.
+step_process.py has the training step.
 """
 
 import ctypes
-import json
 import os
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,15 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.turns import Work
-from checkpoints import base_model, sources
-from data.dataset import Batch
 from kernels import dispatch
 from lora import FrozenWeight, QLoRALinear
 from memory.measured import rss_bytes
 from paged_optim import PagedAdamW
-from training import attention
-from training.dtypes import autocast
-from training.loss_and_eval import label_loss
 
 Product = Callable[[Tensor], Tensor]
 
@@ -90,21 +80,27 @@ def dequantizing(weight: Tensor, dtype: torch.dtype) -> dict[str, Work]:
     }
 
 
+def linear4bit(weight: Tensor) -> nn.Module:
+    """The layer of bitsandbytes with this weight, which computes in its dtype."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    n_out, n_in = weight.shape
+    layer = Linear4bit(n_in, n_out, bias=False, quant_type="nf4", compute_dtype=weight.dtype)
+    layer.weight = Params4bit(
+        weight.clone(), False, quant_type="nf4", compress_statistics=True, module=layer
+    )
+    return layer.to("cpu")
+
+
 def linear_layers(weight: Tensor, dtype: torch.dtype) -> dict[str, Product]:
     """x -> x W^T, without adapter or bias."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
     from torchao.quantization import to_nf4
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4
 
     weight = weight.to(dtype)
-    n_out, n_in = weight.shape
-    layer = Linear4bit(n_in, n_out, bias=False, quant_type="nf4", compute_dtype=dtype)
-    layer.weight = Params4bit(
-        weight.clone(), False, quant_type="nf4", compress_statistics=True, module=layer
-    )
     return {
         "ours": QLoRALinear(FrozenWeight(weight), None),
-        "bitsandbytes": layer.to("cpu"),
+        "bitsandbytes": linear4bit(weight),
         "torchao": partial(linear_nf4, weight=to_nf4(weight)),
         "dense": partial(F.linear, weight=weight),
     }
@@ -123,6 +119,56 @@ def product_and_gradient(product: Product, x: Tensor, g: Tensor) -> Tensor:
     leaf = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(product(leaf), leaf, g)
     return gradient
+
+
+class DenseWithLoRA(nn.Module):
+    """A linear layer with LoRA in plain torch: the weight is dense, and alpha is 2 r."""
+
+    def __init__(self, weight: Tensor, r: int) -> None:
+        super().__init__()
+        n_out, n_in = weight.shape
+        self.weight = weight
+        self.lora_A = nn.Parameter(torch.empty(r, n_in))
+        self.lora_B = nn.Parameter(torch.empty(n_out, r))
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return F.linear(x, self.weight) + 2 * update
+
+
+def peft_layer(weight: Tensor, r: int) -> nn.Module:
+    """PEFT's layer on that of bitsandbytes."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = nn.Sequential(linear4bit(weight))
+    model.is_loaded_in_4bit = True
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"])
+    return inject_adapter_in_model(config, model)[0]
+
+
+def training(weight: Tensor, x: Tensor, g: Tensor, r: int) -> dict[str, Work]:
+    """A layer with LoRA: the product, then the gradients of x, A and B, given g, its gradient."""
+    weight = weight.to(x.dtype)
+    layers = {
+        "ours": QLoRALinear(FrozenWeight(weight), None, r, lora_alpha=2 * r),
+        "bitsandbytes": peft_layer(weight, r),
+        "dense": DenseWithLoRA(weight, r),
+    }
+    n_out, n_in = weight.shape
+    lora_A = torch.randn(r, n_in)
+    lora_B = torch.randn(n_out, r)
+    with torch.no_grad():
+        for layer in layers.values():
+            own_A, own_B = trainable(layer)
+            own_A.copy_(lora_A)
+            own_B.copy_(lora_B)
+    return {name: partial(gradients, layer, x, g) for name, layer in layers.items()}
+
+
+def gradients(layer: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    """Computes layer(x) and returns the gradients of x and of the adapter, given g."""
+    leaf = x.detach().requires_grad_()
+    return torch.autograd.grad(layer(leaf), [leaf, *trainable(layer)], g)
 
 
 def updating(count: int) -> dict[str, Work]:
@@ -162,82 +208,5 @@ def extra_bytes(work: Work) -> int:
     return peak_bytes() - before - result.nbytes
 
 
-def model_of(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """SmolLM2 with LoRA of rank 8 on all linear layers, and its optimizer.
-
-    The base is in 4 bits, for "dense" in bfloat16. Names that end in "autocast" compute in bfloat16
-    under autocast, as we do; the others as PEFT's documentation shows.
-    """
-    torch.manual_seed(0)
-    folder = sources.default_folder()
-    if name == "ours":
-        adapter = {"r": 8, "lora_alpha": 16}
-        model = base_model.load_with_adapters(
-            folder, torch.bfloat16, "cpu", "default", 0, adapter, {}
-        )
-        attention.use(model)
-        return model, PagedAdamW(trainable(model), lr=1e-4)
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    four_bit = None
-    if name.startswith("bitsandbytes"):
-        four_bit = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map="cpu", quantization_config=four_bit
-    )
-    if four_bit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, config)
-    return model, torch.optim.AdamW(trainable(model), lr=1e-4)
-
-
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def training_step(
-    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch
-) -> float:
-    """One step with all tokens in the loss. Returns the loss."""
-    if name == "ours":
-        loss = label_loss(model, batch, torch.bfloat16) / batch.n_labels
-    else:
-        dtype = torch.bfloat16 if name.endswith("autocast") else torch.float32
-        with autocast(batch.input_ids.device, dtype):
-            loss = model(input_ids=batch.input_ids, labels=batch.labels).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
-
-
-def serve_steps(name: str) -> None:
-    """Reads lines "batch length checkpointing" and answers each with the figures of a step."""
-    model, optimizer = model_of(name)
-    model.train()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        batch_size, length, checkpointing = map(int, line.split())
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(100, 40000, (batch_size, length), generator=generator)
-        batch = Batch(ids, torch.ones_like(ids), ids)
-        model.gradient_checkpointing_disable()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        reset_peak()
-        began = time.perf_counter()
-        loss = training_step(name, model, optimizer, batch)
-        seconds = time.perf_counter() - began
-        answer = {"seconds": seconds, "peak_bytes": peak_bytes(), "loss": loss}
-        print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    serve_steps(sys.argv[1])

@@ -17,6 +17,16 @@ from lora import FrozenWeight, QLoRALinear
 from memory.formula import Shape
 from nf4 import NF4, Quantized
 
+TINY = Shape(
+    layers=3, hidden=64, intermediate=176, heads=4, kv_heads=4, head_dim=16, vocabulary=500
+)
+SIZES = {
+    "tiny": TINY,
+    "135M": Shape(30, 576, 1536, 9, 3, 64, 49152, tied=True),  # SmolLM2
+    "360M": Shape(32, 960, 2560, 15, 5, 64, 49152, tied=True),  # SmolLM2
+    "1.1B": Shape(22, 2048, 5632, 32, 4, 64, 32000),  # TinyLlama
+}
+
 
 def random_weight(n_out: int, n_in: int, device: torch.device) -> FrozenWeight:
     """A double-quantized NF4 weight of random bytes."""
@@ -63,6 +73,7 @@ def fill(
             value.normal_(std=0.02)
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, nn.Parameter(value, requires_grad=False))
+    model.tie_weights()  # a tied head still has the embedding without memory
     with device:  # the buffers of the rotation are computed, not random
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model.train()

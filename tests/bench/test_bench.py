@@ -10,8 +10,8 @@ from torch import Tensor
 
 import nf4
 from bench import __main__ as command
-from bench import cpu, figures, peers, turns
-from helpers.bounds import Bounded
+from bench import as_avx2, cpu, figures, peers, turns
+from helpers.bounds import Bounded, lora_backward
 from kernels.packed_weight import with_decoded_absmax
 from lora import FrozenWeight
 
@@ -81,6 +81,22 @@ def test_all_peers_quantize_and_dequantize_the_same_numbers() -> None:
     assert {tuple(tensor.shape) for tensor in dense.values()} == {SHAPE}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_peers_give_the_gradients_of_the_same_layer_with_lora(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, SHAPE[1]).to(dtype)
+    g = torch.randn(5, SHAPE[0]).to(dtype)
+    decoded = FrozenWeight(weight().to(dtype))(torch.float32)
+    works = peers.training(weight(), x, g, 4)
+    assert list(works) == ["ours", "bitsandbytes", "dense"]
+    for name, work in works.items():
+        lora_A, lora_B = peers.trainable(work.args[0])
+        matrix = weight().to(dtype) if name == "dense" else decoded.to(dtype)
+        expected = lora_backward(g, x, matrix, lora_A, lora_B, 2.0, None, dtype)
+        for gradient, bound in zip(work(), expected, strict=True):
+            assert bound.to(dtype).allows(gradient), name
+
+
 def test_the_memory_of_a_call_is_what_it_takes_beyond_what_it_returns() -> None:
     size = 2**26
 
@@ -90,6 +106,27 @@ def test_the_memory_of_a_call_is_what_it_takes_beyond_what_it_returns() -> None:
 
     page = 2**20  # the system counts in pages, and updates its counts in batches
     assert abs(peers.extra_bytes(holds_one_more) - size) <= page
+
+
+def test_the_table_of_avx2_has_float32_next_to_the_peers_and_bfloat16_next_to_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(as_avx2, "check", lambda *state: None)
+    monkeypatch.setattr(as_avx2, "ROWS", [2])
+    monkeypatch.setattr(cpu, "host_seconds", lambda work: 0.001)
+    lines = figures.as_avx2_table(as_avx2.ops(quick=True)).splitlines()
+    rows = [line for line in lines if line.startswith("|") and not line.startswith("| ---")]
+    both = "1.00 | 1.00"
+    assert rows == [
+        "| 512 × 512, AVX2 | ours | bitsandbytes | torchao | dense "
+        "| bitsandbytes / ours | ours / dense |",
+        "| quantize float32 | 1.00 | 1.00 | 1.00 | – | 1.0 × | – |",
+        f"| forward float32, 2 rows | {both} | {both} | 1.0 × | 1.00 |",
+        "| forward + backward float32, 2 rows | 1.00 | 1.00 | – | 1.00 | 1.0 × | 1.00 |",
+        "| 512 × 512, AVX2, bfloat16 | ours | ours in float32 | bfloat16 / float32 |",
+        f"| forward bfloat16, 2 rows | {both} | 1.00 |",
+        f"| forward + backward bfloat16, 2 rows | {both} | 1.00 |",
+    ]
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/speed.md"])
@@ -115,7 +152,7 @@ def test_an_unknown_part_is_refused_with_the_known_ones(
     with pytest.raises(SystemExit):
         command.main(["sizes"])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.endswith("no part sizes on cpu: choose from ops, optim, step, growth")
+    assert error.endswith("no part sizes on cpu: choose from ops, optim, step, growth, size")
 
 
 def test_the_tables_and_plots_of_the_pages_are_those_of_the_results(
@@ -130,7 +167,9 @@ def test_the_tables_and_plots_of_the_pages_are_those_of_the_results(
     (tmp_path / "bench" / "results").mkdir(parents=True)
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     figures.write(found)
-    assert set(found) == set(cpu.PARTS)
+    if (command.RESULTS / "cpu-avx2.json").exists():
+        figures.write_as_avx2(json.loads((command.RESULTS / "cpu-avx2.json").read_text()))
+    assert set(found) <= set(cpu.PARTS)
     assert {path: (tmp_path / path).read_text() for path in committed} == committed
     plots = sorted(path.name for path in (tmp_path / "bench" / "results").iterdir())
     assert plots == ["growth.png", "rows.png"]
