@@ -126,6 +126,7 @@ def random_model_of(name: str, size: str) -> tuple[nn.Module, torch.optim.Optimi
     cpu = torch.device("cpu")
     if name == "ours":
         model = random_llama.build(shape, RANK, cpu)
+        attention.use(model)
         return model, PagedAdamW(trainable(model), lr=1e-4)
     model = peers_cuda.peft_model(shape, RANK, cpu)
     return model, torch.optim.AdamW(trainable(model), lr=1e-4)
