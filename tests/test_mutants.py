@@ -167,10 +167,8 @@ def without_kernels(**arguments: object) -> MakeArguments:
     """A kernel that is called fails, as with the fixture no_kernels."""
 
     def prepare(suite: ModuleType) -> Arguments:
-        failing = dict.fromkeys(
-            ("decode", "multiply", "multiply_few", "multiply_back"),
-            lambda *_: pytest.fail("a kernel was called"),
-        )
+        names = "decode interleave multiply multiply_few multiply_back multiply_back_few".split()
+        failing = dict.fromkeys(names, lambda *_: pytest.fail("a kernel was called"))
         for name in ("decode", "products"):
             kernels = vars(getattr(suite.launch, name))
             setattr(suite.launch, name, SimpleNamespace(**kernels | failing))
@@ -1345,8 +1343,8 @@ KERNEL_MUTANTS = [
     Mutant(
         "all products of one size are made in the same memory",
         "kernels.cpu.launch",
-        "y = x.new_empty(tokens, outer)",
-        "y = KINDS.setdefault(tokens, x.new_empty(tokens, outer))",
+        "y = torch.zeros(len(x), height if transposed else width)",
+        "y = KINDS.setdefault(len(x), torch.zeros(len(x), height if transposed else width))",
         "test_the_caller_owns_what_it_gets",
         seen_in="bitsandbytes: its buffers for quantized activations",
     ),

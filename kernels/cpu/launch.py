@@ -57,8 +57,8 @@ DECODED = [dtype for dtype in KINDS if dtype != torch.float16 or vectors.FLOAT16
 NATIVE = {
     dtype
     for dtype, names in [
-        (torch.bfloat16, {"avx512bf16", "amx-bf16", "bf16"}),
-        (torch.float16, {"avx512fp16", "amx-fp16", "fullfp16"}),
+        (torch.bfloat16, {"avx512bf16", "amx-bf16"}),
+        (torch.float16, {"avx512fp16", "amx-fp16"}),
     ]
     if names & vectors.FEATURES
 }
