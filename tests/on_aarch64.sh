@@ -2,11 +2,11 @@
 # Compares the CPU kernels with the reference on an emulated aarch64 processor:
 #
 #     sh tests/on_aarch64.sh FOLDER            check_cpu_kernels.py
-#     sh tests/on_aarch64.sh FOLDER --tests    also kernels/test_cpu.py, with 3 examples per property
+#     sh tests/on_aarch64.sh FOLDER --tests    and kernels/test_cpu.py with 3 examples per property
 #
 # Needs an x86 Debian, root, and python3 with pip. FOLDER gets an arm64 Debian and the packages for
-# it, which a second call uses again: 1 GB or, where PyTorch's index of CPU builds cannot be reached,
-# 6 GB, because PyPI's torch for aarch64 requires the CUDA libraries. Emulation is slow.
+# it; a second call uses them again. They take about 6 GB where PyTorch's index of CPU builds cannot
+# be reached, because PyPI's torch for aarch64 requires the CUDA libraries.
 set -eu
 
 RELEASE=bookworm
@@ -15,21 +15,21 @@ CPU_TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PROCESSOR=neoverse-n1
 
 repository=$(cd "$(dirname "$0")/.." && pwd)
-mkdir -p "$1"
+mkdir -p "${1:?the folder for the arm64 system is missing}"
 folder=$(cd "$1" && pwd)
 root=$folder/debian
 packages=$folder/packages
 
 install_emulator() {
-    apt-get update
-    apt-get install -y --no-install-recommends qemu-user-static debootstrap
+    apt-get -qq update
+    apt-get -qq install -y --no-install-recommends qemu-user-static debootstrap >/dev/null
 }
 
 # Unpacks the packages without running their scripts, which would have to be emulated.
 make_debian() {
     rm -rf "$root" "$root.part"
     debootstrap --arch=arm64 --foreign --variant=minbase --include=python3,libstdc++6 \
-        "$RELEASE" "$root.part"
+        "$RELEASE" "$root.part" >"$folder/debootstrap.log"
     for deb in "$root.part"/var/cache/apt/archives/*.deb; do
         dpkg-deb --fsys-tarfile "$deb" | tar -x --keep-directory-symlink -C "$root.part"
     done
@@ -59,17 +59,18 @@ END
 # The packages that the tests of the kernels import, in the versions of the requirements.
 make_packages() {
     cd "$repository"
-    requirements=$(grep -hoE '^(numba|numpy|scipy|pytest|hypothesis)[=<>][0-9.,<>=]*' requirements*.txt)
+    names='numba|numpy|scipy|pytest|hypothesis'
+    requirements=$(grep -hoE "^($names)[=<>][0-9.,<>=]*" requirements*.txt)
     torch=$(grep -oE '^torch==[0-9.]*' requirements.txt)
-    pip_install "$torch+cpu" $requirements --extra-index-url $CPU_TORCH_INDEX --retries 1 ||
-        pip_install "$torch" $requirements
+    index="--extra-index-url $CPU_TORCH_INDEX --retries 1"
+    pip_install "$torch+cpu" $requirements $index 2>/dev/null || pip_install "$torch" $requirements
     mv "$packages.part" "$packages"
 }
 
 pip_install() {
     rm -rf "$packages.part"
-    python3 -m pip install --target "$packages.part" --only-binary=:all: \
-        --python-version $PYTHON_VERSION --platform manylinux2014_aarch64 \
+    python3 -m pip install --quiet --root-user-action ignore --target "$packages.part" \
+        --only-binary=:all: --python-version $PYTHON_VERSION --platform manylinux2014_aarch64 \
         $(seq -f '--platform manylinux_2_%g_aarch64' 17 28) "$@"
 }
 
