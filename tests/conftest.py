@@ -1,7 +1,7 @@
 """Settings of the whole test run: warnings, threads, Numba's cache, and how much Hypothesis tries.
 
 Profiles of Hypothesis: dev (the default), ci (where CI is set), long (make test-long), mutate (make
-mutate).
+mutate), few (on_aarch64.sh).
 """
 
 import gc
@@ -51,6 +51,7 @@ elif "numba" not in sys.modules:  # the server of make mutate has imported it
 settings.register_profile("dev", max_examples=30, deadline=None)  # a first call may compile
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
 settings.register_profile("long", max_examples=5000, deadline=None)
+settings.register_profile("few", max_examples=3, deadline=None, derandomize=True)
 # Every mutant gets the same few examples, and a counterexample is not made smaller.
 settings.register_profile(
     "mutate",

@@ -324,17 +324,17 @@ def test_in_python_numbers_are_rounded_as_torch_does(dtype: torch.dtype) -> None
 
 
 SCALAR = ["pextr", "pinsr", "umov", "ins\t", "ldrb", "movzbl"]  # moves of single elements
-PROCESSORS = {  # a processor with this look_up, and the instruction that looks up 32 or 16 bits
-    "avx512": ("skylake-avx512", "vpermd", "vpermw"),
-    "avx2": ("haswell", "vpermd", "vpshufb"),  # vpermps and vpermd differ in name alone
-    "ssse3": ("core2", "pshufb", "pshufb"),
-    "neon": ("generic", "tbl", "tbl"),
+CALLS = ["\tcall", "\tbl\t", "\tblr\t"]
+PROCESSORS = {  # a processor with this look_up, and what looks up 32 or 16 bits and multiplies
+    "avx512": ("skylake-avx512", "vpermd", "vpermw", "vfmadd"),
+    "avx2": ("haswell", "vpermd", "vpshufb", "vfmadd"),  # vpermps differs from vpermd in name alone
+    "ssse3": ("core2", "pshufb", "pshufb", "mulps"),
+    "neon": ("generic", "tbl", "tbl", "fmla"),
 }
 
 
-def assembly(look_up: str, dtype: type[np.generic]) -> str:
-    """The assembly of a loop that decodes to a dtype, for a processor with this look_up."""
-    file = copies("in Python", look_up).vectors
+def decoding_loop(file: ModuleType, dtype: type[np.generic]) -> ir.Module:
+    """A loop that decodes to a dtype, by vectors.py."""
     element = numba.from_dtype(np.dtype(dtype))
     table_type = file.Vector(element, 16)
     module = ir.Module()
@@ -351,6 +351,28 @@ def assembly(look_up: str, dtype: type[np.generic]) -> str:
         numbers = file._look_up(builder, file.Vector(element, file.WIDTH), table, codes)
         file._store(builder, types.none, out, start, numbers)
     builder.ret_void()
+    return module
+
+
+def summing_loop(file: ModuleType) -> ir.Module:
+    """A loop that adds the multiples of vectors, as matmul.tile does, by vectors.py."""
+    module = ir.Module()
+    array = file.FLOAT.as_pointer()
+    kind = ir.FunctionType(file._llvm(file.FLOATS), [array, array, file.LONG])
+    function = ir.Function(module, kind, "sum")
+    builder = ir.IRBuilder(function.append_basic_block())
+    a, b, count = function.args
+    sums = cgutils.alloca_once_value(builder, file._zeros(builder, file.FLOATS))
+    with cgutils.for_range(builder, count) as loop:
+        row = file._load(builder, file.FLOATS, b, builder.mul(loop.index, file.LONG(file.WIDTH)))
+        factor = file._broadcast(builder, file.FLOATS, a, loop.index)
+        builder.store(file._fma(builder, file.FLOATS, factor, row, builder.load(sums)), sums)
+    builder.ret(builder.load(sums))
+    return module
+
+
+def assembly(look_up: str, module: ir.Module) -> str:
+    """The assembly of a module for a processor with this look_up."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     target = llvm.Target.from_triple(TRIPLES[look_up])
@@ -368,10 +390,20 @@ def test_every_processor_looks_up_by_its_instruction_and_moves_no_single_element
     look_up: str, dtype: torch.dtype
 ) -> None:
     """Compiled for it; this processor need not have the instruction."""
-    _, wide, narrow = PROCESSORS[look_up]
-    code = assembly(look_up, KINDS[dtype])
+    _, wide, narrow, _ = PROCESSORS[look_up]
+    file = copies("in Python", look_up).vectors
+    code = assembly(look_up, decoding_loop(file, KINDS[dtype]))
     assert f"\t{wide if dtype == torch.float32 else narrow}" in code
-    assert not [name for name in SCALAR if name in code]
+    assert not [name for name in SCALAR + CALLS if name in code]
+
+
+@pytest.mark.parametrize("look_up", PROCESSORS)
+def test_every_processor_multiplies_vectors_by_its_instruction_and_calls_no_function(
+    look_up: str,
+) -> None:
+    code = assembly(look_up, summing_loop(copies("in Python", look_up).vectors))
+    assert f"\t{PROCESSORS[look_up][3]}" in code
+    assert not [name for name in SCALAR + CALLS if name in code]
 
 
 @pytest.mark.parametrize("look_up", FEATURES)
