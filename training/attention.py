@@ -119,8 +119,8 @@ def causal_attention(
 
 
 def use(model: transformers.PreTrainedModel) -> None:
-    """Let a model on a CPU compute its attention here, if it uses torch's."""
-    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
+    """Let a model that runs on a CPU compute its attention here, if it uses torch's."""
+    if model.config._attn_implementation != "sdpa":
         return
     transformers.AttentionInterface.register(NAME, causal_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

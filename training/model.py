@@ -47,7 +47,8 @@ def load_model(
     model.name_or_path = args.model or str(folder)  # the base that adapter_config.json names
     if args.save_4bit and distributed.is_main():
         save_4bit(model, tokenizer, args.save_4bit)
-    attention.use(model)
+    if torch.device(args.device).type == "cpu":
+        attention.use(model)
     if args.packing:
         packing.check(model)
     if args.grad_checkpoint:

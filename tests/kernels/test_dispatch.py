@@ -43,7 +43,7 @@ from nf4 import Quantized
 
 Constants = double_quant.DoubleQuantized
 OPERATORS = getattr(torch.ops, dispatch.LIBRARY.ns)
-ROWS = [0, 1, 2, 4, 5, 16, 17, 40]  # of x: fewer, and more, than go to the fused kernels
+ROWS = [0, 1, 2, 4, 5, 16, 17, 40]  # of x: few and many, for the kernels
 KERNELS = [
     (launch.decode, "decode"),
     (launch.products, "multiply"),
