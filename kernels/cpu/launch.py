@@ -241,22 +241,21 @@ def float32_matmul(
 
 def times_transpose(x: Tensor, weight: tuple, width: int, y: Tensor) -> None:
     """y (tokens, height) = x W^T in float32."""
+    numbers = memory_of(x)
     if products.takes_few(weight, width) and 2 * len(x) <= products.WIDTH:
-        return products.multiply_few(weight, width, memory_of_floats(x), y.numpy())
-    interleaved = x.new_empty(-(-len(x) // products.WIDTH), width, products.WIDTH)
-    products.interleave(x.numpy(), memory_of_floats(interleaved))
-    products.multiply(weight, width, memory_of_floats(interleaved), y.numpy())
+        return products.multiply_few(weight, width, numbers, y.numpy())
+    interleaved = x.new_empty(-(-len(x) // products.WIDTH), width, products.WIDTH).numpy()
+    products.interleave(numbers.reshape(x.shape), interleaved.reshape(-1))
+    products.multiply(weight, width, interleaved.reshape(-1), y.numpy())
 
 
 def times_weight(x: Tensor, weight: tuple, width: int, y: Tensor) -> None:
     """y (tokens, width) = x W in float32; y holds zeros."""
     threads = torch.get_num_threads()
     if products.takes_few(weight, width) and len(x) < 4:
-        x, y = memory_of_floats(x), memory_of_floats(y)
-        return products.multiply_back_few(weight, width, x, y, threads)
+        return products.multiply_back_few(weight, width, memory_of(x), memory_of(y), threads)
     if len(x) % 4:
         x = F.pad(x, (0, 0, 0, -len(x) % 4))
     sums = x.new_zeros(len(x), width + -width % products.STRIP)
-    x = memory_of_floats(x)
-    products.multiply_back(weight, width, x, memory_of_floats(sums), threads)
+    products.multiply_back(weight, width, memory_of(x), memory_of(sums), threads)
     y.copy_(sums[: len(y), :width])
