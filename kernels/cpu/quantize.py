@@ -2,9 +2,9 @@
 
 The code of a number is the count of midpoints between levels that are below it. In 15 sorted
 midpoints, 4 comparisons find it: with the middle one, then with one of two, of four, of eight. Each
-comparison depends on the ones before it. With AVX-512 the midpoints fit in a register, and one
-instruction looks up the right one for 16 numbers at once. A step has three instructions: look up,
-compare, add. Without AVX-512, 15 independent comparisons are faster than 4 dependent ones.
+comparison depends on the ones before it. The midpoints fit in one register with AVX-512 and in two
+with AVX2, and the right one is looked up for many numbers at once. A step is to look up, compare
+and add. On other processors, 15 independent comparisons are faster than 4 dependent ones.
 
 Bytes per element: 4 read, 1/2 + 4/64 written.
 """
@@ -14,7 +14,7 @@ from numba import prange
 
 from kernels.cpu.vectors import LOOK_UP, WIDTH, kernel, load, no_codes, pack, raised, scaled, times
 
-SEARCHES = LOOK_UP == "avx512"
+SEARCHES = LOOK_UP in ("avx512", "avx2")
 
 
 @kernel(parallel=True)

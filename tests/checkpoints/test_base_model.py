@@ -300,14 +300,21 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(
 def test_loading_takes_no_more_than_the_4_bit_model_its_largest_tensor_and_300_mb(
     tmp_path: Path,
 ) -> None:
-    """The files are in float32, so their sum is larger than the bound."""
+    """The files are in float32, so their sum is larger than the bound.
+
+    In one of two runs: other processes may add to a peak, and never take from it.
+    """
     largest = loading_peak.write_checkpoint(
         loading_peak.shape(1024, 16, 2000), torch.float32, tmp_path
     )
-    got = loading_peak.measure(tmp_path)
-    bound = got["kept"] + largest + loading_peak.ALLOWED
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert got["peak"] - got["before"] <= bound < size
+
+    def is_within() -> bool:
+        got = loading_peak.measure(tmp_path)
+        bound = got["kept"] + largest + loading_peak.ALLOWED
+        return got["peak"] - got["before"] <= bound < size
+
+    assert is_within() or is_within()
 
 
 def test_a_tied_head_may_be_in_the_file_and_generation_config_json_may_be_missing(
