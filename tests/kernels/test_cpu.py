@@ -320,6 +320,51 @@ def test_in_python_numbers_are_rounded_as_torch_does(dtype: torch.dtype) -> None
     assert is_rounded(numbers, results, dtype)
 
 
+# vectors
+
+
+def every_operation(v: ModuleType) -> Callable[..., np.float32]:
+    """A function that uses each operation of vectors.py, or of a copy of it."""
+
+    def use(numbers, levels, packed, out, halves, codes):  # noqa: ANN001, ANN202
+        v.prefetch(numbers, 0)
+        table = v.scaled(levels, np.float32(2), out)
+        row = v.look_up(table, v.nibbles(packed, 0))
+        sums = v.fma(v.broadcast(numbers, 3), row, v.plus(v.load(numbers, 1), v.zeros()))
+        v.store(out, 1, v.times(sums, np.float32(3)))
+        found = v.no_codes()
+        for half in (8, 4, 2, 1):
+            found = v.raised(found, half, v.load(numbers, 0), table)
+        v.pack(codes, 1, found)
+        small = v.look_up(v.scaled(levels, np.float32(0.3), halves), v.nibbles(packed, 0))
+        v.store(halves, 0, small)
+        halves[-1] = v.cast(np.float32(0.3), halves)
+        return v.total(sums) + v.cast(numbers[0], out)
+
+    return use
+
+
+@pytest.mark.parametrize("dtype", TARGETS[1:])
+@pytest.mark.parametrize("look_up", [look_up for look_up in COMPILED if look_up])
+def test_compiled_operations_give_what_they_give_in_python(
+    look_up: str, dtype: torch.dtype
+) -> None:
+    """On small integers, whose sums are exact in any order."""
+    random = np.random.default_rng(0)
+    compiled, plain = (copies(how, look_up).vectors for how in ("compiled", "in Python"))
+    size = plain.WIDTH + 2
+    numbers = random.integers(-20, 20, size).astype(np.float32)
+    levels = np.arange(-8, 8).astype(np.float32)
+    packed = random.integers(0, 256, size, dtype=np.uint8)
+    results = []
+    for function in (numba.njit(every_operation(compiled)), every_operation(plain)):
+        out, codes = np.zeros(size, np.float32), np.zeros(size, np.uint8)
+        halves = np.zeros(size, KINDS[dtype])
+        sums = function(numbers, levels, packed, out, halves, codes)
+        results.append((sums, out.tobytes(), halves.tobytes(), codes.tobytes()))
+    assert results[0] == results[1]
+
+
 # look_up
 
 
