@@ -1,4 +1,4 @@
-"""Causal attention for a CPU, in blocks of queries: half the time of torch's for short sequences.
+"""Causal attention in blocks of queries, for short sequences on a CPU.
 
 With queries Q, keys K and values V (T, D) of a head, and s = 1 / sqrt(D), row i of the output is a
 mean of the values up to i:
@@ -15,10 +15,10 @@ in the backward pass, so nothing of size T * T is ever stored: Q, K and V are sa
 share a key are computed together, without copies of it. S is computed in float32, P and the other
 products in the dtype of the queries, as torch does.
 
-torch's kernel does the same, but its backward pass computes small products of 16-bit numbers slowly
-on a CPU. From LONGEST tokens on it is as fast.
+torch's kernel computes the same, but its backward pass multiplies small matrices of 16-bit numbers
+slowly on a CPU. So sequences of up to LONGEST tokens are computed here, and longer ones by torch.
 
-The softmax and its gradient are torch's; transformers calls `causal_attention` by NAME.
+`use` makes a model call `causal_attention`, which transformers knows by NAME.
 """
 
 from __future__ import annotations  # type hints must not load the classes of transformers

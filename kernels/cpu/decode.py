@@ -48,7 +48,7 @@ def decode(weight, start, stride, rows, cols, out):
     """out[r * cols + c] = element start + r * stride + c of the weight, in the dtype of `out`."""
     ahead = AHEAD * stride if stride > cols else 0
     for team in prange((rows + TEAM - 1) // TEAM):
-        packed, levels, codes, shift = weight[0], weight[1], weight[3], weight[7]
+        packed, levels, _, codes, _, _, _, shift, _ = weight
         scales = np.empty((cols >> shift) + 2, np.float32)
         for row in range(team * TEAM, min(team * TEAM + TEAM, rows)):
             first = start + row * stride

@@ -232,8 +232,8 @@ def float32_matmul(
     y = torch.zeros(len(x), height if transposed else width)
     multiply = times_transpose if transposed else times_weight
     if x.numel() and y.numel():
-        for few, part in zip(x.detach().split(AT_ONCE), y.split(AT_ONCE)):
-            multiply(few.to(torch.float32).contiguous(), weight, width, part)
+        for rows, part in zip(x.detach().split(AT_ONCE), y.split(AT_ONCE)):
+            multiply(rows.to(torch.float32).contiguous(), weight, width, part)
     if bias is not None:
         y.add_(bias)
     return y.to(x.dtype)

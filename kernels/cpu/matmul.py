@@ -96,7 +96,7 @@ def multiply(weight, width, x, y):
     for team in prange((height + TEAM - 1) // TEAM):
         top = team * TEAM
         rows = min(TEAM, height - top)
-        packed, levels, shift = weight[0], weight[1], weight[7]
+        packed, levels, _, _, _, _, _, shift, _ = weight
         scales = np.empty((DEPTH >> shift) + 2, np.float32)
         piece = np.zeros(TEAM * DEPTH, np.float32)  # of W, (TEAM, DEPTH)
         sums = np.zeros(TEAM * padded, np.float32)  # y^T, (TEAM, padded)
@@ -116,6 +116,19 @@ def multiply(weight, width, x, y):
                 y[t, top + r] = sums[r * padded + t]
 
 
+@kernel(forceinline=True)
+def decode_scales_of_rows(weight, width, top, rows, first, last, scales, blocks):
+    """scales[r * blocks], ... = those of the columns first ... last - 1 of row top + r of W.
+
+    The same columns AHEAD rows later are requested from memory.
+    """
+    packed, _, _, codes, _, _, _, shift, _ = weight
+    for r in range(rows):
+        start = (top + r) * width + first
+        prefetch_run(packed, codes, start + AHEAD * width, last - first, shift)
+        decode_scales(weight, start, last - first, scales, r * blocks)
+
+
 @kernel(parallel=True)
 def multiply_back(weight, width, x, y, parts):
     """y (tokens, columns), flat, += x W for x (tokens, height), flat. tokens: a multiple of 4.
@@ -128,7 +141,7 @@ def multiply_back(weight, width, x, y, parts):
     tokens = y.size // columns
     height = x.size // tokens
     for part in prange(parts):
-        packed, levels, codes, shift = weight[0], weight[1], weight[3], weight[7]
+        packed, levels, _, _, _, _, _, shift, _ = weight
         first = part * strips // parts * STRIP
         last = min((part + 1) * strips // parts * STRIP, width)
         blocks = ((last - first) >> shift) + 2  # that a row of W may touch, at most
@@ -136,10 +149,7 @@ def multiply_back(weight, width, x, y, parts):
         piece = np.zeros(BACK * STRIP, np.float32)  # of W, (BACK, STRIP)
         for top in range(0, height if first < last else 0, BACK):
             rows = min(BACK, height - top)
-            for r in range(rows):
-                start = (top + r) * width + first
-                prefetch_run(packed, codes, start + AHEAD * width, last - first, shift)
-                decode_scales(weight, start, last - first, scales, r * blocks)
+            decode_scales_of_rows(weight, width, top, rows, first, last, scales, blocks)
             for column in range(first, last, STRIP):
                 count = min(STRIP, last - column)
                 for r in range(rows):
@@ -156,7 +166,7 @@ def multiply_back(weight, width, x, y, parts):
 
 def takes_few(weight, width):
     """Whether the kernels for few rows take W: its rows are whole blocks of at least 64."""
-    shift = weight[-2]
+    _, _, _, _, _, _, _, shift, _ = weight
     return LOOK_UP != "" and shift >= 6 and width % (1 << shift) == 0
 
 
@@ -202,7 +212,7 @@ def multiply_few(weight, width, x, y):
     tokens, height = y.shape
     fours = tokens // 4 * 4
     for team in prange((height + TEAM - 1) // TEAM):
-        packed, levels, shift = weight[0], weight[1], weight[7]
+        packed, levels, _, _, _, _, _, shift, _ = weight
         scales = np.empty(width >> shift, np.float32)
         for row in range(team * TEAM, min(team * TEAM + TEAM, height)):
             start = row * width
@@ -225,17 +235,14 @@ def multiply_back_few(weight, width, x, y, parts):
     tokens = y.size // width
     height = x.size // tokens
     for part in prange(parts):
-        packed, levels, codes, shift = weight[0], weight[1], weight[3], weight[7]
+        packed, levels, _, _, _, _, _, shift, _ = weight
         first = part * strips // parts * STRIP
         last = (part + 1) * strips // parts * STRIP
         blocks = ((last - first) >> shift) + 2
         scales = np.empty(BACK * blocks, np.float32)
         for top in range(0, height if first < last else 0, BACK):
             rows = min(BACK, height - top)
-            for r in range(rows):
-                start = (top + r) * width + first
-                prefetch_run(packed, codes, start + AHEAD * width, last - first, shift)
-                decode_scales(weight, start, last - first, scales, r * blocks)
+            decode_scales_of_rows(weight, width, top, rows, first, last, scales, blocks)
             for column in range(first, last, 2 * WIDTH):
                 own = (column >> shift) - (first >> shift)
                 for t in range(tokens):
