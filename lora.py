@@ -432,8 +432,8 @@ def _matching(
     if not wanted:
         raise ValueError(f"targets must name a layer, got {wanted}; all-linear takes all")
 
-    def matching(layers: list[list[str]], *targets: str) -> list[list[str]]:
-        endings = tuple(f".{target}" for target in targets)
+    def matching(layers: list[list[str]], *endings: str) -> list[list[str]]:
+        endings = tuple(f".{ending}" for ending in endings)
         return [names for names in layers if any(f".{name}".endswith(endings) for name in names)]
 
     if twice := matching(adapted, *wanted):
@@ -455,8 +455,8 @@ def _why_not_linear(model: nn.Module, groups: list[list[str]], target: str) -> s
                 return f"matches the head {name}, which stays dense; leave it out"
             if any(weight.dim() > 1 for weight in module.parameters(recurse=False)):
                 kind = type(module).__name__
-                reason = f"{name} of type {kind}, and only nn.Linear can be adapted"
-                return f"matches {reason}; leave it out"
+                rule = "only nn.Linear can be adapted; leave it out"
+                return f"matches {name} of type {kind}, and {rule}"
     known = sorted({name.rpartition(".")[2] for names in groups for name in names})
     return f"matches no linear layer; the model has {', '.join(known)}"
 
@@ -521,7 +521,8 @@ def check_no_other_adapters(model: nn.Module) -> None:
 
 def check_replaceable(linear: "nn.Linear | QLoRALinear") -> None:
     """Raise a ValueError if a layer has hooks, which would be lost, or no finite weight."""
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(linear, kind) for kind in kinds):
         raise ValueError("a new layer would lose the hooks of this one; register them afterwards")
     if isinstance(linear, nn.Linear):
         weight = linear.weight.detach()
@@ -595,7 +596,8 @@ def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
 
     The weight has the dtype of the base, or that to which the model was cast, and is rounded once.
     Returns the model and, for each 4-bit layer, what a merge into 4 bits would keep: an update is
-    small compared with the gaps between levels, so rounding removes much of it.
+    small compared with the gaps between levels, so rounding removes much of it. Hooks of the layers
+    are not kept.
     """
     audit = {}
     inner = unwrap(model)

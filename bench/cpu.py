@@ -171,13 +171,20 @@ def growth(quick: bool) -> dict:
                 "batch": batch,
                 "length": length,
                 "checkpointing": checkpointing,
-                "seconds": statistics.median(result["seconds"] for result in results),
-                "peak_bytes": max(result["peak_bytes"] for result in results),
             }
+            row |= cost_of(results)
             rows.append(row)
             print("growth", row, flush=True)
     stepper.close()
     return {"rows": rows}
+
+
+def cost_of(results: list[dict]) -> dict[str, float]:
+    """The median seconds and the largest peak of some steps."""
+    return {
+        "seconds": statistics.median(result["seconds"] for result in results),
+        "peak_bytes": max(result["peak_bytes"] for result in results),
+    }
 
 
 def size(quick: bool) -> dict:
@@ -200,10 +207,7 @@ def steps_of(name: str, model: str, length: int, repeats: int) -> dict[str, dict
         stepper.step(1, length, checkpointing=True)  # warms up
         for kind in found:  # checkpointing takes less memory, so it is first
             results = [stepper.step(1, length, kind == "checkpointing") for _ in range(repeats)]
-            found[kind] = {
-                "seconds": statistics.median(result["seconds"] for result in results),
-                "peak_bytes": max(result["peak_bytes"] for result in results),
-            }
+            found[kind] = cost_of(results)
         stepper.close()
     except OutOfMemory:
         pass

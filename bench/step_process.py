@@ -1,7 +1,7 @@
 """Training steps in a process of their own, so that the memory peak is that of one peer.
 
     python -m bench.step_process NAME           SmolLM2-135M
-    python -m bench.step_process NAME SIZE      a Llama of a size of random_llama.SIZES
+    python -m bench.step_process NAME SIZE      a Llama of a size of random_llama.SIZES, in 4 bits
 
 NAME is "ours" or, of PEFT, "bitsandbytes" or "dense". Names that end in "autocast" compute in
 bfloat16 under autocast, as we do; the others as PEFT's documentation shows.
@@ -121,6 +121,8 @@ def model_of(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 def random_model_of(name: str, size: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A random Llama in 4 bits with LoRA on all linear layers, and its optimizer."""
+    if name != "ours" and not name.startswith("bitsandbytes"):
+        raise ValueError(f"with a SIZE, NAME must be ours or bitsandbytes, got {name}")
     torch.manual_seed(0)
     shape = random_llama.SIZES[size]
     cpu = torch.device("cpu")

@@ -156,7 +156,8 @@ def _cast(
 ) -> transformers.PreTrainedModel:
     """Casts the parameters of a 4-bit model; its layers then compute in the dtype of their input.
 
-    So are dense weights inside the layers; other buffers keep their dtype, as in a dense model.
+    Dense weights inside the layers are cast, too; other buffers keep their dtype, as in a dense
+    model.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)

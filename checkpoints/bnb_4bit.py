@@ -24,7 +24,7 @@ from torch import Tensor
 
 import nf4
 from checkpoints import io
-from checkpoints.quantization import CODEBOOKS, Quantization
+from checkpoints.quantization import CODEBOOKS, Quantization, code_of
 from double_quant import DoubleQuantized
 from lora import FrozenWeight
 
@@ -51,11 +51,8 @@ CONFIG = {
 
 def quant_type(codebook: Tensor | None) -> str | None:
     """Names a codebook as bitsandbytes does; None if bitsandbytes does not have it."""
-    if codebook is not None:
-        for name, known in CODES.items():
-            if torch.equal(codebook.cpu(), known):
-                return name
-    return None
+    code = None if codebook is None else code_of(codebook)
+    return code if code in CODES else None
 
 
 def pack(base: FrozenWeight, name: str, storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:

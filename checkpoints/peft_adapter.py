@@ -207,7 +207,8 @@ def describe_bases(layers: dict[str, QLoRALinear]) -> str:
     """
     bases = {name: layer.base for name, layer in layers.items()}
     found = {name: quantization.quantization_of(base) for name, base in bases.items()}
-    first = min(found, key=lambda name: found[name].code == quantization.DENSE)
+    in_4_bits = [name for name, each in found.items() if each.code != quantization.DENSE]
+    first = in_4_bits[0] if in_4_bits else next(iter(found))
     others = {name: each._asdict() for name, each in found.items() if each != found[first]}
     entries = found[first]._asdict() | {"dtype": str(bases[first].dtype).removeprefix("torch.")}
     return json.dumps(entries | ({"layers": others} if others else {}))
@@ -275,7 +276,10 @@ def _bases_for(layers: dict[str, nn.Linear | QLoRALinear], path: Path) -> dict[s
         if isinstance(layer, nn.Linear):
             with naming(f"{name} in {path}"):
                 bases[name] = wanted.settings()
-        elif (found := quantization.quantization_of(layer.base)) != wanted:
+            continue
+        found = quantization.quantization_of(layer.base)
+        may_be_dense = trained.is_older and found.code == quantization.DENSE
+        if found != wanted and not may_be_dense:
             raise ValueError(
                 f"{path} was trained on a base that was {wanted}, and {name} is {found}: load it "
                 "into a dense model without adapters, or quantize the model as in the training"
@@ -450,12 +454,14 @@ def _repetitions(text: str) -> int:
 class TrainedBase(NamedTuple):
     """The base that an adapter was trained on: its quantization and its dtype.
 
-    layers: the quantization of each layer that is quantized otherwise.
+    layers: the quantization of each layer that is quantized otherwise. An older file does not say
+    which layers of a base in 4 bits are dense.
     """
 
     quantization: Quantization
     dtype: torch.dtype | None
     layers: dict[str, Quantization]
+    is_older: bool = False
 
     def of_layer(self, name: str) -> Quantization:
         """How the base of one layer was quantized."""
@@ -478,7 +484,8 @@ def base_of(folder: Path) -> TrainedBase | None:
         layers = {
             name: quantization.parse(each) for name, each in entries.get("layers", {}).items()
         }
-        return TrainedBase(quantization.parse(entries), dtypes[entries.get("dtype")], layers)
+        dtype = dtypes[entries.get("dtype")]
+        return TrainedBase(quantization.parse(entries), dtype, layers, is_older="bits" in entries)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: its header describes no base ({reason})") from None

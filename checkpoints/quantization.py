@@ -51,10 +51,14 @@ def quantization_of(base: FrozenWeight) -> Quantization:
     """Finds how a weight is quantized."""
     if base.codebook is None:
         return Quantization(DENSE)
-    codebook = base.codebook.cpu()
+    return Quantization(code_of(base.codebook), base.block_size, base.double_quant)
+
+
+def code_of(codebook: Tensor) -> str:
+    """The name of a codebook, or the hash of its levels if it has none."""
+    codebook = codebook.cpu()
     names = [name for name, known in CODEBOOKS.items() if torch.equal(codebook, known)]
-    code = names[0] if names else name_of(codebook)
-    return Quantization(code, base.block_size, base.double_quant)
+    return names[0] if names else name_of(codebook)
 
 
 def parse(entries: dict) -> Quantization:

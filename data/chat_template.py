@@ -141,7 +141,7 @@ class Template:
         Raises: BadRow if the template refuses these turns or drops a content; ValueError if it does
         not show where an answer begins or ends.
         """
-        turns = self.renderer.accepted(turns)
+        turns = self.renderer.accepted(turns, extras)
         conversation = Conversation(self.renderer, turns, extras)
         answers = [index for index, turn in enumerate(turns) if is_in_loss(turn)]
         spans = conversation.find_answers(answers)

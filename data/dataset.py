@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -254,7 +255,7 @@ def _read_document(path: Path) -> str:
     text = files.read_text(path)
     first_line, *_ = text.lstrip().split("\n", 1)
     try:
-        content = io.parse_json(first_line.encode())
+        content = io.parse_json(first_line.encode(), (dict, list))
     except ValueError:
         return text
     if not rows.parse_row(files.Record("", content)).fault:
@@ -380,6 +381,7 @@ def _fit(encoded: list[EncodedRow], length: int, name: str) -> list[EncodedRow]:
 def _hash_of_row(pair: EncodedRow) -> bytes:
     """Orders rows by their content alone, neither by their places in a file nor by a seed."""
     row, _ = pair
+    # A row without documents keeps the hash, and so the place, that it had before there were any.
     content = (row.turns, row.tools, row.text, *row.documents)
     return hashlib.sha256(repr(content).encode()).digest()
 
@@ -403,8 +405,8 @@ def _print_foreign_tokens(
     found: list[rows.Row], tokenizer: transformers.PreTrainedTokenizerBase, name: str
 ) -> None:
     """Prints the control tokens in rows that were written for another model."""
-    vocabulary = tokenizer.get_vocab().keys()
-    foreign = [set(CONTROL_TOKEN.findall(f"{row.turns} {row.text}")) - vocabulary for row in found]
+    own = {*tokenizer.get_vocab(), *CONTROL_TOKEN.findall(str(tokenizer.chat_template))}
+    foreign = [set(CONTROL_TOKEN.findall(f"{row.turns} {row.text}")) - own for row in found]
     n_rows = sum(map(bool, foreign))
     if n_rows:
         print(
@@ -414,8 +416,10 @@ def _print_foreign_tokens(
 
 
 def _print_repeated(task: Task, name: str) -> None:
-    trained = {tuple(example.ids) for example in task.train}
-    n_repeated = sum(tuple(example.ids) in trained for example in task.test)
+    """Prints how many held-out sequences are trained on, too."""
+    held_out = Counter(tuple(example.ids) for example in task.test)
+    repeated = set(held_out).intersection(tuple(example.ids) for example in task.train)
+    n_repeated = sum(held_out[ids] for ids in repeated)
     if n_repeated:
         print(
             f"{n_repeated} of {len(task.test)} held-out sequences of {name} are also trained on, "

@@ -46,7 +46,7 @@ class Marker:
         self.parts.append(Part(turn, key, value))
         return f"{OPENING}{number}.{value}{CLOSING}{number}."
 
-    def find_unwritten(self, text: str) -> Part | None:
+    def first_unwritten_in(self, text: str) -> Part | None:
         """The first string that is not in the rendering with marks."""
         text = without_spaces(text)
         seen = set()  # the numbers of strings with at least one mark
@@ -90,7 +90,7 @@ def find_unwritten(
         text = render(marked, marked_extras)
     except BadRow:
         return None
-    return marker.find_unwritten(text)
+    return marker.first_unwritten_in(text)
 
 
 def variants(value: str) -> Iterator[str]:

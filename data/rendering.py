@@ -74,18 +74,19 @@ class Renderer:
             system["content"] in self._try(question)
         )
 
-    def accepted(self, turns: list[Turn]) -> list[Turn]:
+    def accepted(self, turns: list[Turn], extras: Extras | None = None) -> list[Turn]:
         """The turns. If the template writes no system message, an empty one or ours is left out.
 
-        Raises: BadRow if a turn contains a control token, or if the template writes a message of
-        its own in place of an empty one.
+        Raises: BadRow if a turn, a tool or a document contains a control token, or if the template
+        writes a message of its own in place of an empty one.
         """
-        for number, turn in enumerate(turns, 1):
-            found = self.control_tokens.search(json.dumps(turn, ensure_ascii=False))
+        parts = {f"turn {number} ({turn['role']})": turn for number, turn in enumerate(turns, 1)}
+        for place, part in (parts | (extras or {})).items():
+            found = self.control_tokens.search(json.dumps(part, ensure_ascii=False))
             if found:
                 raise BadRow(
-                    f"turn {number} ({turn['role']}) contains {found[0]}, a control token: remove "
-                    "it, or give the whole chat as a text row, where control tokens are allowed"
+                    f"{place} contains {found[0]}, a control token: remove it, or give the whole "
+                    "chat as a text row, where control tokens are allowed"
                 )
         is_empty = is_empty_system_message(turns[0])
         if not self.has_system and (is_empty or is_default_system_message(turns[0])):

@@ -227,7 +227,7 @@ def _pop_pair(unread: dict, question_key: str, answer_key: str) -> list[Turn]:
     if question_key == "instruction":
         more = _string(unread.pop("input", ""), "input")
         question = "\n\n".join(filter(None, [question, more]))
-    answer = _nonempty_string(unread.pop(answer_key), answer_key)
+    answer = _prose(_nonempty_string(unread.pop(answer_key), answer_key), answer_key)
     *start, asked, answered = pair_turns(question, answer)
     return [*(system or start), *_pop_history(unread), asked, answered]
 
@@ -259,12 +259,14 @@ def _pop_tools(unread: dict) -> list[dict]:
 
 
 def _pop_documents(unread: dict) -> list[dict]:
-    documents = _list(unread.pop("documents", []), "documents")
-    for document in documents:
+    documents = []
+    for document in _list(unread.pop("documents", []), "documents"):
         if not isinstance(document, dict):
             raise ValueError(f"each of documents must be an object, not {_describe(document)}")
-        for key, value in document.items():
+        present = _present_keys(document)
+        for key, value in present.items():
             _string(value, f"{key} in documents")
+        documents.append(present)
     return documents
 
 
@@ -339,7 +341,7 @@ def _turn_keys(turn: dict) -> tuple[str, str]:
 
 def _require_turn_keys(turn: dict) -> None:
     role_key, content_key = _turn_keys(turn)
-    has_calls = turn.get("tool_calls") is not None or turn.get("function_call") is not None
+    has_calls = any(turn.get(key) for key in ("tool_calls", "function_call"))
     if turn.get(role_key) is None or not (content_key in turn or has_calls):
         raise ValueError(
             f"its keys are {_list_keys(turn)}; required are role, content or from, value"

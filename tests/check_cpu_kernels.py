@@ -50,7 +50,7 @@ def quantized() -> Iterator[tuple[str, bool, str]]:
 
 
 def decoded(weight: PackedWeight) -> Iterator[tuple[str, bool, str]]:
-    for dtype in launch.KINDS:
+    for dtype in launch.DECODED:
         out = torch.empty(HEIGHT, WIDTH, dtype=dtype)
         has_kernel = launch.dequantize(weight, out)
         is_same = has_kernel and same_bits(out, nf4.dequantize(unflatten(weight), dtype))

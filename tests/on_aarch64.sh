@@ -8,6 +8,10 @@
 # it; a second call uses them again. They take about 6 GB where PyTorch's index of CPU builds cannot
 # be reached, because PyPI's torch for aarch64 requires the CUDA libraries.
 set -eu
+case "${2:-}" in
+"" | --tests) ;;
+*) echo "the second argument must be --tests, got $2" >&2; exit 2 ;;
+esac
 
 RELEASE=bookworm
 PYTHON_VERSION=3.11 # of that release

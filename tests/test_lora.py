@@ -411,6 +411,11 @@ def with_hook(model: nn.Module) -> str:
     return "layer blocks.1.down: a new layer would lose the hooks of this one; register them after"
 
 
+def with_backward_hook(model: nn.Module) -> str:
+    model.blocks[1]["down"].register_full_backward_pre_hook(lambda *_: None)
+    return "layer blocks.1.down: a new layer would lose the hooks of this one; register them after"
+
+
 def without_weights(model: nn.Module) -> str:
     model.blocks[1]["down"].to("meta")
     return "layer blocks.1.down: its weight is on the meta device; load the weights first"
@@ -421,7 +426,9 @@ def with_another_adapter(model: nn.Module) -> str:
     return "adapters go into a plain model, got blocks.1.down, a layer that PEFT has wrapped"
 
 
-@pytest.mark.parametrize("change", [with_hook, without_weights, with_another_adapter])
+@pytest.mark.parametrize(
+    "change", [with_hook, with_backward_hook, without_weights, with_another_adapter]
+)
 def test_a_layer_that_cannot_be_replaced_is_refused_by_name(
     change: Callable[[nn.Module], str],
 ) -> None:

@@ -177,10 +177,6 @@ def without_kernels(**arguments: object) -> MakeArguments:
     return prepare
 
 
-def of_product(*fields: object) -> MakeArguments:
-    return lambda suite: {"case": suite.Product(*fields)}
-
-
 def from_torch(suite: ModuleType) -> Arguments:
     return {
         "saver": suite.plain,
@@ -1330,7 +1326,7 @@ KERNEL_MUTANTS = [
         "window.T if transposed",
         "window.T if transposed or rows == cols",
         "test_a_product_is_within_the_bound_of_its_dtype",
-        of_product(SQUARE, 40, False, torch.bfloat16),
+        of_a_product(SQUARE, 40, False, torch.bfloat16),
     ),
     Mutant(
         "the gradient is made by W as the product was",
@@ -1338,7 +1334,7 @@ KERNEL_MUTANTS = [
         "*pieces, not transposed)",
         "*pieces, transposed)",
         "test_the_gradient_of_either_product_is_the_other",
-        of_product(SQUARE, 40),
+        of_a_product(SQUARE, 40),
     ),
     Mutant(
         "all products of one size are made in the same memory",

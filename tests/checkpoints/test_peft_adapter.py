@@ -158,7 +158,9 @@ def test_the_base_is_read_from_the_header_also_if_that_has_the_two_entries_of_ol
     older = {"base": json.dumps({"bits": 3, "block_size": 256, "dtype": "float32"})}
     for metadata in (header, {"format": "pt"} | older):
         save_file(load_file(path), path, metadata)
-        assert peft_adapter.base_of(tmp_path) == (("nf3", 256, True), torch.float32, {})
+        base = peft_adapter.base_of(tmp_path)
+        assert base[:3] == (("nf3", 256, True), torch.float32, {})
+        assert base.is_older == (metadata != header)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -230,6 +232,20 @@ def test_layers_that_a_folder_in_4_bits_keeps_dense_stay_dense_under_an_adapter(
             f"model.layers.{number}.self_attn.q_proj" for number in range(2)
         }
         assert {*codes.values()} == {"nf4", "none"}
+
+
+def test_an_older_file_does_not_say_which_layers_of_a_base_in_4_bits_are_dense(
+    tmp_path: Path,
+) -> None:
+    checkpoints.save_4bit(attach(small(), "q_proj", r=1), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    checkpoints.save_adapter(attach(checkpoints.load_4bit(tmp_path), r=2), tmp_path)
+    older = {"bits": 4, "dtype": "float32", "block_size": 64, "double_quant": True}
+    save_file(load_file(path), path, {"base": json.dumps(older)})
+    model = checkpoints.load_adapter(checkpoints.load_4bit(tmp_path), tmp_path)
+    assert len(peft_adapter.adapted_layers(model)) == 14
+    with pytest.raises(ValueError, match="trained on a base that was nf4 in blocks of 64"):
+        checkpoints.load_adapter(attach(small(), r=2, **NF3), tmp_path)
 
 
 def test_an_adapter_goes_onto_adapters_that_are_there_and_takes_its_settings_with_it(

@@ -274,7 +274,25 @@ def test_control_tokens_of_another_model_are_named(
     assert capsys.readouterr().out == f"{said} for this one: <|eot_id|>, [/INST], [INST]\n"
 
 
-@pytest.mark.parametrize("start", ['{"prompt": "a", "completion": "b"}\n', '\n{"text": "a"}\n'])
+def test_control_tokens_that_the_template_writes_are_its_own(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Also those that are no single token, as in Llama 2."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template += "{# [INST] #}"
+    path = write_rows(tmp_path, [{"text": "[INST] a"}, {"text": "b [INST]"}])
+    dataset.load_task(path, tokenizer, 256)
+    assert "another model" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        '{"prompt": "a", "completion": "b"}\n',
+        '\n{"text": "a"}\n',
+        '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]\n',
+    ],
+)
 def test_rows_in_a_text_file_are_refused_and_other_json_in_it_is_text(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, start: str
 ) -> None:

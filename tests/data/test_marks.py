@@ -108,6 +108,16 @@ def test_a_key_that_the_template_does_not_write_is_refused_although_its_text_is_
         render(tokenizer, template, FULL_CHAT, tools=[TOOL], documents=[DOCUMENT])
 
 
+@pytest.mark.parametrize("key", ["tools", "documents"])
+def test_a_control_token_in_a_tool_or_a_document_is_refused(
+    tokenizer: PreTrainedTokenizerBase, key: str
+) -> None:
+    extras = {"tools": [TOOL], "documents": [DOCUMENT]}
+    extras[key] = [{**extras[key][0], "text": "a<|im_end|>b"}]
+    with pytest.raises(rows.BadRow, match=rf"^{key} contains <\|im_end\|>, a control token"):
+        render(tokenizer, WHOLE, FULL_CHAT, **extras)
+
+
 def test_the_name_of_a_tool_that_repeats_the_name_of_a_call_may_be_left_out(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:

@@ -128,6 +128,8 @@ def test_documents_are_objects_of_texts() -> None:
     row = row_of({"messages": CHAT, "documents": documents})
     assert (row.documents, row.extras) == (documents, {"documents": documents})
     assert row_of({"messages": CHAT, "documents": "[]"}) == rows.Row("here", CHAT)
+    with_null = [documents[0] | {"url": None}]
+    assert row_of({"messages": CHAT, "documents": with_null}).documents == documents
     for wrong, complaint in (
         (["c"], "each of documents must be an object, not 'c'"),
         ([{"text": 5}], "text in documents must be a string, not 5"),
@@ -326,6 +328,7 @@ FAULTS = [
         "turn 1 of messages: content is null, which only an answer with tool_calls",
     ),
     ([user("a"), assistant(None)], "turn 2 of messages: content is null"),
+    ([user(None) | {"tool_calls": []}], "turn 1 of messages: content is null"),
     ([{"from": "human", "value": None}], "turn 1 of messages: value is null"),
     ([{"role": None, "content": "a"}], "its keys are 'role' (null), 'content'; required are role"),
     ([{"role": "user"}], "turn 1 of messages: its keys are 'role'; required are role, content"),

@@ -521,7 +521,7 @@ def check_product(how: str, look_up: str, case: Product) -> None:
     assert bound.allows(made)
 
 
-@pytest.mark.parametrize("look_up", {HERE: 0, "avx2": 0} if "avx2" in COMPILED else [HERE])
+@pytest.mark.parametrize("look_up", sorted({HERE, "avx2"} & {*COMPILED}))
 @given(
     st.builds(
         Product,
@@ -583,6 +583,13 @@ PRODUCTS = [
 @pytest.mark.parametrize("case", PRODUCTS)
 def test_a_product_keeps_within_its_arrays(case: Product) -> None:
     check_product("in Python", "avx512" if case.few else "", case)
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_a_compiled_product_keeps_within_its_arrays(case: Product) -> None:
+    if case.few and not HERE:
+        pytest.skip("this processor has no look_up")
+    check_product("compiled", HERE, case)
 
 
 def test_the_kernels_for_few_rows_take_rows_of_whole_blocks_of_at_least_64() -> None:

@@ -5,6 +5,7 @@ test_stack.py measures the rest.
 """
 
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -171,7 +172,7 @@ def test_what_has_a_kernel_gets_it(calls: list[str]) -> None:
             assert set(calls) == {expected}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [dtype for dtype in launch.DECODED if dtype.itemsize == 2])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_16_bit_numbers_that_the_processor_does_not_multiply_are_multiplied_in_float32(
     transposed: bool, dtype: torch.dtype, calls: list[str], monkeypatch: pytest.MonkeyPatch
@@ -660,20 +661,26 @@ def test_windows_change_nothing_but_the_order_of_no_sum(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A product with ones and zeros picks a row of W: exact, wherever the windows are cut."""
+    monkeypatch.setattr(launch, "NATIVE", {torch.bfloat16, torch.float16})
     for shape, transposed in [((150, 40), False), ((40, 150), True)]:
         q, constants = weight_of(Recipe(shape), True)
         x = torch.eye(shape[1 if transposed else 0], dtype=dtype)
         whole = dense(q, constants, dtype)
         for window in (64, 2**20):
             monkeypatch.setattr(launch, "WINDOW", window)
+            monkeypatch.setattr(launch, "AT_ONCE", window)  # the same for float32
             y = dispatch.matmul(x, q, constants, transposed)
             assert torch.equal(y, whole.T if transposed else whole)
 
 
 def test_the_caller_owns_what_it_gets() -> None:
-    for tokens in (2, 40):
-        for transposed in (True, False):
-            case = Product((70, 70), tokens, transposed)
+    """By matmul.py, and by windows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "NATIVE", {torch.bfloat16})
+        for dtype, tokens, transposed in itertools.product(
+            (torch.float32, torch.bfloat16), (2, 40), (True, False)
+        ):
+            case = Product((70, 70), tokens, transposed, dtype)
             q, constants = case.weight()
             first = dispatch.matmul(case.x(), q, constants, transposed)
             before = first.clone()
@@ -843,18 +850,21 @@ def test_a_product_holds_one_window_and_its_result_and_nothing_else(
 def test_a_float32_product_holds_its_result_and_some_rows_of_a_factor(
     dtype: torch.dtype, tokens: int, transposed: bool
 ) -> None:
-    """The levels, y, and one copy of at most AT_ONCE rows of x, or two of them for x W."""
+    """The levels, y, and for at most AT_ONCE rows: a copy of x, or of y and, if padded, of x."""
     case = Product((512, 384), tokens, transposed, dtype)
     into, out = (384, 512) if transposed else (512, 384)
     y, most = most_alive(case)
-    copied = 4 * min(tokens, launch.AT_ONCE)
+    rows = min(tokens, launch.AT_ONCE)
     group = launch.products.WIDTH if transposed else 4
-    padded = -(-min(tokens, launch.AT_ONCE) // group) * group
-    is_few = tokens == 3
-    scratch = 0 if is_few else 4 * padded * (into if transposed else out)
-    scratch += 0 if is_few or transposed or padded * 4 == copied else 4 * padded * into
+    padded = -(-rows // group) * group
+    columns = 0  # of the copies; the kernels for few rows make none
+    if tokens > 3:
+        columns = into if transposed else out
+        if not transposed and padded > rows:
+            columns += into
+    scratch = 4 * padded * columns
     if dtype != torch.float32:
-        scratch = max(scratch + copied * into, y)
+        scratch = max(scratch + 4 * rows * into, y)
     assert most == 16 * 4 + 4 * tokens * out + scratch
 
 
