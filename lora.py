@@ -432,8 +432,8 @@ def _matching(
     if not wanted:
         raise ValueError(f"targets must name a layer, got {wanted}; all-linear takes all")
 
-    def matching(layers: list[list[str]], *endings: str) -> list[list[str]]:
-        endings = tuple(f".{ending}" for ending in endings)
+    def matching(layers: list[list[str]], *sought: str) -> list[list[str]]:
+        endings = tuple(f".{target}" for target in sought)
         return [names for names in layers if any(f".{name}".endswith(endings) for name in names)]
 
     if twice := matching(adapted, *wanted):

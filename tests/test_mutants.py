@@ -903,8 +903,8 @@ LORA_MUTANTS = [
     Mutant(
         "a target may end inside a name",
         "lora",
-        'tuple(f".{target}" for target in targets)',
-        "tuple(targets)",
+        'tuple(f".{target}" for target in sought)',
+        "tuple(sought)",
         "test_a_target_that_matches_no_layer_is_refused_with_the_reason",
         {"targets": "wn", "reason": "target 'wn' matches no linear layer"},
     ),
