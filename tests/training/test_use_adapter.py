@@ -154,7 +154,8 @@ def test_a_merge_overwrites_nothing_and_leaves_nothing_incomplete(
 
 
 def test_an_adapter_records_its_base(out: Path) -> None:
-    assert peft_adapter.base_of(out) == (Quantization("nf4", 64, True), DTYPE, {})
+    expected = peft_adapter.TrainedBase(Quantization("nf4", 64, True), DTYPE, layers={})
+    assert peft_adapter.base_of(out) == expected
 
 
 @pytest.mark.parametrize(
