@@ -8,7 +8,7 @@ stated otherwise:
     constants     1/64 + 4/(64 * 256) bytes per weight, and 4 bytes per map for the mean
     embedding     V d, and V d more for the head unless it is tied; norms: 2 L + 1 vectors of d
     adapters      r (in + out) per map, float32; gradients: the same; AdamW's moments: twice that
-    loss          logits and their gradient, V per label; ROWS rows of both in float32
+    loss          logits, V per label, which their gradient overwrites; ROWS rows in float32
     buffer        the largest map, dense: a GPU dequantizes every map into it
 
 Activations, in bytes per token and layer, as autograd saves them for backward; in float32 each
@@ -50,7 +50,7 @@ LORA = "16-bit LoRA"
 QLORA = "QLoRA"
 METHODS = (FULL, LORA, QLORA)
 
-ROWS = 16  # logits, and their exponentials, in float32 at a time (loss_and_eval.CrossEntropy)
+ROWS = 16  # of logits that are in float32 at a time (loss_and_eval.CrossEntropy)
 OUTSIDE_TORCH = 2**30  # bytes of a card for CUDA's context, libraries, gaps between tensors
 
 KNOWN_MODELS = ("llama", "mistral")  # model_type of models whose layers are the seven maps above
@@ -328,10 +328,10 @@ class _Pass(NamedTuple):
         return 0, 4 * self.r * (d + f), trained // self.shape.layers
 
     def loss(self) -> int:
-        """The logits and their gradient, and the rows of both in float32."""
+        """The logits, which become their gradient, and the rows in float32."""
         logits = self.width * self.shape.vocabulary * self.labels
         rows = 4 * self.shape.vocabulary * min(ROWS, self.labels)
-        return 2 * logits + 2 * rows
+        return logits + rows
 
 
 def constant_bytes(n: int, block_size: int, double_quant: bool) -> int:

@@ -5,17 +5,19 @@ whose next token has a label need logits, so the output head gets the hidden sta
 positions alone. What the architecture does to the logits afterwards still applies.
 
 F.cross_entropy would allocate four more tensors of the size of the logits, in float32. CrossEntropy
-allocates one, its gradient, in the dtype of the logits:
+allocates one, its gradient, in the dtype of the logits; `label_loss` needs not even that one:
 
     loss = sum_i (log sum_j exp l_ij - l_i,label)        dloss/dl = softmax(l) - onehot(label)
 
 The term i of the loss and row i of the gradient depend only on row i of the logits. So both are
-computed a few rows at a time, and the float32 temporaries have only that many rows.
+computed a few rows at a time, the float32 temporaries have only that many rows, and the gradient of
+a row may overwrite its logits.
 """
 
 from __future__ import annotations  # type hints must not load the classes of transformers
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -33,51 +35,65 @@ class CrossEntropy(torch.autograd.Function):
     """The sum of the cross entropies of logits (n, vocabulary) and labels (n,): a scalar.
 
     The logits may have any float dtype; the sum is float64 for float64 logits, else float32.
+    overwrite: backward writes the gradient over the logits, which nothing else may use.
     """
 
     ROWS = 16  # with 49,152 float32 numbers per row they take 3 MB and stay in the cache
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor) -> Tensor:
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        compute_dtype = torch.promote_types(logits.dtype, torch.float32)
-        losses = logits.new_empty(len(logits), dtype=compute_dtype)
-        for start in range(0, len(logits), CrossEntropy.ROWS):
-            rows = slice(start, start + CrossEntropy.ROWS)
-            chunk = logits[rows].to(compute_dtype, copy=True)  # (rows, vocabulary)
-            label = labels[rows, None]  # (rows, 1)
-            normalizer = chunk.logsumexp(1, keepdim=True)  # (rows, 1)
-            losses[rows] = (normalizer - chunk.gather(1, label)).squeeze(1)
-            if gradient is not None:
-                softmax = chunk.sub_(normalizer).exp_()
-                minus_one = softmax.new_full(label.shape, -1.0)
-                gradient[rows] = softmax.scatter_add_(1, label, minus_one)
-        ctx.save_for_backward(gradient)
+    def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor, overwrite: bool) -> Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        losses = logits.new_empty(len(logits), 1, dtype=dtype)
+        scratch = logits.new_empty(CrossEntropy.ROWS, logits.shape[1], dtype=dtype)
+        for loss, some, label in _some_rows(losses, logits, labels[:, None]):
+            rows = scratch[: len(some)].copy_(some)
+            log_softmax = torch.log_softmax(rows, 1, out=rows)
+            loss.copy_(log_softmax.gather(1, label).neg_())
+        ctx.save_for_backward(logits, labels)
+        ctx.overwrite = overwrite
         return losses.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        # In place, because it is the largest tensor, and no other code holds it. In the dtype of g:
-        # a g of 1/n, rounded to bfloat16, would scale all gradients by the same wrong factor.
-        for rows in gradient.split(CrossEntropy.ROWS):
-            rows.copy_(rows.to(g.dtype) * g)
-        return gradient, None
+        logits, labels = ctx.saved_tensors
+        gradient = logits if ctx.overwrite else torch.empty_like(logits)
+        scratch = g.new_empty(CrossEntropy.ROWS, logits.shape[1])
+        minus_one = g.new_full((CrossEntropy.ROWS, 1), -1.0)
+        for result, some, label in _some_rows(gradient, logits, labels[:, None]):
+            rows = scratch[: len(some)].copy_(some)
+            softmax = torch.softmax(rows, 1, out=rows)
+            softmax.scatter_add_(1, label, minus_one[: len(some)])
+            result.copy_(softmax.mul_(g))  # rounded once
+        return gradient, None, None
+
+
+def _some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The next ROWS rows of all tensors, again and again."""
+    return zip(*(tensor.split(CrossEntropy.ROWS) for tensor in tensors))
 
 
 def label_loss(model: transformers.PreTrainedModel, batch: Batch, dtype: torch.dtype) -> Tensor:
     """Cross entropy summed over the labels of a batch: a float32 scalar."""
     labels = batch.labels[:, 1:]  # (B, T - 1): position t predicts token t + 1
     in_loss = labels != IGNORE_INDEX  # (B, T - 1)
+    seen = {}
 
     def select_positions(head: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         return inputs[0][:, :-1][in_loss]  # (labels, hidden)
 
+    def remember_output(head: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[output] = output._version
+
     head = model.get_output_embeddings()
-    with head.register_forward_pre_hook(select_positions), autocast(in_loss.device, dtype):
+    before = head.register_forward_pre_hook(select_positions)
+    after = head.register_forward_hook(remember_output)
+    with before, after, autocast(in_loss.device, dtype):
         logits = model(**batch.inputs, use_cache=False).logits  # (labels, vocabulary)
-    return CrossEntropy.apply(logits, labels[in_loss])
+    # A linear layer does not need its output for its backward pass. If the model has changed the
+    # logits afterwards, also in place, that function may need them for its own.
+    is_of_head = type(head) is nn.Linear and seen.get(logits) == logits._version
+    return CrossEntropy.apply(logits, labels[in_loss], is_of_head)
 
 
 class LabelLoss(nn.Module):
