@@ -204,7 +204,7 @@ class LoRAMatmul(torch.autograd.Function):
         """x (tokens, in), A (r, in), B (out, r), bias (out,), keep bool (tokens, in) -> y."""
         y = base.matmul(x, bias=bias)  # (tokens, out)
         h = F.linear(_drop(x, keep), lora_A.to(x.dtype))  # (tokens, r)
-        y.addmm_(h, lora_B.to(x.dtype).T, alpha=scaling)
+        dispatch.add_product_(y, h, _transpose(lora_B, x.dtype), scaling)
         needs_A, needs_B = ctx.needs_input_grad[1:3]
         ctx.save_for_backward(x if needs_A else None, h if needs_B else None, keep, lora_A, lora_B)
         ctx.scaling = scaling
@@ -219,21 +219,29 @@ class LoRAMatmul(torch.autograd.Function):
         needs_x, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:4]
         dx = dA = dB = dbias = None
         with torch.autocast(g.device.type, enabled=False):
-            dh = (g @ lora_B.to(g.dtype)).mul_(ctx.scaling)  # (tokens, r)
+            # These factors are transposed so that torch reads g by rows, which is several times
+            # faster.
+            dh = (_transpose(lora_B, g.dtype) @ g.T).mul_(ctx.scaling).T  # (tokens, r)
             if needs_B:
-                dB = (g.T @ h).mul_(ctx.scaling).to(lora_B.dtype)  # (out, r)
+                dB = (h.T @ g).mul_(ctx.scaling).to(lora_B.dtype).T  # (out, r)
             if needs_A:
                 dA = (dh.T @ _drop(x, keep)).to(lora_A.dtype)  # (r, in)
             if needs_x:
                 dx = ctx.base.matmul(g, transposed=False)  # (tokens, in)
                 A = lora_A.to(g.dtype)
                 if keep is None:
-                    dx.addmm_(dh, A)
+                    dispatch.add_product_(dx, dh, A)
                 else:
-                    dx.add_((dh @ A).mul_(keep))
+                    dropped = dispatch.add_product_(torch.zeros_like(dx), dh, A)
+                    dx.add_(dropped.mul_(keep))
             if needs_bias:
                 dbias = g.sum(0)  # (out,)
         return dx, dA, dB, dbias, None, None, None
+
+
+def _transpose(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """B^T (r, out), row by row, which all products read faster."""
+    return lora_B.to(dtype).T.contiguous()
 
 
 def _drop(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -89,6 +89,26 @@ def matmul(
     return torch.ops.qlora.matmul(x, bias, *flatten(q, constants), transposed)
 
 
+def add_product_(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """y += alpha a b for thin a and b; y itself is returned.
+
+    On a processor without instructions for 16-bit products, torch takes up to 50 times as long for
+    them as for float32; a b is then computed in float32.
+    """
+    is_traced = torch.compiler.is_compiling()  # it cannot trace the import of the kernels
+    if is_traced or multiplies_natively(y.device.type, y.dtype):
+        return y.addmm_(a, b, alpha=alpha)
+    return y.add_(a.float() @ b.float(), alpha=alpha)
+
+
+def multiplies_natively(device: str, dtype: torch.dtype) -> bool:
+    """Whether a device of this type has instructions for products of this dtype."""
+    if device != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    kernels, _ = _launch_cpu()
+    return dtype in kernels.NATIVE
+
+
 def adamw(
     param: Tensor, grad: Tensor, step: int, group: dict
 ) -> Callable[[int, Tensor], None] | None:

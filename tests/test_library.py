@@ -293,6 +293,12 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one() -> None:
             assert torch.equal(ours.grad, theirs.grad)
 
 
+def test_an_adapted_layer_compiles_into_one_graph() -> None:
+    model = attach(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)))
+    x = torch.randn(3, 64)
+    assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+
+
 def test_a_copy_and_an_average_follow_the_adapters_and_share_nothing() -> None:
     model = adapted_model()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))

@@ -143,10 +143,12 @@ def generate_answers(
     dtype: torch.dtype,
     batch_size: int = 100,
     streamer: transformers.TextStreamer | None = None,
+    wanted: list[str] | None = None,
 ) -> list[str]:
     """Greedy answers of at most `length` tokens to prompts, which are lists of token ids.
 
     streamer: prints the answer to a single prompt while it is generated.
+    wanted: a text for each prompt; an answer that cannot become this text may end early.
     """
     model.eval()
     settings = {
@@ -170,10 +172,40 @@ def generate_answers(
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             ids, mask = _pad_left(batch, tokenizer.eos_token_id, model.device)
+            if wanted:
+                texts_of_batch = wanted[start : start + batch_size]
+                settings["stopping_criteria"] = [Differs(tokenizer, texts_of_batch, ids.shape[1])]
             output = model.generate(input_ids=ids, attention_mask=mask, **settings)
             new_ids = output[:, ids.shape[1] :]
             texts += tokenizer.batch_decode(new_ids, skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+class Differs(transformers.StoppingCriteria):
+    """Ends each answer of a batch that cannot become the wanted text any more."""
+
+    def __init__(
+        self,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        wanted: list[str],
+        n_prompt: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.wanted = wanted
+        self.n_prompt = n_prompt
+
+    def __call__(self, ids: Tensor, scores: Tensor, **options: object) -> Tensor:
+        """ids (B, T) -> bool (B,)."""
+        texts = self.tokenizer.batch_decode(ids[:, self.n_prompt :], skip_special_tokens=True)
+        differs = [self.differs(text.strip(), wanted) for text, wanted in zip(texts, self.wanted)]
+        return torch.tensor(differs, device=ids.device)
+
+    def differs(self, text: str, wanted: str) -> bool:
+        """Whether no text that goes on from `text` can be the wanted one."""
+        # The next token may complete a character, or take away the space before it.
+        may_change = text.endswith("\N{REPLACEMENT CHARACTER}")
+        may_change = may_change or self.tokenizer.clean_up_tokenization_spaces
+        return not may_change and not wanted.startswith(text)
 
 
 def _pad_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -200,7 +232,10 @@ def exact_match(
     share, n_own = distributed.split_among_ranks(examples)
     prompts = [example.ids[: example.n_prompt] for example in share]
     length = max(len(example.ids) - example.n_prompt for example in examples)
-    texts = generate_answers(model, tokenizer, prompts, length, dtype)
+    show = min(show, len(share))
+    texts = generate_answers(model, tokenizer, prompts[:show], length, dtype)
+    wanted = [example.answer for example in share[show:]]
+    texts += generate_answers(model, tokenizer, prompts[show:], length, dtype, wanted=wanted)
 
     n_right = 0
     for index, (example, text) in enumerate(zip(share[:n_own], texts)):

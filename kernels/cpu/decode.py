@@ -31,7 +31,6 @@ from kernels.cpu.vectors import (
     cast,
     kernel,
     look_up,
-    nibbles,
     prefetch,
     scaled,
     store,
@@ -112,8 +111,8 @@ def decode_vectors(packed, byte, levels, scale, out, at, vectors):
     if LOOKS_UP:
         table = scaled(levels, scale, out)
         for k in range(vectors):
-            codes = nibbles(packed, byte + k * (WIDTH // 2))
-            store(out, at + k * WIDTH, look_up(table, codes))
+            numbers = look_up(table, packed, byte + k * (WIDTH // 2))
+            store(out, at + k * WIDTH, numbers)
     else:
         numbers = np.empty(16, out.dtype)
         for k in range(16):

@@ -30,7 +30,6 @@ from kernels.cpu.vectors import (
     kernel,
     load,
     look_up,
-    nibbles,
     plus,
     scaled,
     store,
@@ -181,9 +180,9 @@ def dot(packed, levels, scales, shift, start, count, x, at):
     for block in range(count >> shift):
         table = scaled(levels, scales[block], x)
         for k in range(block << shift, (block + 1) << shift, 2 * WIDTH):
-            numbers = look_up(table, nibbles(packed, (start + k) >> 1))
+            numbers = look_up(table, packed, (start + k) >> 1)
             even = fma(numbers, load(x, at + k), even)
-            numbers = look_up(table, nibbles(packed, (start + k + WIDTH) >> 1))
+            numbers = look_up(table, packed, (start + k + WIDTH) >> 1)
             odd = fma(numbers, load(x, at + k + WIDTH), odd)
     return total(plus(even, odd))
 
@@ -198,7 +197,7 @@ def four_dots(packed, levels, scales, shift, start, count, x, at, stride):
     for block in range(count >> shift):
         table = scaled(levels, scales[block], x)
         for k in range(block << shift, (block + 1) << shift, WIDTH):
-            numbers = look_up(table, nibbles(packed, (start + k) >> 1))
+            numbers = look_up(table, packed, (start + k) >> 1)
             sums0 = fma(numbers, load(x, at + k), sums0)
             sums1 = fma(numbers, load(x, at + stride + k), sums1)
             sums2 = fma(numbers, load(x, at + 2 * stride + k), sums2)
@@ -253,8 +252,8 @@ def multiply_back_few(weight, width, x, y, parts):
                         i = (top + r) * width + column
                         table = scaled(levels, scales[own + r * blocks], x)
                         factor = broadcast(x, t * height + top + r)
-                        even = fma(factor, look_up(table, nibbles(packed, i >> 1)), even)
-                        numbers = look_up(table, nibbles(packed, (i + WIDTH) >> 1))
+                        even = fma(factor, look_up(table, packed, i >> 1), even)
+                        numbers = look_up(table, packed, (i + WIDTH) >> 1)
                         odd = fma(factor, numbers, odd)
                     store(y, out, even)
                     store(y, out + WIDTH, odd)

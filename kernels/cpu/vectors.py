@@ -109,7 +109,6 @@ class _VectorModel(models.PrimitiveModel):
 
 
 FLOATS = Vector(types.float32, WIDTH)
-NIBBLES = Vector(types.uint8, WIDTH)
 CODES = Vector(types.int32, WIDTH)
 
 
@@ -208,21 +207,6 @@ def _total(builder, kind, vector):
     return _call(builder, function, FLOAT, FLOAT(-0.0), vector, fastmath=["reassoc"])
 
 
-def nibbles(packed, byte):
-    """The WIDTH codes in WIDTH / 2 bytes: the high nibble of a byte first."""
-    pairs = _part(packed, byte, WIDTH // 2)
-    return np.stack([pairs >> 4, pairs & 15], 1).reshape(-1)
-
-
-@emits(nibbles, lambda packed, byte: NIBBLES)
-def _nibbles(builder, kind, packed, byte):
-    half = ir.VectorType(BYTE, WIDTH // 2)
-    pairs = builder.load(_place(builder, packed, byte, half), align=1)
-    high = builder.lshr(pairs, _constant(half, 4))
-    low = builder.and_(pairs, _constant(half, 15))
-    return _zip(builder, high, low)
-
-
 def cast(number, out):
     """A float32 rounded to the dtype of `out`: to nearest, ties to even, as torch does.
 
@@ -256,16 +240,41 @@ def _scaled(builder, kind, levels, scale, out):
     return _rounded(builder, product, kind.element)
 
 
-def look_up(table, codes):
-    """table[code] for codes of 0 to 15 and a table of 16."""
-    return table[codes]
+def look_up(table, packed, byte):
+    """table[code] for the WIDTH codes in WIDTH / 2 bytes: the high nibble of a byte first."""
+    pairs = _part(packed, byte, WIDTH // 2)
+    return table[np.stack([pairs >> 4, pairs & 15], 1).reshape(-1)]
 
 
-@emits(look_up, lambda table, codes: Vector(table.element, codes.count))
-def _look_up(builder, kind, table, codes):
-    bits = kind.element.bitwidth
+@emits(look_up, lambda table, packed, byte: Vector(table.element, WIDTH))
+def _look_up(builder, kind, table, packed, byte):
+    half = ir.VectorType(BYTE, WIDTH // 2)
+    pairs = builder.load(_place(builder, packed, byte, half), align=1)
     if LOOK_UP == "avx512":
-        return _permute_avx512(builder, table, codes, bits)
+        return _permute_avx512(builder, table, _spread(builder, pairs, kind.element.bitwidth))
+    high = builder.lshr(pairs, _constant(half, 4))
+    low = builder.and_(pairs, _constant(half, 15))
+    return _permute(builder, table, _zip(builder, high, low))
+
+
+def _spread(builder, pairs, bits):
+    """The codes of bytes as integers of `bits` bits, whose upper bits vpermd and vpermw ignore.
+
+    A byte becomes an integer of 2 * bits bits: its high nibble in the lower half, and the byte
+    itself in the upper half.
+    """
+    ints = ir.VectorType(ir.IntType(2 * bits), pairs.type.count)
+    wide = builder.zext(pairs, ints)
+    high = builder.lshr(wide, _constant(ints, 4))
+    both = builder.or_(high, builder.shl(wide, _constant(ints, bits)))
+    return builder.bitcast(both, ir.VectorType(ir.IntType(bits), 2 * pairs.type.count))
+
+
+def _permute(builder, table, codes):
+    """table[code] for integers of 0 to 15."""
+    bits = 16 if table.type.element == SHORT else 32
+    if LOOK_UP == "avx512":
+        return _permute_avx512(builder, table, codes)
     if LOOK_UP == "avx2" and bits == 32:
         return _permute_avx2(builder, table, codes)
     return _permute_bytes(builder, table, codes, bits)
@@ -275,15 +284,14 @@ def _like(table, codes):
     return ir.VectorType(table.type.element, codes.type.count)
 
 
-def _permute_avx512(builder, table, codes, bits):
+def _permute_avx512(builder, table, codes):
+    """As _permute, for codes as wide as the table's elements; their upper bits are ignored."""
+    bits = codes.type.element.width
     lanes = 512 // bits
-    table = _join(builder, [table] * (lanes // 16))
     name = "llvm.x86.avx512.permvar." + ("si.512" if bits == 32 else "hi.512")
-    ints = ir.VectorType(ir.IntType(bits), lanes)
-    parts = [
-        _call(builder, name, ints, builder.bitcast(table, ints), _widened(builder, part, ints))
-        for part in _parts(builder, codes, lanes)
-    ]
+    ints = ir.VectorType(codes.type.element, lanes)
+    tables = builder.bitcast(_join(builder, [table] * (lanes // 16)), ints)
+    parts = [_call(builder, name, ints, tables, part) for part in _parts(builder, codes, lanes)]
     return builder.bitcast(_join(builder, parts), _like(table, codes))
 
 
@@ -361,7 +369,7 @@ def _raised(builder, kind, codes, half, numbers, table):
     half = _repeat(builder, builder.trunc(half, INT), kind.count)
     above = builder.add(codes, half)
     places = builder.sub(above, _constant(codes.type, 1))
-    limits = _look_up(builder, Vector(types.float32, kind.count), table, places)
+    limits = _permute(builder, table, places)
     return builder.select(builder.fcmp_ordered(">", numbers, limits), above, codes)
 
 

@@ -329,14 +329,14 @@ def every_operation(v: ModuleType) -> Callable[..., np.float32]:
     def use(numbers, levels, packed, out, halves, codes):  # noqa: ANN001, ANN202
         v.prefetch(numbers, 0)
         table = v.scaled(levels, np.float32(2), out)
-        row = v.look_up(table, v.nibbles(packed, 0))
+        row = v.look_up(table, packed, 0)
         sums = v.fma(v.broadcast(numbers, 3), row, v.plus(v.load(numbers, 1), v.zeros()))
         v.store(out, 1, v.times(sums, np.float32(3)))
         found = v.no_codes()
         for half in (8, 4, 2, 1):
             found = v.raised(found, half, v.load(numbers, 0), table)
         v.pack(codes, 1, found)
-        small = v.look_up(v.scaled(levels, np.float32(0.3), halves), v.nibbles(packed, 0))
+        small = v.look_up(v.scaled(levels, np.float32(0.3), halves), packed, 0)
         v.store(halves, 0, small)
         halves[-1] = v.cast(np.float32(0.3), halves)
         return v.total(sums) + v.cast(numbers[0], out)
@@ -392,8 +392,8 @@ def decoding_loop(file: ModuleType, dtype: type[np.generic]) -> ir.Module:
     table = builder.load(table, align=1)
     with cgutils.for_range(builder, count) as loop:
         start = builder.mul(loop.index, file.LONG(file.WIDTH))
-        codes = file._nibbles(builder, file.NIBBLES, packed, builder.ashr(start, file.LONG(1)))
-        numbers = file._look_up(builder, file.Vector(element, file.WIDTH), table, codes)
+        byte = builder.ashr(start, file.LONG(1))
+        numbers = file._look_up(builder, file.Vector(element, file.WIDTH), table, packed, byte)
         file._store(builder, types.none, out, start, numbers)
     builder.ret_void()
     return module

@@ -22,10 +22,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_stack import Live
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import double_quant
 import nf4
-from helpers.bounds import Bounded, in_float64, operand
+from helpers.bounds import Bounded, cast, gamma, in_float64, operand
 from helpers.strategies import (
     DTYPES,
     HALF_AND_SINGLE,
@@ -841,6 +842,19 @@ def test_a_product_holds_one_window_and_its_result_and_nothing_else(
     assert size < shape[0] * shape[1] or window == 2**20
 
 
+class Results(TorchDispatchMode):
+    """Records the name and the dtype of the result of each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        result = function(*args, **(kwargs or {}))
+        self.seen.append((function.__name__.partition(".")[0], result.dtype))
+        return result
+
+
 @pytest.mark.skipif(not launch.vectors.LOOK_UP, reason="there are no kernels for few rows here")
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize(
@@ -866,6 +880,28 @@ def test_a_float32_product_holds_its_result_and_some_rows_of_a_factor(
     if dtype != torch.float32:
         scratch = max(scratch + 4 * rows * into, y)
     assert most == 16 * 4 + 4 * tokens * out + scratch
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_thin_product_is_added_in_float32_where_16_bits_are_not_native(
+    dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact products of small integers: y + 2 a b is rounded once from float32, at most twice by
+    torch, which may round the product first."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(launch, "NATIVE", {torch.bfloat16, torch.float16} if native else set())
+    y, a, b = (torch.randint(-15, 16, size).to(dtype) for size in ((50, 30), (50, 4), (4, 30)))
+    product = a.double() @ b.double()
+    exact = y.double() + 2 * product
+    with Results() as results:
+        found = dispatch.add_product_(y, a, b, 2.0)
+    assert found is y and y.dtype == dtype
+    products = {kind for name, kind in results.seen if name in ("mm", "addmm_")}
+    assert products == {dtype if native else torch.float32}
+    # u of the result, and if the product was rounded first, of twice the product.
+    bound = cast(exact.abs(), dtype) + native * 2 * cast(product.abs(), dtype)
+    assert ((y.double() - exact).abs() <= (1 + gamma(1, dtype)) * bound).all()
 
 
 def test_constants_in_float32_need_no_decoding() -> None:

@@ -1,6 +1,7 @@
 """The loss at the labels, perplexity and greedy answers against the direct computation of each."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,13 +208,51 @@ def test_answers_do_not_depend_on_their_neighbours() -> None:
     assert alone == answers(prompts, 100) == answers(prompts, 2)
 
 
+def test_answers_that_end_early_are_right_and_wrong_as_whole_ones_are() -> None:
+    model = models.tiny_llama(torch.float64)
+    tokenizer = models.tokenizer()
+    texts = [f"question {n} of many" for n in range(12)]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    whole = generate_answers(model, tokenizer, prompts, 6, torch.float32)
+    changes = [lambda text: text, lambda text: text + "x", lambda text: "x" + text, lambda text: ""]
+    wanted = [changes[row % 4](text) for row, text in enumerate(whole)]
+    early = generate_answers(model, tokenizer, prompts, 6, torch.float32, 5, wanted=wanted)
+    rights = [text == want for text, want in zip(early, wanted)]
+    assert rights == [text == want for text, want in zip(whole, wanted)]
+    assert rights[::4] == [True] * 3 and not any(rights[1::4])
+    ended = [len(a) < len(b) for a, b in zip(early[2::4], whole[2::4])]
+    assert all(ended), "they differ from the first character on"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "cleans_up", "differs"),
+    [
+        ("", "yes", False, False),
+        ("ye", "yes", False, False),
+        ("yes", "yes", False, False),
+        ("yes no", "yes", False, True),
+        ("no", "yes", False, True),
+        ("caf\N{REPLACEMENT CHARACTER}", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", False, False),
+        ("no \N{REPLACEMENT CHARACTER}", "yes", False, False),
+        ("do n", "don't", True, False),  # decoded with the next token, the space is taken away
+        ("do n", "don't", False, True),
+    ],
+)
+def test_an_answer_differs_once_no_further_token_can_make_it_the_wanted_one(
+    text: str, wanted: str, cleans_up: bool, differs: bool
+) -> None:
+    tokenizer = SimpleNamespace(clean_up_tokenization_spaces=cleans_up)
+    assert loss_and_eval.Differs(tokenizer, [wanted], 0).differs(text, wanted) == differs
+
+
 def test_exact_match_counts_answers_that_equal_the_expected_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     model = models.tiny_llama()
     expected = ("yes", "no", "Yes", "yes")
     examples = [Example([1, 2], [-100, 2], "q", answer) for answer in expected]
-    monkeypatch.setattr(loss_and_eval, "generate_answers", lambda *args, **kwargs: ["yes"] * 4)
+    always_yes = lambda model, tokenizer, prompts, *_, **options: ["yes"] * len(prompts)  # noqa: E731
+    monkeypatch.setattr(loss_and_eval, "generate_answers", always_yes)
     assert exact_match(model, None, examples, torch.float32, show=1) == 2 / 4
     assert capsys.readouterr().out.count("asked") == 1
     assert exact_match(model, None, [], torch.float32) is None
