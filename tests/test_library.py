@@ -294,7 +294,7 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one() -> None:
 
 
 def test_an_adapted_layer_compiles_into_one_graph() -> None:
-    model = attach(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)))
+    model = lora.attach(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)))
     x = torch.randn(3, 64)
     assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
 
