@@ -38,7 +38,7 @@ from kernels.cpu import matmul as products
 from kernels.cpu import quantize as blockwise
 from kernels.packed_weight import PackedWeight, largest_absmax
 
-WINDOW = 2**20  # elements: 2 MB in 16 bits, which fits the L2 caches of two cores
+WINDOW = 2**21  # elements: 4 MB in 16 bits, which fit an L3 cache; smaller ones cost more calls
 TOKENS = 512  # rows of x that a window multiplies at once: more would push it out of the cache
 FEW = 8  # rows of 16-bit x up to which matmul.py is faster than torch's 16-bit products
 AT_ONCE = 256  # rows of x that a call of matmul.py takes, which limits its scratch
