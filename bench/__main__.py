@@ -6,7 +6,7 @@
     python -m bench ops --as avx2     as a processor with AVX2 alone runs it
 
 Parts on a CPU (cpu.py): ops (single operations), optim (an optimizer step), step (a training step),
-growth (of a step's cost), size (a step of larger models). With --as avx2 (as_avx2.py): ops.
+growth (of a step's cost), size (a step of larger models). With --as avx2 (as_avx2.py): ops, step.
 Parts on a GPU (cuda.py): ops, optim, step, sizes (7B to 65B in 48 GB).
 """
 

@@ -1,8 +1,8 @@
-"""Operations as a processor with AVX2 alone would run them, measured on one that may have AVX-512.
+"""What a processor with AVX2 alone would need, measured on one that may have AVX-512.
 
-    python -m bench ops --as avx2
+    python -m bench --as avx2          operations, and a step of SmolLM2 in float32
 
-The libraries choose their code when they are imported, so the part runs in a process of its own,
+The libraries choose their code when they are imported, so everything runs in a process of its own,
 whose environment restricts each of them:
 
     Numba     compiles for the features of Haswell, the first processor with AVX2
@@ -25,7 +25,7 @@ import llvmlite.binding
 import torch
 
 from bench import peers
-from bench.cpu import print_row, race, summary
+from bench.cpu import print_row, race, steps_of_smollm, summary
 from bench.turns import Work
 from kernels.cpu import vectors
 
@@ -39,6 +39,7 @@ SETTINGS = {
 }
 ROWS = [1, 16, 256, 1024]
 RANK = 8
+PEERS_OF_A_STEP = ("ours", "bitsandbytes", "dense")
 
 
 def is_possible() -> bool:
@@ -101,4 +102,10 @@ def ours_in_both(half: dict[str, Work], single: dict[str, Work]) -> dict[str, Wo
     return {"ours": half["ours"], "ours in float32": single["ours"]}
 
 
-PARTS = {"ops": ops}
+def step(quick: bool) -> dict:
+    """A training step of SmolLM2 in float32."""
+    check(vectors.LOOK_UP, torch.backends.cpu.get_cpu_capability())
+    return steps_of_smollm({name: f"{name} float32" for name in PEERS_OF_A_STEP}, quick)
+
+
+PARTS = {"ops": ops, "step": step}

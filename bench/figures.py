@@ -40,8 +40,12 @@ def write(found: dict) -> None:
 
 
 def write_as_avx2(found: dict) -> None:
-    """Writes the table of bench/as_avx2.py."""
+    """Writes the tables of bench/as_avx2.py."""
     fill("ops-avx2", as_avx2_table(found["ops"]) + conditions(found["ops"]["machine"]))
+    if "step" in found:
+        names = NAMES | {"dense": "PEFT on the dense float32 base"}
+        table = step_table(found["step"], names)
+        fill("step-avx2", table + conditions(found["step"]["machine"]))
 
 
 def write_cuda(found: dict) -> None:
@@ -181,7 +185,7 @@ NAMES = {
 STEP_PEERS = ("bitsandbytes autocast", "dense autocast")  # the faster way of each, as we compute
 
 
-def step_table(part: dict) -> str:
+def step_table(part: dict, names: dict[str, str] = NAMES) -> str:
     title = f"a step of {part['batch']} × {part['length']} tokens"
     plain = ["s", "peak GB", "this / ours"]
     table = header(title, *plain, "s, checkpointing", "peak GB", "this / ours")
@@ -192,7 +196,7 @@ def step_table(part: dict) -> str:
             cells.append(f"{entry['seconds']:.2f}")
             cells.append(f"{entry['peak_bytes'] / 1e9:.2f}")
             cells.append(f"{1 / entry['ours_to_this']:.2f}")
-        table += row(NAMES[name], *cells)
+        table += row(names[name], *cells)
     return table
 
 

@@ -4,7 +4,8 @@
     python -m bench.step_process NAME SIZE      a Llama of a size of random_llama.SIZES, in 4 bits
 
 NAME is "ours" or, of PEFT, "bitsandbytes" or "dense". Names that end in "autocast" compute in
-bfloat16 under autocast, as we do; the others as PEFT's documentation shows.
+bfloat16 under autocast, as we do; the others as PEFT's documentation shows. Names that end in
+"float32" load the model and compute in float32.
 
 The process prints "ready", then does one step for each line it reads and answers with the seconds
 and the memory: so peers can take turns. It may allocate LIMIT bytes. If it needs more, or the
@@ -87,15 +88,14 @@ class Stepper:
 def model_of(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """SmolLM2 with LoRA on all linear layers, and its optimizer.
 
-    The base is in 4 bits, for "dense" in bfloat16.
+    The base is in 4 bits, for "dense" in bfloat16 or float32.
     """
     torch.manual_seed(0)
     folder = sources.default_folder()
-    if name == "ours":
+    dtype = torch.float32 if name.endswith("float32") else torch.bfloat16
+    if name.startswith("ours"):
         adapter = {"r": RANK, "lora_alpha": 16}
-        model = base_model.load_with_adapters(
-            folder, torch.bfloat16, "cpu", "default", 0, adapter, {}
-        )
+        model = base_model.load_with_adapters(folder, dtype, "cpu", "default", 0, adapter, {})
         attention.use(model)
         return model, PagedAdamW(trainable(model), lr=1e-4)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -107,10 +107,10 @@ def model_of(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         )
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map="cpu", quantization_config=four_bit
+        folder, dtype=dtype, device_map="cpu", quantization_config=four_bit
     )
     if four_bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -138,8 +138,9 @@ def training_step(
     name: str, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch
 ) -> float:
     """One step with all tokens in the loss. Returns the loss."""
-    if name == "ours":
-        loss = label_loss(model, batch, torch.bfloat16) / batch.n_labels
+    if name.startswith("ours"):
+        dtype = torch.float32 if name.endswith("float32") else torch.bfloat16
+        loss = label_loss(model, batch, dtype) / batch.n_labels
     else:
         dtype = torch.bfloat16 if name.endswith("autocast") else torch.float32
         with autocast(batch.input_ids.device, dtype):

@@ -30,8 +30,8 @@ def test_a_processor_without_avx2_is_refused(
 
 @AVX2
 def test_only_operations_are_measured_so(capsys: pytest.CaptureFixture[str]) -> None:
-    error = error_of(capsys, "step", "--as", "avx2")
-    assert error.endswith("no part step on cpu-avx2: choose from ops")
+    error = error_of(capsys, "growth", "--as", "avx2")
+    assert error.endswith("no part growth on cpu-avx2: choose from ops, step")
 
 
 def test_a_gpu_is_not_restricted(capsys: pytest.CaptureFixture[str]) -> None:
