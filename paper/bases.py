@@ -47,7 +47,7 @@ TRAINED_HERE = "trained here"
 MODELS = Path(__file__).parent.parent / "models"
 VOCABULARY = 1024
 LENGTH = 256  # tokens of a window
-BATCH = 8
+BATCH = 2
 LR = 3e-3
 
 
@@ -184,7 +184,7 @@ def losses(model: PreTrainedModel, windows: Tensor) -> list[float]:
 
 def trained_here(setting: Setting) -> Path:
     """The folder of the small Llama; the first call trains it."""
-    steps = 5 if setting.quick else 400
+    steps = 5 if setting.quick else 1600
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     folder = MODELS / f"trained-here-{steps}-python-{version}"
     if not (folder / "config.json").exists():
@@ -238,7 +238,7 @@ def train(windows: Tensor, steps: int, device: torch.device) -> PreTrainedModel:
     """Train the small Llama in float32: AdamW, warm-up, then a linear decay to zero."""
     torch.manual_seed(0)
     model = small_llama().to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (steps / 20), (steps - step) / steps)
     )
