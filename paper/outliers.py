@@ -160,7 +160,7 @@ def growth(results: dict, code: str, block: int) -> list[float]:
 
 
 def confined(results: dict) -> Finding:
-    """held: for both codes the error doubles in one block, and grows less than 10 % in blocks of 64.
+    """held: for both codes the error doubles in one block, and grows by < 10 % in blocks of 64.
 
     bends: only some of this.
     """
