@@ -176,10 +176,13 @@ def draw(results: dict, figure: Figure) -> None:
         places = [place + 0.22 * (shift - 1) for place in range(len(titles))]
         right.plot(values, places, "o", label=name)
     right.set(
-        title="error of the constants in 8 bits, % (root mean square)",
+        title="8 bits for a constant: error, %",
         xscale="log",
+        xticks=[0.1, 0.2, 0.5, 1, 2, 5],
         yticks=range(len(titles)),
     )
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("")
     right.set_yticklabels(titles)
     right.invert_yaxis()
     right.legend()
