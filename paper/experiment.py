@@ -173,19 +173,24 @@ def script(name: str) -> ModuleType:
 
 def run(name: str, setting: Setting) -> dict:
     """Compute one script; what it prints meanwhile is dropped. Returns its entry in the results."""
+    conditions = machine(LIBRARIES)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         results = script(name).compute(setting)
     return {
-        "machine": machine(LIBRARIES),
+        "machine": conditions,
         "model": setting.model.name,
         "device": str(setting.device),
         "seeds": setting.seeds,
         "quick": setting.quick,
         "seconds": round(time.perf_counter() - began, 1),
-        # As they are read again later: with keys that are strings.
-        "results": json.loads(json.dumps(results, allow_nan=False)),
+        # As they are read again later: with keys that are strings, and eight digits.
+        "results": json.loads(json.dumps(results, allow_nan=False), parse_float=eight_digits),
     }
+
+
+def eight_digits(text: str) -> float:
+    return float(f"{float(text):.8g}")
 
 
 def save(name: str, entry: dict, folder: Path) -> None:

@@ -69,7 +69,7 @@ def test_optimality_is_judged_by_use_by_error_and_by_zeros(
     best = {"least absolute error": [1.0, 1.0], "least squared error": [1.0, 1.0]}
     results = {
         "theory": {"64": shares},
-        "counted": {name: {"a": [shares], "b": [shares]} for name in NAMES},
+        "counted": {name: optimality.summary([[shares, shares]]) for name in NAMES},
         "errors": {"64": {"NF4": errors, **best}},
         "zeros that stay": {"zeros": 9, "zeros decoded": decoded},
     }
@@ -77,8 +77,8 @@ def test_optimality_is_judged_by_use_by_error_and_by_zeros(
 
 
 def layers(failed: list[int], mean: float) -> dict:
-    rows = [{"name": "a", "kind": "q", "tested": 100, "failed": n, "mean": mean} for n in failed]
-    return {"turns": [rows]}
+    rows = [{"kind": "q", "tested": 100, "failed": n, "mean": mean} for n in failed]
+    return {"layers": normality.mean_of_turns([rows, rows])}
 
 
 @pytest.mark.parametrize(
