@@ -94,8 +94,8 @@ def windows_of(texts: list[str], tokenizer: PreTrainedTokenizerBase, count: int 
 def bases(setting: Setting, n_windows: int) -> Iterator[Base]:
     """The three bases, one at a time; the second as `seeds` rotations, which share the windows.
 
-    The rotations are made in place. A quick run takes the model's first four layers alone, and the
-    beginning of each window.
+    The rotations are made in place. The last base is small, so it gets eight times as many windows.
+    A quick run takes the model's first four layers alone, and the beginning of each window.
     """
     text = documents(setting.quick)[1]
     model, tokenizer = load(setting.model, setting.device)
@@ -107,7 +107,7 @@ def bases(setting: Setting, n_windows: int) -> Iterator[Base]:
     for seed in range(setting.seeds):
         yield Base(ROTATED, rotate(model, seed), windows[seed :: setting.seeds])
     model, tokenizer = load(trained_here(setting), setting.device)
-    windows = windows_of(text, tokenizer, n_windows)[:, :length].to(setting.device)
+    windows = windows_of(text, tokenizer, 8 * n_windows)[:, :length].to(setting.device)
     yield Base(TRAINED_HERE, model, windows)
 
 

@@ -38,21 +38,21 @@ def losses_of(rivals: dict[str, float]) -> dict:
 
 
 def test_the_verdict_on_data_types_follows_the_losses_of_each_base() -> None:
-    better = {name: losses_of({"BOF4": -0.1}) for name in NAMES}
-    assert verdicts(datatypes.findings(better)) == ["held", "held", "held"]
+    better = {name: losses_of({"BOF4": -0.1, "Int4": 0.2}) for name in NAMES}
+    assert verdicts(datatypes.findings(better)) == ["held"] * 4
     worse = {name: losses_of(dict.fromkeys(datatypes.RIVALS, -0.1)) for name in NAMES}
-    assert verdicts(datatypes.findings(worse))[:2] == ["did not hold", "did not hold"]
-    mixed = better | {AS_GIVEN: losses_of({"Int4": -0.1, "E3M0": 0.0})}
-    assert verdicts(datatypes.findings(mixed)) == ["bends", "bends", "bends"]
+    assert verdicts(datatypes.findings(worse))[:3] == ["did not hold"] * 3
+    mixed = better | {AS_GIVEN: losses_of({"Int4": 0.0, "E2M1": 0.0, "E3M0": -0.1})}
+    assert verdicts(datatypes.findings(mixed)) == ["bends"] * 4
     unclear = {name: losses_of(dict.fromkeys(datatypes.RIVALS, 0.0)) for name in NAMES}
-    assert verdicts(datatypes.findings(unclear))[:2] == ["not testable here"] * 2
+    assert verdicts(datatypes.findings(unclear))[:3] == ["not testable here"] * 3
 
 
 def test_a_newer_code_must_win_in_error_too() -> None:
     results = {name: losses_of({"BOF4": 0.1}) for name in NAMES}
     for entry in results.values():
         entry["errors"]["BOF4"] = [0.2] * 8
-    assert verdicts(datatypes.findings(results))[2] == "did not hold"
+    assert verdicts(datatypes.findings(results))[3] == "did not hold"
 
 
 @pytest.mark.parametrize(
