@@ -127,14 +127,14 @@ def table_row(base: str, kind: str, layers: list[dict]) -> list[object]:
 def draw(results: dict, figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
     expected = stats.norm.ppf((np.arange(QUANTILES) + 0.5) / QUANTILES)
-    left.plot([-3, 3], [-3, 3], color="0.75", linewidth=1)
+    left.axhline(0, color="0.7", linewidth=1)
     drawn = {name: entry for name, entry in results.items() if name != "normal"}
     for name, entry in drawn.items():
-        left.plot(expected, entry["quantiles"], ".", markersize=4, label=name)
+        left.plot(expected, entry["quantiles"] - expected, ".", markersize=4, label=name)
     left.set(
         title="quantiles of all weights, each layer divided by its σ",
         xlabel="quantile of a normal",
-        ylabel="quantile of the weights",
+        ylabel="quantile of the weights, minus that of a normal",
     )
     left.legend()
     kinds = list(dict.fromkeys(row["kind"] for row in next(iter(drawn.values()))["layers"]))
@@ -157,7 +157,7 @@ def draw(results: dict, figure: Figure) -> None:
     right.text(len(kinds) - 0.5, 100 * LEVEL, "by chance 5 %", va="top", fontsize=9)
     right.set(title="rows that fail Shapiro-Wilk at 5 %", ylabel="%", xticks=range(len(kinds)))
     right.set_xticklabels([kind.removesuffix("_proj") for kind in kinds])
-    right.set(xlim=(-0.6, len(kinds) + 0.9), ylim=(0, 102))
+    right.set(xlim=(-0.6, len(kinds) + 0.9), ylim=(0, None))
 
 
 def findings(results: dict) -> list[Finding]:
