@@ -39,6 +39,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from memory.formula import KNOWN_MODELS
 from paper.experiment import Setting
 
 AS_GIVEN = "as given"
@@ -66,7 +67,8 @@ def documents(quick: bool = False) -> tuple[list[str], list[str]]:
     found = list(topics.values())
     library = Path("nowhere") if quick else Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
-        if not {"site-packages", "dist-packages", "test", "idlelib"} & {*path.parts}:
+        folder = path.relative_to(library).parts[0]
+        if folder not in ("site-packages", "dist-packages", "test", "idlelib"):
             found.append("\n\n".join(docstrings(path)))
     found = [text for text in found if len(text) > 500]
     return [text for i, text in enumerate(found) if i % 10], found[::10]
@@ -83,7 +85,7 @@ def docstrings(path: Path) -> list[str]:
 
 
 def windows_of(texts: list[str], tokenizer: PreTrainedTokenizerBase, count: int | None) -> Tensor:
-    """Token ids (n, LENGTH) of the joined texts; the first `count` windows, spread over them."""
+    """Token ids (n, LENGTH) of the joined texts: all windows, or `count` spread over them."""
     ids = torch.tensor(tokenizer("\n\n".join(texts), verbose=False).input_ids)
     windows = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
     if count is None:
@@ -102,6 +104,7 @@ def bases(setting: Setting, n_windows: int) -> Iterator[Base]:
     if setting.quick:
         model.model.layers = model.model.layers[:4]
     length = LENGTH // 4 if setting.quick else LENGTH
+    n_windows = max(n_windows, setting.seeds)  # at least one for each rotation
     windows = windows_of(text, tokenizer, n_windows)[:, :length].to(setting.device)
     yield Base(AS_GIVEN, model, windows)
     for seed in range(setting.seeds):
@@ -119,7 +122,16 @@ def load(folder: Path, device: torch.device) -> tuple[PreTrainedModel, PreTraine
 
 @torch.no_grad()
 def rotate(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Rotate the residual stream of a Llama in place by a random orthogonal matrix."""
+    """Rotate the residual stream of a Llama in place by a random orthogonal matrix.
+
+    Raises: ValueError for another architecture, and for linear layers with a bias.
+    """
+    biased = [name for name, layer in linear_layers(model).items() if layer.bias is not None]
+    if model.config.model_type not in KNOWN_MODELS or biased:
+        raise ValueError(
+            f"only a model of type {' or '.join(KNOWN_MODELS)} without biases can be rotated, got "
+            f"{model.config.model_type}{' with biases' if biased else ''}: give another --model"
+        )
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     if head.weight is embedding.weight:

@@ -149,7 +149,7 @@ def parse_args(argv: list[str] | None, description: str | None, names: bool) -> 
     )
     if names:
         parser.add_argument("scripts", nargs="*", metavar="script", help=", ".join(SCRIPTS))
-    parser.add_argument("--model", type=Path, help="folder of a Llama (default: SmolLM2)")
+    parser.add_argument("--model", help="folder or hub id of a Llama (default: SmolLM2)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--seeds", type=int, help="default: 5, with --quick 2")
     parser.add_argument("--quick", action="store_true", help="a rough look, written to out/paper")
@@ -162,7 +162,10 @@ def parse_args(argv: list[str] | None, description: str | None, names: bool) -> 
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
-    model = args.model or sources.default_folder()
+    try:
+        model = sources.find_model(args.model or sources.DEFAULT_MODEL)
+    except ValueError as error:
+        raise SystemExit(f"paper: {error}") from None
     seeds = args.seeds or (2 if args.quick else 5)
     return Setting(model, args.device, seeds, args.quick)
 

@@ -1,5 +1,6 @@
 """The three bases: the same function after a rotation, and weights that come back."""
 
+import pytest
 import torch
 
 from checkpoints import sources
@@ -38,6 +39,14 @@ def test_a_rotation_unties_the_head_whose_gains_it_takes() -> None:
     model = bases.rotate(with_gains(), seed=0)
     assert not model.config.tie_word_embeddings
     assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
+def test_a_model_that_a_rotation_would_change_is_refused() -> None:
+    model = tiny_llama(vocab_size=512)
+    layer = model.model.layers[0].self_attn.o_proj
+    layer.bias = torch.nn.Parameter(torch.ones(64))
+    with pytest.raises(ValueError, match="without biases can be rotated, got llama with biases"):
+        bases.rotate(model, seed=0)
 
 
 def test_changed_weights_come_back_also_after_an_error() -> None:

@@ -40,7 +40,8 @@ def test_the_exact_absolute_error_of_nf4_is_what_bitsandbytes_sampled(place: int
 
 def test_af4_is_that_of_bitsandbytes() -> None:
     theirs = get_4bit_type("af4", device="cpu", blocksize=64).sort().values
-    assert (codebooks.af4(64) - theirs).abs().max() < 5e-6  # theirs has eight decimals of an ODE
+    # The iteration ends when no level moves by 1e-7, and each move is a small part of what is left.
+    assert (codebooks.af4(64) - theirs).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("norm", [1, 2])

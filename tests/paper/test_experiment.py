@@ -72,12 +72,18 @@ def test_impossible_flags_are_one_clear_line(
 
 def test_a_quick_run_has_two_seeds_and_a_full_run_five() -> None:
     def seeds(*flags: str) -> int:
-        args = experiment.parse_args(["--model", "folder", *flags], None, names=False)
+        args = experiment.parse_args([*flags], None, names=False)
         return experiment.setting_of(args).seeds
 
     assert seeds() == 5
     assert seeds("--quick") == 2
     assert seeds("--seeds", "10") == 10
+
+
+def test_an_unknown_model_is_one_clear_line() -> None:
+    args = experiment.parse_args(["--model", "./nowhere"], None, names=False)
+    with pytest.raises(SystemExit, match="^paper: .*nowhere"):
+        experiment.setting_of(args)
 
 
 def test_the_page_and_its_ledger_are_those_of_the_results() -> None:
