@@ -6,7 +6,9 @@ rotated        the same function without the lattice. With an orthogonal matrix 
                between the layers become x R. RMSNorm commutes with R once its gains g are part of
                the next matrix, so a matrix that reads x becomes W diag(g) R, one that adds to x
                becomes R^T W, and embedding and head are rotated too (and no longer equal). It also
-               mixes the weights of a row, which makes them more nearly normal.
+               mixes the weights of a row, which makes them more nearly normal. And it mixes large
+               channels with small ones, so an error of the same size costs more loss than as given:
+               compare codes on one base, not bases.
 trained here   a small Llama that learns the documentation of Python in float32, and was never
                quantized. It is cached in models/.
 
