@@ -273,14 +273,14 @@ def newer_codes(results: dict, rows: list[dict]) -> Finding:
     """
     codes = [code for code in ("BOF4", "least squares") if code in results[NAMES[0]]["errors"]]
     place = BLOCKS.index(64)
-    chosen, wins, parts = [], [], []
+    chosen = [row for row in rows if row["rival"] in codes]
+    wins, parts = [], []
     for code in codes:
-        of_code = [row for row in rows if row["rival"] == code]
+        of_code = [row for row in chosen if row["rival"] == code]
         errors = [results[row["base"]]["errors"] for row in of_code]
         ratios = [error[code][place] / error["NF4"][place] for error in errors]
         wins.append([r < 1 and row["nf4 is"] == "worse" for r, row in zip(ratios, of_code)])
         parts.append(f"error {code} / NF4 {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
-        chosen += of_code
     verdict = "did not hold"
     if any(all(each) for each in wins):
         verdict = "held"
