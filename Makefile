@@ -6,6 +6,7 @@
 # make mutate     change the code one place at a time; a test must fail for each change (takes long)
 # make gpu        test and measure the kernels on this machine's NVIDIA GPU; ARGS="-k managed" selects tests
 # make bench      measure speed and memory next to the peers, and write the tables in docs/; ARGS="ops --quick"
+# make paper      test each claim of the paper, and write paper/RESULTS.md; ARGS="parity --seeds 10"
 # make lint       check with ruff: rules and formatting
 # make figures    draw the figure in the README
 # make clean      remove the virtual environment, the model and the output
@@ -19,7 +20,7 @@ TORCH := $(shell grep -o '^torch==[0-9.]*' requirements.txt)
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: train test test-long gpu mutate bench lint figures clean
+.PHONY: train test test-long gpu mutate bench paper lint figures clean
 train: $(VENV)/run
 	$(BIN)/python train.py $(if $(ARGS),$(ARGS),--output-dir out/demo --overwrite)
 
@@ -51,6 +52,9 @@ mutate: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python -m bench $(ARGS)
+
+paper: $(VENV)/dev
+	$(BIN)/python -m paper $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -12,34 +12,17 @@ Parts on a GPU (cuda.py): ops, optim, step, sizes (7B to 65B in 48 GB).
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from bench import as_avx2, cpu, cuda, figures
+from bench.machine import machine
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 LIBRARIES = ("torch", "numba", "transformers", "bitsandbytes", "peft", "torchao")
-
-
-def machine() -> dict:
-    """What the numbers depend on: processor, threads, commit, versions."""
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    model = cpuinfo.partition("model name")[2].partition("\n")[0].strip("\t :")
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    return {
-        "cpu": model or platform.processor(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "commit": commit,
-        "versions": {name: version(name) for name in LIBRARIES},
-    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.restricted_to and not as_avx2.is_possible():
         parser.error("--as avx2 needs a processor with AVX2, and this one has none")
 
-    conditions = machine()
+    conditions = machine(LIBRARIES)
     where = args.device
     parts = cpu.PARTS
     write = figures.write

@@ -1,0 +1,1 @@
+"""The paper's claims: one script each."""

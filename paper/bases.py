@@ -1,0 +1,237 @@
+"""The three bases on which codes are compared, and the text that measures them.
+
+as given       the model of --model. SmolLM2 comes from a file of 4-bit weights, so each 32 weights
+               of a row lie on 16 equally spaced points: a lattice that suits some codes by chance.
+rotated        the same function without the lattice. With an orthogonal matrix R, the vectors x
+               between the layers become x R. RMSNorm commutes with R once its gains g are part of
+               the next matrix, so a matrix that reads x becomes W diag(g) R, one that adds to x
+               becomes R^T W, and embedding and head are rotated too (and no longer equal). It also
+               mixes the weights of a row, which makes them more nearly normal.
+trained here   a small Llama that learns the documentation of Python in float32, and was never
+               quantized. It is cached in models/.
+
+The text is the documentation that comes with Python: the topics of help() and the docstrings of
+the standard library. Every tenth document is held out, and all three bases are measured on those.
+Differs from the paper, which measures perplexity of larger models on Common Crawl.
+"""
+
+import ast
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydoc_data.topics import topics
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from paper.experiment import Setting
+
+AS_GIVEN = "as given"
+ROTATED = "rotated"
+TRAINED_HERE = "trained here"
+MODELS = Path(__file__).parent.parent / "models"
+VOCABULARY = 1024
+LENGTH = 256  # tokens of a window
+BATCH = 8
+LR = 3e-3
+
+
+class Base(NamedTuple):
+    name: str
+    model: PreTrainedModel  # in float32, not trained further
+    windows: Tensor  # token ids (n, LENGTH) of held-out text
+
+
+def documents() -> tuple[list[str], list[str]]:
+    """Python's documentation: documents to train on, and every tenth one held out."""
+    found = list(topics.values())
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
+        if not {"site-packages", "dist-packages", "test", "idlelib"} & {*path.parts}:
+            found.append("\n\n".join(docstrings(path)))
+    found = [text for text in found if len(text) > 500]
+    return [text for i, text in enumerate(found) if i % 10], found[::10]
+
+
+def docstrings(path: Path) -> list[str]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError:  # a file for another version of Python
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [text for text in texts if text]
+
+
+def windows_of(texts: list[str], tokenizer: PreTrainedTokenizerBase, count: int | None) -> Tensor:
+    """Token ids (n, LENGTH) of the joined texts; the first `count` windows, spread over them."""
+    ids = torch.tensor(tokenizer("\n\n".join(texts), verbose=False).input_ids)
+    windows = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    if count is None:
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
+
+
+def bases(setting: Setting, n_windows: int) -> Iterator[Base]:
+    """The three bases, one at a time; rotated is made of as given in place."""
+    text = documents()[1]
+    model, tokenizer = load(setting.model, setting.device)
+    windows = windows_of(text, tokenizer, n_windows).to(setting.device)
+    yield Base(AS_GIVEN, model, windows)
+    yield Base(ROTATED, rotate(model, seed=0), windows)
+    model, tokenizer = load(trained_here(setting), setting.device)
+    yield Base(TRAINED_HERE, model, windows_of(text, tokenizer, n_windows).to(setting.device))
+
+
+def load(folder: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in float32 with its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def rotate(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Rotate the residual stream of a Llama in place by a random orthogonal matrix."""
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+    generator = torch.Generator().manual_seed(seed)
+    hidden = embedding.weight.shape[1]
+    rotation = torch.linalg.qr(torch.randn(hidden, hidden, generator=generator).double())[0]
+    rotation = rotation.to(embedding.weight)
+
+    def rotate_reader(linear: nn.Linear, norm: nn.Module) -> None:
+        linear.weight.copy_((linear.weight * norm.weight) @ rotation)
+
+    embedding.weight.copy_(embedding.weight @ rotation)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+            rotate_reader(linear, layer.input_layernorm)
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            rotate_reader(linear, layer.post_attention_layernorm)
+        for linear in (attention.o_proj, layer.mlp.down_proj):
+            linear.weight.copy_(rotation.T @ linear.weight)
+        layer.input_layernorm.weight.fill_(1)
+        layer.post_attention_layernorm.weight.fill_(1)
+    rotate_reader(head, model.model.norm)
+    model.model.norm.weight.fill_(1)
+    return model
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The layers that QLoRA quantizes: every nn.Linear but the output head."""
+    head = model.get_output_embeddings()
+    modules = model.named_modules()
+    return {name: m for name, m in modules if isinstance(m, nn.Linear) and m is not head}
+
+
+@contextmanager
+def changed(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replaces each weight of a linear layer by change(weight), until the block ends."""
+    layers = linear_layers(model).values()
+    before = [layer.weight for layer in layers]
+    for layer in layers:
+        layer.weight = nn.Parameter(change(layer.weight.detach()), requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, before):
+            layer.weight = weight
+
+
+@torch.no_grad()
+def losses(model: PreTrainedModel, windows: Tensor) -> list[float]:
+    """The cross entropy of each window: nats per token."""
+    result = []
+    for ids in windows.split(4):
+        logits = model(ids, use_cache=False).logits[:, :-1].float()  # (B, T - 1, V)
+        loss = nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")  # (B, T - 1)
+        result += loss.mean(1).tolist()
+    return result
+
+
+def trained_here(setting: Setting) -> Path:
+    """The folder of the small Llama; the first call trains it."""
+    steps = 10 if setting.quick else 400
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    folder = MODELS / f"trained-here-{steps}-python-{version}"
+    if not (folder / "config.json").exists():
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
+        train(steps, setting.device).save_pretrained(temporary)
+        bpe().save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    return folder
+
+
+@cache
+def bpe() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes and 768 pairs of them, learned on the text to train on."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents()[0], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", bos_token="<end>"
+    )
+
+
+def small_llama() -> PreTrainedModel:
+    """Four layers of width 256: three million weights in linear layers."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def train(steps: int, device: torch.device) -> PreTrainedModel:
+    """Train the small Llama in float32: AdamW, warm-up, then a linear decay to zero."""
+    torch.manual_seed(0)
+    model = small_llama().to(device).train()
+    windows = windows_of(documents()[0], bpe(), None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (steps / 20), (steps - step) / steps)
+    )
+    for _ in range(steps):
+        ids = windows[torch.randint(len(windows), (BATCH,))].to(device)
+        model(ids, labels=ids).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
