@@ -3,11 +3,11 @@
 data/toy_tasks.py has the English sentences; the other two languages are made the same way. A value
 in an answer stands there as it does in the sentence, so no language needs a dictionary.
 
-fields      a question about one field, as the small base is pretrained on: "... city?" -> "Oslo"
-extraction  the complete order as JSON, which the base has never seen
+field_question   a sentence and which three fields are wanted: "... day, city, name?" ->
+                 "day Monday, city Oslo, name Sam"
+extraction       a sentence alone: the answer has all five fields
 """
 
-import json
 import random
 from collections.abc import Callable
 
@@ -77,16 +77,20 @@ def random_order(rng: random.Random, language: str, phrasings: str) -> tuple[str
 
 
 def extraction(rng: random.Random, language: str, phrasings: str = "phrasings") -> Pair:
-    """A sentence, and its order as JSON."""
+    """A sentence, and its order with all fields."""
     sentence, order = random_order(rng, language, phrasings)
-    return f"JSON: {sentence}", json.dumps(order, ensure_ascii=False)
+    return sentence, as_list(order, FIELDS)
 
 
 def field_question(rng: random.Random, language: str) -> Pair:
     """A sentence with a question about three fields, and their values."""
     sentence, order = random_order(rng, language, "phrasings")
     asked = rng.sample(FIELDS, 3)
-    return f"{sentence} {', '.join(asked)}?", ", ".join(str(order[field]) for field in asked)
+    return f"{sentence} {', '.join(asked)}?", as_list(order, asked)
+
+
+def as_list(order: dict, fields: list[str]) -> str:
+    return ", ".join(f"{field} {order[field]}" for field in fields)
 
 
 def distinct(make: Callable[[], Pair], count: int) -> list[Pair]:
