@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import torch
-from pydoc_data.topics import topics
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -47,7 +47,7 @@ TRAINED_HERE = "trained here"
 MODELS = Path(__file__).parent.parent / "models"
 VOCABULARY = 1024
 LENGTH = 256  # tokens of a window
-BATCH = 8
+BATCH = 2
 LR = 3e-3
 
 
@@ -57,10 +57,14 @@ class Base(NamedTuple):
     windows: Tensor  # token ids (n, LENGTH) of held-out text
 
 
-def documents() -> tuple[list[str], list[str]]:
-    """Python's documentation: documents to train on, and every tenth one held out."""
+@cache
+def documents(quick: bool = False) -> tuple[list[str], list[str]]:
+    """Python's documentation: documents to train on, and every tenth one held out.
+
+    quick: without the docstrings.
+    """
     found = list(topics.values())
-    library = Path(sysconfig.get_path("stdlib"))
+    library = Path("nowhere") if quick else Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
         if not {"site-packages", "dist-packages", "test", "idlelib"} & {*path.parts}:
             found.append("\n\n".join(docstrings(path)))
@@ -88,14 +92,23 @@ def windows_of(texts: list[str], tokenizer: PreTrainedTokenizerBase, count: int 
 
 
 def bases(setting: Setting, n_windows: int) -> Iterator[Base]:
-    """The three bases, one at a time; rotated is made of as given in place."""
-    text = documents()[1]
+    """The three bases, one at a time; the second as `seeds` rotations, which share the windows.
+
+    The rotations are made in place. A quick run takes the model's first four layers alone, and the
+    beginning of each window.
+    """
+    text = documents(setting.quick)[1]
     model, tokenizer = load(setting.model, setting.device)
-    windows = windows_of(text, tokenizer, n_windows).to(setting.device)
+    if setting.quick:
+        model.model.layers = model.model.layers[:4]
+    length = LENGTH // 4 if setting.quick else LENGTH
+    windows = windows_of(text, tokenizer, n_windows)[:, :length].to(setting.device)
     yield Base(AS_GIVEN, model, windows)
-    yield Base(ROTATED, rotate(model, seed=0), windows)
+    for seed in range(setting.seeds):
+        yield Base(ROTATED, rotate(model, seed), windows[seed :: setting.seeds])
     model, tokenizer = load(trained_here(setting), setting.device)
-    yield Base(TRAINED_HERE, model, windows_of(text, tokenizer, n_windows).to(setting.device))
+    windows = windows_of(text, tokenizer, n_windows)[:, :length].to(setting.device)
+    yield Base(TRAINED_HERE, model, windows)
 
 
 def load(folder: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -163,28 +176,31 @@ def losses(model: PreTrainedModel, windows: Tensor) -> list[float]:
     result = []
     for ids in windows.split(4):
         logits = model(ids, use_cache=False).logits[:, :-1].float()  # (B, T - 1, V)
-        loss = nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")  # (B, T - 1)
-        result += loss.mean(1).tolist()
+        labels = ids[:, 1:].flatten()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
+        result += loss.view(len(ids), -1).mean(1).tolist()
     return result
 
 
 def trained_here(setting: Setting) -> Path:
     """The folder of the small Llama; the first call trains it."""
-    steps = 10 if setting.quick else 400
+    steps = 5 if setting.quick else 1600
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     folder = MODELS / f"trained-here-{steps}-python-{version}"
     if not (folder / "config.json").exists():
+        text = documents(setting.quick)[0]
+        tokenizer = learn_tokenizer(text)
+        model = train(windows_of(text, tokenizer, None), steps, setting.device)
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
-        train(steps, setting.device).save_pretrained(temporary)
-        bpe().save_pretrained(temporary)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     return folder
 
 
-@cache
-def bpe() -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes and 768 pairs of them, learned on the text to train on."""
+def learn_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, and of pairs that are frequent in the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -194,7 +210,7 @@ def bpe() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents()[0], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", bos_token="<end>"
     )
@@ -218,12 +234,11 @@ def small_llama() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def train(steps: int, device: torch.device) -> PreTrainedModel:
+def train(windows: Tensor, steps: int, device: torch.device) -> PreTrainedModel:
     """Train the small Llama in float32: AdamW, warm-up, then a linear decay to zero."""
     torch.manual_seed(0)
     model = small_llama().to(device).train()
-    windows = windows_of(documents()[0], bpe(), None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (steps / 20), (steps - step) / steps)
     )

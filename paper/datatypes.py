@@ -1,0 +1,241 @@
+"""NF4 is better than FP4 and Int4 (section 4, table 2 and figure 3): no training, many codes.
+
+Each linear layer of a model is quantized and decoded again. Then two numbers say what a code costs:
+the error of the weights, relative to their size, and the perplexity of held-out text.
+
+Three bases stand side by side (bases.py), because the weights at hand lie on a lattice that suits
+some codes by chance. The second is a new random rotation for each seed, measured on its own part of
+the text. Comparisons are paired by window of text; Holm's correction counts all of them.
+
+Differs from the paper: small models and Python's documentation instead of 125M to 13B models and
+Common Crawl. The optimal codes (codebooks.py) are newer than the paper.
+"""
+
+import math
+from collections.abc import Callable
+from statistics import fmean
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lora import FrozenWeight
+from paper import bases, codebooks, experiment
+from paper.experiment import Finding, Setting
+
+CODES: dict[str, Callable[[int], Tensor]] = {  # the code for a block size
+    "Int4": lambda block: codebooks.int4(),
+    "FP4 (bitsandbytes)": lambda block: codebooks.fp4(),
+    "E2M1": lambda block: codebooks.e2m1(),
+    "E3M0": lambda block: codebooks.e3m0(),
+    "NF4": lambda block: codebooks.nf(4),
+    "NF4 + DQ": lambda block: codebooks.nf(4),
+    "AF4": codebooks.af4,
+    "BOF4": codebooks.bof4,
+    "least squares": lambda block: codebooks.optimal(2, block),
+    "NF3": lambda block: codebooks.nf(3),
+    "NF2": lambda block: codebooks.nf(2),
+}
+BLOCKS = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+SWEPT = ["Int4", "E2M1", "NF4", "BOF4"]  # perplexity at more block sizes than 64
+RIVALS = ["Int4", "FP4 (bitsandbytes)", "E2M1", "E3M0", "BOF4", "least squares"]  # of NF4
+PAPER = {"Int4": 34.34, "E2M1": 31.07, "E3M0": 29.48, "NF4 + DQ": 27.41}  # mean perplexity
+NAMES = (bases.AS_GIVEN, bases.ROTATED, bases.TRAINED_HERE)
+
+
+class Quantizer:
+    """Quantizes and decodes weights, and adds up their squared errors."""
+
+    def __init__(self, code: str, block: int) -> None:
+        self.codebook = CODES[code](block)
+        self.block = block
+        self.double_quant = code.endswith("DQ")
+        self.squared_error = 0.0
+        self.square = 0.0
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        decoded = FrozenWeight(weight, self.block, self.double_quant, self.codebook)()
+        self.squared_error += (decoded - weight).square().sum().item()
+        self.square += weight.square().sum().item()
+        return decoded
+
+    @property
+    def relative_error(self) -> float:
+        return math.sqrt(self.squared_error / self.square)
+
+
+def compute(setting: Setting) -> dict:
+    """Of each base: the losses of its windows, dense and quantized, and errors of its weights."""
+    codes = SWEPT if setting.quick else list(CODES)
+    found: dict[str, dict] = {name: {"dense": [], "losses": {}, "errors": {}} for name in NAMES}
+    for base in bases.bases(setting, n_windows=2 if setting.quick else 10):
+        rows = found[base.name]
+        rows["dense"] += bases.losses(base.model, base.windows)
+        cells = [(code, 64) for code in codes]
+        if base.name != bases.ROTATED and not setting.quick:
+            cells += [(code, block) for code in SWEPT for block in (256, 4096)]
+        for code, block in cells:
+            with bases.changed(base.model, Quantizer(code, block)):
+                losses = bases.losses(base.model, base.windows)
+            rows["losses"].setdefault(f"{code}, {block}", []).extend(losses)
+        rows["errors"] = weight_errors(base, codes)
+    return found
+
+
+def weight_errors(base: bases.Base, codes: list[str]) -> dict[str, list[float]]:
+    """Root mean squared error over root mean square, at each block size, of some layers."""
+    layers = list(bases.linear_layers(base.model).values())
+    sample = layers[::10]
+    errors: dict[str, list[float]] = {}
+    for code in codes:
+        quantizers = [Quantizer(code, block) for block in BLOCKS]
+        for quantizer in quantizers:
+            for layer in sample:
+                quantizer(layer.weight)
+        errors[code] = [quantizer.relative_error for quantizer in quantizers]
+    return errors
+
+
+def comparisons(results: dict) -> list[dict]:
+    """NF4 against each rival on each base, at block 64: loss of the rival minus NF4's."""
+    rows = []
+    for base in NAMES:
+        losses = results[base]["losses"]
+        for rival in [rival for rival in RIVALS if f"{rival}, 64" in losses]:
+            differences = [
+                theirs - ours for theirs, ours in zip(losses[f"{rival}, 64"], losses["NF4, 64"])
+            ]
+            rows.append({"base": base, "rival": rival, "differences": differences})
+    corrected = experiment.holm([experiment.p_value(row["differences"]) for row in rows])
+    for row, p in zip(rows, corrected):
+        row["interval"] = experiment.interval(row["differences"])
+        row["p"] = p
+        row["nf4 is"] = "equal?"
+        if p < 0.05:
+            row["nf4 is"] = "better" if row["interval"].mean > 0 else "worse"
+    return rows
+
+
+def perplexity(losses: list[float]) -> float:
+    return math.exp(fmean(losses))
+
+
+def table(results: dict) -> str:
+    """Perplexity and error by code, and the comparisons with NF4."""
+    header = ["code, block", *(f"perplexity, {name}" for name in NAMES), "paper"]
+    header += [f"error %, {name}" for name in NAMES]
+    rows = [["not quantized", *(perplexity(results[name]["dense"]) for name in NAMES)]]
+    rows[0] += [None] * 4
+    for key in results[bases.AS_GIVEN]["losses"]:
+        code, block = key.split(", ")
+        cells = [results[name]["losses"].get(key) for name in NAMES]
+        row = [key, *(cell and perplexity(cell) for cell in cells)]
+        row.append(PAPER.get(code) if block == "64" else None)
+        place = BLOCKS.index(int(block))
+        rows.append(row + [100 * results[name]["errors"][code][place] for name in NAMES])
+    text = experiment.markdown(header, rows)
+    header = ["base", "rival of NF4, block 64", "its loss - NF4's, nats", "95 %", "p (Holm)"]
+    rows = []
+    for row in comparisons(results):
+        mean, low, high = row["interval"]
+        limits = f"{low:+.4f} ... {high:+.4f}"
+        p = f"{row['p']:.2g}"
+        rows.append([row["base"], row["rival"], f"{mean:+.4f}", limits, p, row["nf4 is"]])
+    note = "The paper's column is its mean over models and data sets of its own: compare the order."
+    return f"{text}\n\n{note}\n\n{experiment.markdown([*header, 'NF4 is'], rows)}"
+
+
+def draw(results: dict, figure: Figure) -> None:
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    codes = [code for code in CODES if f"{code}, 64" in results[NAMES[0]]["losses"]]
+    codes = [code for code in codes if code not in ("NF3", "NF2")]  # far off to the right
+    for shift, name in enumerate(NAMES):
+        dense = results[name]["dense"]
+        for place, code in enumerate(codes):
+            losses = results[name]["losses"][f"{code}, 64"]
+            mean, low, high = experiment.interval([q - d for q, d in zip(losses, dense)])
+            left.errorbar(
+                mean,
+                place + 0.22 * (shift - 1),
+                xerr=[[mean - low], [high - mean]],
+                fmt="o",
+                markersize=5,
+                color=experiment.COLORS[shift],
+                label=name if place == 0 else None,
+            )
+    left.set(
+        title="what 4 bits cost, block 64",
+        xlabel="loss added, nats per token",
+        yticks=range(len(codes)),
+    )
+    left.set_yticklabels(codes)
+    left.invert_yaxis()
+    left.axvline(0, color="0.7", linewidth=0.8)
+    left.legend(title="base")
+    for code, errors in results[bases.TRAINED_HERE]["errors"].items():
+        if code in codes and code != "NF4 + DQ":
+            style = {"linewidth": 2.5} if code == "NF4" else {"linewidth": 1.2}
+            right.plot(BLOCKS, [100 * error for error in errors], label=code, **style)
+    right.set_xscale("log", base=2)
+    right.set(
+        title="error of the weights, trained here", xlabel="block size", ylabel="% of their size"
+    )
+    right.legend(fontsize=8, ncols=2)
+
+
+def outcome(rows: list[dict]) -> str:
+    """held: NF4 is better in every comparison. bends: in some. did not hold: in none.
+
+    Not testable here: every difference may be zero, as far as these windows can tell.
+    """
+    nf4_is = {row["nf4 is"] for row in rows}
+    if nf4_is == {"equal?"}:
+        return "not testable here"
+    if "better" not in nf4_is:
+        return "did not hold"
+    return "held" if nf4_is == {"better"} else "bends"
+
+
+def describe(rows: list[dict]) -> str:
+    parts = []
+    for row in rows:
+        parts.append(f"{row['base']}, {row['rival']}: {row['interval'].mean:+.3f}")
+    return "nats that the rival loses more: " + "; ".join(parts)
+
+
+def limits(rows: list[dict]) -> str:
+    parts = [f"{row['interval'].low:+.3f} ... {row['interval'].high:+.3f}" for row in rows]
+    return "; ".join(parts) + " (t, paired by window; Holm)"
+
+
+def findings(results: dict) -> list[Finding]:
+    rows = comparisons(results)
+    lines = []
+    for claim, place, rivals in (
+        ("NF4 is better than Int4", "section 4, table 2", ["Int4"]),
+        ("NF4 is better than FP4", "section 4, table 2", ["FP4 (bitsandbytes)", "E2M1", "E3M0"]),
+    ):
+        chosen = [row for row in rows if row["rival"] in rivals]
+        lines.append(Finding(claim, place, outcome(chosen), describe(chosen), limits(chosen)))
+    return [*lines, newer_codes(results, rows)]
+
+
+def newer_codes(results: dict, rows: list[dict]) -> Finding:
+    """Whether a code of least error is better than NF4, in error and in perplexity."""
+    chosen = [row for row in rows if row["rival"] == "BOF4"]
+    place = BLOCKS.index(64)
+    errors = [results[name]["errors"] for name in NAMES]
+    less_error = all(error["BOF4"][place] < error["NF4"][place] for error in errors)
+    nf4_is = {row["nf4 is"] for row in chosen}
+    verdict = "bends"
+    if less_error and nf4_is == {"worse"}:
+        verdict = "held"
+    elif not less_error and "worse" not in nf4_is:
+        verdict = "did not hold"
+    ratios = [f"{error['BOF4'][place] / error['NF4'][place]:.3f}" for error in errors]
+    value = f"error BOF4 / NF4: {', '.join(ratios)}; {describe(chosen)}"
+    claim = "a code of least squared error beats NF4 in error and in perplexity"
+    return Finding(claim, "later: arXiv 2505.06653", verdict, value, limits(chosen))
+
+
+if __name__ == "__main__":
+    experiment.main("datatypes")
