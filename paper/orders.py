@@ -56,7 +56,7 @@ LANGUAGES = {
             "{city}, {day}: {quantity} {item} para {name}.",
             "El {day} debe llegar un paquete con {quantity} {item} a {name}, que vive en {city}.",
             "Ha llamado {name}. Se trata de {quantity} {item}, en {city} hasta el {day}.",
-            "¡Nos faltan {item}! Soy {name} en {city}, mande {quantity} más, el {day} a más tardar.",
+            "¡Nos faltan {item}! Soy {name} en {city}, mande {quantity} más, el {day}.",
         ],
         "unseen": ["Para {name}: {item}, {quantity} piezas, {day}, {city}."],
     },

@@ -2,8 +2,8 @@
 
 No claim stands on one seed, and a processor has minutes. So the scripts that train do it on a Llama
 of 150,000 weights that is trained here once, and cached in models/. It learns to answer questions
-about three fields of an order, in three languages (orders.py). It never sees JSON: that is what
-fine-tuning teaches. With --model, that model is fine-tuned instead, in the same way.
+about three fields of an order, in three languages (orders.py). Fine-tuning teaches it to list all
+five without being asked. With --model, that model is fine-tuned instead, in the same way.
 
 The measure is the exact match of whole answers. A greedy answer is right exactly if each token of
 the right answer is the most probable one after those before it. So one forward pass over question
@@ -49,7 +49,7 @@ CHAT = (
 )
 STEPS = 2500  # of pretraining
 FULL_LR = 3e-3
-LORA_LR = 1e-2
+LORA_LR = 5e-3
 BATCH = 16
 
 
