@@ -25,12 +25,12 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 import nf4
+from data.chat_template import Example
 from paper import experiment, orders
 from paper.experiment import Finding, Setting
 from paper.small_base import FULL_LR, LORA_LR, Base, exact_match, train
 
 MARGIN = 2.0  # points of exact match
-RANK = 16
 STEPS = 80
 RUNS = 2  # for each seed asked for
 FULL = "full fine-tuning"
@@ -51,11 +51,7 @@ def compute(setting: Setting) -> dict:
     steps = 5 if setting.quick else STEPS
     n_test = 50 if setting.quick else 500
     rng = random.Random("parity")
-    make = partial(orders.extraction, rng, "English")
-    pairs = orders.distinct(make, 1000 + n_test // 2)
-    training = base.encode(pairs[:1000])
-    unseen = orders.distinct(partial(make, "unseen"), n_test // 2)
-    test = base.encode(pairs[1000:] + unseen)
+    training, test = task(base, rng, n_test)
     known = base.encode([orders.field_question(rng, "English") for _ in range(n_test)])
     results: dict = {"known": {}, "after": {}}
     for method in METHODS:
@@ -70,11 +66,19 @@ def compute(setting: Setting) -> dict:
     return results
 
 
+def task(base: Base, rng: random.Random, n_test: int) -> tuple[list[Example], list[Example]]:
+    """English orders to train on and to test on; half of the latter in unseen phrasings."""
+    make = partial(orders.extraction, rng, "English")
+    pairs = orders.distinct(make, 1000 + n_test // 2)
+    unseen = orders.distinct(partial(make, "unseen"), n_test // 2)
+    return base.encode(pairs[:1000]), base.encode(pairs[1000:] + unseen)
+
+
 def start(base: Base, method: str, seed: int) -> PreTrainedModel:
     """The model of a method before its training."""
     if method == FULL:
         return base.dense()
-    return base.adapted(seed, codebook=CODES.get(method), r=RANK)
+    return base.adapted(seed, codebook=CODES.get(method))
 
 
 def differences(results: dict, method: str, reference: str) -> list[float]:

@@ -33,7 +33,8 @@ from data.chat_template import IGNORE_INDEX, Example, Template, fingerprint
 from data.dataset import batches_of_step, collate
 from data.rows import pair_turns
 from data.toy_tasks import Pair
-from lora import attach
+from lora import QLoRALinear, attach, names_of
+from nf4 import NF4
 from paper import orders
 from paper.experiment import Setting
 from training.loss_and_eval import label_loss
@@ -48,6 +49,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 STEPS = 2500  # of pretraining
+RANK = 16
 FULL_LR = 3e-3
 LORA_LR = 5e-3
 BATCH = 16
@@ -151,29 +153,38 @@ class Base:
         model.load_state_dict(self.weights.state_dict())
         return model.to(self.device)
 
-    def adapted(self, seed: int, start: str = "default", **settings: object) -> PreTrainedModel:
-        """A copy whose linear layers are frozen, quantized and adapted.
+    def adapted(
+        self,
+        seed: int,
+        codebook: Tensor | None = NF4,
+        targets: str | list[str] = "all-linear",
+        start: str = "default",
+        r: int = RANK,
+    ) -> PreTrainedModel:
+        """A copy whose linear layers are all frozen and quantized, and those of `targets` adapted.
 
-        settings: as lora.attach takes them; codebook=None keeps the layers dense.
+        codebook=None keeps the layers dense. start: of the adapters (variants/init.py); another
+        than the default adapts all layers.
         """
         torch.manual_seed(seed)
         model = self.dense()
-        if start != "default":
-            replace_layers(model, start, settings)
-            return model
-        return attach(model, **settings)
+        quantize(model, codebook, start, r)
+        if start == "default":
+            attach(model, targets, r=r)
+        return model
 
 
-def replace_layers(model: PreTrainedModel, start: str, settings: dict) -> None:
-    """Quantize and adapt every linear layer with adapters that start as `start` (variants/init)."""
-    settings = dict(settings)
-    quantization = {"codebook": settings.pop("codebook")}
-    make_layer = maker(start, settings, quantization)
+def quantize(model: PreTrainedModel, codebook: Tensor | None, start: str, r: int) -> None:
+    """Replace every linear layer but the output head by a quantized one."""
+    make_layer = maker(start, {"r": r}, {"codebook": codebook})
     head = model.get_output_embeddings()
-    model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head:
             model.set_submodule(name, make_layer(module.weight.detach(), module.bias))
+    model.requires_grad_(False)
+    for layer in names_of(model, QLoRALinear):
+        layer.lora_A.requires_grad_(layer.r > 0)
+        layer.lora_B.requires_grad_(layer.r > 0)
 
 
 def trainable(model: nn.Module) -> list[Tensor]:
