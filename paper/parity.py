@@ -20,13 +20,11 @@ float32 in place of BF16; Int4, NF3 and NF2 besides.
 import random
 from functools import partial
 
-import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
-import nf4
 from data.chat_template import Example
-from paper import experiment, orders
+from paper import codebooks, experiment, orders
 from paper.experiment import Finding, Setting
 from paper.small_base import FULL_LR, LORA_LR, Base, exact_match, train
 
@@ -36,11 +34,11 @@ RUNS = 2  # for each seed asked for
 FULL = "full fine-tuning"
 LORA = "LoRA, not quantized"
 CODES = {
-    "NF4": nf4.NF4,
-    "FP4": nf4.FP4,
-    "Int4": torch.arange(-7, 8) / 7,
-    "NF3": nf4.normal_float(3),
-    "NF2": nf4.normal_float(2),
+    "NF4": codebooks.nf(4),
+    "FP4": codebooks.fp4(),
+    "Int4": codebooks.int4(),
+    "NF3": codebooks.nf(3),
+    "NF2": codebooks.nf(2),
 }
 METHODS = [FULL, LORA, *CODES]
 PAPER = {FULL: 53.0, "FP4": 52.2, "NF4": 53.1}  # MMLU

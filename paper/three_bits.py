@@ -16,8 +16,7 @@ import statistics
 
 from matplotlib.figure import Figure
 
-import nf4
-from paper import experiment, orders
+from paper import codebooks, experiment, orders
 from paper.experiment import Finding, Setting
 from paper.parity import MARGIN, task
 from paper.small_base import LORA_LR, Base, exact_match, train
@@ -39,7 +38,7 @@ def compute(setting: Setting) -> dict:
     known = base.encode([orders.field_question(rng, "English") for _ in range(n_test)])
     cells = []
     for code, start in [(DENSE, "default"), *((code, start) for code in BITS for start in STARTS)]:
-        codebook = nf4.normal_float(BITS[code]) if code in BITS else None
+        codebook = codebooks.nf(BITS[code]) if code in BITS else None
         cell: dict = {"code": code, "start": start, "after": []}
         for seed in range(setting.seeds):
             model = base.adapted(seed, codebook, start=start, r=RANK)
