@@ -54,7 +54,11 @@ def compute(setting: Setting) -> dict:
     for budget in BUDGETS:
         makers[f"{budget:.0%}"] = lambda budget=budget: paged(parameters, budget * state)
     makers["5%, no prefetch"] = lambda: without_prefetch(paged(parameters, 0.05 * state))
-    rows = {name: measure(make, setting.seeds) for name, make in makers.items()}
+    rows: dict = {name: {"seconds": []} for name in makers}
+    for _ in range(setting.seeds):
+        for name, make in makers.items():
+            seconds, rows[name]["moved"] = measure(make())
+            rows[name]["seconds"].append(seconds)
     spikes = [spike(parameters, state) for _ in range(setting.seeds)]
     return {"state": state, "passes": passes, "rows": rows, "spikes": spikes}
 
@@ -67,6 +71,7 @@ def time_pass(model: nn.Module, batch: int, length: int) -> float:
         model.zero_grad()
         began = time.perf_counter()
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        wait_for_gpu()
         seconds.append(time.perf_counter() - began)
     return min(seconds)
 
@@ -80,23 +85,25 @@ def without_prefetch(optimizer: PagedAdamW) -> PagedAdamW:
     return optimizer
 
 
-def measure(make: Callable[[], Optimizer], repetitions: int) -> dict:
-    """The seconds of a step in each repetition, and what the pager counts in one step."""
-    seconds = []
-    for _ in range(repetitions):
-        optimizer = make()
-        optimizer.step()  # creates the pages
-        before = dict(getattr(optimizer, "counters", {}))
-        seconds.append(min(time_step(optimizer) for _ in range(STEPS)))
+def measure(optimizer: Optimizer) -> tuple[float, dict[str, int]]:
+    """The seconds of the fastest of a few steps, and what the pager counts in one step."""
+    optimizer.step()  # creates the pages
+    before = dict(getattr(optimizer, "counters", {}))
+    seconds = min(time_step(optimizer) for _ in range(STEPS))
     after = getattr(optimizer, "counters", {})
-    moved = {name: (count - before[name]) // STEPS for name, count in after.items()}
-    return {"seconds": seconds, "moved": moved}
+    return seconds, {name: (count - before[name]) // STEPS for name, count in after.items()}
 
 
 def time_step(optimizer: Optimizer) -> float:
     began = time.perf_counter()
     optimizer.step()
+    wait_for_gpu()
     return time.perf_counter() - began
+
+
+def wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def spike(parameters: list[Tensor], state: int) -> list[float]:
