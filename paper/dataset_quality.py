@@ -1,7 +1,7 @@
 """The quality of a data set matters more than its size.
 
-Claim (section 5): 9,000 examples of OASST1 train a better chatbot than 450,000 of FLAN v2, and
-tripling a set helps less than choosing another one.
+Claim (section 5): a small set of good conversations (OASST1) trains a better chatbot than a much
+larger one (FLAN v2), and the choice of the set matters more than its size.
 
 Here: n clean examples of the task of parity.py against 10 n examples in which a share of the
 answers is wrong: one field has a value from another order. Both see the same number of steps, so
