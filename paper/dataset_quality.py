@@ -24,7 +24,7 @@ from paper.parity import MARGIN, task
 from paper.small_base import LORA_LR, Base, exact_match, train
 
 STEPS = 60
-N_CLEAN = 40
+N_CLEAN = 20
 TIMES = 10
 SHARES = [0.0, 0.2, 0.4, 0.6, 0.8]  # of wrong answers
 
