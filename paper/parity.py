@@ -29,7 +29,7 @@ from paper.experiment import Finding, Setting
 from paper.small_base import FULL_LR, LORA_LR, Base, exact_match, train
 
 MARGIN = 2.0  # points of exact match
-STEPS = 80
+STEPS = 25  # few, so that answers are still wrong and a difference can be seen
 RUNS = 2  # for each seed asked for
 FULL = "full fine-tuning"
 LORA = "LoRA, not quantized"
@@ -109,30 +109,28 @@ def table(results: dict) -> str:
 
 
 def draw(results: dict, figure: Figure) -> None:
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    before, after, change = figure.subplots(1, 3)
     places = range(len(METHODS))
+    before.barh(places, [results["known"][method] for method in METHODS], color="C5")
+    before.set(yticks=places, yticklabels=METHODS, xlabel="exact match, %")
+    before.set_title("before training: what the base knows")
     for place, method in enumerate(METHODS):
         scores = results["after"][method]
-        left.plot([place] * len(scores), scores, "o", color="C0", alpha=0.5, markersize=5)
+        after.plot(scores, [place] * len(scores), "o", color="C0", alpha=0.4, markersize=4)
         mean, low, high = experiment.interval(scores)
-        left.errorbar(place + 0.2, mean, [[mean - low], [high - mean]], fmt="s", color="C1")
-        left.plot(place, results["known"][method], "x", color="C5")
-    left.plot([], [], "o", color="C0", alpha=0.5, label="after training, one seed")
-    left.plot([], [], "s", color="C1", label="mean and 95 % interval")
-    left.plot([], [], "x", color="C5", label="what the base knows, before training")
-    names = [method.replace(" ", "\n", 1) for method in METHODS]
-    left.set(xticks=places, xticklabels=names, ylabel="exact match, %")
-    left.legend(loc="lower left")
-    shown = [method for method in METHODS if method != LORA]
-    for place, method in enumerate(shown):
-        mean, low, high = experiment.interval(differences(results, method, LORA), level=0.90)
-        right.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="s", color="C0")
-    right.axvspan(-MARGIN, MARGIN, color="C2", alpha=0.15, label="equivalent")
-    right.axvline(0, color="0.6", linewidth=1)
-    right.set(yticks=range(len(shown)), yticklabels=shown)
-    right.set(xlabel="minus LoRA, points: 90 % interval")
-    right.invert_yaxis()
-    right.legend()
+        after.errorbar(mean, place + 0.25, xerr=[[mean - low], [high - mean]], fmt="s", color="C1")
+    after.set(yticks=[], xlabel="exact match, %: each seed, mean and 95 % interval")
+    after.set_title("after training: the new task")
+    for place, method in enumerate(METHODS):
+        if method != LORA:
+            mean, low, high = experiment.interval(differences(results, method, LORA), level=0.90)
+            change.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="s", color="C0")
+    change.axvspan(-MARGIN, MARGIN, color="C2", alpha=0.15)
+    change.axvline(0, color="0.6", linewidth=1)
+    change.set(yticks=[], xlabel="points: 90 % interval; green: equivalent")
+    change.set_title("minus LoRA, not quantized")
+    for axes in (before, after, change):
+        axes.set_ylim(len(METHODS) - 0.5, -0.5)
 
 
 def findings(results: dict) -> list[Finding]:
