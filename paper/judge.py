@@ -5,16 +5,17 @@ rating depends on the order of the matches, so it is averaged over random orders
 judges agree moderately.
 
 Here: an instruct model is shown an order and the answers of two systems, and is asked which one is
-better. Its choice is the more probable of the letters A and B. Each pair is judged in both orders,
-so a judge without a bias picks the first in half of the cases, whatever the answers are. The
-systems are made: their answers have 0, 1, 2 or 4 wrong fields, so the truth is known. Two wordings
-of the question are two judges; the count of right fields is a third, the key.
+better. Its choice is the more probable of two letters. Each pair is judged in both orders, and in
+each with the letters A, B and B, A. So a judge without a bias picks the first in half of the cases
+whatever the answers are, and a liking for a letter is not taken for one for a place. The mean of
+the four log odds is what the judge thinks of the pair. The systems are made: their answers have 0,
+1, 2 or 4 wrong fields, so the truth is known. Two wordings of the question are two judges; the
+count of right fields is a third, the key.
 
 Elo: K = 32 and 1000 at the start, over random orders of the same matches. It is tried on synthetic
 tournaments, where a system wins by known ratings, and on the first judge's choices.
 
-Differs from the paper: a small model as the judge, no people, and systems with known faults. The
-letter A always stands first, so a liking for the letter counts as one for the place.
+Differs from the paper: a small model as the judge, no people, and systems with known faults.
 """
 
 import random
@@ -33,19 +34,18 @@ from paper.bases import load
 from paper.experiment import Finding, Setting
 
 WRONG_FIELDS = [0, 1, 2, 4]  # of the systems
-SYSTEMS = [f"{wrong} wrong" for wrong in WRONG_FIELDS]
 WORDINGS = {
     "judge 1": (
-        "Order: {order}\n\nA: {first}\n\nB: {second}\n\nWhich list fits the order better, A or B? "
-        "Answer with one letter."
+        "Order: {order}\n\n{one}: {first}\n\n{other}: {second}\n\nWhich list fits the order "
+        "better, {one} or {other}? Answer with one letter."
     ),
     "judge 2": (
-        "Two assistants extracted the fields of this order:\n{order}\nAssistant A: {first}\n"
-        "Assistant B: {second}\nOne of them made fewer mistakes. Name it: A or B."
+        "Two assistants extracted the fields of this order:\n{order}\nAssistant {one}: {first}\n"
+        "Assistant {other}: {second}\nOne of them made fewer mistakes. Name it: {one} or {other}."
     ),
 }
 KEY = "the key"
-QUESTIONS = 3  # for each seed
+QUESTIONS = 2  # for each seed
 MARGIN = 0.05  # of the share that is picked
 RATINGS = [1000.0, 1050.0, 1100.0, 1150.0]  # of the synthetic systems
 MATCHES = 20  # of each synthetic pair
@@ -55,28 +55,29 @@ Match = tuple[int, int]  # the winner, the loser
 def compute(setting: Setting) -> dict:
     model, tokenizer = load(setting.model, setting.device)
     rng = random.Random("judge")
-    n_questions = (1 if setting.quick else QUESTIONS) * setting.seeds
+    n_questions = setting.seeds if setting.quick else QUESTIONS * setting.seeds
+    systems = WRONG_FIELDS[:2] if setting.quick else WRONG_FIELDS
     n_orders = 20 if setting.quick else 500
-    questions = [question(rng) for _ in range(n_questions)]
-    choices = {
+    questions = [question(rng, systems) for _ in range(n_questions)]
+    judged = {
         name: [judge(model, tokenizer, wording, *each) for each in questions]
         for name, wording in WORDINGS.items()
     }
-    first = [match for each in choices["judge 1"] for match in each]
-    real = [(a, b) if picked else (b, a) for a, b, picked in first]
+    real = [match for each in judged["judge 1"] for match in matches_of(each)]
     synthetic = [tournament(random.Random(f"elo {seed}")) for seed in range(setting.seeds)]
     return {
-        "choices": choices,
-        "real": elo_over_orders(real, n_orders),
-        "synthetic": [elo_over_orders(matches, n_orders) for matches in synthetic],
+        "systems": systems,
+        "judged": judged,
+        "real": elo_over_orders(real, len(systems), n_orders),
+        "synthetic": [elo_over_orders(matches, len(RATINGS), n_orders) for matches in synthetic],
     }
 
 
-def question(rng: random.Random) -> tuple[str, list[str]]:
+def question(rng: random.Random, systems: list[int]) -> tuple[str, list[str]]:
     """An order, and the answer of each system."""
     sentence, order = orders.random_order(rng, "English", "phrasings")
     answers = []
-    for wrong in WRONG_FIELDS:
+    for wrong in systems:
         _, other = orders.random_order(rng, "English", "phrasings")
         fields = set(rng.sample(orders.FIELDS, wrong))
         mixed = {field: (other if field in fields else order)[field] for field in orders.FIELDS}
@@ -91,16 +92,34 @@ def judge(
     wording: str,
     sentence: str,
     answers: list[str],
-) -> list[tuple[int, int, bool]]:
-    """(first, second, whether the first was picked) for each ordered pair of systems."""
-    letter_a, letter_b = (tokenizer(x, add_special_tokens=False).input_ids[0] for x in "AB")
-    picks = []
+) -> list[dict]:
+    """The log odds of the first answer, for each ordered pair of systems with both letterings."""
+    tokens = {x: tokenizer(x, add_special_tokens=False).input_ids[0] for x in "AB"}
+    found = []
     for first, second in permutations(range(len(answers)), 2):
-        text = wording.format(order=sentence, first=answers[first], second=answers[second])
-        ids = torch.tensor([encode_prompt(tokenizer, text)], device=model.device)
-        logits = model(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
-        picks.append((first, second, bool(logits[letter_a] > logits[letter_b])))
-    return picks
+        for one, other in ("AB", "BA"):
+            text = wording.format(
+                order=sentence, first=answers[first], second=answers[second], one=one, other=other
+            )
+            ids = torch.tensor([encode_prompt(tokenizer, text)], device=model.device)
+            logits = model(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+            odds = float(logits[tokens[one]] - logits[tokens[other]])
+            found.append({"first": first, "second": second, "letter": one, "odds": odds})
+    return found
+
+
+def preference(judged: list[dict], a: int, b: int) -> float:
+    """The mean log odds of system a against b, over both orders and letterings."""
+    for_a = [each["odds"] for each in judged if (each["first"], each["second"]) == (a, b)]
+    for_b = [each["odds"] for each in judged if (each["first"], each["second"]) == (b, a)]
+    return (statistics.fmean(for_a) - statistics.fmean(for_b)) / 2
+
+
+def matches_of(judged: list[dict]) -> list[Match]:
+    """One match for each pair of systems, won by the one that the judge prefers."""
+    systems = sorted({each["first"] for each in judged})
+    pairs = combinations(systems, 2)
+    return [(a, b) if preference(judged, a, b) > 0 else (b, a) for a, b in pairs]
 
 
 def tournament(rng: random.Random) -> list[Match]:
@@ -122,7 +141,7 @@ def expected(rating: float, other: float) -> float:
     return 1 / (1 + 10 ** ((other - rating) / 400))
 
 
-def elo(matches: Sequence[Match], n_systems: int = len(SYSTEMS)) -> list[float]:
+def elo(matches: Sequence[Match], n_systems: int) -> list[float]:
     """Ratings after the matches in this order.
 
     >>> elo([(0, 1)], 2)
@@ -136,10 +155,10 @@ def elo(matches: Sequence[Match], n_systems: int = len(SYSTEMS)) -> list[float]:
     return ratings
 
 
-def elo_over_orders(matches: Sequence[Match], n_orders: int) -> dict:
+def elo_over_orders(matches: Sequence[Match], n_systems: int, n_orders: int) -> dict:
     """Mean and standard deviation of each rating over orders, and how often the ranking differs."""
     rng = random.Random("orders")
-    runs = [elo(rng.sample(matches, len(matches))) for _ in range(n_orders)]
+    runs = [elo(rng.sample(matches, len(matches)), n_systems) for _ in range(n_orders)]
     by_system = list(zip(*runs))
     mean = [statistics.fmean(ratings) for ratings in by_system]
     differs = statistics.fmean(ranking(run) != ranking(mean) for run in runs)
@@ -151,32 +170,26 @@ def ranking(ratings: Sequence[float]) -> list[int]:
     return sorted(range(len(ratings)), key=ratings.__getitem__)
 
 
-def first_shares(results: dict, name: str) -> list[float]:
-    """How often a judge picks the first answer, for each question."""
-    return [statistics.fmean(picked for *_, picked in each) for each in results["choices"][name]]
-
-
-def consistent_shares(results: dict, name: str) -> list[float]:
-    """How often both orders have the same winner, for each question."""
-    shares = []
-    for each in results["choices"][name]:
-        picked = {(first, second): choice for first, second, choice in each}
-        pairs = combinations(range(len(SYSTEMS)), 2)
-        shares.append(statistics.fmean(picked[a, b] != picked[b, a] for a, b in pairs))
-    return shares
+def shares(results: dict, name: str, of: str) -> list[float]:
+    """How often a judge picks the first answer, or the letter A, for each question."""
+    by_question = []
+    for judged in results["judged"][name]:
+        picks_first = [each["odds"] > 0 for each in judged]
+        picks_a = [(each["odds"] > 0) == (each["letter"] == "A") for each in judged]
+        by_question.append(statistics.fmean(picks_first if of == "first" else picks_a))
+    return by_question
 
 
 def wins(results: dict, name: str) -> list[list[int]]:
-    """The wins of each system over both orders, for each question."""
+    """How good the systems are to a judge, for each question: their wins, or their right fields."""
+    systems = results["systems"]
     if name == KEY:
-        return [[-wrong for wrong in WRONG_FIELDS]] * len(results["choices"]["judge 1"])
-    return [
-        [
-            sum(system == (a if picked else b) for a, b, picked in each)
-            for system in range(len(SYSTEMS))
-        ]
-        for each in results["choices"][name]
-    ]
+        return [[-wrong for wrong in systems]] * len(results["judged"]["judge 1"])
+    by_question = []
+    for judged in results["judged"][name]:
+        winners = [winner for winner, _ in matches_of(judged)]
+        by_question.append([winners.count(system) for system in range(len(systems))])
+    return by_question
 
 
 def agreement(results: dict, one: str, other: str, measure: str) -> list[float]:
@@ -196,11 +209,11 @@ def table(results: dict) -> str:
     judged = []
     for name in WORDINGS:
         row = [name]
-        for shares in (first_shares(results, name), consistent_shares(results, name)):
-            mean, low, high = experiment.interval(shares)
+        for of in ("first", "letter"):
+            mean, low, high = experiment.interval(shares(results, name, of))
             row.append(f"{mean:.0%} ({low:.0%} to {high:.0%})")
         judged.append(row)
-    bias = experiment.markdown(["", "picks the first", "same winner in both orders"], judged)
+    bias = experiment.markdown(["", "picks the first answer", "picks the letter A"], judged)
     rows = []
     for one, other in PAIRS:
         row = [f"{one}, {other}"]
@@ -211,8 +224,8 @@ def table(results: dict) -> str:
     agree = experiment.markdown(["rank correlation per question", "Kendall", "Spearman"], rows)
     real = results["real"]
     ratings = [
-        [system, f"{mean:.0f}", f"{spread:.0f}"]
-        for system, mean, spread in zip(SYSTEMS, real["mean"], real["spread"])
+        [f"{wrong} wrong", f"{mean:.0f}", f"{spread:.0f}"]
+        for wrong, mean, spread in zip(results["systems"], real["mean"], real["spread"])
     ]
     rated = experiment.markdown(
         ["fields", "Elo by judge 1", "standard deviation over orders"], ratings
@@ -223,22 +236,29 @@ def table(results: dict) -> str:
 
 def draw(results: dict, figure: Figure) -> None:
     left, middle, right = figure.subplots(1, 3)
-    for place, name in enumerate(WORDINGS):
-        shares = [100 * share for share in first_shares(results, name)]
-        left.plot([place] * len(shares), shares, "o", color="C0", alpha=0.3)
-        mean, low, high = experiment.interval(shares)
-        left.errorbar(place + 0.15, mean, [[mean - low], [high - mean]], fmt="s", color="C1")
+    for number, of in enumerate(("first", "letter")):
+        for place, name in enumerate(WORDINGS):
+            percent = [100 * share for share in shares(results, name, of)]
+            x = place + 0.3 * number - 0.15
+            left.plot([x - 0.06] * len(percent), percent, "o", color=f"C{number}", alpha=0.25)
+            mean, low, high = experiment.interval(percent)
+            label = ("the first answer", "the letter A")[number] if place == 0 else None
+            errors = [[mean - low], [high - mean]]
+            left.errorbar(x, mean, errors, fmt="s", color=f"C{number}", label=label)
     left.axhline(50, color="0.5", linestyle="--")
     left.set(xticks=range(len(WORDINGS)), xticklabels=WORDINGS, xlim=(-0.5, 1.5), ylim=(-5, 105))
-    left.set_title("picks the first answer, % of cases\n(dashed: no bias)", fontsize=10)
+    left.set_title("what a judge picks, % of cases\n(dashed: no bias)", fontsize=10)
+    left.legend(loc="lower right")
     series = [("judge 1", results["real"]), *(("synthetic", one) for one in results["synthetic"])]
     for number, (name, rated) in enumerate(series):
-        places = [system + 0.1 * (number - len(series) / 2) for system in range(len(SYSTEMS))]
+        shift = 0.1 * (number - len(series) / 2)
+        places = [system + shift for system in range(len(rated["mean"]))]
         color = "C1" if number == 0 else "C0"
         label = name if number < 2 else None
         middle.errorbar(places, rated["mean"], rated["spread"], fmt="o", color=color, label=label)
-    middle.set(xticks=range(len(SYSTEMS)), xticklabels=[f"{n + 1}" for n in range(len(SYSTEMS))])
-    middle.set_xlabel("system")
+    names = [f"{wrong} wrong\n{rating:.0f}" for wrong, rating in zip(WRONG_FIELDS, RATINGS)]
+    middle.set(xticks=range(len(names)), xticklabels=names)
+    middle.set_xlabel("fields (judge 1) / true rating (synthetic)")
     middle.set_title("Elo, mean and standard deviation\nover orders of the matches", fontsize=10)
     middle.legend()
     for number, measure in enumerate(("Kendall", "Spearman")):
@@ -261,7 +281,7 @@ def findings(results: dict) -> list[Finding]:
 
 def favours_first(results: dict) -> Finding:
     """Held: both judges pick the first more often. Bends: one. Did not hold: neither can."""
-    means = {name: experiment.interval(first_shares(results, name)) for name in WORDINGS}
+    means = {name: experiment.interval(shares(results, name, "first")) for name in WORDINGS}
     first = [low > 0.5 for _, low, _ in means.values()]
     refuted = [high < 0.5 + MARGIN for _, _, high in means.values()]
     if all(first):
@@ -276,9 +296,12 @@ def favours_first(results: dict) -> Finding:
         "judges favour the answer they see first",
         "section 5",
         verdict,
-        "picked first: " + ", ".join(f"{name} {m.mean:.0%}" for name, m in means.items()),
+        "picked first: "
+        + ", ".join(f"{name} {m.mean:.0%}" for name, m in means.items())
+        + "; the letter A: "
+        + ", ".join(f"{statistics.fmean(shares(results, n, 'letter')):.0%}" for n in WORDINGS),
         ", ".join(f"{m.low:.0%} to {m.high:.0%}" for m in means.values())
-        + f" (t, {len(results['choices']['judge 1'])} questions)",
+        + f" (t, {len(results['judged']['judge 1'])} questions)",
     )
 
 
@@ -321,7 +344,7 @@ def judges_agree(results: dict) -> Finding:
         verdict,
         "Kendall " + ", ".join(f"{a} and {b} {m.mean:+.2f}" for (a, b), m in zip(pairs, means)),
         ", ".join(f"{m.low:+.2f} to {m.high:+.2f}" for m in means)
-        + f" (t, {len(results['choices']['judge 1'])} questions)",
+        + f" (t, {len(results['judged']['judge 1'])} questions)",
     )
 
 
