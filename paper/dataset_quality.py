@@ -163,8 +163,8 @@ def quality(results: dict, kind: str) -> Finding:
         f"quality matters more than size ({kind} errors)",
         "section 5",
         verdict,
-        f"{N_CLEAN} clean examples equal {TIMES * N_CLEAN} with {mean:.0%} wrong answers; ten times "
-        f"the data minus clean, by share: {by_share} points",
+        f"{N_CLEAN} clean examples equal {TIMES * N_CLEAN} with {mean:.0%} wrong answers; ten "
+        f"times the data minus clean, by share: {by_share} points",
         f"{max(low, 0):.0%} to {min(high, 1):.0%} (t, {len(points)} seeds); Holm p "
         + ", ".join(f"{p:.3f}" for p in p_values),
     )

@@ -39,7 +39,7 @@ def compute(setting: Setting) -> dict:
     for code, start in [(DENSE, "default"), *((code, start) for code in BITS for start in STARTS)]:
         codebook = codebooks.nf(BITS[code]) if code in BITS else None
         cell: dict = {"code": code, "start": start, "after": []}
-        for seed in range(RUNS * setting.seeds):
+        for seed in range(setting.seeds if setting.quick else RUNS * setting.seeds):
             model = base.adapted(seed, codebook, start=start, r=RANK)
             if seed == 0:  # the start does not depend on it: B = 0, or a decomposition
                 cell["before"] = exact_match(model, known)
