@@ -6,7 +6,9 @@ rotated        the same function without the lattice. With an orthogonal matrix 
                between the layers become x R. RMSNorm commutes with R once its gains g are part of
                the next matrix, so a matrix that reads x becomes W diag(g) R, one that adds to x
                becomes R^T W, and embedding and head are rotated too (and no longer equal). It also
-               mixes the weights of a row, which makes them more nearly normal.
+               mixes the weights of a row, which makes them more nearly normal. And it mixes large
+               channels with small ones, so an error of the same size costs more loss than as given:
+               compare codes on one base, not bases.
 trained here   a small Llama that learns the documentation of Python in float32, and was never
                quantized. It is cached in models/.
 
@@ -39,6 +41,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from memory.formula import KNOWN_MODELS
 from paper.experiment import Setting
 
 AS_GIVEN = "as given"
@@ -66,7 +69,8 @@ def documents(quick: bool = False) -> tuple[list[str], list[str]]:
     found = list(topics.values())
     library = Path("nowhere") if quick else Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
-        if not {"site-packages", "dist-packages", "test", "idlelib"} & {*path.parts}:
+        folder = path.relative_to(library).parts[0]
+        if folder not in ("site-packages", "dist-packages", "test", "idlelib"):
             found.append("\n\n".join(docstrings(path)))
     found = [text for text in found if len(text) > 500]
     return [text for i, text in enumerate(found) if i % 10], found[::10]
@@ -83,7 +87,7 @@ def docstrings(path: Path) -> list[str]:
 
 
 def windows_of(texts: list[str], tokenizer: PreTrainedTokenizerBase, count: int | None) -> Tensor:
-    """Token ids (n, LENGTH) of the joined texts; the first `count` windows, spread over them."""
+    """Token ids (n, LENGTH) of the joined texts: all windows, or `count` spread over them."""
     ids = torch.tensor(tokenizer("\n\n".join(texts), verbose=False).input_ids)
     windows = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
     if count is None:
@@ -94,20 +98,21 @@ def windows_of(texts: list[str], tokenizer: PreTrainedTokenizerBase, count: int 
 def bases(setting: Setting, n_windows: int) -> Iterator[Base]:
     """The three bases, one at a time; the second as `seeds` rotations, which share the windows.
 
-    The rotations are made in place. A quick run takes the model's first four layers alone, and the
-    beginning of each window.
+    The rotations are made in place. The last base is small, so it gets eight times as many windows.
+    A quick run takes the model's first four layers alone, and the beginning of each window.
     """
     text = documents(setting.quick)[1]
     model, tokenizer = load(setting.model, setting.device)
     if setting.quick:
         model.model.layers = model.model.layers[:4]
     length = LENGTH // 4 if setting.quick else LENGTH
+    n_windows = max(n_windows, setting.seeds)  # at least one for each rotation
     windows = windows_of(text, tokenizer, n_windows)[:, :length].to(setting.device)
     yield Base(AS_GIVEN, model, windows)
     for seed in range(setting.seeds):
         yield Base(ROTATED, rotate(model, seed), windows[seed :: setting.seeds])
     model, tokenizer = load(trained_here(setting), setting.device)
-    windows = windows_of(text, tokenizer, n_windows)[:, :length].to(setting.device)
+    windows = windows_of(text, tokenizer, 8 * n_windows)[:, :length].to(setting.device)
     yield Base(TRAINED_HERE, model, windows)
 
 
@@ -119,7 +124,16 @@ def load(folder: Path, device: torch.device) -> tuple[PreTrainedModel, PreTraine
 
 @torch.no_grad()
 def rotate(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Rotate the residual stream of a Llama in place by a random orthogonal matrix."""
+    """Rotate the residual stream of a Llama in place by a random orthogonal matrix.
+
+    Raises: ValueError for another architecture, and for linear layers with a bias.
+    """
+    biased = [name for name, layer in linear_layers(model).items() if layer.bias is not None]
+    if model.config.model_type not in KNOWN_MODELS or biased:
+        raise ValueError(
+            f"only a model of type {' or '.join(KNOWN_MODELS)} without biases can be rotated, got "
+            f"{model.config.model_type}{' with biases' if biased else ''}: give another --model"
+        )
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     if head.weight is embedding.weight:

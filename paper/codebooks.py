@@ -50,7 +50,7 @@ def fp4() -> Tensor:
 def minifloat(exponent_bits: int, mantissa_bits: int) -> Tensor:
     """A float with a sign, subnormals and no infinities, divided by its largest number.
 
-    >>> (6 * minifloat(2, 1)).tolist()[7:]
+    >>> [round(6 * level, 3) for level in minifloat(2, 1).tolist()[7:]]
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     """
     steps = 2**mantissa_bits
@@ -58,7 +58,7 @@ def minifloat(exponent_bits: int, mantissa_bits: int) -> Tensor:
     for exponent in range(2**exponent_bits - 1):
         magnitudes += [(1 + mantissa / steps) * 2.0**exponent for mantissa in range(steps)]
     positive = torch.tensor(magnitudes) / magnitudes[-1]
-    return torch.cat([-positive, positive]).unique()
+    return torch.cat([0 - positive, positive]).unique()  # 0 - 0 is not -0
 
 
 def e2m1() -> Tensor:

@@ -149,7 +149,7 @@ def parse_args(argv: list[str] | None, description: str | None, names: bool) -> 
     )
     if names:
         parser.add_argument("scripts", nargs="*", metavar="script", help=", ".join(SCRIPTS))
-    parser.add_argument("--model", type=Path, help="folder of a Llama (default: SmolLM2)")
+    parser.add_argument("--model", help="folder or hub id of a Llama (default: SmolLM2)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--seeds", type=int, help="default: 5, with --quick 2")
     parser.add_argument("--quick", action="store_true", help="a rough look, written to out/paper")
@@ -162,7 +162,10 @@ def parse_args(argv: list[str] | None, description: str | None, names: bool) -> 
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
-    model = args.model or sources.default_folder()
+    try:
+        model = sources.find_model(args.model or sources.DEFAULT_MODEL)
+    except ValueError as error:
+        raise SystemExit(f"paper: {error}") from None
     seeds = args.seeds or (2 if args.quick else 5)
     return Setting(model, args.device, seeds, args.quick)
 
@@ -173,19 +176,24 @@ def script(name: str) -> ModuleType:
 
 def run(name: str, setting: Setting) -> dict:
     """Compute one script; what it prints meanwhile is dropped. Returns its entry in the results."""
+    conditions = machine(LIBRARIES)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         results = script(name).compute(setting)
     return {
-        "machine": machine(LIBRARIES),
+        "machine": conditions,
         "model": setting.model.name,
         "device": str(setting.device),
         "seeds": setting.seeds,
         "quick": setting.quick,
         "seconds": round(time.perf_counter() - began, 1),
-        # As they are read again later: with keys that are strings.
-        "results": json.loads(json.dumps(results, allow_nan=False)),
+        # As they are read again later: with keys that are strings, and eight digits.
+        "results": json.loads(json.dumps(results, allow_nan=False), parse_float=eight_digits),
     }
+
+
+def eight_digits(text: str) -> float:
+    return float(f"{float(text):.8g}")
 
 
 def save(name: str, entry: dict, folder: Path) -> None:

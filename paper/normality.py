@@ -34,16 +34,29 @@ QUANTILES = 101
 
 def compute(setting: Setting) -> dict:
     """Of each base, what `layer_statistics` says of each layer; quantiles of all weights."""
+    turns: dict[str, list] = {}
     found: dict[str, dict] = {}
     for base in bases.bases(setting, n_windows=1):
         layers = bases.linear_layers(base.model)
         rows = [layer_statistics(name, layer.weight) for name, layer in layers.items()]
-        entry = found.setdefault(base.name, {"turns": []})
-        entry["turns"].append(rows)
-        entry["quantiles"] = quantiles([layer.weight for layer in layers.values()])
+        turns.setdefault(base.name, []).append(rows)
+        found[base.name] = {
+            "layers": mean_of_turns(turns[base.name]),
+            "quantiles": quantiles([layer.weight for layer in layers.values()]),
+        }
     normal = torch.randn(ROWS * 30, 576, generator=torch.Generator().manual_seed(0))
-    found["normal"] = {"turns": [[layer_statistics("normal", part) for part in normal.split(ROWS)]]}
+    found["normal"] = {"layers": [layer_statistics("normal", part) for part in normal.split(ROWS)]}
     return found
+
+
+def mean_of_turns(turns: list[list[dict]]) -> list[dict]:
+    """The statistics of each layer, averaged over the rotations."""
+    merged = []
+    for rows in zip(*turns):
+        numbers = [key for key in rows[0] if key != "kind"]
+        means = {key: fmean(row[key] for row in rows) for key in numbers}
+        merged.append(rows[0] | means)
+    return merged
 
 
 def layer_statistics(name: str, weight: Tensor) -> dict:
@@ -55,7 +68,6 @@ def layer_statistics(name: str, weight: Tensor) -> dict:
     z = (numbers - numbers.mean()) / sigma
     by_row = (numbers - numbers.mean(1, keepdim=True)) / numbers.std(1, keepdim=True)
     return {
-        "name": name,
         "kind": name.rpartition(".")[2],
         "length": weight.shape[1],
         "failed": sum(failed),
@@ -73,15 +85,6 @@ def quantiles(weights: list[Tensor]) -> list[float]:
     sample = [weight.flatten()[:: max(1, weight.numel() // 20_000)] for weight in weights]
     z = torch.cat([(part - part.mean()) / part.std() for part in sample])
     return np.quantile(z.double().cpu().numpy(), probabilities).tolist()
-
-
-def mean_layers(turns: list[list[dict]]) -> list[dict]:
-    """The statistics of each layer, averaged over the rotations."""
-    merged = []
-    for rows in zip(*turns):
-        numbers = [key for key in rows[0] if key not in ("name", "kind")]
-        merged.append(rows[0] | {key: fmean(row[key] for row in rows) for key in numbers})
-    return merged
 
 
 def failing(layers: list[dict]) -> experiment.Interval:
@@ -102,7 +105,7 @@ def table(results: dict) -> str:
     header += ["excess kurtosis", "of standardized rows"]
     rows = [["LLaMA-7B (paper)", "all", "4096, 11008", PAPER, *[None] * 5]]
     for base, entry in results.items():
-        layers = mean_layers(entry["turns"])
+        layers = entry["layers"]
         rows.append(table_row(base, "all", layers))
         kinds = dict.fromkeys(layer["kind"] for layer in layers)
         if len(kinds) > 1:
@@ -124,19 +127,19 @@ def table_row(base: str, kind: str, layers: list[dict]) -> list[object]:
 def draw(results: dict, figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
     expected = stats.norm.ppf((np.arange(QUANTILES) + 0.5) / QUANTILES)
-    left.plot([-3, 3], [-3, 3], color="0.75", linewidth=1)
+    left.axhline(0, color="0.7", linewidth=1)
     drawn = {name: entry for name, entry in results.items() if name != "normal"}
     for name, entry in drawn.items():
-        left.plot(expected, entry["quantiles"], ".", markersize=4, label=name)
+        left.plot(expected, entry["quantiles"] - expected, ".", markersize=4, label=name)
     left.set(
         title="quantiles of all weights, each layer divided by its σ",
         xlabel="quantile of a normal",
-        ylabel="quantile of the weights",
+        ylabel="quantile of the weights, minus that of a normal",
     )
     left.legend()
-    kinds = list(dict.fromkeys(row["kind"] for row in next(iter(drawn.values()))["turns"][0]))
+    kinds = list(dict.fromkeys(row["kind"] for row in next(iter(drawn.values()))["layers"]))
     for shift, entry in enumerate(drawn.values()):
-        layers = mean_layers(entry["turns"])
+        layers = entry["layers"]
         for place, kind in enumerate(kinds):
             chosen = [row for row in layers if row["kind"] == kind]
             mean, low, high = failing(chosen)
@@ -149,12 +152,12 @@ def draw(results: dict, figure: Figure) -> None:
                 color=experiment.COLORS[shift],
             )
     right.axhline(PAPER, color="0.3", linestyle="--", linewidth=1)
-    right.text(len(kinds) - 0.5, PAPER, "paper 7.5 %", ha="right", va="bottom", fontsize=9)
+    right.text(len(kinds) - 0.5, PAPER, "paper 7.5 %", va="bottom", fontsize=9)
     right.axhline(100 * LEVEL, color="0.6", linestyle=":", linewidth=1)
-    right.text(len(kinds) - 0.5, 100 * LEVEL, "by chance 5 %", ha="right", va="top", fontsize=9)
+    right.text(len(kinds) - 0.5, 100 * LEVEL, "by chance 5 %", va="top", fontsize=9)
     right.set(title="rows that fail Shapiro-Wilk at 5 %", ylabel="%", xticks=range(len(kinds)))
     right.set_xticklabels([kind.removesuffix("_proj") for kind in kinds])
-    right.set_ylim(bottom=0)
+    right.set(xlim=(-0.6, len(kinds) + 0.9), ylim=(0, None))
 
 
 def findings(results: dict) -> list[Finding]:
@@ -166,7 +169,7 @@ def few_rows_fail(results: dict) -> Finding:
 
     More means that the whole interval is above 7.5 %.
     """
-    shares = {name: failing(mean_layers(results[name]["turns"])) for name in results}
+    shares = {name: failing(results[name]["layers"]) for name in results}
     more = {name for name, share in shares.items() if share.low > PAPER}
     verdict = "bends"
     if not more - {"normal"}:
@@ -185,7 +188,7 @@ def centred(results: dict) -> Finding:
     verdicts = []
     limits = []
     for name in (bases.AS_GIVEN, bases.ROTATED, bases.TRAINED_HERE):
-        means = [row["mean"] for row in mean_layers(results[name]["turns"])]
+        means = [row["mean"] for row in results[name]["layers"]]
         verdicts.append(experiment.equivalent(means, margin=0.01))
         mean, low, high = experiment.interval(means)
         limits.append((f"{name} {mean:+.4f} σ", f"{low:+.4f} ... {high:+.4f}"))

@@ -35,14 +35,14 @@ CONSTANT_BITS = 32
 
 def compute(setting: Setting) -> dict:
     theory = {str(block): bins(block) for block in BLOCKS}
-    counted: dict[str, dict[str, list]] = {}
+    turns: dict[str, list] = {}
     for base in bases.bases(setting, n_windows=1):
-        for name, layer in bases.linear_layers(base.model).items():
-            counted.setdefault(base.name, {}).setdefault(name, []).append(count(layer.weight))
-    blocks = [64, 4096] if setting.quick else BLOCKS
+        layers = bases.linear_layers(base.model).values()
+        turns.setdefault(base.name, []).append([count(layer.weight) for layer in layers])
+    blocks = [64] if setting.quick else BLOCKS
     return {
         "theory": theory,
-        "counted": counted,
+        "counted": {name: summary(shares) for name, shares in turns.items()},
         "errors": {str(block): errors(block) for block in blocks},
         "derivations": derivations(),
         "zeros that stay": zeros_that_stay(),
@@ -65,6 +65,18 @@ def count(weight: Tensor) -> list[float]:
 def entropy(shares: list[float]) -> float:
     """Bits that a code carries with these shares of its levels."""
     return -sum(share * math.log2(share) for share in shares if share > 0)
+
+
+def summary(turns: list[list[list[float]]]) -> dict[str, list[float]]:
+    """The mean share of each level, and the entropy of each layer.
+
+    turns: the shares by rotation, layer and level.
+    """
+    layers = [[fmean(column) for column in zip(*rotated)] for rotated in zip(*turns)]
+    return {
+        "shares": [fmean(column) for column in zip(*layers)],
+        "entropies": [entropy(shares) for shares in layers],
+    }
 
 
 def errors(block_size: int) -> dict[str, list[float]]:
@@ -130,11 +142,6 @@ def zeros_that_stay() -> dict[str, int]:
     return {"zeros": int(before.sum()), "zeros decoded": int((decoded[before] == 0).sum())}
 
 
-def of_base(counted: dict[str, list]) -> list[list[float]]:
-    """The shares of each layer, averaged over the rotations."""
-    return [[fmean(column) for column in zip(*turns)] for turns in counted.values()]
-
-
 def table(results: dict) -> str:
     header = ["weights", "block", "entropy, bits of 4", "least used level, %", "most used, %"]
     rows = []
@@ -142,7 +149,7 @@ def table(results: dict) -> str:
         ends = [100 * min(shares), 100 * max(shares)]
         rows.append(["normal (exact)", block, f"{entropy(shares):.4f}", *ends])
     for name, counted in results["counted"].items():
-        shares = [fmean(column) for column in zip(*of_base(counted))]
+        shares = counted["shares"]
         ends = [100 * min(shares), 100 * max(shares)]
         rows.append([f"{name}, mean of layers", 64, f"{entropy(shares):.4f}", *ends])
     parts = [experiment.markdown(header, rows)]
@@ -169,7 +176,7 @@ def draw(results: dict, figure: Figure) -> None:
         levels, [100 * share for share in results["theory"]["64"]], color="0.85", label="normal"
     )
     for name, counted in results["counted"].items():
-        shares = [fmean(column) for column in zip(*of_base(counted))]
+        shares = counted["shares"]
         left.plot(levels, [100 * share for share in shares], "o-", markersize=4, label=name)
     left.axhline(100 / 16, color="0.4", linestyle="--", linewidth=1)
     left.text(15.6, 100 / 16 + 0.15, "equal use", ha="right", color="0.3", fontsize=9)
@@ -202,11 +209,9 @@ def equal_use(results: dict) -> Finding:
     """held: no level is used 10 % more or less than another. bends: 95 % of the bits are used."""
     means, limits, ratios = [], [], []
     for name, counted in results["counted"].items():
-        layers = of_base(counted)
-        mean, low, high = experiment.interval([entropy(shares) for shares in layers])
+        mean, low, high = experiment.interval(counted["entropies"])
         means.append(mean)
-        shares = [fmean(column) for column in zip(*layers)]
-        ratios.append(max(shares) / max(min(shares), 1e-12))
+        ratios.append(max(counted["shares"]) / max(min(counted["shares"]), 1e-12))
         limits.append(f"{name} {low:.3f} ... {high:.3f}")
     verdict = "did not hold"
     if max(ratios) < 1.1:
