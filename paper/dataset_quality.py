@@ -23,10 +23,11 @@ from matplotlib.figure import Figure
 from data.toy_tasks import Pair
 from paper import experiment, orders
 from paper.experiment import Finding, Setting
-from paper.parity import MARGIN, RUNS, task
+from paper.parity import MARGIN, task
 from paper.small_base import LORA_LR, Base, exact_match, train
 
 STEPS = 40
+RUNS = 2  # for each seed asked for
 N_CLEAN = 20
 TIMES = 10
 KINDS = ["random", "systematic"]

@@ -205,7 +205,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     warm_up = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up))
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
     )
     for step in range(steps):
         [batch] = batches_of_step(examples, step, batch_size, count=1, seed=seed, pad_id=0)
