@@ -47,8 +47,7 @@ def test_exact_match_counts_the_answers_that_greedy_generation_gives(
 ) -> None:
     model = base.dense()
     examples = base.encode(pairs(4))
-    for _ in range(60):  # until it knows two of the four
-        small_base.train(model, examples[:2], 1, lr=1e-2, seed=0, batch_size=2)
+    small_base.train(model, examples[:2], 60, lr=1e-2, seed=0, batch_size=2)  # two of the four
     prompts = [example.ids[: example.n_prompt] for example in examples]
     texts = generate_answers(model, base.tokenizer, prompts, 60, torch.float32)
     right = [text == example.answer for text, example in zip(texts, examples)]
