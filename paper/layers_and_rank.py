@@ -94,14 +94,15 @@ def table(results: dict) -> str:
 def draw(results: dict, figure: Figure) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     cells = results["cells"]
-    for name in TARGETS:
+    for number, name in enumerate(TARGETS):
         shown = [cell for cell in cells if cell["targets"] == name]
         means = [statistics.fmean(cell["scores"]) for cell in shown]
         left.plot([cell["rank"] for cell in shown], means, "o-", label=f"adapters on {name}")
         right.plot([cell["trained"] for cell in shown], means, "o-")
         for cell in shown:
             scores = cell["scores"]
-            left.plot([cell["rank"]] * len(scores), scores, ".", color="0.7", zorder=0)
+            places = [cell["rank"]] * len(scores)
+            left.plot(places, scores, ".", color=f"C{number}", alpha=0.35, zorder=0)
     for axes, unit in ((left, "rank"), (right, "weights trained")):
         axes.axhline(statistics.fmean(results["full"]), color="0.4", linestyle="--", label=FULL)
         axes.set_xscale("log", base=2 if axes is left else 10)
