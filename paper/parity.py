@@ -114,22 +114,25 @@ def draw(results: dict, figure: Figure) -> None:
     places = range(len(METHODS))
     before.barh(places, [results["known"][method] for method in METHODS], color="C5")
     before.set(yticks=places, yticklabels=METHODS, xlabel="exact match, %")
-    before.set_title("before training: what the base knows")
-    for place, method in enumerate(METHODS):
-        scores = results["after"][method]
-        after.plot(scores, [place] * len(scores), "o", color="C0", alpha=0.4, markersize=4)
-        mean, low, high = experiment.interval(scores)
-        after.errorbar(mean, place + 0.25, xerr=[[mean - low], [high - mean]], fmt="s", color="C1")
-    after.set(yticks=[], xlabel="exact match, %: each seed, mean and 95 % interval")
-    after.set_title("after training: the new task")
-    for place, method in enumerate(METHODS):
-        if method != LORA:
-            mean, low, high = experiment.interval(differences(results, method, LORA), level=0.90)
-            change.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="s", color="C0")
+    before.set_title("before: what the base knows", fontsize=10)
+    for number, (length, steps) in enumerate(STEPS.items()):
+        color = f"C{number}"
+        for place, method in enumerate(METHODS):
+            y = place + 0.3 * number - 0.15
+            scores = results[length][method]
+            label = f"{steps} steps" if place == 0 else None
+            after.plot(scores, [y] * len(scores), "o", color=color, alpha=0.4, label=label)
+            if method != LORA:
+                difference = differences(results, length, method, LORA)
+                mean, low, high = experiment.interval(difference, level=0.90)
+                change.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="s", color=color)
+    after.set(yticks=[], xlabel="exact match, %: each seed")
+    after.set_title("after: the new task", fontsize=10)
+    after.legend(loc="lower left")
     change.axvspan(-MARGIN, MARGIN, color="C2", alpha=0.15)
     change.axvline(0, color="0.6", linewidth=1)
-    change.set(yticks=[], xlabel="points: 90 % interval; green: equivalent")
-    change.set_title("minus LoRA, not quantized")
+    change.set(yticks=[], xlabel="points; green: equivalent")
+    change.set_title("minus LoRA, 90 % interval", fontsize=10)
     for axes in (before, after, change):
         axes.set_ylim(len(METHODS) - 0.5, -0.5)
 
