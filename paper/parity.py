@@ -128,13 +128,13 @@ def draw(results: dict, figure: Figure) -> None:
                 change.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="s", color=color)
     after.set(yticks=[], xlabel="exact match, %: each seed")
     after.set_title("after: the new task", fontsize=10)
-    after.legend(loc="lower left")
     change.axvspan(-MARGIN, MARGIN, color="C2", alpha=0.15)
     change.axvline(0, color="0.6", linewidth=1)
     change.set(yticks=[], xlabel="points; green: equivalent")
     change.set_title("minus LoRA, 90 % interval", fontsize=10)
     for axes in (before, after, change):
         axes.set_ylim(len(METHODS) - 0.5, -0.5)
+    figure.legend(loc="outside lower center", ncols=len(STEPS))
 
 
 def findings(results: dict) -> list[Finding]:
