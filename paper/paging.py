@@ -75,7 +75,7 @@ def time_pass(model: nn.Module, batch: int, length: int) -> float:
         model.zero_grad()
         began = clock()
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            seconds.append(clock() - began)
+        seconds.append(clock() - began)
     return min(seconds)
 
 
