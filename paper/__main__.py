@@ -13,9 +13,13 @@ from paper import experiment
 
 def main(argv: list[str] | None = None) -> None:
     args = experiment.parse_args(argv, __doc__, names=True)
-    setting = experiment.setting_of(args)
     folder = experiment.OUT if args.quick else experiment.HERE
-    for name in args.scripts or experiment.SCRIPTS:
+    names = args.scripts or experiment.SCRIPTS
+    if args.page:
+        experiment.write_page(folder, names)
+        return
+    setting = experiment.setting_of(args)
+    for name in names:
         print(f"{name:18}", end="", flush=True)
         entry = experiment.run(name, setting)
         experiment.save(name, entry, folder)

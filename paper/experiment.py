@@ -149,6 +149,7 @@ def parse_args(argv: list[str] | None, description: str | None, names: bool) -> 
     )
     if names:
         parser.add_argument("scripts", nargs="*", metavar="script", help=", ".join(SCRIPTS))
+        parser.add_argument("--page", action="store_true", help="compute nothing: only draw again")
     parser.add_argument("--model", help="folder or hub id of a Llama (default: SmolLM2)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--seeds", type=int, help="default: 5, with --quick 2")
@@ -203,8 +204,15 @@ def save(name: str, entry: dict, folder: Path) -> None:
     found = json.loads(path.read_text()) if path.exists() else {}
     found[name] = entry
     path.write_text(json.dumps(found, indent=1) + "\n")
+    write_page(folder, [name])
+
+
+def write_page(folder: Path, figures: list[str]) -> None:
+    """Write RESULTS.md and some figures from the results.json in a folder."""
+    found = json.loads((folder / "results.json").read_text())
     (folder / "RESULTS.md").write_text(report(found))
-    draw(name, entry["results"], folder / f"{name}.png")
+    for name in figures:
+        draw(name, found[name]["results"], folder / f"{name}.png")
 
 
 def draw(name: str, results: dict, path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from paper import experiment
+from paper.__main__ import main
 
 FULL_RUN = experiment.HERE / "results.json"
 
@@ -89,6 +90,17 @@ def test_an_unknown_model_is_one_clear_line() -> None:
 def test_the_page_and_its_ledger_are_those_of_the_results() -> None:
     found = json.loads(FULL_RUN.read_text())
     assert FULL_RUN.with_name("RESULTS.md").read_text() == experiment.report(found)
+
+
+def test_the_page_and_the_figures_are_drawn_again_without_computing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "HERE", tmp_path)
+    monkeypatch.setattr(experiment, "run", None)
+    (tmp_path / "results.json").write_text(FULL_RUN.read_text())
+    main(["--page", "outliers"])
+    assert (tmp_path / "RESULTS.md").read_text() == FULL_RUN.with_name("RESULTS.md").read_text()
+    assert [path.name for path in tmp_path.glob("*.png")] == ["outliers.png"]
 
 
 def test_every_script_has_full_results_and_a_figure() -> None:

@@ -33,7 +33,7 @@ def losses_of(rivals: dict[str, float]) -> dict:
     for rival in datatypes.RIVALS:
         extra = around(rivals.get(rival, 0.1))
         windows[f"{rival}, 64"] = [a + b for a, b in zip(windows["NF4, 64"], extra)]
-    errors = {"NF4": [0.1] * 8, "BOF4": [0.09] * 8}
+    errors = {"NF4": [0.1] * 8, "BOF4": [0.09] * 8, "least squares": [0.09] * 8}
     return {"dense": [2.0] * 4, "losses": windows, "errors": errors}
 
 
@@ -49,7 +49,8 @@ def test_the_verdict_on_data_types_follows_the_losses_of_each_base() -> None:
 
 
 def test_a_newer_code_must_win_in_error_too() -> None:
-    results = {name: losses_of({"BOF4": 0.1}) for name in NAMES}
+    results = {name: losses_of({"BOF4": -0.1}) for name in NAMES}
+    assert verdicts(datatypes.findings(results))[3] == "held"
     for entry in results.values():
         entry["errors"]["BOF4"] = [0.2] * 8
     assert verdicts(datatypes.findings(results))[3] == "did not hold"
