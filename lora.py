@@ -219,9 +219,8 @@ class LoRAMatmul(torch.autograd.Function):
         needs_x, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:4]
         dx = dA = dB = dbias = None
         with torch.autocast(g.device.type, enabled=False):
-            # These factors are transposed so that torch reads g by rows, which is several times
-            # faster.
-            dh = (_transpose(lora_B, g.dtype) @ g.T).mul_(ctx.scaling).T  # (tokens, r)
+            # Transposed like this, torch reads g and x by rows, which is several times faster.
+            dh = (_transpose(lora_B, g.dtype) @ g.T).mul_(ctx.scaling).T.contiguous()  # (tokens, r)
             if needs_B:
                 dB = (h.T @ g).mul_(ctx.scaling).to(lora_B.dtype).T  # (out, r)
             if needs_A:
