@@ -38,7 +38,8 @@ def compute(setting: Setting) -> dict:
     base = Base(setting)
     steps = 3 if setting.quick else STEPS
     _, test = task(base, random.Random("quality: test"), n_test=30 if setting.quick else 300)
-    results: dict = {"clean": [], "noisy": {kind: {} for kind in KINDS}}
+    results: dict = {"model": base.folder.name, "clean": []}
+    results["noisy"] = {kind: {} for kind in KINDS}
     for seed in range(setting.seeds if setting.quick else RUNS * setting.seeds):
         rng = random.Random(f"quality {seed}")
         found = [orders.random_order(rng, "English", "phrasings") for _ in range(TIMES * N_CLEAN)]

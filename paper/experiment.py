@@ -183,7 +183,7 @@ def run(name: str, setting: Setting) -> dict:
         results = script(name).compute(setting)
     return {
         "machine": conditions,
-        "model": setting.model.name,
+        "model": results.pop("model", setting.model.name),  # some train a small one
         "device": str(setting.device),
         "seeds": setting.seeds,
         "quick": setting.quick,

@@ -41,7 +41,8 @@ def compute(setting: Setting) -> dict:
     training, test = task(base, random.Random("layers"), n_test=50 if setting.quick else 500)
     seeds = range(setting.seeds)
     full = [train(base.dense(), training, steps, FULL_LR, seed) for seed in seeds]
-    results: dict = {"full": [exact_match(model, test) for model in full], "cells": []}
+    results: dict = {"model": base.folder.name, "cells": []}
+    results["full"] = [exact_match(model, test) for model in full]
     for name, targets in TARGETS.items():
         for rank in RANKS:
             scores = []

@@ -48,7 +48,7 @@ def compute(setting: Setting) -> dict:
             model = train(base.adapted(seed), base.encode(pairs), steps, LORA_LR, seed)
             for language, test in tests.items():
                 scores[name][language].append(exact_match(model, test))
-    return {"scores": scores}
+    return {"model": base.folder.name, "scores": scores}
 
 
 def test_of(base: Base, rng: random.Random, language: str, n_test: int) -> list[Example]:

@@ -53,7 +53,7 @@ def compute(setting: Setting) -> dict:
     training, test = task(base, rng, n_test)
     known = base.encode([orders.field_question(rng, "English") for _ in range(n_test)])
     before = {method: exact_match(start(base, method, 0), known) for method in METHODS}
-    results: dict = {"known": before}
+    results: dict = {"model": base.folder.name, "known": before}
     for length, steps in STEPS.items():
         results[length] = {method: [] for method in METHODS}
         for method, scores in results[length].items():

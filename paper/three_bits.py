@@ -48,7 +48,7 @@ def compute(setting: Setting) -> dict:
             train(model, training, steps, LORA_LR, seed)
             cell["after"].append(exact_match(model, test))
         cells.append(cell)
-    return {"cells": cells}
+    return {"model": base.folder.name, "cells": cells}
 
 
 def scores_of(results: dict, code: str, start: str = "default") -> list[float]:
