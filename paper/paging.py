@@ -6,8 +6,8 @@ a regular one. The paper leaves open what a step costs when pages do move.
 Here: adapters of rank 64 on every linear layer, AdamW's state in pages of 2 MiB, and budgets from
 all of it down to 5 %. The step of the optimizer is timed at each budget; forward and backward do
 not depend on it, so they are timed once. A repetition times all budgets in turn and takes the
-fastest of three steps each, and the ratios are those of one repetition. On a processor, time is
-that of its cores, summed over threads, so other programs and waiting for a disk do not count.
+fastest of three steps each, and the ratios are those of one repetition. Other programs disturb the
+times, so nothing else should run.
 
 A long sequence makes the activations peak: for one step, all pages must leave. The right panel
 shows the steps around it. The pager uses the page that was not used for longest as the first to
@@ -105,11 +105,10 @@ def time_step(optimizer: Optimizer) -> float:
 
 
 def clock() -> float:
-    """Seconds of this process, over all threads: other programs do not count. On a GPU: of time."""
+    """Seconds on the wall; on a GPU, when its work is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+    return time.perf_counter()
 
 
 def spike(parameters: list[Tensor], state: int) -> list[float]:
