@@ -168,8 +168,7 @@ def test_the_tables_and_plots_of_the_pages_are_those_of_the_results(
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     figures.write(found)
     figures.write_as_avx2(json.loads((command.RESULTS / "cpu-avx2.json").read_text()))
-    not_measured_yet = {"size"}
-    assert set(found) == set(cpu.PARTS) - not_measured_yet
+    assert set(found) == set(cpu.PARTS)
     assert {path: (tmp_path / path).read_text() for path in committed} == committed
     plots = sorted(path.name for path in (tmp_path / "bench" / "results").iterdir())
     assert plots == ["growth.png", "rows.png"]
