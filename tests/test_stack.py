@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora
+from kernels import dispatch
 from lora import FrozenWeight, LoRAMatmul, QLoRALinear
 from memory.measured import Live
 
@@ -69,6 +70,7 @@ def peak(tokens: int, dtype: torch.dtype, segment: int, dropout: float) -> int:
     - g, unless it is the gradient of the stack's output, and dx
     - lora_A in the dtype of the products, if that has 16 bits
     - with dropout dh A, as large as x, before it is masked
+    - where the processor has no products of 16 bits, dh, A and dh A in float32
     """
     x = tokens * WIDTH * dtype.itemsize
     h = tokens * RANK * dtype.itemsize
@@ -82,7 +84,10 @@ def peak(tokens: int, dtype: torch.dtype, segment: int, dropout: float) -> int:
         dx = x
         alive.append(inputs + activations + (done + 1) * gradients + h + g + dx)
     cast_A = RANK * WIDTH * dtype.itemsize if dtype != torch.float32 else 0
-    return max(alive) + cast_A + (x if dropout else 0)
+    thin = 0
+    if not dispatch.multiplies_natively("cpu", dtype):
+        thin = 4 * (tokens * RANK + RANK * WIDTH + tokens * WIDTH)
+    return max(alive) + cast_A + (x if dropout else 0) + thin
 
 
 CASES = [

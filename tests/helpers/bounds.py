@@ -40,6 +40,13 @@ OF_A_LOSS_IN_SEVERAL_PROCESSES = 1e-5  # over some steps, with sums in another o
 OF_TRAFFIC = 0.05  # headers, and the few numbers that every step adds up over all processes
 OF_A_SHARE = 0.1  # above an equal share of all bytes: 55 % for one of two processes
 HALF_A_PERCENT = 0.005  # a share that is printed in whole percents
+SIGNIFICANT = 0.05  # the level of the tests of paper/
+OF_A_ROTATED_MODEL = 2.0**-12  # its RMSNorm rounds to float32; errors stay below half the digits
+A_TENTH = 0.1  # what a rotation changes at least of a weight
+OF_A_SAMPLED_ERROR = 2e-4  # published with four digits, the last of which is uncertain
+OF_A_SAMPLED_MEAN = 3e-5  # of bitsandbytes' tests, over a few million numbers
+OF_AN_ITERATION = 5e-6  # it ends when no level moves by 1e-7, a small part of what is left
+OF_AN_INTEGRAL = 1e-9  # the quadrature of paper/codebooks.py
 
 
 def gamma(n: int, dtype: torch.dtype = torch.float32) -> float:

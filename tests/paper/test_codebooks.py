@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nf4
+from helpers.bounds import OF_A_SAMPLED_ERROR, OF_A_SAMPLED_MEAN, OF_AN_INTEGRAL, OF_AN_ITERATION
 from paper import codebooks
 from paper.codebooks import BlockDistribution
 
@@ -29,19 +30,18 @@ ABSOLUTE = [0.067746, 0.072798, 0.076831, 0.080337, 0.083547, 0.086610, 0.089592
 def test_the_exact_squared_error_is_what_others_sampled(name: str) -> None:
     code, expected = PUBLISHED[name]
     error = math.sqrt(BlockDistribution(64, power=2).squared_error(code))
-    assert abs(error - expected) < 2e-4  # one sample more in the last digit
+    assert abs(error - expected) < OF_A_SAMPLED_ERROR
 
 
 @pytest.mark.parametrize("place", range(8))
 def test_the_exact_absolute_error_of_nf4_is_what_bitsandbytes_sampled(place: int) -> None:
     error = BlockDistribution(2 ** (5 + place), power=1).absolute_error(nf4.NF4)
-    assert abs(error - ABSOLUTE[place]) < 3e-5
+    assert abs(error - ABSOLUTE[place]) < OF_A_SAMPLED_MEAN
 
 
 def test_af4_is_that_of_bitsandbytes() -> None:
     theirs = get_4bit_type("af4", device="cpu", blocksize=64).sort().values
-    # The iteration ends when no level moves by 1e-7, and each move is a small part of what is left.
-    assert (codebooks.af4(64) - theirs).abs().max() < 5e-6
+    assert (codebooks.af4(64) - theirs).abs().max() < OF_AN_ITERATION
 
 
 @pytest.mark.parametrize("norm", [1, 2])
@@ -68,7 +68,7 @@ def test_bof4_has_the_least_error_of_codes_with_its_fixed_levels() -> None:
 def test_the_shares_of_a_code_add_up_to_one() -> None:
     for block in (2, 64, 4096):
         mass = BlockDistribution(block, power=0).cells(nf4.NF4.double().numpy())[0]
-        assert math.isclose(mass.sum(), 1, abs_tol=1e-9)
+        assert abs(mass.sum() - 1) <= OF_AN_INTEGRAL
 
 
 def test_floats_and_integers_are_those_of_their_standards() -> None:

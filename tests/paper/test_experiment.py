@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.bounds import SIGNIFICANT
 from paper import experiment
 from paper.__main__ import main
 
@@ -14,13 +15,13 @@ FULL_RUN = experiment.HERE / "results.json"
 
 
 def test_an_interval_covers_the_mean_in_95_of_100_samples() -> None:
-    """Of 2000 samples 1900 are expected, and 4 standard deviations are 39."""
+    """Of 2000 samples 1900 are expected; the bound is 4 standard deviations."""
     rng = random.Random(0)
     covered = 0
     for _ in range(2000):
         _, low, high = experiment.interval([rng.gauss(3, 2) for _ in range(5)])
         covered += low < 3 < high
-    assert abs(covered - 1900) < 4 * (2000 * 0.95 * 0.05) ** 0.5
+    assert abs(covered - 1900) < 4 * (2000 * (1 - SIGNIFICANT) * SIGNIFICANT) ** (1 / 2)
 
 
 def test_a_p_value_is_below_5_percent_exactly_where_the_interval_misses_0() -> None:
@@ -28,7 +29,7 @@ def test_a_p_value_is_below_5_percent_exactly_where_the_interval_misses_0() -> N
     for _ in range(200):
         values = [rng.gauss(1, 1) for _ in range(5)]
         _, low, high = experiment.interval(values)
-        assert (experiment.p_value(values) < 0.05) == (not low < 0 < high)
+        assert (experiment.p_value(values) < SIGNIFICANT) == (not low < 0 < high)
 
 
 def test_equal_differences_are_certain() -> None:
@@ -39,7 +40,7 @@ def test_equal_differences_are_certain() -> None:
 
 def test_few_noisy_values_are_no_equivalence_and_no_difference() -> None:
     noisy = [3.0, -3.0, 1.0]
-    assert experiment.p_value(noisy) > 0.05
+    assert experiment.p_value(noisy) > SIGNIFICANT
     assert not experiment.equivalent(noisy, margin=2)
 
 
