@@ -92,8 +92,8 @@ def matmul(
 def add_product_(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """y += alpha a b for thin a and b; y itself is returned.
 
-    On a processor without instructions for 16-bit products, torch takes up to 50 times as long for
-    them as for float32; a b is then computed in float32.
+    On a processor without instructions for 16-bit products, torch is many times slower with them
+    than with float32; a b is then computed in float32.
     """
     is_traced = torch.compiler.is_compiling()  # it cannot trace the import of the kernels
     if is_traced or multiplies_natively(y.device.type, y.dtype):

@@ -241,7 +241,7 @@ def report(found: dict[str, dict]) -> str:
 
 LEGEND = """`make paper` writes this page from results.json. A rule in each script computes the
 verdict from the numbers: *held*, *bends* (holds in part, or under conditions), *did not hold*, or
-*not testable here*. Intervals are 95 % intervals."""
+*not testable here* (also where the interval decides nothing). Intervals are 95 % intervals."""
 
 
 def ledger(found: dict[str, dict]) -> str:

@@ -4,7 +4,7 @@ Claim (section 4, figures 2 and 4): LoRA on the queries and values alone does no
 fine-tuning, whatever its rank; LoRA on all linear layers does, with any rank from 8 to 256.
 
 Here: QLoRA with adapters on q and v, on attention, on the MLP, and on all layers, each at four
-ranks, beside full fine-tuning, on the task of parity.py. The whole base is in NF4 in each case.
+ranks, next to full fine-tuning, on the task of parity.py. The whole base is in NF4 in each case.
 For the layers, a seed's scores are averaged over the ranks, and each difference to "all" is tested
 with Holm's correction. For the rank, equivalence is asked: within +- 2 points of the middle rank.
 

@@ -1,6 +1,6 @@
 """65B on one card of 48 GB, which took more than 780 GB (abstract, introduction, figure 6).
 
-Memory follows from the shapes of a model, so it is predicted (memory/formula.py) and set beside the
+Memory follows from the shapes of a model, so it is predicted (memory/formula.py) next to the
 paper's components. On a GPU real steps of all sizes are measured, too; on a CPU, the step of a tiny
 Llama, which shows that the formula is right (bench/capped_run.py).
 

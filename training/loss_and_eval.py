@@ -69,7 +69,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def _some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The next ROWS rows of all tensors, again and again."""
+    """ROWS rows of each tensor at a time, in order."""
     return zip(*(tensor.split(CrossEntropy.ROWS) for tensor in tensors))
 
 
