@@ -1244,8 +1244,8 @@ KERNEL_MUTANTS = [
     Mutant(
         "a NaN vanishes in a maximum",
         "kernels.cpu.quantize",
-        "top = max(top, bits[i] & np.uint32(0x7FFFFFFF))",
-        "top = max(top, bits[i] & np.uint32(0x7FFFFFFF))"
+        "top = max(top, magnitude)",
+        "top = max(top, magnitude)"
         " if bits.view(np.float32)[i] == bits.view(np.float32)[i] else top",
         "test_the_constant_of_a_block_is_finite_if_its_numbers_are",
         {"how": "in Python", "look_up": "", "bad": 0x7FC00000},
@@ -1263,15 +1263,15 @@ KERNEL_MUTANTS = [
     Mutant(
         "the kernel lets a tie take the upper code",
         "kernels.cpu.quantize",
-        "number > midpoints[k]",
-        "number >= midpoints[k]",
+        "number > tree[k]",
+        "number >= tree[k]",
         BLOCKWISE,
         of_blocks(Recipe((2, 64), pattern="ties"), uniform_code()),
     ),
     Mutant(
         "the kernel pairs the odd last number with code 0",
         "kernels.cpu.quantize",
-        "low = _code(np.float32(0), midpoints)",
+        "low = _code(np.float32(0), tree)",
         "low = 0",
         BLOCKWISE,
         of_blocks(Recipe((1, 127))),
@@ -1293,12 +1293,20 @@ KERNEL_MUTANTS = [
         of_blocks(Recipe((1, 127)), nf4.normal_float(5)),
     ),
     Mutant(
-        "the search in many levels begins with a step too small",
+        "the search in many levels goes left and right the other way round",
         "kernels.cpu.quantize",
-        "(128, 64, 32",
-        "(64, 32",
+        "number > tree[place]",
+        "number <= tree[place]",
         BLOCKWISE,
         of_blocks(Recipe((1, 127)), nf4.normal_float(8)),
+    ),
+    Mutant(
+        "the tree has the midpoints of a level in reverse",
+        "kernels.cpu.launch",
+        "range(step // 2 - 1, 2**depth - 1, step)",
+        "reversed(range(step // 2 - 1, 2**depth - 1, step))",
+        "test_quantizing_gives_what_the_reference_gives",
+        {"recipe": Recipe((1, 127)), "codebook": nf4.NF4, "window": 64},
     ),
     Mutant(
         "a window is a row short",

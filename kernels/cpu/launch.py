@@ -93,8 +93,7 @@ def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, T
     is_wide = codebook.numel() > 16  # one code per byte, not two
     shift = block_size.bit_length() - 1
     midpoints = (codebook[1:] + codebook[:-1]) / 2
-    padding = (256 if is_wide else 16) - midpoints.numel()
-    midpoints = F.pad(midpoints, (0, padding), value=math.inf).numpy()
+    tree = in_tree_order(midpoints, 8 if is_wide else 4).numpy()
     packed = torch.empty(n if is_wide else (n + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(-(-n // block_size))
     step = n if flat.dtype == torch.float32 else max(PIECE, block_size)
@@ -102,7 +101,7 @@ def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, T
         stop = min(start + step, n)
         numbers = flat[start:stop].to(torch.float32).numpy()
         scales = absmax[start >> shift : -(-stop >> shift)].numpy()
-        pieces = (numbers, numbers.view(np.uint32), midpoints, shift)
+        pieces = (numbers, numbers.view(np.uint32), tree, shift)
         bits = scales.view(np.uint32)
         if is_wide:
             codes = packed[start:stop].numpy().reshape(-1)
@@ -111,6 +110,20 @@ def quantize(flat: Tensor, block_size: int, codebook: Tensor) -> tuple[Tensor, T
             pairs = packed[start // 2 : (stop + 1) // 2].numpy().reshape(-1)
             blockwise.quantize(*pieces, pairs, scales, bits)
     return packed, absmax
+
+
+def in_tree_order(midpoints: Tensor, depth: int) -> Tensor:
+    """At most 2**depth - 1 ascending numbers as a binary tree, level by level; (2**depth,).
+
+    The root is at place 1, and the children of place k are at 2 k and 2 k + 1. Place 0 and the
+    places of missing numbers are infinite.
+    """
+    numbers = F.pad(midpoints, (0, 2**depth - midpoints.numel()), value=math.inf)
+    order = [-1]
+    for level in range(depth):
+        step = 2 ** (depth - level)  # between the neighbours of a level
+        order += range(step // 2 - 1, 2**depth - 1, step)
+    return numbers[order]
 
 
 @one_at_a_time

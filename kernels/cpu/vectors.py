@@ -311,6 +311,16 @@ def _permute_avx2(builder, table, codes):
     return _join(builder, parts)
 
 
+def _permute_8(builder, table, codes):
+    """table[code] for a table of 8 floats and integers of 0 to 7."""
+    if LOOK_UP != "avx2":
+        return _permute(builder, _join(builder, [table] * 2), codes)
+    eight = ir.VectorType(FLOAT, 8)
+    name = "llvm.x86.avx2.permps"
+    parts = [_call(builder, name, eight, table, part) for part in _parts(builder, codes, 8)]
+    return _join(builder, parts)
+
+
 def _permute_bytes(builder, table, codes, bits):
     name = "llvm.aarch64.neon.tbl1.v16i8" if LOOK_UP == "neon" else "llvm.x86.ssse3.pshuf.b.128"
     size = bits // 8  # bytes in an element
@@ -359,18 +369,26 @@ def _no_codes(builder, kind):
     return _constant(_llvm(kind), 0)
 
 
-def raised(codes, half, numbers, table):
-    """codes + half where a number is above table[codes + half - 1], else codes."""
-    return codes + half * (numbers > table[codes + half - 1])
+def eight(array, index):
+    """Eight numbers of a float32 array: a small table for `descend`."""
+    return _part(array, index, 8).copy()
 
 
-@emits(raised, lambda codes, half, numbers, table: codes)
-def _raised(builder, kind, codes, half, numbers, table):
-    half = _repeat(builder, builder.trunc(half, INT), kind.count)
-    above = builder.add(codes, half)
-    places = builder.sub(above, _constant(codes.type, 1))
-    limits = _permute(builder, table, places)
-    return builder.select(builder.fcmp_ordered(">", numbers, limits), above, codes)
+@emits(eight, lambda array, index: Vector(types.float32, 8))
+def _eight(builder, kind, array, index):
+    return builder.load(_place(builder, array, index, _llvm(kind)), align=4)
+
+
+def descend(codes, numbers, table):
+    """2 * codes + 1 where a number is above table[codes], else 2 * codes; for codes below 8."""
+    return 2 * codes + (numbers > table[codes])
+
+
+@emits(descend, lambda codes, numbers, table: codes)
+def _descend(builder, kind, codes, numbers, table):
+    is_above = builder.fcmp_ordered(">", numbers, _permute_8(builder, table, codes))
+    doubled = builder.add(codes, codes)
+    return builder.sub(doubled, builder.sext(is_above, codes.type))  # true is -1
 
 
 def pack(packed, byte, codes):

@@ -39,7 +39,7 @@ from helpers.strategies import (
     uniform_code,
 )
 from kernels import cpu as kernels_cpu
-from kernels.cpu import decode, matmul, quantize, vectors
+from kernels.cpu import decode, launch, matmul, quantize, vectors
 
 # The types as the kernels see them.
 KINDS = {
@@ -190,8 +190,7 @@ def blockwise(
 ) -> tuple[Tensor, Tensor]:
     """packed and absmax of float32 (n,), by the kernel for codebooks of this size."""
     wide = codebook.numel() > 16
-    midpoints = np.full(256 if wide else 16, np.inf, np.float32)
-    midpoints[: codebook.numel() - 1] = ((codebook[1:] + codebook[:-1]) / 2).numpy()
+    tree = launch.in_tree_order((codebook[1:] + codebook[:-1]) / 2, 8 if wide else 4).numpy()
     packed = Framed(flat.numel() if wide else -(-flat.numel() // 2), np.uint8)
     absmax = Framed(-(-flat.numel() // block_size), np.float32)
     numbers = flat.numpy()
@@ -200,9 +199,9 @@ def blockwise(
     results = packed.inside, constants, constants.view(np.uint32)
     file = copies(how, look_up).quantize
     if wide:
-        file.quantize_wide(numbers, numbers.view(np.uint32), midpoints, shift, *results)
+        file.quantize_wide(numbers, numbers.view(np.uint32), tree, shift, *results)
     else:
-        file.quantize(numbers, numbers.view(np.uint32), midpoints, shift, *results)
+        file.quantize(numbers, numbers.view(np.uint32), tree, shift, *results)
     assert packed.is_intact() and absmax.is_intact()
     return torch.from_numpy(packed.inside).reshape(-1, 1), torch.from_numpy(absmax.inside)
 
@@ -333,8 +332,8 @@ def every_operation(v: ModuleType) -> Callable[..., np.float32]:
         sums = v.fma(v.broadcast(numbers, 3), row, v.plus(v.load(numbers, 1), v.zeros()))
         v.store(out, 1, v.times(sums, np.float32(3)))
         found = v.no_codes()
-        for half in (8, 4, 2, 1):
-            found = v.raised(found, half, v.load(numbers, 0), table)
+        for level in (1, 2, 4, 8):
+            found = v.descend(found, v.load(numbers, 0), v.eight(levels, level))
         v.pack(codes, 1, found)
         small = v.look_up(v.scaled(levels, np.float32(0.3), halves), packed, 0)
         v.store(halves, 0, small)
