@@ -15,7 +15,7 @@ times, and absolute ones m times.
 
 Codes, and what they minimize:
 
-    int4        -7 ... 7, divided by 7                                          uniform
+    integers    -7 ... 7, divided by 7: Int4                                    uniform
     fp4         the FP4 of bitsandbytes; e2m1: the FP4 of OCP; e3m0: powers of 2
     nf          quantiles of a normal: NF4, NF3, NF2                            QLoRA
     af4         E|x - level| on both sides of zero, with -1, 0 and 1 as levels  arXiv 2306.06965
@@ -37,9 +37,10 @@ NODES = 100  # of the integral over m
 Array = np.ndarray
 
 
-def int4() -> Tensor:
-    """Symmetric integers, with a zero: one of the 16 codes is not used."""
-    return torch.arange(-7, 8, dtype=torch.float32) / 7
+def integers(bits: int) -> Tensor:
+    """Symmetric integers, with a zero: one of the codes is not used."""
+    largest = 2 ** (bits - 1) - 1
+    return torch.arange(-largest, largest + 1, dtype=torch.float32) / largest
 
 
 def fp4() -> Tensor:

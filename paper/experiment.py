@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import matplotlib
 import torch
+from matplotlib.axes import Axes
 from scipy import stats
 
 from bench.machine import machine
@@ -45,6 +46,7 @@ paging dataset_quality multilingual three_bits judge
 """.split()
 SCRIPTS = [name for name in ORDER if (HERE / f"{name}.py").exists()]
 VERDICTS = ("held", "bends", "did not hold", "not testable here")
+SIGNIFICANT = 0.05  # level of a test
 LIBRARIES = ("torch", "numpy", "scipy", "transformers", "matplotlib")
 STYLE = {
     "axes.spines.top": False,
@@ -79,6 +81,10 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+    def span(self, spec: str = ".2f") -> str:
+        """As text: from its low end to its high end."""
+        return f"{self.low:{spec}} to {self.high:{spec}}"
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
@@ -118,6 +124,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
+def signs(comparisons: Sequence[Sequence[float]]) -> list[int]:
+    """For each list of differences 1 or -1 if its mean is surely above or below 0, at 5 %, else 0.
+
+    >>> signs([[1.0, 1.1, 1.2], [-1.0, -1.1, -1.2], [1.0, -1.0, 0.1]])
+    [1, -1, 0]
+    """
+    corrected = holm([p_value(differences) for differences in comparisons])
+    means = [interval(differences).mean for differences in comparisons]
+    return [(p < SIGNIFICANT) * (1 if mean > 0 else -1) for p, mean in zip(corrected, means)]
+
+
 def equivalent(differences: Sequence[float], margin: float) -> bool:
     """Whether the mean difference is shown to be smaller than `margin`, at 5 % (TOST).
 
@@ -126,6 +143,33 @@ def equivalent(differences: Sequence[float], margin: float) -> bool:
     """
     _, low, high = interval(differences, level=0.90)
     return -margin < low and high < margin
+
+
+def is_gain(differences: Sequence[float], margin: float) -> dict[str, bool]:
+    """The rules of a claim that a treatment gains something, more than the margin perhaps."""
+    _, low, high = interval(differences)
+    return {"held": low > 0, "did not hold": high < 0 or equivalent(differences, margin)}
+
+
+def decide(claim: str, place: str, rules: dict[str, bool], value: str, limits: str) -> Finding:
+    """The line of the ledger with the first verdict whose rule is true.
+
+    If no rule is, the intervals are too wide to decide anything: "not testable here", and the
+    number says so.
+    """
+    for verdict, is_true in rules.items():
+        if is_true:
+            return Finding(claim, place, verdict, value, limits)
+    return Finding(claim, place, "not testable here", f"undecided: {value}", limits)
+
+
+def errorbars(
+    axes: Axes, places: Sequence[float], intervals: Sequence[Interval], **style: object
+) -> None:
+    """Draw means with their intervals, one above each place."""
+    below = [one.mean - one.low for one in intervals]
+    above = [one.high - one.mean for one in intervals]
+    axes.errorbar(places, [one.mean for one in intervals], [below, above], **style)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -212,7 +256,18 @@ def write_page(folder: Path, figures: list[str]) -> None:
     found = json.loads((folder / "results.json").read_text())
     (folder / "RESULTS.md").write_text(report(found))
     for name in figures:
-        draw(name, found[name]["results"], folder / f"{name}.png")
+        if is_current(name, found[name]["results"]):
+            draw(name, found[name]["results"], folder / f"{name}.png")
+
+
+def is_current(name: str, results: dict) -> bool:
+    """Whether results have all that their script reads: those of an older version may not."""
+    try:
+        script(name).findings(results)
+        script(name).table(results)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return False
+    return True
 
 
 def draw(name: str, results: dict, path: Path) -> None:
@@ -230,8 +285,13 @@ def draw(name: str, results: dict, path: Path) -> None:
 def report(found: dict[str, dict]) -> str:
     """RESULTS.md: the ledger, then each script's table and figure."""
     names = [name for name in SCRIPTS if name in found]
-    parts = ["# The paper's claims, tested", LEGEND, ledger(found)]
+    current = [name for name in names if is_current(name, found[name]["results"])]
+    parts = ["# The paper's claims, tested", LEGEND]
     for name in names:
+        if name not in current:
+            parts.append(f"{name}: results of an older version; run `make paper ARGS={name}`")
+    parts.append(ledger({name: found[name] for name in current}))
+    for name in current:
         entry = found[name]
         title = (script(name).__doc__ or name).partition("\n")[0].rstrip(".")
         parts += [f"## {name}.py: {title}", script(name).table(entry["results"])]
@@ -241,13 +301,14 @@ def report(found: dict[str, dict]) -> str:
 
 LEGEND = """`make paper` writes this page from results.json. A rule in each script computes the
 verdict from the numbers: *held*, *bends* (holds in part, or under conditions), *did not hold*, or
-*not testable here* (also where the interval decides nothing). Intervals are 95 % intervals."""
+*not testable here*; then the number says why: *undecided* if the interval is too wide to tell.
+Intervals are 95 % intervals."""
 
 
 def ledger(found: dict[str, dict]) -> str:
     rows = []
-    for name in [name for name in SCRIPTS if name in found]:
-        for finding in script(name).findings(found[name]["results"]):
+    for name, entry in found.items():
+        for finding in script(name).findings(entry["results"]):
             rows.append([*finding, f"[{name}.py]({name}.py)"])
     header = ["claim", "in the paper", "verdict", "number", "interval", "script"]
     return markdown(header, rows)

@@ -209,10 +209,10 @@ def equal_use(results: dict) -> Finding:
     """held: no level is used 10 % more or less than another. bends: 95 % of the bits are used."""
     means, limits, ratios = [], [], []
     for name, counted in results["counted"].items():
-        mean, low, high = experiment.interval(counted["entropies"])
-        means.append(mean)
+        mean = experiment.interval(counted["entropies"])
+        means.append(mean.mean)
         ratios.append(max(counted["shares"]) / max(min(counted["shares"]), 1e-12))
-        limits.append(f"{name} {low:.3f} ... {high:.3f}")
+        limits.append(f"{name} {mean.span('.3f')}")
     verdict = "did not hold"
     if max(ratios) < 1.1:
         verdict = "held"

@@ -15,7 +15,7 @@ from paper.codebooks import BlockDistribution
 
 # Root mean squared error for normal weights, block 64, to four digits (sampled)
 PUBLISHED = {
-    "int4": (codebooks.int4(), 0.1077),
+    "int4": (codebooks.integers(4), 0.1077),
     "e2m1": (codebooks.e2m1(), 0.1057),
     "fp4": (codebooks.fp4(), 0.1220),
     "nf4": (nf4.NF4, 0.0920),
@@ -74,7 +74,7 @@ def test_the_shares_of_a_code_add_up_to_one() -> None:
 def test_floats_and_integers_are_those_of_their_standards() -> None:
     assert (6 * codebooks.e2m1()).tolist()[8:] == [0.5, 1, 1.5, 2, 3, 4, 6]
     assert (codebooks.e3m0() * 32).tolist()[8:] == [0.5, 1, 2, 4, 8, 16, 32]
-    assert len(codebooks.int4()) == 15
+    assert len(codebooks.integers(4)) == 15
 
 
 @given(st.integers(1, 8), st.data())
