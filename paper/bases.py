@@ -103,11 +103,11 @@ def bases(setting: Setting, n_windows: int) -> Iterator[Base]:
     if setting.quick:
         model.model.layers = model.model.layers[:4]
     length = LENGTH // 4 if setting.quick else LENGTH
-    n_windows = max(n_windows, setting.seeds)  # at least one for each rotation
+    n_windows = max(n_windows, len(setting.seeds))  # at least one for each rotation
     windows = windows_of(text, tokenizer, n_windows)[:, :length].to(setting.device)
     yield Base(AS_GIVEN, model, windows)
-    for seed in range(setting.seeds):
-        yield Base(ROTATED, rotate(model, seed), windows[seed :: setting.seeds])
+    for turn, seed in enumerate(setting.seeds):
+        yield Base(ROTATED, rotate(model, seed), windows[turn :: len(setting.seeds)])
     model, tokenizer = load(trained_here(setting), setting.device)
     windows = windows_of(text, tokenizer, 8 * n_windows)[:, :length].to(setting.device)
     yield Base(TRAINED_HERE, model, windows)

@@ -37,10 +37,10 @@ SHARES = [0.0, 0.25, 0.5, 0.75]  # of wrong answers
 def compute(setting: Setting) -> dict:
     base = Base(setting)
     steps = 3 if setting.quick else STEPS
-    _, test = base.task(random.Random("quality: test"), n_test=30 if setting.quick else 300)
+    _, test = base.task(setting.rng("quality: test"), n_test=30 if setting.quick else 300)
     results: dict = {"model": base.folder.name, "clean": []}
     results["noisy"] = {kind: {} for kind in KINDS}
-    for seed in range(setting.seeds if setting.quick else RUNS * setting.seeds):
+    for seed in setting.more_seeds(RUNS):
         rng = random.Random(f"quality {seed}")
         found = [orders.random_order(rng, "English", "phrasings") for _ in range(TIMES * N_CLEAN)]
 

@@ -12,7 +12,6 @@ Differs from the paper: a small model, of width 64, so the largest rank is a ful
 in place of RougeL; the same learning rate everywhere, with lora_alpha / rank as the scale.
 """
 
-import random
 import statistics
 
 from matplotlib.figure import Figure
@@ -38,15 +37,14 @@ FULL = "full fine-tuning"
 def compute(setting: Setting) -> dict:
     base = Base(setting)
     steps = 3 if setting.quick else STEPS
-    training, test = base.task(random.Random("layers"), n_test=50 if setting.quick else 500)
-    seeds = range(setting.seeds)
-    full = [train(base.dense(), training, steps, FULL_LR, seed) for seed in seeds]
+    training, test = base.task(setting.rng("layers"), n_test=50 if setting.quick else 500)
+    full = [train(base.dense(), training, steps, FULL_LR, seed) for seed in setting.seeds]
     results: dict = {"model": base.folder.name, "cells": []}
     results["full"] = [exact_match(model, test) for model in full]
     for name, targets in TARGETS.items():
         for rank in RANKS:
             scores = []
-            for seed in seeds:
+            for seed in setting.seeds:
                 model = base.adapted(seed, targets=targets, r=rank)
                 train(model, training, steps, LORA_LR, seed)
                 scores.append(exact_match(model, test))

@@ -32,10 +32,10 @@ def compute(setting: Setting) -> dict:
     base = Base(setting)
     steps = 3 if setting.quick else STEPS
     n_test = 30 if setting.quick else 200
-    rng = random.Random("multilingual: tests")
+    rng = setting.rng("multilingual: tests")
     tests = {language: base.task(rng, n_test, language)[1] for language in LANGUAGES}
     scores: dict = {name: {language: [] for language in tests} for name in [*LANGUAGES, MIXED]}
-    for seed in range(setting.seeds if setting.quick else RUNS * setting.seeds):
+    for seed in setting.more_seeds(RUNS):
         rng = random.Random(f"multilingual {seed}")
         sets = {
             language: [orders.extraction(rng, language) for _ in range(N_TRAIN)]

@@ -44,7 +44,8 @@ def compute(setting: Setting) -> dict:
             "layers": mean_of_turns(turns[base.name]),
             "quantiles": quantiles([layer.weight for layer in layers.values()]),
         }
-    normal = torch.randn(ROWS * 30, 576, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(setting.seeds.start)
+    normal = torch.randn(ROWS * 30, 576, generator=generator)
     found["normal"] = {"layers": [layer_statistics("normal", part) for part in normal.split(ROWS)]}
     return found
 

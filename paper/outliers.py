@@ -34,11 +34,10 @@ PLANTED = 100  # the outlier that the verdict is about
 
 
 def compute(setting: Setting) -> dict:
-    seeds = range(setting.seeds)
     return {
         "one outlier": {
             f"{code}, {block}": [
-                [one_outlier(code, block, size, s) for s in seeds] for size in SIZES
+                [one_outlier(code, block, size, seed) for seed in setting.seeds] for size in SIZES
             ]
             for code in CODES
             for block in BLOCKS

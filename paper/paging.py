@@ -44,7 +44,7 @@ TOKENS = [(1, 128), (4, 256)]  # batch, length
 
 
 def compute(setting: Setting) -> dict:
-    torch.manual_seed(0)
+    torch.manual_seed(setting.seeds.start)
     model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32)
     attach(model, r=8 if setting.quick else 64)
     model = model.to(setting.device)
@@ -57,12 +57,12 @@ def compute(setting: Setting) -> dict:
         makers[f"{budget:.0%}"] = lambda budget=budget: paged(parameters, budget * state)
     makers["5%, no prefetch"] = lambda: without_prefetch(paged(parameters, 0.05 * state))
     rows: dict = {name: {"seconds": []} for name in makers}
-    for _ in range(setting.seeds):
+    for _ in setting.seeds:
         for name, make in makers.items():
             seconds, rows[name]["moved"] = measure(make())
             rows[name]["seconds"].append(seconds)
     spikes = []
-    for _ in range(setting.seeds):
+    for _ in setting.seeds:
         tries = zip(*(spike(parameters, state) for _ in range(STEPS)))
         spikes.append([min(seconds) for seconds in tries])
     return {"state": state, "passes": passes, "rows": rows, "spikes": spikes}

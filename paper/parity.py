@@ -20,8 +20,6 @@ Differs from the paper: a small model and task (small_base.py); exact match in p
 float32 in place of BF16; Int4, NF3 and NF2 besides.
 """
 
-import random
-
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
@@ -47,16 +45,17 @@ PAPER = {FULL: 53.0, "FP4": 52.2, "NF4": 53.1}  # MMLU
 def compute(setting: Setting) -> dict:
     base = Base(setting)
     n_test = 50 if setting.quick else 500
-    rng = random.Random("parity")
+    rng = setting.rng("parity")
     training, test = base.task(rng, n_test)
     known = base.encode([orders.field_question(rng, "English") for _ in range(n_test)])
-    before = {method: exact_match(start(base, method, 0), known) for method in METHODS}
+    first = setting.seeds.start
+    before = {method: exact_match(start(base, method, first), known) for method in METHODS}
     results: dict = {"model": base.folder.name, "known": before}
     for length, steps in STEPS.items():
         results[length] = {method: [] for method in METHODS}
         for method, scores in results[length].items():
             lr = FULL_LR if method == FULL else LORA_LR
-            for seed in range(setting.seeds):
+            for seed in setting.seeds:
                 model = start(base, method, seed)
                 train(model, training, 3 if setting.quick else steps, lr, seed)
                 scores.append(exact_match(model, test))

@@ -12,7 +12,6 @@ The bits are those of a packed code with its constants: k + 8/64 + 32/(64 * 256)
 file keeps NF3 and NF2 in 4 bits a code, because only 4-bit kernels exist.
 """
 
-import random
 import statistics
 
 from matplotlib.figure import Figure
@@ -33,17 +32,17 @@ BITS = {"NF4": 4, "NF3": 3, "NF2": 2}
 def compute(setting: Setting) -> dict:
     base = Base(setting)
     n_test = 50 if setting.quick else 500
-    rng = random.Random("three bits")
+    rng = setting.rng("three bits")
     training, test = base.task(rng, n_test)
     known = base.encode([orders.field_question(rng, "English") for _ in range(n_test)])
     results: dict = {"model": base.folder.name, "cells": {}}
     for code, start in [(DENSE, "default"), *((code, start) for code in BITS for start in STARTS)]:
         codebook = codebooks.nf(BITS[code]) if code in BITS else None
         # Before training a copy does not depend on its seed: B = 0, or a decomposition.
-        knows = exact_match(base.adapted(0, codebook, start, r=RANK), known)
+        knows = exact_match(base.adapted(setting.seeds.start, codebook, start, r=RANK), known)
         cell: dict = {"before": knows, "long": [], "short": []}
         for length, steps in STEPS.items():
-            for seed in range(setting.seeds):
+            for seed in setting.seeds:
                 model = base.adapted(seed, codebook, start, r=RANK)
                 train(model, training, 3 if setting.quick else steps, LORA_LR, seed)
                 cell[length].append(exact_match(model, test))

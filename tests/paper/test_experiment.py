@@ -89,14 +89,25 @@ def test_impossible_flags_are_one_clear_line(
     assert message in capsys.readouterr().err
 
 
-def test_a_quick_run_has_two_seeds_and_a_full_run_five() -> None:
-    def seeds(*flags: str) -> int:
+def test_a_quick_run_has_two_seeds_and_a_full_run_five_that_no_design_has_seen() -> None:
+    def seeds(*flags: str) -> range:
         args = experiment.parse_args([*flags], None, names=False)
         return experiment.setting_of(args).seeds
 
-    assert seeds() == 5
-    assert seeds("--quick") == 2
-    assert seeds("--seeds", "10") == 10
+    assert seeds() == range(100, 105)
+    assert seeds("--quick") == range(2)
+    assert seeds("--seeds", "10") == range(100, 110)
+    assert seeds("--first-seed", "0") == range(5)
+
+
+def test_the_random_sets_depend_on_the_first_seed() -> None:
+    def drawn(first: int) -> float:
+        seeds = range(first, first + 2)
+        setting = experiment.Setting(Path("a model"), torch.device("cpu"), seeds, quick=False)
+        assert setting.more_seeds(2) == range(first, first + 4)
+        return setting.rng("parity").random()
+
+    assert drawn(0) == drawn(0) != drawn(100)
 
 
 def test_an_unknown_model_is_one_clear_line() -> None:

@@ -18,7 +18,7 @@ from training.loss_and_eval import generate_answers
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> small_base.Base:
     folder = save_tiny_llama(tmp_path_factory.mktemp("tiny"))
-    return small_base.Base(Setting(folder, torch.device("cpu"), 2, True))
+    return small_base.Base(Setting(folder, torch.device("cpu"), range(2), True))
 
 
 def pairs(count: int) -> list[tuple[str, str]]:
