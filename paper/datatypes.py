@@ -32,13 +32,15 @@ CODES: dict[str, Callable[[int], Tensor]] = {  # the code for a block size
     "NF4 + DQ": lambda block: codebooks.nf(4),
     "AF4": codebooks.af4,
     "BOF4": codebooks.bof4,
+    "BOF4-S": codebooks.bof4_s,
     "least squares": lambda block: codebooks.optimal(2, block),
     "NF3": lambda block: codebooks.nf(3),
     "NF2": lambda block: codebooks.nf(2),
 }
 BLOCKS = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 SWEPT = ["Int4", "E2M1", "NF4", "BOF4"]  # perplexity at more block sizes than 64
-RIVALS = ["Int4", "FP4 (bitsandbytes)", "E2M1", "E3M0", "BOF4", "least squares"]  # of NF4
+NEWER = ["BOF4", "BOF4-S", "least squares"]  # of least squared error
+RIVALS = ["Int4", "FP4 (bitsandbytes)", "E2M1", "E3M0", *NEWER]  # of NF4
 PAPER = {"Int4": 34.34, "E2M1": 31.07, "E3M0": 29.48, "NF4 + DQ": 27.41}  # mean perplexity
 NAMES = (bases.AS_GIVEN, bases.ROTATED, bases.TRAINED_HERE)
 
@@ -50,14 +52,22 @@ class Quantizer:
         self.codebook = CODES[code](block)
         self.block = block
         self.double_quant = code.endswith("DQ")
+        self.signed = code == "BOF4-S"
         self.squared_error = 0.0
         self.square = 0.0
 
     def __call__(self, weight: Tensor) -> Tensor:
-        decoded = FrozenWeight(weight, self.block, self.double_quant, self.codebook)()
+        if self.signed:
+            signs = codebooks.signs(weight, self.block)
+            decoded = signs * self.decoded(signs * weight)
+        else:
+            decoded = self.decoded(weight)
         self.squared_error += (decoded - weight).square().sum().item()
         self.square += weight.square().sum().item()
         return decoded
+
+    def decoded(self, weight: Tensor) -> Tensor:
+        return FrozenWeight(weight, self.block, self.double_quant, self.codebook)()
 
     @property
     def relative_error(self) -> float:
@@ -68,7 +78,7 @@ def compute(setting: Setting) -> dict:
     """Of each base: the losses of its windows, dense and quantized, and errors of its weights."""
     codes = SWEPT if setting.quick else list(CODES)
     found: dict[str, dict] = {name: {"dense": [], "losses": {}, "errors": {}} for name in NAMES}
-    for base in bases.bases(setting, n_windows=2 if setting.quick else 15):
+    for base in bases.bases(setting, n_windows=2 if setting.quick else 12):
         rows = found[base.name]
         rows["dense"] += bases.losses(base.model, base.windows)
         cells = [(code, 64) for code in codes]
@@ -78,7 +88,7 @@ def compute(setting: Setting) -> dict:
             with bases.changed(base.model, Quantizer(code, block)):
                 losses = bases.losses(base.model, base.windows)
             rows["losses"].setdefault(f"{code}, {block}", []).extend(losses)
-        rows["errors"] = weight_errors(base, codes)
+        rows["errors"] = rows["errors"] or weight_errors(base, codes)  # of one rotation
     return found
 
 
@@ -260,7 +270,7 @@ def newer_codes(results: dict, rows: list[dict]) -> Finding:
 
     bends: on some base one does. did not hold: each has more error, or surely more loss.
     """
-    codes = [code for code in ("BOF4", "least squares") if code in results[NAMES[0]]["errors"]]
+    codes = [code for code in NEWER if code in results[NAMES[0]]["errors"]]
     place = BLOCKS.index(64)
     chosen = [row for row in rows if row["rival"] in codes]
     wins, losses, parts = [], [], []

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import nf4
 from helpers.bounds import OF_A_SAMPLED_ERROR, OF_A_SAMPLED_MEAN, OF_AN_INTEGRAL, OF_AN_ITERATION
-from paper import codebooks
+from helpers.strategies import Recipe, recipes
+from paper import codebooks, datatypes
 from paper.codebooks import BlockDistribution
 
 # Root mean squared error for normal weights, block 64, to four digits (sampled)
@@ -63,6 +64,42 @@ def test_bof4_has_the_least_error_of_codes_with_its_fixed_levels() -> None:
             moved = code.clone()
             moved[place] += step
             assert distribution.squared_error(code) < distribution.squared_error(moved)
+
+
+def test_bof4_s_has_the_least_error_of_codes_for_the_signed_largest_number() -> None:
+    """-1 is no level: the largest number of a block is always 1."""
+    distribution = BlockDistribution(64, power=2, signed=True)
+    code = codebooks.bof4_s()
+    assert {0.0, 1.0} < {*code.tolist()}
+    assert code.min() > -1
+    for place in set(range(16)) - {7, 15}:
+        for step in (-0.002, 0.002):
+            moved = code.clone()
+            moved[place] += step
+            assert distribution.squared_error(code) < distribution.squared_error(moved)
+    unsigned = BlockDistribution(64, power=2)
+    assert distribution.squared_error(code) < unsigned.squared_error(codebooks.bof4())
+
+
+def test_the_exact_error_of_bof4_s_is_the_error_of_random_weights() -> None:
+    weight = torch.randn(2**21, generator=torch.Generator().manual_seed(0))
+    decoded = datatypes.Quantizer("BOF4-S", 64)(weight)
+    distribution = BlockDistribution(64, power=2, signed=True)
+    exact = math.sqrt(distribution.squared_error(codebooks.bof4_s()))
+    sampled = (decoded - weight).square().mean().sqrt().item()
+    assert abs(sampled - exact) < OF_A_SAMPLED_ERROR
+
+
+@given(recipes)
+def test_with_its_sign_the_largest_number_of_a_block_is_its_absmax(recipe: Recipe) -> None:
+    weight = recipe.tensor()
+    signs = codebooks.signs(weight, recipe.block_size)
+    assert signs.shape == weight.shape and (signs.abs() == 1).all()
+    for start in range(0, weight.numel(), recipe.block_size):
+        block = weight.flatten()[start : start + recipe.block_size]
+        sign = signs.flatten()[start : start + recipe.block_size]
+        assert (sign == sign[0]).all()
+        assert (block * sign).max() == block.abs().max()
 
 
 def test_the_shares_of_a_code_add_up_to_one() -> None:

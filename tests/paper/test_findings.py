@@ -33,7 +33,7 @@ def losses_of(rivals: dict[str, float]) -> dict:
     for rival in datatypes.RIVALS:
         extra = around(rivals.get(rival, 0.1))
         windows[f"{rival}, 64"] = [a + b for a, b in zip(windows["NF4, 64"], extra)]
-    errors = {"NF4": [0.1] * 8, "BOF4": [0.09] * 8, "least squares": [0.09] * 8}
+    errors = {"NF4": [0.1] * 8} | {code: [0.09] * 8 for code in datatypes.NEWER}
     return {"dense": [2.0] * 4, "losses": windows, "errors": errors}
 
 
