@@ -18,8 +18,6 @@ Differs from the paper, which measures perplexity of larger models on Common Cra
 """
 
 import ast
-import os
-import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -35,7 +33,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -43,11 +40,11 @@ from transformers import (
 
 from memory.formula import KNOWN_MODELS
 from paper.experiment import Setting
+from paper.small_llama import cached, small_llama
 
 AS_GIVEN = "as given"
 ROTATED = "rotated"
 TRAINED_HERE = "trained here"
-MODELS = Path(__file__).parent.parent / "models"
 VOCABULARY = 1024
 LENGTH = 256  # tokens of a window
 BATCH = 2
@@ -106,11 +103,11 @@ def bases(setting: Setting, n_windows: int) -> Iterator[Base]:
     if setting.quick:
         model.model.layers = model.model.layers[:4]
     length = LENGTH // 4 if setting.quick else LENGTH
-    n_windows = max(n_windows, setting.seeds)  # at least one for each rotation
+    n_windows = max(n_windows, len(setting.seeds))  # at least one for each rotation
     windows = windows_of(text, tokenizer, n_windows)[:, :length].to(setting.device)
     yield Base(AS_GIVEN, model, windows)
-    for seed in range(setting.seeds):
-        yield Base(ROTATED, rotate(model, seed), windows[seed :: setting.seeds])
+    for turn, seed in enumerate(setting.seeds):
+        yield Base(ROTATED, rotate(model, seed), windows[turn :: len(setting.seeds)])
     model, tokenizer = load(trained_here(setting), setting.device)
     windows = windows_of(text, tokenizer, 8 * n_windows)[:, :length].to(setting.device)
     yield Base(TRAINED_HERE, model, windows)
@@ -200,17 +197,13 @@ def trained_here(setting: Setting) -> Path:
     """The folder of the small Llama; the first call trains it."""
     steps = 5 if setting.quick else 1600
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    folder = MODELS / f"trained-here-{steps}-python-{version}"
-    if not (folder / "config.json").exists():
+
+    def make() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         text = documents(setting.quick)[0]
         tokenizer = learn_tokenizer(text)
-        model = train(windows_of(text, tokenizer, None), steps, setting.device)
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    return folder
+        return train(windows_of(text, tokenizer, None), steps, setting.device), tokenizer
+
+    return cached(f"trained-here-{steps}-python-{version}", make)
 
 
 def learn_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -230,28 +223,14 @@ def learn_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def small_llama() -> PreTrainedModel:
-    """Four layers of width 256: three million weights in linear layers."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
 def train(windows: Tensor, steps: int, device: torch.device) -> PreTrainedModel:
-    """Train the small Llama in float32: AdamW, warm-up, then a linear decay to zero."""
+    """Train a Llama of three million weights in its linear layers, in float32.
+
+    AdamW, with a warm-up and then a linear decay to zero.
+    """
     torch.manual_seed(0)
-    model = small_llama().to(device).train()
+    model = small_llama(VOCABULARY, 256, mlp_width=704, layers=4, key_value_heads=2)
+    model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (steps / 20), (steps - step) / steps)

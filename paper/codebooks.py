@@ -13,13 +13,17 @@ levels, and each level moves to the mean of its cell (least squared error) or to
 absolute error). The error of a weight is m times that of x, so squared errors of a block count m^2
 times, and absolute ones m times.
 
+If a block is divided by its signed number of largest magnitude instead, this number is always 1,
+and never -1. So -1 need not be a level. The sign of absmax, which is otherwise unused, stores it.
+
 Codes, and what they minimize:
 
-    int4        -7 ... 7, divided by 7                                          uniform
+    integers    -7 ... 7, divided by 7: Int4                                    uniform
     fp4         the FP4 of bitsandbytes; e2m1: the FP4 of OCP; e3m0: powers of 2
     nf          quantiles of a normal: NF4, NF3, NF2                            QLoRA
     af4         E|x - level| on both sides of zero, with -1, 0 and 1 as levels  arXiv 2306.06965
     bof4        E(w - w')^2, with -1, 0 and 1 as levels                         arXiv 2505.06653
+    bof4_s      the same for w / (the signed number of largest magnitude), with 0 and 1 as levels
     optimal     E(w - w')^2 or E|w - w'|, with no level fixed: the least error of any code
 """
 
@@ -29,7 +33,7 @@ from functools import cache, partial
 import numpy as np
 import torch
 from scipy.special import ndtr, ndtri
-from torch import Tensor
+from torch import Tensor, nn
 
 import nf4
 
@@ -37,9 +41,10 @@ NODES = 100  # of the integral over m
 Array = np.ndarray
 
 
-def int4() -> Tensor:
-    """Symmetric integers, with a zero: one of the 16 codes is not used."""
-    return torch.arange(-7, 8, dtype=torch.float32) / 7
+def integers(bits: int) -> Tensor:
+    """Symmetric integers, with a zero: one of the codes is not used."""
+    largest = 2 ** (bits - 1) - 1
+    return torch.arange(-largest, largest + 1, dtype=torch.float32) / largest
 
 
 def fp4() -> Tensor:
@@ -77,10 +82,10 @@ class BlockDistribution:
     """x = w / absmax in blocks of `block_size` standard normal weights, as nodes over the maximum.
 
     power: how much an error counts, as a power of the maximum m. 0 for errors of x, 1 for absolute
-    and 2 for squared errors of weights.
+    and 2 for squared errors of weights. signed: x = w / (the number of largest magnitude).
     """
 
-    def __init__(self, block_size: int, power: int) -> None:
+    def __init__(self, block_size: int, power: int, signed: bool = False) -> None:
         points, weights = np.polynomial.legendre.leggauss(NODES)
         probability = (points + 1) / 2
         # (2 Phi(m) - 1)^B = probability; the upper tail keeps the digits that 1 - ... would lose.
@@ -89,7 +94,8 @@ class BlockDistribution:
         self.inside = 1 - 2 * tail[:, None]  # 2 Phi(m) - 1
         self.scale = self.m**power * (weights / 2)[:, None]
         self.others = (block_size - 1) / block_size
-        self.atom = self.scale.sum() / (2 * block_size)  # at -1, and again at 1
+        largest = self.scale.sum() / block_size  # one number of the block is -1 or 1
+        self.atoms = (0.0, largest) if signed else (largest / 2, largest / 2)
 
     def moments(self, edges: Array) -> tuple[Array, Array, Array]:
         """The moments 0, 1 and 2 of x up to each edge in (-1, 1), without the atoms at +-1."""
@@ -105,10 +111,10 @@ class BlockDistribution:
         """The moments 0, 1 and 2 of the cell of each level; the outermost cells have the atoms."""
         edges = np.concatenate([[-1], (levels[1:] + levels[:-1]) / 2, [1]])
         mass, first, second = (np.diff(part) for part in self.moments(edges))
-        for place, x in ((0, -1), (-1, 1)):
-            mass[place] += self.atom
-            first[place] += self.atom * x
-            second[place] += self.atom
+        for place, x, atom in zip((0, -1), (-1, 1), self.atoms):
+            mass[place] += atom
+            first[place] += atom * x
+            second[place] += atom
         return mass, first, second
 
     def squared_error(self, codebook: Tensor) -> float:
@@ -125,7 +131,8 @@ class BlockDistribution:
         mass_at, first_at, _ = self.moments(levels)
         below = levels * (mass_at - mass[:-1]) - (first_at - first[:-1])
         above = (first[1:] - first_at) - levels * (mass[1:] - mass_at)
-        atoms = self.atom * ((1 - levels[-1]) + (levels[0] + 1))
+        at_minus_1, at_1 = self.atoms
+        atoms = at_minus_1 * (levels[0] + 1) + at_1 * (1 - levels[-1])
         return float((below + above).sum() + atoms)
 
     def means(self, levels: Array) -> Array:
@@ -135,13 +142,14 @@ class BlockDistribution:
     def medians(self, levels: Array, start: float = -1) -> Array:
         """The median of each cell, by bisection. The first cell begins at `start`."""
         edges = np.concatenate([[start], (levels[1:] + levels[:-1]) / 2, [1]])
-        below = self.moments(edges)[0] + self.atom * (edges > -1)
-        below[-1] += self.atom
+        at_minus_1, at_1 = self.atoms
+        below = self.moments(edges)[0] + at_minus_1 * (edges > -1)
+        below[-1] += at_1
         half = (below[:-1] + below[1:]) / 2
         low, high = edges[:-1], edges[1:]
         for _ in range(30):
             middle = (low + high) / 2
-            is_low = self.moments(middle)[0] + self.atom < half
+            is_low = self.moments(middle)[0] + at_minus_1 < half
             low, high = np.where(is_low, middle, low), np.where(is_low, high, middle)
         return high
 
@@ -172,6 +180,26 @@ def bof4(block_size: int = 64) -> Tensor:
     step = BlockDistribution(block_size, power=2).means
     levels = lloyd(step, nf(4).double().numpy(), fixed=(-1, 0, 1))
     return torch.tensor(levels, dtype=torch.float32)
+
+
+@cache
+def bof4_s(block_size: int = 64) -> Tensor:
+    """For weights whose blocks have been multiplied by `signs`."""
+    step = BlockDistribution(block_size, power=2, signed=True).means
+    levels = lloyd(step, nf(4).double().numpy(), fixed=(0, 1))
+    return torch.tensor(levels, dtype=torch.float32)
+
+
+def signs(weight: Tensor, block_size: int) -> Tensor:
+    """The sign, 1 or -1, of the largest magnitude of each block, in the shape of the weight.
+
+    Times it, the largest number of a block is positive, so absmax is the number itself.
+    """
+    flat = weight.flatten()
+    blocks = nn.functional.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))  # (n_blocks, 1)
+    sign = torch.where(largest < 0, -1.0, 1.0).to(weight.dtype)
+    return sign.expand_as(blocks).flatten()[: len(flat)].view_as(weight)
 
 
 @cache

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from data.toy_tasks import Pair
 from paper import experiment, orders
 from paper.experiment import Finding, Setting
-from paper.parity import MARGIN, task
+from paper.parity import MARGIN
 from paper.small_base import LORA_LR, Base, exact_match, train
 
 STEPS = 40
@@ -37,10 +37,10 @@ SHARES = [0.0, 0.25, 0.5, 0.75]  # of wrong answers
 def compute(setting: Setting) -> dict:
     base = Base(setting)
     steps = 3 if setting.quick else STEPS
-    _, test = task(base, random.Random("quality: test"), n_test=30 if setting.quick else 300)
+    _, test = base.task(setting.rng("quality: test"), n_test=30 if setting.quick else 300)
     results: dict = {"model": base.folder.name, "clean": []}
     results["noisy"] = {kind: {} for kind in KINDS}
-    for seed in range(setting.seeds if setting.quick else RUNS * setting.seeds):
+    for seed in setting.more_seeds(RUNS):
         rng = random.Random(f"quality {seed}")
         found = [orders.random_order(rng, "English", "phrasings") for _ in range(TIMES * N_CLEAN)]
 
@@ -107,11 +107,10 @@ def table(results: dict) -> str:
         changes = [gains(results, kind, share) for share in SHARES]
         p_values = experiment.holm([experiment.p_value(change) for change in changes])
         for share, change, p in zip(SHARES, changes, p_values):
-            mean, low, high = experiment.interval(results["noisy"][kind][str(share)])
+            mean = experiment.interval(results["noisy"][kind][str(share)])
             gain = experiment.interval(change)
-            row = [f"{TIMES * N_CLEAN}, {share:.0%} wrong, {kind}", f"{mean:.1f}"]
-            row += [f"{low:.1f} to {high:.1f}"]
-            row += [f"{gain.mean:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})", f"{p:.3f}"]
+            row = [f"{TIMES * N_CLEAN}, {share:.0%} wrong, {kind}", f"{mean.mean:.1f}"]
+            row += [mean.span(".1f"), f"{gain.mean:+.1f} ({gain.span('+.1f')})", f"{p:.3f}"]
             rows.append(row)
     header = ["examples", "exact match, %", "95 % interval", "minus clean, points", "p (Holm)"]
     note = "The paper's scores by data set are not in our reference."
@@ -127,9 +126,8 @@ def draw(results: dict, figure: Figure) -> None:
         for line in lines:
             axes.plot(percent, line, color="C0", alpha=0.2, linewidth=1)
         means = [experiment.interval(results["noisy"][kind][str(share)]) for share in SHARES]
-        errors = [[m.mean - m.low for m in means], [m.high - m.mean for m in means]]
         label = f"{TIMES * N_CLEAN} examples"
-        axes.errorbar(percent, [m.mean for m in means], errors, fmt="o-", capsize=3, label=label)
+        experiment.errorbars(axes, percent, means, fmt="o-", capsize=3, label=label)
         axes.axhline(clean.mean, color="C1", label=f"{N_CLEAN} clean examples")
         axes.axhspan(clean.low, clean.high, color="C1", alpha=0.15)
         point = experiment.interval(crossings(results, kind))
@@ -147,28 +145,23 @@ def findings(results: dict) -> list[Finding]:
 def quality(results: dict, kind: str) -> Finding:
     """Held: a quarter of errors makes ten times the data worse. Bends: a larger share does."""
     changes = [gains(results, kind, share) for share in SHARES]
-    p_values = experiment.holm([experiment.p_value(change) for change in changes])
     means = [experiment.interval(change) for change in changes]
-    worse = [p < 0.05 and m.mean < 0 for p, m in zip(p_values, means)]
-    if worse[1]:
-        verdict = "held"
-    elif any(worse):
-        verdict = "bends"
-    elif all(m.low > -MARGIN for m in means):
-        verdict = "did not hold"
-    else:
-        verdict = "not testable here"
-    points = crossings(results, kind)
-    mean, low, high = experiment.interval(points)
+    worse = [sign < 0 for sign in experiment.signs(changes)]
+    point = experiment.interval(crossings(results, kind))
     by_share = ", ".join(f"{share:.0%}: {m.mean:+.1f}" for share, m in zip(SHARES, means))
-    return Finding(
+    return experiment.decide(
         f"quality matters more than size ({kind} errors)",
         "section 5",
-        verdict,
-        f"{N_CLEAN} clean examples equal {TIMES * N_CLEAN} with {mean:.0%} wrong answers; ten "
-        f"times the data minus clean, by share: {by_share} points",
-        f"{max(low, 0):.0%} to {min(high, 1):.0%} (t, {len(points)} seeds); Holm p "
-        + ", ".join(f"{p:.3f}" for p in p_values),
+        {
+            "held": worse[1],
+            "bends": any(worse),
+            "did not hold": all(mean.low > -MARGIN for mean in means),
+        },
+        f"{N_CLEAN} clean examples equal {TIMES * N_CLEAN} with {point.mean:.0%} wrong answers; "
+        f"ten times the data minus clean, by share: {by_share} points",
+        f"{max(point.low, 0):.0%} to {min(point.high, 1):.0%}; by share "
+        + ", ".join(mean.span("+.1f") for mean in means)
+        + f" (t, {len(changes[0])} seeds; Holm)",
     )
 
 

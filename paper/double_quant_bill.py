@@ -23,17 +23,13 @@ import double_quant
 import nf4
 from kernels import dispatch
 from lora import FrozenWeight
-from paper import bases, experiment
+from paper import bases, codebooks, experiment
 from paper.experiment import Finding, Setting
 
 BLOCK = 256  # constants
 MARGIN = 0.01  # nats: 1 % of perplexity
 LLAMA_65B = 65.2e9  # weights
 NAMES = (bases.AS_GIVEN, bases.ROTATED, bases.TRAINED_HERE)
-
-
-def int8() -> Tensor:
-    return torch.arange(-127, 128, dtype=torch.float32) / 127
 
 
 def fp8(dtype: torch.dtype) -> Tensor:
@@ -45,7 +41,7 @@ def fp8(dtype: torch.dtype) -> Tensor:
 
 CODES = {
     "dynamic (ours)": double_quant.DYNAMIC,
-    "int8": int8(),
+    "int8": codebooks.integers(8),
     "FP8 E4M3": fp8(torch.float8_e4m3fn),
     "FP8 E5M2": fp8(torch.float8_e5m2),
 }
@@ -136,8 +132,8 @@ def table(results: dict) -> str:
         plain, double = bits(entry)
         row = [base, f"{plain:.3f}", f"{double:.3f}", f"{plain - double:.3f}"]
         row += [math.exp(fmean(entry[name])) for name in ("dense", "NF4", "NF4 + DQ")]
-        mean, low, high = experiment.interval(added_loss(entry))
-        rows.append([*row, f"{mean:+.5f}", f"{low:+.5f} ... {high:+.5f}"])
+        added = experiment.interval(added_loss(entry))
+        rows.append([*row, f"{added.mean:+.5f}", added.span("+.5f")])
     text = experiment.markdown(header, rows)
     rows = []
     for title in results[NAMES[0]]["variants"][0]:
@@ -211,18 +207,20 @@ def no_loss(results: dict) -> Finding:
     differences = {name: added_loss(results[name]) for name in NAMES}
     equal = [experiment.equivalent(values, MARGIN) for values in differences.values()]
     intervals = [experiment.interval(values) for values in differences.values()]
-    verdict = "not testable here"  # the windows are too few to tell
-    if all(equal):
-        verdict = "held"
-    elif any(low > MARGIN for _, low, _ in intervals):
-        verdict = "did not hold"
-    elif any(equal):
-        verdict = "bends"
+    rules = {
+        "held": all(equal),
+        "did not hold": any(low > MARGIN for _, low, _ in intervals),
+        "bends": any(equal),
+    }
     value = ", ".join(f"{name} {i.mean:+.4f}" for name, i in zip(NAMES, intervals))
-    limits = "; ".join(f"{low:+.4f} ... {high:+.4f}" for _, low, high in intervals)
-    interval = f"{limits} (t, paired by window; equivalence within {MARGIN} nats)"
-    claim = "double quantization loses nothing"
-    return Finding(claim, "section 3; table 2", verdict, f"nats added: {value}", interval)
+    spans = "; ".join(each.span("+.4f") for each in intervals)
+    return experiment.decide(
+        "double quantization loses nothing",
+        "section 3; table 2",
+        rules,
+        f"nats added: {value}",
+        f"{spans} (t, paired by window; equivalence within {MARGIN} nats)",
+    )
 
 
 def best_code(results: dict) -> Finding:
@@ -240,9 +238,9 @@ def best_code(results: dict) -> Finding:
             layer[ours]["constants"] / layer[title]["constants"]
             for layer in results[name]["variants"]
         ]
-        mean, low, high = experiment.interval(ratios)
-        parts.append(f"{name}: {title} is best, ours has {mean:.2f} times its error")
-        limits.append(f"{low:.2f} ... {high:.2f}")
+        ratio = experiment.interval(ratios)
+        parts.append(f"{name}: {title} is best, ours has {ratio.mean:.2f} times its error")
+        limits.append(ratio.span())
     claim = "a float of 8 bits is the best code for the constants"
     interval = "; ".join(limits) + " (t, over layers)"
     return Finding(claim, "section 3, Double Quantization", verdict, "; ".join(parts), interval)

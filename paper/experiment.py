@@ -14,6 +14,10 @@ two treatments. Their mean m and standard deviation s give
     Holm            multiplies the k-th smallest of K p values by K - k + 1
 
 No significant difference is not equivalence: a test with few seeds finds no difference either.
+
+Seeds. Learning rates, steps and numbers of runs were chosen by looking at results of seeds below
+100, so a full run begins at 100 (--first-seed) and reports seeds that no design has seen. The
+random sets of examples and questions depend on the first seed, too (`Setting.rng`).
 """
 
 import argparse
@@ -22,6 +26,7 @@ import importlib
 import io
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -32,6 +37,7 @@ from typing import NamedTuple
 
 import matplotlib
 import torch
+from matplotlib.axes import Axes
 from scipy import stats
 
 from bench.machine import machine
@@ -45,6 +51,8 @@ paging dataset_quality multilingual three_bits judge
 """.split()
 SCRIPTS = [name for name in ORDER if (HERE / f"{name}.py").exists()]
 VERDICTS = ("held", "bends", "did not hold", "not testable here")
+FIRST_SEED = 100  # of a full run: no choice of a design was made with it or a later one
+SIGNIFICANT = 0.05  # level of a test
 LIBRARIES = ("torch", "numpy", "scipy", "transformers", "matplotlib")
 STYLE = {
     "axes.spines.top": False,
@@ -61,8 +69,17 @@ class Setting:
 
     model: Path  # a folder
     device: torch.device
-    seeds: int
+    seeds: range
     quick: bool
+
+    def rng(self, name: str) -> random.Random:
+        """Random numbers for a set of examples that all seeds share."""
+        return random.Random(f"{name} {self.seeds.start}")
+
+    def more_seeds(self, factor: int) -> range:
+        """`factor` times as many seeds; in a quick run no more."""
+        count = len(self.seeds) * (1 if self.quick else factor)
+        return range(self.seeds.start, self.seeds.start + count)
 
 
 class Finding(NamedTuple):
@@ -79,6 +96,10 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+    def span(self, spec: str = ".2f") -> str:
+        """As text: from its low end to its high end."""
+        return f"{self.low:{spec}} to {self.high:{spec}}"
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
@@ -118,6 +139,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
+def signs(comparisons: Sequence[Sequence[float]]) -> list[int]:
+    """For each list of differences 1 or -1 if its mean is surely above or below 0, at 5 %, else 0.
+
+    >>> signs([[1.0, 1.1, 1.2], [-1.0, -1.1, -1.2], [1.0, -1.0, 0.1]])
+    [1, -1, 0]
+    """
+    corrected = holm([p_value(differences) for differences in comparisons])
+    means = [interval(differences).mean for differences in comparisons]
+    return [(p < SIGNIFICANT) * (1 if mean > 0 else -1) for p, mean in zip(corrected, means)]
+
+
 def equivalent(differences: Sequence[float], margin: float) -> bool:
     """Whether the mean difference is shown to be smaller than `margin`, at 5 % (TOST).
 
@@ -126,6 +158,33 @@ def equivalent(differences: Sequence[float], margin: float) -> bool:
     """
     _, low, high = interval(differences, level=0.90)
     return -margin < low and high < margin
+
+
+def is_gain(differences: Sequence[float], margin: float) -> dict[str, bool]:
+    """The rules of a claim that a treatment gains something, more than the margin perhaps."""
+    _, low, high = interval(differences)
+    return {"held": low > 0, "did not hold": high < 0 or equivalent(differences, margin)}
+
+
+def decide(claim: str, place: str, rules: dict[str, bool], value: str, limits: str) -> Finding:
+    """The line of the ledger with the first verdict whose rule is true.
+
+    If no rule is, the intervals are too wide to decide anything: "not testable here", and the
+    number says so.
+    """
+    for verdict, is_true in rules.items():
+        if is_true:
+            return Finding(claim, place, verdict, value, limits)
+    return Finding(claim, place, "not testable here", f"undecided: {value}", limits)
+
+
+def errorbars(
+    axes: Axes, places: Sequence[float], intervals: Sequence[Interval], **style: object
+) -> None:
+    """Draw means with their intervals, one above each place."""
+    below = [one.mean - one.low for one in intervals]
+    above = [one.high - one.mean for one in intervals]
+    axes.errorbar(places, [one.mean for one in intervals], [below, above], **style)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -153,6 +212,7 @@ def parse_args(argv: list[str] | None, description: str | None, names: bool) -> 
     parser.add_argument("--model", help="folder or hub id of a Llama (default: SmolLM2)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--seeds", type=int, help="default: 5, with --quick 2")
+    parser.add_argument("--first-seed", type=int, help="default: 100, with --quick 0")
     parser.add_argument("--quick", action="store_true", help="a rough look, written to out/paper")
     args = parser.parse_args(argv)
     if names and (unknown := [name for name in args.scripts if name not in SCRIPTS]):
@@ -167,8 +227,11 @@ def setting_of(args: argparse.Namespace) -> Setting:
         model = sources.find_model(args.model or sources.DEFAULT_MODEL)
     except ValueError as error:
         raise SystemExit(f"paper: {error}") from None
-    seeds = args.seeds or (2 if args.quick else 5)
-    return Setting(model, args.device, seeds, args.quick)
+    count = args.seeds or (2 if args.quick else 5)
+    first = args.first_seed
+    if first is None:
+        first = 0 if args.quick else FIRST_SEED
+    return Setting(model, args.device, range(first, first + count), args.quick)
 
 
 def script(name: str) -> ModuleType:
@@ -185,7 +248,8 @@ def run(name: str, setting: Setting) -> dict:
         "machine": conditions,
         "model": results.pop("model", setting.model.name),  # some train a small one
         "device": str(setting.device),
-        "seeds": setting.seeds,
+        "seeds": len(setting.seeds),
+        "first seed": setting.seeds.start,
         "quick": setting.quick,
         "seconds": round(time.perf_counter() - began, 1),
         # As they are read again later: with keys that are strings, and eight digits.
@@ -212,7 +276,18 @@ def write_page(folder: Path, figures: list[str]) -> None:
     found = json.loads((folder / "results.json").read_text())
     (folder / "RESULTS.md").write_text(report(found))
     for name in figures:
-        draw(name, found[name]["results"], folder / f"{name}.png")
+        if is_current(name, found[name]["results"]):
+            draw(name, found[name]["results"], folder / f"{name}.png")
+
+
+def is_current(name: str, results: dict) -> bool:
+    """Whether results have all that their script reads: those of an older version may not."""
+    try:
+        script(name).findings(results)
+        script(name).table(results)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return False
+    return True
 
 
 def draw(name: str, results: dict, path: Path) -> None:
@@ -230,8 +305,13 @@ def draw(name: str, results: dict, path: Path) -> None:
 def report(found: dict[str, dict]) -> str:
     """RESULTS.md: the ledger, then each script's table and figure."""
     names = [name for name in SCRIPTS if name in found]
-    parts = ["# The paper's claims, tested", LEGEND, ledger(found)]
+    current = [name for name in names if is_current(name, found[name]["results"])]
+    parts = ["# The paper's claims, tested", LEGEND]
     for name in names:
+        if name not in current:
+            parts.append(f"{name}: results of an older version; run `make paper ARGS={name}`")
+    parts.append(ledger({name: found[name] for name in current}))
+    for name in current:
         entry = found[name]
         title = (script(name).__doc__ or name).partition("\n")[0].rstrip(".")
         parts += [f"## {name}.py: {title}", script(name).table(entry["results"])]
@@ -241,13 +321,14 @@ def report(found: dict[str, dict]) -> str:
 
 LEGEND = """`make paper` writes this page from results.json. A rule in each script computes the
 verdict from the numbers: *held*, *bends* (holds in part, or under conditions), *did not hold*, or
-*not testable here* (also where the interval decides nothing). Intervals are 95 % intervals."""
+*not testable here*; then the number says why: *undecided* if the interval is too wide to tell.
+Intervals are 95 % intervals."""
 
 
 def ledger(found: dict[str, dict]) -> str:
     rows = []
-    for name in [name for name in SCRIPTS if name in found]:
-        for finding in script(name).findings(found[name]["results"]):
+    for name, entry in found.items():
+        for finding in script(name).findings(entry["results"]):
             rows.append([*finding, f"[{name}.py]({name}.py)"])
     header = ["claim", "in the paper", "verdict", "number", "interval", "script"]
     return markdown(header, rows)
@@ -258,8 +339,10 @@ def conditions(entry: dict) -> str:
         f"{name} {number}" for name, number in entry["machine"]["versions"].items()
     )
     quick = "a quick run, " if entry["quick"] else ""
+    first = entry["first seed"]
+    last = first + entry["seeds"] - 1
     return (
-        f"<sub>{quick}{entry['model']}, {entry['seeds']} seeds, {entry['seconds']:.0f} s on "
+        f"<sub>{quick}{entry['model']}, seeds {first} to {last}, {entry['seconds']:.0f} s on "
         f"{entry['device']} ({entry['machine']['cpu']}, {entry['machine']['threads']} threads), "
         f"commit {entry['machine']['commit']}, {versions}</sub>"
     )

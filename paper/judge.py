@@ -12,24 +12,24 @@ the four log odds is what the judge thinks of the pair. The systems are made: th
 1, 2 or 4 wrong fields, so the truth is known. Two wordings of the question are two judges; the
 count of right fields is a third, the key.
 
-Elo: K = 32 and 1000 at the start, over random orders of the same matches. It is tried on synthetic
-tournaments, where a system wins by known ratings, and on the first judge's choices.
+Elo ratings (elo.py) over random orders of the same matches are tried on synthetic tournaments,
+where a system wins by known ratings, and on the first judge's choices.
 
 Differs from the paper: a small model as the judge, no people, and systems with known faults.
 """
 
 import random
 import statistics
-from collections.abc import Sequence
 from itertools import combinations, permutations
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.dataset import encode_prompt
-from paper import experiment, orders
+from paper import elo, experiment, orders
 from paper.bases import load
 from paper.experiment import Finding, Setting
 
@@ -45,31 +45,37 @@ WORDINGS = {
     ),
 }
 KEY = "the key"
+PAIRS = [("judge 1", "judge 2"), ("judge 1", KEY), ("judge 2", KEY)]
+MEASURES = {"Kendall": stats.kendalltau, "Spearman": stats.spearmanr}
+BIASES = {"first": "the first answer", "letter": "the letter A"}
 QUESTIONS = 2  # for each seed
 MARGIN = 0.05  # of the share that is picked
+WEAK = 0.4  # a Kendall correlation
 RATINGS = [1000.0, 1050.0, 1100.0, 1150.0]  # of the synthetic systems
 MATCHES = 20  # of each synthetic pair
-Match = tuple[int, int]  # the winner, the loser
 
 
 def compute(setting: Setting) -> dict:
     model, tokenizer = load(setting.model, setting.device)
-    rng = random.Random("judge")
-    n_questions = setting.seeds if setting.quick else QUESTIONS * setting.seeds
+    rng = setting.rng("judge")
     systems = WRONG_FIELDS[:2] if setting.quick else WRONG_FIELDS
-    n_orders = 20 if setting.quick else 500
-    questions = [question(rng, systems) for _ in range(n_questions)]
+    questions = [question(rng, systems) for _ in setting.more_seeds(QUESTIONS)]
     judged = {
         name: [judge(model, tokenizer, wording, *each) for each in questions]
         for name, wording in WORDINGS.items()
     }
+    n_orders = 20 if setting.quick else 500
     real = [match for each in judged["judge 1"] for match in matches_of(each)]
-    synthetic = [tournament(random.Random(f"elo {seed}")) for seed in range(setting.seeds)]
+    synthetic = []
+    for seed in setting.seeds:
+        by_seed = random.Random(f"elo {seed}")
+        matches = elo.tournament(RATINGS, MATCHES, by_seed)
+        synthetic.append(elo.over_orders(matches, len(RATINGS), n_orders, by_seed))
     return {
         "systems": systems,
         "judged": judged,
-        "real": elo_over_orders(real, len(systems), n_orders),
-        "synthetic": [elo_over_orders(matches, len(RATINGS), n_orders) for matches in synthetic],
+        "real": elo.over_orders(real, len(systems), n_orders, rng),
+        "synthetic": synthetic,
     }
 
 
@@ -115,59 +121,11 @@ def preference(judged: list[dict], a: int, b: int) -> float:
     return (statistics.fmean(for_a) - statistics.fmean(for_b)) / 2
 
 
-def matches_of(judged: list[dict]) -> list[Match]:
+def matches_of(judged: list[dict]) -> list[elo.Match]:
     """One match for each pair of systems, won by the one that the judge prefers."""
     systems = sorted({each["first"] for each in judged})
     pairs = combinations(systems, 2)
     return [(a, b) if preference(judged, a, b) > 0 else (b, a) for a, b in pairs]
-
-
-def tournament(rng: random.Random) -> list[Match]:
-    """Matches in which a system wins as often as its rating says."""
-    matches = []
-    for a, b in combinations(range(len(RATINGS)), 2):
-        for _ in range(MATCHES):
-            a_wins = rng.random() < expected(RATINGS[a], RATINGS[b])
-            matches.append((a, b) if a_wins else (b, a))
-    return matches
-
-
-def expected(rating: float, other: float) -> float:
-    """The probability of a win.
-
-    >>> expected(1000, 1000), round(expected(1400, 1000), 3)
-    (0.5, 0.909)
-    """
-    return 1 / (1 + 10 ** ((other - rating) / 400))
-
-
-def elo(matches: Sequence[Match], n_systems: int) -> list[float]:
-    """Ratings after the matches in this order.
-
-    >>> elo([(0, 1)], 2)
-    [1016.0, 984.0]
-    """
-    ratings = [1000.0] * n_systems
-    for winner, loser in matches:
-        gain = 32 * (1 - expected(ratings[winner], ratings[loser]))
-        ratings[winner] += gain
-        ratings[loser] -= gain
-    return ratings
-
-
-def elo_over_orders(matches: Sequence[Match], n_systems: int, n_orders: int) -> dict:
-    """Mean and standard deviation of each rating over orders, and how often the ranking differs."""
-    rng = random.Random("orders")
-    runs = [elo(rng.sample(matches, len(matches)), n_systems) for _ in range(n_orders)]
-    by_system = list(zip(*runs))
-    mean = [statistics.fmean(ratings) for ratings in by_system]
-    differs = statistics.fmean(ranking(run) != ranking(mean) for run in runs)
-    spread = [statistics.stdev(ratings) for ratings in by_system]
-    return {"mean": mean, "spread": spread, "differs": differs}
-
-
-def ranking(ratings: Sequence[float]) -> list[int]:
-    return sorted(range(len(ratings)), key=ratings.__getitem__)
 
 
 def shares(results: dict, name: str, of: str) -> list[float]:
@@ -194,85 +152,83 @@ def wins(results: dict, name: str) -> list[list[int]]:
 
 def agreement(results: dict, one: str, other: str, measure: str) -> list[float]:
     """The rank correlation of the wins by two judges, for each question; 0 if one has only ties."""
-    correlation = {"Kendall": stats.kendalltau, "Spearman": stats.spearmanr}[measure]
     values = []
     for a, b in zip(wins(results, one), wins(results, other)):
         is_tied = len(set(a)) == 1 or len(set(b)) == 1
-        values.append(0.0 if is_tied else float(correlation(a, b).statistic))
+        values.append(0.0 if is_tied else float(MEASURES[measure](a, b).statistic))
     return values
 
 
-PAIRS = [("judge 1", "judge 2"), ("judge 1", KEY), ("judge 2", KEY)]
-
-
 def table(results: dict) -> str:
-    judged = []
+    bias = []
     for name in WORDINGS:
-        row = [name]
-        for of in ("first", "letter"):
-            mean, low, high = experiment.interval(shares(results, name, of))
-            row.append(f"{mean:.0%} ({low:.0%} to {high:.0%})")
-        judged.append(row)
-    bias = experiment.markdown(["", "picks the first answer", "picks the letter A"], judged)
-    rows = []
-    for one, other in PAIRS:
-        row = [f"{one}, {other}"]
-        for measure in ("Kendall", "Spearman"):
-            mean, low, high = experiment.interval(agreement(results, one, other, measure))
-            row.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})")
-        rows.append(row)
-    agree = experiment.markdown(["rank correlation per question", "Kendall", "Spearman"], rows)
+        means = [experiment.interval(shares(results, name, of)) for of in BIASES]
+        bias.append([name, *(f"{mean.mean:.0%} ({mean.span('.0%')})" for mean in means)])
+    agree = []
+    for pair in PAIRS:
+        means = [experiment.interval(agreement(results, *pair, measure)) for measure in MEASURES]
+        cells = [f"{mean.mean:+.2f} ({mean.span('+.2f')})" for mean in means]
+        agree.append([", ".join(pair), *cells])
     real = results["real"]
-    ratings = [
+    rated = [
         [f"{wrong} wrong", f"{mean:.0f}", f"{spread:.0f}"]
         for wrong, mean, spread in zip(results["systems"], real["mean"], real["spread"])
     ]
-    rated = experiment.markdown(
-        ["fields", "Elo by judge 1", "standard deviation over orders"], ratings
-    )
-    note = "The paper's shares and correlations are not in our reference."
-    return "\n\n".join([bias, agree, rated, note])
+    parts = [
+        experiment.markdown(["", *(f"picks {of}" for of in BIASES.values())], bias),
+        experiment.markdown(["rank correlation per question", *MEASURES], agree),
+        experiment.markdown(["fields", "Elo by judge 1", "standard deviation over orders"], rated),
+        "The paper's shares and correlations are not in our reference.",
+    ]
+    return "\n\n".join(parts)
 
 
 def draw(results: dict, figure: Figure) -> None:
     left, middle, right = figure.subplots(1, 3)
-    for number, of in enumerate(("first", "letter")):
-        for place, name in enumerate(WORDINGS):
-            percent = [100 * share for share in shares(results, name, of)]
-            x = place + 0.3 * number - 0.15
-            left.plot([x - 0.06] * len(percent), percent, "o", color=f"C{number}", alpha=0.25)
-            mean, low, high = experiment.interval(percent)
-            label = ("the first answer", "the letter A")[number] if place == 0 else None
-            errors = [[mean - low], [high - mean]]
-            left.errorbar(x, mean, errors, fmt="s", color=f"C{number}", label=label)
-    left.axhline(50, color="0.5", linestyle="--")
-    left.set(xticks=range(len(WORDINGS)), xticklabels=WORDINGS, xlim=(-0.5, 1.5), ylim=(-5, 105))
-    left.set_title("what a judge picks, % of cases\n(dashed: no bias)", fontsize=10)
-    left.legend(loc="lower right")
-    series = [("judge 1", results["real"]), *(("synthetic", one) for one in results["synthetic"])]
-    for number, (name, rated) in enumerate(series):
+    draw_bias(results, left)
+    draw_elo(results, middle)
+    draw_agreement(results, right)
+
+
+def draw_bias(results: dict, axes: Axes) -> None:
+    for number, (of, label) in enumerate(BIASES.items()):
+        percent = [[100 * share for share in shares(results, name, of)] for name in WORDINGS]
+        places = [place + 0.3 * number - 0.15 for place in range(len(WORDINGS))]
+        for x, values in zip(places, percent):
+            axes.plot([x - 0.06] * len(values), values, "o", color=f"C{number}", alpha=0.25)
+        means = [experiment.interval(values) for values in percent]
+        experiment.errorbars(axes, places, means, fmt="s", color=f"C{number}", label=label)
+    axes.axhline(50, color="0.5", linestyle="--")
+    axes.set(xticks=range(len(WORDINGS)), xticklabels=WORDINGS, xlim=(-0.5, 1.5), ylim=(-5, 105))
+    axes.set_title("what a judge picks, % of cases\n(dashed: no bias)", fontsize=10)
+    axes.legend(loc="lower right")
+
+
+def draw_elo(results: dict, axes: Axes) -> None:
+    series = [results["real"], *results["synthetic"]]
+    labels = ["judge 1", "synthetic"] + [None] * (len(series) - 2)
+    for number, (rated, label) in enumerate(zip(series, labels)):
         shift = 0.1 * (number - len(series) / 2)
         places = [system + shift for system in range(len(rated["mean"]))]
         color = "C1" if number == 0 else "C0"
-        label = name if number < 2 else None
-        middle.errorbar(places, rated["mean"], rated["spread"], fmt="o", color=color, label=label)
+        axes.errorbar(places, rated["mean"], rated["spread"], fmt="o", color=color, label=label)
     names = [f"{wrong} wrong\n{rating:.0f}" for wrong, rating in zip(WRONG_FIELDS, RATINGS)]
-    middle.set(xticks=range(len(names)), xticklabels=names)
-    middle.set_xlabel("fields (judge 1) / true rating (synthetic)")
-    middle.set_title("Elo, mean and standard deviation\nover orders of the matches", fontsize=10)
-    middle.legend()
-    for number, measure in enumerate(("Kendall", "Spearman")):
-        for place, pair in enumerate(PAIRS):
-            mean, low, high = experiment.interval(agreement(results, *pair, measure))
-            label = measure if place == 0 else None
-            x = place + 0.2 * number - 0.1
-            errors = [[mean - low], [high - mean]]
-            right.errorbar(x, mean, errors, fmt="s", color=f"C{number}", label=label)
-    right.axhline(0, color="0.5", linestyle="--")
+    axes.set(xticks=range(len(names)), xticklabels=names)
+    axes.set_xlabel("fields (judge 1) / true rating (synthetic)")
+    axes.set_title("Elo, mean and standard deviation\nover orders of the matches", fontsize=10)
+    axes.legend()
+
+
+def draw_agreement(results: dict, axes: Axes) -> None:
+    for number, measure in enumerate(MEASURES):
+        means = [experiment.interval(agreement(results, *pair, measure)) for pair in PAIRS]
+        places = [place + 0.2 * number - 0.1 for place in range(len(PAIRS))]
+        experiment.errorbars(axes, places, means, fmt="s", color=f"C{number}", label=measure)
+    axes.axhline(0, color="0.5", linestyle="--")
     names = [f"{one},\n{other}" for one, other in PAIRS]
-    right.set(xticks=range(len(PAIRS)), xticklabels=names, ylim=(-1, 1))
-    right.set_title("agreement: rank correlation\nper question, 95 % interval", fontsize=10)
-    right.legend()
+    axes.set(xticks=range(len(PAIRS)), xticklabels=names, ylim=(-1, 1))
+    axes.set_title("agreement: rank correlation\nper question, 95 % interval", fontsize=10)
+    axes.legend()
 
 
 def findings(results: dict) -> list[Finding]:
@@ -281,70 +237,58 @@ def findings(results: dict) -> list[Finding]:
 
 def favours_first(results: dict) -> Finding:
     """Held: both judges pick the first more often. Bends: one. Did not hold: neither can."""
-    means = {name: experiment.interval(shares(results, name, "first")) for name in WORDINGS}
-    first = [low > 0.5 for _, low, _ in means.values()]
-    refuted = [high < 0.5 + MARGIN for _, _, high in means.values()]
-    if all(first):
-        verdict = "held"
-    elif all(refuted):
-        verdict = "did not hold"
-    elif any(first):
-        verdict = "bends"
-    else:
-        verdict = "not testable here"
-    return Finding(
+    means = [experiment.interval(shares(results, name, "first")) for name in WORDINGS]
+    letters = [statistics.fmean(shares(results, name, "letter")) for name in WORDINGS]
+    first = [mean.low > 0.5 for mean in means]
+    parts = [f"{name} {mean.mean:.0%}" for name, mean in zip(WORDINGS, means)]
+    return experiment.decide(
         "judges favour the answer they see first",
         "section 5",
-        verdict,
-        "picked first: "
-        + ", ".join(f"{name} {m.mean:.0%}" for name, m in means.items())
-        + "; the letter A: "
-        + ", ".join(f"{statistics.fmean(shares(results, n, 'letter')):.0%}" for n in WORDINGS),
-        ", ".join(f"{m.low:.0%} to {m.high:.0%}" for m in means.values())
-        + f" (t, {len(results['judged']['judge 1'])} questions)",
+        {
+            "held": all(first),
+            "did not hold": all(mean.high < 0.5 + MARGIN for mean in means),
+            "bends": any(first),
+        },
+        f"picked first: {', '.join(parts)}; the letter A: "
+        + ", ".join(f"{share:.0%}" for share in letters),
+        f"{', '.join(mean.span('.0%') for mean in means)} (t, {n_questions(results)} questions)",
     )
+
+
+def n_questions(results: dict) -> int:
+    return len(results["judged"]["judge 1"])
 
 
 def elo_needs_orders(results: dict) -> Finding:
     """Held: more than one order in twenty ranks the systems in another way than the mean."""
-    shares = [rated["differs"] for rated in results["synthetic"]]
-    mean, low, high = experiment.interval(shares)
-    if low > 0.05:
-        verdict = "held"
-    elif high < 0.05:
-        verdict = "did not hold"
-    else:
-        verdict = "not testable here"
-    return Finding(
+    differs = [rated["differs"] for rated in results["synthetic"]]
+    mean = experiment.interval(differs)
+    return experiment.decide(
         "an Elo ranking depends on the order of the matches",
         "section 5",
-        verdict,
-        f"{mean:.0%} of the orders rank four systems differently from the mean (synthetic); "
+        {"held": mean.low > 0.05, "did not hold": mean.high < 0.05},
+        f"{mean.mean:.0%} of the orders rank four systems differently from the mean (synthetic); "
         f"{results['real']['differs']:.0%} on the choices of judge 1",
-        f"{low:.0%} to {high:.0%} (t, {len(shares)} tournaments)",
+        f"{mean.span('.0%')} (t, {len(differs)} tournaments)",
     )
 
 
 def judges_agree(results: dict) -> Finding:
-    """Held: with each other and with the key. Bends: with one of them. Did not hold: neither."""
+    """Held: with each other and with the key. Bends: with one. Did not hold: weakly at most."""
     pairs = PAIRS[:2]
     means = [experiment.interval(agreement(results, *pair, "Kendall")) for pair in pairs]
-    agree = [low > 0 for _, low, _ in means]
-    if all(agree):
-        verdict = "held"
-    elif any(agree):
-        verdict = "bends"
-    elif all(high < 0.4 for _, _, high in means):
-        verdict = "did not hold"  # at most weakly
-    else:
-        verdict = "not testable here"
-    return Finding(
+    agree = [mean.low > 0 for mean in means]
+    parts = [f"{one} and {other} {m.mean:+.2f}" for (one, other), m in zip(pairs, means)]
+    return experiment.decide(
         "judges agree",
         "section 5",
-        verdict,
-        "Kendall " + ", ".join(f"{a} and {b} {m.mean:+.2f}" for (a, b), m in zip(pairs, means)),
-        ", ".join(f"{m.low:+.2f} to {m.high:+.2f}" for m in means)
-        + f" (t, {len(results['judged']['judge 1'])} questions)",
+        {
+            "held": all(agree),
+            "bends": any(agree),
+            "did not hold": all(mean.high < WEAK for mean in means),
+        },
+        f"Kendall {', '.join(parts)}",
+        f"{', '.join(mean.span('+.2f') for mean in means)} (t, {n_questions(results)} questions)",
     )
 
 

@@ -12,14 +12,13 @@ Differs from the paper: a small model, of width 64, so the largest rank is a ful
 in place of RougeL; the same learning rate everywhere, with lora_alpha / rank as the scale.
 """
 
-import random
 import statistics
 
 from matplotlib.figure import Figure
 
 from paper import experiment
 from paper.experiment import Finding, Setting
-from paper.parity import MARGIN, task
+from paper.parity import MARGIN
 from paper.small_base import FULL_LR, LORA_LR, Base, exact_match, train, trainable
 
 STEPS = 60
@@ -38,15 +37,14 @@ FULL = "full fine-tuning"
 def compute(setting: Setting) -> dict:
     base = Base(setting)
     steps = 3 if setting.quick else STEPS
-    training, test = task(base, random.Random("layers"), n_test=50 if setting.quick else 500)
-    seeds = range(setting.seeds)
-    full = [train(base.dense(), training, steps, FULL_LR, seed) for seed in seeds]
+    training, test = base.task(setting.rng("layers"), n_test=50 if setting.quick else 500)
+    full = [train(base.dense(), training, steps, FULL_LR, seed) for seed in setting.seeds]
     results: dict = {"model": base.folder.name, "cells": []}
     results["full"] = [exact_match(model, test) for model in full]
     for name, targets in TARGETS.items():
         for rank in RANKS:
             scores = []
-            for seed in seeds:
+            for seed in setting.seeds:
                 model = base.adapted(seed, targets=targets, r=rank)
                 train(model, training, steps, LORA_LR, seed)
                 scores.append(exact_match(model, test))
@@ -120,26 +118,19 @@ def layers(results: dict) -> Finding:
     """Held: all layers beat each part. Bends: some part. Did not hold: no part loses 2 points."""
     parts = [name for name in TARGETS if name != ALL]
     changes = [against_all(results, name) for name in parts]
-    p_values = experiment.holm([experiment.p_value(change) for change in changes])
     means = [experiment.interval(change) for change in changes]
-    better = [p < 0.05 and mean > 0 for p, (mean, _, _) in zip(p_values, means)]
-    if all(better):
-        verdict = "held"
-    elif any(better):
-        verdict = "bends"
-    elif all(high < MARGIN for _, _, high in means):
-        verdict = "did not hold"
-    else:
-        verdict = "not testable here"
-    return Finding(
+    better = [sign > 0 for sign in experiment.signs(changes)]
+    return experiment.decide(
         "adapters on all layers are needed",
         "section 4, figure 2",
-        verdict,
+        {
+            "held": all(better),
+            "bends": any(better),
+            "did not hold": all(mean.high < MARGIN for mean in means),
+        },
         "all layers minus " + ", ".join(f"{n}: {m.mean:+.1f}" for n, m in zip(parts, means)),
-        ", ".join(f"{m.low:+.1f} to {m.high:+.1f}" for m in means)
-        + f" points (paired t, {len(changes[0])} seeds; Holm p "
-        + ", ".join(f"{p:.3f}" for p in p_values)
-        + ")",
+        ", ".join(mean.span("+.1f") for mean in means)
+        + f" points (paired t, {len(changes[0])} seeds; Holm)",
     )
 
 
@@ -149,20 +140,16 @@ def rank_matters_little(results: dict) -> Finding:
     changes = [against_middle(results, rank) for rank in others]
     means = [experiment.interval(change) for change in changes]
     shown = [experiment.equivalent(change, MARGIN) for change in changes]
-    if all(shown):
-        verdict = "held"
-    elif any(high < -MARGIN or low > MARGIN for _, low, high in means):
-        verdict = "did not hold"
-    elif any(shown):
-        verdict = "bends"
-    else:
-        verdict = "not testable here"
-    return Finding(
+    return experiment.decide(
         "the rank matters little",
         "section 4, figure 4",
-        verdict,
+        {
+            "held": all(shown),
+            "did not hold": any(high < -MARGIN or low > MARGIN for _, low, high in means),
+            "bends": any(shown),
+        },
         f"minus rank {MIDDLE}: " + ", ".join(f"{r}: {m.mean:+.1f}" for r, m in zip(others, means)),
-        ", ".join(f"{m.low:+.1f} to {m.high:+.1f}" for m in means)
+        ", ".join(mean.span("+.1f") for mean in means)
         + f" points (paired t, {len(changes[0])} seeds; equivalence within +-{MARGIN:.0f})",
     )
 

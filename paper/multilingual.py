@@ -13,11 +13,9 @@ the mixture costs English anything; whether it reaches training in the language 
 
 import random
 import statistics
-from functools import partial
 
 from matplotlib.figure import Figure
 
-from data.chat_template import Example
 from paper import experiment, orders
 from paper.experiment import Finding, Setting
 from paper.parity import MARGIN
@@ -34,10 +32,10 @@ def compute(setting: Setting) -> dict:
     base = Base(setting)
     steps = 3 if setting.quick else STEPS
     n_test = 30 if setting.quick else 200
-    rng = random.Random("multilingual: tests")
-    tests = {language: test_of(base, rng, language, n_test) for language in LANGUAGES}
+    rng = setting.rng("multilingual: tests")
+    tests = {language: base.task(rng, n_test, language)[1] for language in LANGUAGES}
     scores: dict = {name: {language: [] for language in tests} for name in [*LANGUAGES, MIXED]}
-    for seed in range(setting.seeds if setting.quick else RUNS * setting.seeds):
+    for seed in setting.more_seeds(RUNS):
         rng = random.Random(f"multilingual {seed}")
         sets = {
             language: [orders.extraction(rng, language) for _ in range(N_TRAIN)]
@@ -49,12 +47,6 @@ def compute(setting: Setting) -> dict:
             for language, test in tests.items():
                 scores[name][language].append(exact_match(model, test))
     return {"model": base.folder.name, "scores": scores}
-
-
-def test_of(base: Base, rng: random.Random, language: str, n_test: int) -> list[Example]:
-    make = partial(orders.extraction, rng, language)
-    known = orders.distinct(make, n_test // 2)
-    return base.encode(known + orders.distinct(partial(make, "unseen"), n_test // 2))
 
 
 def gains(results: dict, trained_on: str, languages: list[str]) -> list[float]:
@@ -72,8 +64,8 @@ def table(results: dict) -> str:
     for name, by_language in results["scores"].items():
         row = [name]
         for scores in by_language.values():
-            mean, low, high = experiment.interval(scores)
-            row.append(f"{mean:.1f} ({low:.1f} to {high:.1f})")
+            mean = experiment.interval(scores)
+            row.append(f"{mean.mean:.1f} ({mean.span('.1f')})")
         rows.append(row)
     header = ["trained on", *(f"tested on {language}, %" for language in LANGUAGES)]
     return f"{experiment.markdown(header, rows)}\n\nThe paper has no figures for this question."
@@ -84,12 +76,11 @@ def draw(results: dict, figure: Figure) -> None:
     names = list(results["scores"])
     for number, name in enumerate(names):
         for place, scores in enumerate(results["scores"][name].values()):
-            mean, low, high = experiment.interval(scores)
             x = place + 0.2 * (number - 1.5)
-            label = f"trained on {name}" if place == 0 else None
-            errors = [[mean - low], [high - mean]]
             axes.plot([x - 0.05] * len(scores), scores, "o", color=f"C{number}", alpha=0.25)
-            axes.errorbar(x, mean, errors, fmt="s", color=f"C{number}", capsize=3, label=label)
+            label = f"trained on {name}" if place == 0 else None
+            style = {"fmt": "s", "color": f"C{number}", "capsize": 3, "label": label}
+            experiment.errorbars(axes, [x], [experiment.interval(scores)], **style)
     axes.set(
         xticks=range(len(LANGUAGES)),
         xticklabels=[f"tested on {language}" for language in LANGUAGES],
@@ -105,54 +96,47 @@ def findings(results: dict) -> list[Finding]:
 def helps_others(results: dict) -> Finding:
     """Held: the interval is above 0. Did not hold: below 0, or within the margin."""
     change = gains(results, ENGLISH, OTHERS)
-    mean, low, high = experiment.interval(change)
-    if low > 0:
-        verdict = "held"
-    elif high < 0 or experiment.equivalent(change, MARGIN):
-        verdict = "did not hold"
-    else:
-        verdict = "not testable here"
-    return finding("training in three languages helps the other two", verdict, [change], ENGLISH)
+    rules = experiment.is_gain(change, MARGIN)
+    return finding("training in three languages helps the other two", rules, [change], ENGLISH)
 
 
 def costs_english_nothing(results: dict) -> Finding:
     """Held: not worse than English alone by the margin. Did not hold: worse for certain."""
     change = gains(results, ENGLISH, [ENGLISH])
-    verdict = not_worse([change])
-    return finding("and costs English nothing", verdict, [change], ENGLISH)
+    return finding("and costs English nothing", not_worse([change]), [change], ENGLISH)
 
 
 def replaces_own(results: dict) -> Finding:
     """Held: in no language worse than that language alone, by the margin. Bends: in some."""
     changes = [gains(results, language, [language]) for language in OTHERS]
-    verdict = not_worse(changes)
-    return finding(
-        "three languages replace training in the own one", verdict, changes, "the language alone"
-    )
+    claim = "three languages replace training in the own one"
+    return finding(claim, not_worse(changes), changes, "the language alone")
 
 
-def not_worse(changes: list[list[float]]) -> str:
-    """The verdict on: nothing is lost, within the margin (one-sided tests at 5 %).
+def not_worse(changes: list[list[float]]) -> dict[str, bool]:
+    """The rules of the claim that nothing is lost, within the margin (one-sided tests at 5 %).
 
     Did not hold: something is lost for certain, and perhaps more than the margin.
     """
     shown = [experiment.interval(change, level=0.90).low > -MARGIN for change in changes]
     lost = [experiment.interval(change).high < 0 for change in changes]
-    if all(shown):
-        return "held"
-    if any(is_lost and not within for is_lost, within in zip(lost, shown)):
-        return "did not hold"
-    return "bends" if any(shown) else "not testable here"
+    return {
+        "held": all(shown),
+        "did not hold": any(is_lost and not within for is_lost, within in zip(lost, shown)),
+        "bends": any(shown),
+    }
 
 
-def finding(claim: str, verdict: str, changes: list[list[float]], reference: str) -> Finding:
+def finding(
+    claim: str, rules: dict[str, bool], changes: list[list[float]], reference: str
+) -> Finding:
     means = [experiment.interval(change) for change in changes]
-    return Finding(
+    return experiment.decide(
         claim,
         "section 8, left open",
-        verdict,
+        rules,
         f"minus {reference}: " + ", ".join(f"{m.mean:+.1f}" for m in means) + " points",
-        ", ".join(f"{m.low:+.1f} to {m.high:+.1f}" for m in means)
+        ", ".join(mean.span("+.1f") for mean in means)
         + f" (paired t, {len(changes[0])} seeds; margin {MARGIN:.0f})",
     )
 

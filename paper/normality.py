@@ -44,7 +44,8 @@ def compute(setting: Setting) -> dict:
             "layers": mean_of_turns(turns[base.name]),
             "quantiles": quantiles([layer.weight for layer in layers.values()]),
         }
-    normal = torch.randn(ROWS * 30, 576, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(setting.seeds.start)
+    normal = torch.randn(ROWS * 30, 576, generator=generator)
     found["normal"] = {"layers": [layer_statistics("normal", part) for part in normal.split(ROWS)]}
     return found
 
@@ -119,7 +120,7 @@ def table_row(base: str, kind: str, layers: list[dict]) -> list[object]:
     share = failing(layers)
     lengths = sorted({int(layer["length"]) for layer in layers})
     row = [base, kind, ", ".join(str(length) for length in lengths), f"{share.mean:.1f}"]
-    row.append(f"{max(0, share.low):.1f} ... {share.high:.1f}")
+    row.append(f"{max(0, share.low):.1f} to {share.high:.1f}")
     keys = ("mean", "skewness", "kurtosis", "kurtosis within rows")
     return row + [f"{fmean(layer[key] for layer in layers):+.3f}" for key in keys]
 
@@ -177,7 +178,7 @@ def few_rows_fail(results: dict) -> Finding:
     elif {bases.AS_GIVEN, bases.TRAINED_HERE} <= more:
         verdict = "did not hold"
     value = ", ".join(f"{name} {share.mean:.1f} %" for name, share in shares.items())
-    limits = [f"{name} {share.low:.1f} ... {share.high:.1f} %" for name, share in shares.items()]
+    limits = [f"{name} {share.span('.1f')} %" for name, share in shares.items()]
     claim = "weights are normal: 7.5 % of the neurons fail a test at 5 %"
     interval = "; ".join(limits) + " (t, over layers)"
     return Finding(claim, "appendix F", verdict, f"{value} of the rows fail", interval)
@@ -190,8 +191,8 @@ def centred(results: dict) -> Finding:
     for name in (bases.AS_GIVEN, bases.ROTATED, bases.TRAINED_HERE):
         means = [row["mean"] for row in results[name]["layers"]]
         verdicts.append(experiment.equivalent(means, margin=0.01))
-        mean, low, high = experiment.interval(means)
-        limits.append((f"{name} {mean:+.4f} σ", f"{low:+.4f} ... {high:+.4f}"))
+        mean = experiment.interval(means)
+        limits.append((f"{name} {mean.mean:+.4f} σ", mean.span("+.4f")))
     verdict = "held" if all(verdicts) else "bends" if any(verdicts) else "did not hold"
     value = "mean of a layer: " + ", ".join(value for value, _ in limits)
     interval = "; ".join(limit for _, limit in limits) + " σ (t, over layers; equal within 0.01 σ)"

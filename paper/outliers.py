@@ -24,8 +24,7 @@ from nf4 import NF4
 from paper import bases, codebooks, experiment
 from paper.experiment import Finding, Setting
 
-INT8 = torch.arange(-127, 128, dtype=torch.float32) / 127
-CODES = {"int8": (8, INT8), "NF4": (4, NF4)}
+CODES = {"int8": (8, codebooks.integers(8)), "NF4": (4, NF4)}
 SIZES = [0, 5, 10, 20, 50, 100, 200, 500, 1000]  # of the outlier, in standard deviations
 BLOCKS = [64, 256, 1024, 4096, 2**20]
 BILL_BLOCKS = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -35,11 +34,10 @@ PLANTED = 100  # the outlier that the verdict is about
 
 
 def compute(setting: Setting) -> dict:
-    seeds = range(setting.seeds)
     return {
         "one outlier": {
             f"{code}, {block}": [
-                [one_outlier(code, block, size, s) for s in seeds] for size in SIZES
+                [one_outlier(code, block, size, seed) for seed in setting.seeds] for size in SIZES
             ]
             for code in CODES
             for block in BLOCKS
@@ -170,8 +168,7 @@ def confined(results: dict) -> Finding:
         blocks = experiment.interval(growth(results, code, 64))
         agree += [whole.low > 2, blocks.high < 1.1]
         parts.append(f"{code} x {whole.mean:.2f} in one block, x {blocks.mean:.3f} in blocks of 64")
-        limits.append(f"{whole.low:.2f} ... {whole.high:.2f}")
-        limits.append(f"{blocks.low:.3f} ... {blocks.high:.3f}")
+        limits += [whole.span(), blocks.span(".3f")]
     verdict = "held" if all(agree) else "bends" if any(agree) else "did not hold"
     claim = f"blocks confine an outlier (here of {PLANTED} σ)"
     value = "error of the others: " + "; ".join(parts)
@@ -184,10 +181,10 @@ def needed(results: dict) -> Finding:
     parts, limits, more = [], [], []
     for name, layers in results["layers"].items():
         ratios = [layer["whole"] / layer["blocks"] for layer in layers]
-        mean, low, high = experiment.interval(ratios)
-        more.append(low > 1.1)
-        parts.append(f"{name} {mean:.2f}")
-        limits.append(f"{low:.2f} ... {high:.2f}")
+        ratio = experiment.interval(ratios)
+        more.append(ratio.low > 1.1)
+        parts.append(f"{name} {ratio.mean:.2f}")
+        limits.append(ratio.span())
     verdict = "held" if all(more) else "bends" if any(more) else "did not hold"
     value = "error with one block a layer / in blocks of 64: " + ", ".join(parts)
     claim = "real weights need blocks"

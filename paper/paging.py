@@ -44,7 +44,7 @@ TOKENS = [(1, 128), (4, 256)]  # batch, length
 
 
 def compute(setting: Setting) -> dict:
-    torch.manual_seed(0)
+    torch.manual_seed(setting.seeds.start)
     model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32)
     attach(model, r=8 if setting.quick else 64)
     model = model.to(setting.device)
@@ -57,12 +57,12 @@ def compute(setting: Setting) -> dict:
         makers[f"{budget:.0%}"] = lambda budget=budget: paged(parameters, budget * state)
     makers["5%, no prefetch"] = lambda: without_prefetch(paged(parameters, 0.05 * state))
     rows: dict = {name: {"seconds": []} for name in makers}
-    for _ in range(setting.seeds):
+    for _ in setting.seeds:
         for name, make in makers.items():
             seconds, rows[name]["moved"] = measure(make())
             rows[name]["seconds"].append(seconds)
     spikes = []
-    for _ in range(setting.seeds):
+    for _ in setting.seeds:
         tries = zip(*(spike(parameters, state) for _ in range(STEPS)))
         spikes.append([min(seconds) for seconds in tries])
     return {"state": state, "passes": passes, "rows": rows, "spikes": spikes}
@@ -145,8 +145,8 @@ def table(results: dict) -> str:
         line = [name, f"{1e3 * statistics.median(row['seconds']):.1f}", moved.get("faults")]
         line += [None if megabytes is None else f"{megabytes:.0f}"]
         for tokens in results["passes"]:
-            mean, low, high = experiment.interval(slowdowns(results, name, RESIDENT, tokens))
-            line.append(f"{mean:+.1%} ({low:+.1%} to {high:+.1%})")
+            mean = experiment.interval(slowdowns(results, name, RESIDENT, tokens))
+            line.append(f"{mean.mean:+.1%} ({mean.span('+.1%')})")
         rows.append(line)
     header = ["resident", "optimizer step, ms", "faults a step", "MB moved a step"]
     header += [f"whole step of {tokens} tokens, against torch" for tokens in results["passes"]]
@@ -161,12 +161,10 @@ def draw(results: dict, figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
     names = [f"{budget:.0%}" for budget in BUDGETS]
     for tokens in results["passes"]:
-        means = [experiment.interval(slowdowns(results, n, ALL_FIT, tokens)) for n in names]
-        errors = [[m.mean - m.low for m in means], [m.high - m.mean for m in means]]
-        percent = [[100 * value for value in error] for error in errors]
+        percent = [[100 * s for s in slowdowns(results, n, ALL_FIT, tokens)] for n in names]
+        means = [experiment.interval(values) for values in percent]
         places = [100 * budget for budget in BUDGETS]
-        label = f"{tokens} tokens a step"
-        left.errorbar(places, [100 * m.mean for m in means], percent, fmt="o-", label=label)
+        experiment.errorbars(left, places, means, fmt="o-", label=f"{tokens} tokens a step")
     left.axhline(0, color="0.6", linewidth=1)
     left.set(
         xlabel="budget, % of the state", ylabel="slow-down against 100 %, % of a training step"
@@ -189,19 +187,16 @@ def findings(results: dict) -> list[Finding]:
 def as_fast(results: dict) -> Finding:
     """Held: the 90 % interval of the slow-down ends below the margin."""
     changes = slowdowns(results, ALL_FIT, RESIDENT, largest(results))
-    mean, low, high = experiment.interval(changes)
-    if experiment.interval(changes, level=0.90).high < MARGIN:
-        verdict = "held"
-    elif low > MARGIN:
-        verdict = "did not hold"
-    else:
-        verdict = "not testable here"
-    return Finding(
+    mean = experiment.interval(changes)
+    return experiment.decide(
         "a paged optimizer is as fast as a resident one while all pages fit",
         "section 3",
-        verdict,
-        f"{mean:+.1%} of a training step of {largest(results)} tokens",
-        f"{low:+.1%} to {high:+.1%} (paired t, {len(changes)} repetitions; not slower than by "
+        {
+            "held": experiment.interval(changes, level=0.90).high < MARGIN,
+            "did not hold": mean.low > MARGIN,
+        },
+        f"{mean.mean:+.1%} of a training step of {largest(results)} tokens",
+        f"{mean.span('+.1%')} (paired t, {len(changes)} repetitions; not slower than by "
         f"{MARGIN:.0%})",
     )
 
@@ -213,20 +208,16 @@ def cost_of_paging(results: dict) -> Finding:
         for tokens in results["passes"]
     }
     is_small = [m.high < MARGIN for m in by_size.values()]
-    if all(is_small):
-        verdict = "held"
-    elif any(is_small):
-        verdict = "bends"
-    elif all(m.low > MARGIN for m in by_size.values()):
-        verdict = "did not hold"
-    else:
-        verdict = "not testable here"
-    return Finding(
+    return experiment.decide(
         "a step is hardly slower when all pages move (budget 5 %)",
         "section 3, left open",
-        verdict,
+        {
+            "held": all(is_small),
+            "bends": any(is_small),
+            "did not hold": all(m.low > MARGIN for m in by_size.values()),
+        },
         ", ".join(f"{m.mean:+.1%} at {tokens} tokens" for tokens, m in by_size.items()),
-        ", ".join(f"{m.low:+.1%} to {m.high:+.1%}" for m in by_size.values())
+        ", ".join(m.span("+.1%") for m in by_size.values())
         + f" (paired t, against all pages resident; margin {MARGIN:.0%})",
     )
 
@@ -239,19 +230,12 @@ def cost_of_a_spike(results: dict) -> Finding:
         for later in (0, 1)
     ]
     now, later = map(experiment.interval, extra)
-    if later.low > 0.5:
-        verdict = "bends"
-    elif now.low > 0:
-        verdict = "held"
-    else:
-        verdict = "not testable here"
-    return Finding(
+    return experiment.decide(
         "pages that a long sequence drives out cost one slow step, not more",
         "section 3",
-        verdict,
+        {"bends": later.low > 0.5, "held": now.low > 0},
         f"that optimizer step {now.mean:+.0%}, the next {later.mean:+.0%}",
-        f"{now.low:+.0%} to {now.high:+.0%}, {later.low:+.0%} to {later.high:+.0%} "
-        f"(t, {len(usual)} repetitions)",
+        f"{now.span('+.0%')}, {later.span('+.0%')} (t, {len(usual)} repetitions)",
     )
 
 

@@ -20,13 +20,9 @@ Differs from the paper: a small model and task (small_base.py); exact match in p
 float32 in place of BF16; Int4, NF3 and NF2 besides.
 """
 
-import random
-from functools import partial
-
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
-from data.chat_template import Example
 from paper import codebooks, experiment, orders
 from paper.experiment import Finding, Setting
 from paper.small_base import FULL_LR, LORA_LR, Base, exact_match, train
@@ -38,7 +34,7 @@ LORA = "LoRA, not quantized"
 CODES = {
     "NF4": codebooks.nf(4),
     "FP4": codebooks.fp4(),
-    "Int4": codebooks.int4(),
+    "Int4": codebooks.integers(4),
     "NF3": codebooks.nf(3),
     "NF2": codebooks.nf(2),
 }
@@ -49,28 +45,21 @@ PAPER = {FULL: 53.0, "FP4": 52.2, "NF4": 53.1}  # MMLU
 def compute(setting: Setting) -> dict:
     base = Base(setting)
     n_test = 50 if setting.quick else 500
-    rng = random.Random("parity")
-    training, test = task(base, rng, n_test)
+    rng = setting.rng("parity")
+    training, test = base.task(rng, n_test)
     known = base.encode([orders.field_question(rng, "English") for _ in range(n_test)])
-    before = {method: exact_match(start(base, method, 0), known) for method in METHODS}
+    first = setting.seeds.start
+    before = {method: exact_match(start(base, method, first), known) for method in METHODS}
     results: dict = {"model": base.folder.name, "known": before}
     for length, steps in STEPS.items():
         results[length] = {method: [] for method in METHODS}
         for method, scores in results[length].items():
             lr = FULL_LR if method == FULL else LORA_LR
-            for seed in range(setting.seeds):
+            for seed in setting.seeds:
                 model = start(base, method, seed)
                 train(model, training, 3 if setting.quick else steps, lr, seed)
                 scores.append(exact_match(model, test))
     return results
-
-
-def task(base: Base, rng: random.Random, n_test: int) -> tuple[list[Example], list[Example]]:
-    """English orders to train on and to test on; half of the latter in unseen phrasings."""
-    make = partial(orders.extraction, rng, "English")
-    pairs = orders.distinct(make, 1000 + n_test // 2)
-    unseen = orders.distinct(partial(make, "unseen"), n_test // 2)
-    return base.encode(pairs[:1000]), base.encode(pairs[1000:] + unseen)
 
 
 def start(base: Base, method: str, seed: int) -> PreTrainedModel:
@@ -100,8 +89,8 @@ def table(results: dict) -> str:
                 row += [None, None, None]
             else:
                 change, p = against_lora[method]
-                mean, low, high = experiment.interval(change)
-                row += [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", f"{p:.3f}"]
+                difference = experiment.interval(change)
+                row += [f"{difference.mean:+.2f} ({difference.span('+.2f')})", f"{p:.3f}"]
                 row.append("yes" if experiment.equivalent(change, MARGIN) else "not shown")
             rows.append([*row, PAPER.get(method) if length == "long" else None])
     header = ["method", "steps", "base knows, before, %", "exact match after, %"]
@@ -146,55 +135,44 @@ def parity(results: dict) -> Finding:
 
     Did not hold: after long training, worse than a reference by more than the margin.
     """
-    shown = {}
-    numbers = []
-    for length, steps in STEPS.items():
-        changes = [differences(results, length, "NF4", reference) for reference in (FULL, LORA)]
-        full, lora = map(experiment.interval, changes)
-        shown[length] = all(experiment.equivalent(change, MARGIN) for change in changes)
-        if length == "long":
-            worse = min(full.high, lora.high) < -MARGIN
-        numbers.append((steps, full, lora))
-    if all(shown.values()):
-        verdict = "held"
-    elif shown["long"]:
-        verdict = "bends"
-    else:
-        verdict = "did not hold" if worse else "not testable here"
-    return Finding(
+    changes = {
+        length: [differences(results, length, "NF4", reference) for reference in (FULL, LORA)]
+        for length in STEPS
+    }
+    shown = {
+        length: all(experiment.equivalent(change, MARGIN) for change in both)
+        for length, both in changes.items()
+    }
+    means = {length: [*map(experiment.interval, both)] for length, both in changes.items()}
+    n_seeds = len(changes["long"][0])
+    return experiment.decide(
         "4-bit QLoRA reaches 16-bit fine-tuning",
         "section 4, MMLU 53.0 and 53.1",
-        verdict,
+        {
+            "held": all(shown.values()),
+            "bends": shown["long"],
+            "did not hold": any(mean.high < -MARGIN for mean in means["long"]),
+        },
         "NF4 minus full fine-tuning and minus LoRA: "
         + "; ".join(
-            f"{full.mean:+.2f} and {lora.mean:+.2f} points after {steps} steps"
-            for steps, full, lora in numbers
+            f"{full.mean:+.2f} and {lora.mean:+.2f} points after {STEPS[length]} steps"
+            for length, (full, lora) in means.items()
         ),
-        "; ".join(
-            f"{full.low:+.2f} to {full.high:+.2f} and {lora.low:+.2f} to {lora.high:+.2f}"
-            for _, full, lora in numbers
-        )
-        + f" (paired t, {len(changes[0])} seeds; equivalence within +-{MARGIN:.0f} points)",
+        "; ".join(" and ".join(mean.span("+.2f") for mean in both) for both in means.values())
+        + f" (paired t, {n_seeds} seeds; equivalence within +-{MARGIN:.0f} points)",
     )
 
 
 def better_code(results: dict) -> Finding:
     """Held: the interval is above 0. Did not hold: below 0, or equivalent within the margin."""
     change = differences(results, "long", "NF4", "FP4")
-    mean, low, high = experiment.interval(change)
-    if low > 0:
-        verdict = "held"
-    elif high < 0 or experiment.equivalent(change, MARGIN):
-        verdict = "did not hold"
-    else:
-        verdict = "not testable here"
-    return Finding(
+    mean = experiment.interval(change)
+    return experiment.decide(
         "after fine-tuning, NF4 is better than FP4",
         "section 4, MMLU 53.1 and 52.2",
-        verdict,
-        f"NF4 minus FP4 {mean:+.2f} points",
-        f"{low:+.2f} to {high:+.2f} (paired t, {len(change)} seeds; equivalence within "
-        f"+-{MARGIN:.0f})",
+        experiment.is_gain(change, MARGIN),
+        f"NF4 minus FP4 {mean.mean:+.2f} points",
+        f"{mean.span('+.2f')} (paired t, {len(change)} seeds; equivalence within +-{MARGIN:.0f})",
     )
 
 

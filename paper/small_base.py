@@ -10,11 +10,9 @@ the right answer is the most probable one after those before it. So one forward 
 and answer grades all tokens, and nothing is generated.
 """
 
-import os
 import random
-import shutil
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,24 +21,22 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from checkpoints import sources
+from checkpoints.base_model import load_with_adapters
 from data.chat_template import IGNORE_INDEX, Example, Template, fingerprint
 from data.dataset import batches_of_step, collate
 from data.rows import pair_turns
 from data.toy_tasks import Pair
-from lora import QLoRALinear, attach, names_of
 from nf4 import NF4
 from paper import orders
 from paper.experiment import Setting
+from paper.small_llama import cached, small_llama
 from training.loss_and_eval import label_loss
-from variants.init import maker
 
-MODELS = Path(__file__).parent.parent / "models"
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
 WORDS = r"[^\W\d_]+|\d|[^\w]+"  # a word, a digit, or what is between them
 CHAT = (
@@ -60,14 +56,8 @@ def folder(setting: Setting) -> Path:
     if setting.model != sources.default_folder():
         return setting.model
     steps = 200 if setting.quick else STEPS
-    path = MODELS / f"orders-{steps}-{fingerprint(questions(100))}"
-    if not (path / "config.json").exists():
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        pretrain(steps).save_pretrained(temporary)
-        tokenizer().save_pretrained(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    return path
+    name = f"orders-{steps}-{fingerprint(questions(100))}"
+    return cached(name, lambda: (pretrain(steps), tokenizer()))
 
 
 @cache
@@ -103,20 +93,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def pretrain(steps: int) -> PreTrainedModel:
     """Train the small model in float32 on questions about fields."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer()),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = small_llama(len(tokenizer()), 64, mlp_width=128, layers=3, key_value_heads=4)
     return train(model, questions(12_000), steps, lr=4e-3, seed=0, batch_size=32)
 
 
@@ -157,34 +134,30 @@ class Base:
         self,
         seed: int,
         codebook: Tensor | None = NF4,
-        targets: str | list[str] = "all-linear",
         start: str = "default",
-        r: int = RANK,
+        **adapter: int | str | list[str],
     ) -> PreTrainedModel:
-        """A copy whose linear layers are all frozen and quantized, and those of `targets` adapted.
+        """A copy whose linear layers are all frozen and quantized, and adapted.
 
-        codebook=None keeps the layers dense. start: of the adapters (variants/init.py); another
-        than the default adapts all layers.
+        codebook=None keeps the layers dense. start: of the adapters (variants/init.py). adapter:
+        other settings than rank 16; with the default start also targets, as in lora.attach. A layer
+        that is no target is quantized, too.
         """
-        torch.manual_seed(seed)
-        model = self.dense()
-        quantize(model, codebook, start, r)
-        if start == "default":
-            attach(model, targets, r=r)
-        return model
+        adapter = {"r": RANK} | adapter
+        device = str(self.device)
+        quantization = {"codebook": codebook}
+        return load_with_adapters(
+            self.folder, torch.float32, device, start, seed, adapter, quantization
+        )
 
-
-def quantize(model: PreTrainedModel, codebook: Tensor | None, start: str, r: int) -> None:
-    """Replace every linear layer but the output head by a quantized one."""
-    make_layer = maker(start, {"r": r}, {"codebook": codebook})
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not head:
-            model.set_submodule(name, make_layer(module.weight.detach(), module.bias))
-    model.requires_grad_(False)
-    for layer in names_of(model, QLoRALinear):
-        layer.lora_A.requires_grad_(layer.r > 0)
-        layer.lora_B.requires_grad_(layer.r > 0)
+    def task(
+        self, rng: random.Random, n_test: int, language: str = "English"
+    ) -> tuple[list[Example], list[Example]]:
+        """1000 orders to train on, and others to test on; half of these in unseen phrasings."""
+        make = partial(orders.extraction, rng, language)
+        pairs = orders.distinct(make, 1000 + n_test // 2)
+        unseen = orders.distinct(partial(make, "unseen"), n_test // 2)
+        return self.encode(pairs[:1000]), self.encode(pairs[1000:] + unseen)
 
 
 def trainable(model: nn.Module) -> list[Tensor]:

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 import nf4
 from helpers.bounds import OF_A_SAMPLED_ERROR, OF_A_SAMPLED_MEAN, OF_AN_INTEGRAL, OF_AN_ITERATION
-from paper import codebooks
+from helpers.strategies import Recipe, recipes
+from paper import codebooks, datatypes
 from paper.codebooks import BlockDistribution
 
 # Root mean squared error for normal weights, block 64, to four digits (sampled)
 PUBLISHED = {
-    "int4": (codebooks.int4(), 0.1077),
+    "int4": (codebooks.integers(4), 0.1077),
     "e2m1": (codebooks.e2m1(), 0.1057),
     "fp4": (codebooks.fp4(), 0.1220),
     "nf4": (nf4.NF4, 0.0920),
@@ -65,6 +66,42 @@ def test_bof4_has_the_least_error_of_codes_with_its_fixed_levels() -> None:
             assert distribution.squared_error(code) < distribution.squared_error(moved)
 
 
+def test_bof4_s_has_the_least_error_of_codes_for_the_signed_largest_number() -> None:
+    """-1 is no level: the largest number of a block is always 1."""
+    distribution = BlockDistribution(64, power=2, signed=True)
+    code = codebooks.bof4_s()
+    assert {0.0, 1.0} < {*code.tolist()}
+    assert code.min() > -1
+    for place in set(range(16)) - {7, 15}:
+        for step in (-0.002, 0.002):
+            moved = code.clone()
+            moved[place] += step
+            assert distribution.squared_error(code) < distribution.squared_error(moved)
+    unsigned = BlockDistribution(64, power=2)
+    assert distribution.squared_error(code) < unsigned.squared_error(codebooks.bof4())
+
+
+def test_the_exact_error_of_bof4_s_is_the_error_of_random_weights() -> None:
+    weight = torch.randn(2**21, generator=torch.Generator().manual_seed(0))
+    decoded = datatypes.Quantizer("BOF4-S", 64)(weight)
+    distribution = BlockDistribution(64, power=2, signed=True)
+    exact = math.sqrt(distribution.squared_error(codebooks.bof4_s()))
+    sampled = (decoded - weight).square().mean().sqrt().item()
+    assert abs(sampled - exact) < OF_A_SAMPLED_ERROR
+
+
+@given(recipes)
+def test_with_its_sign_the_largest_number_of_a_block_is_its_absmax(recipe: Recipe) -> None:
+    weight = recipe.tensor()
+    signs = codebooks.signs(weight, recipe.block_size)
+    assert signs.shape == weight.shape and (signs.abs() == 1).all()
+    for start in range(0, weight.numel(), recipe.block_size):
+        block = weight.flatten()[start : start + recipe.block_size]
+        sign = signs.flatten()[start : start + recipe.block_size]
+        assert (sign == sign[0]).all()
+        assert (block * sign).max() == block.abs().max()
+
+
 def test_the_shares_of_a_code_add_up_to_one() -> None:
     for block in (2, 64, 4096):
         mass = BlockDistribution(block, power=0).cells(nf4.NF4.double().numpy())[0]
@@ -74,7 +111,7 @@ def test_the_shares_of_a_code_add_up_to_one() -> None:
 def test_floats_and_integers_are_those_of_their_standards() -> None:
     assert (6 * codebooks.e2m1()).tolist()[8:] == [0.5, 1, 1.5, 2, 3, 4, 6]
     assert (codebooks.e3m0() * 32).tolist()[8:] == [0.5, 1, 2, 4, 8, 16, 32]
-    assert len(codebooks.int4()) == 15
+    assert len(codebooks.integers(4)) == 15
 
 
 @given(st.integers(1, 8), st.data())

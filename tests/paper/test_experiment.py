@@ -55,6 +55,23 @@ def test_holm_corrects_the_smallest_p_value_most_and_keeps_the_order() -> None:
     assert max(experiment.holm([0.9, 0.8])) == 1
 
 
+def test_a_sign_is_sure_only_after_the_correction() -> None:
+    barely = [1.0, 0.2, 0.8, 0.3, 0.2]
+    assert experiment.p_value(barely) < SIGNIFICANT
+    assert experiment.signs([barely]) == [1]
+    assert experiment.signs([barely] * 2) == [0, 0]
+
+
+def test_the_first_true_rule_is_the_verdict_and_without_one_the_number_says_undecided() -> None:
+    def decide(**rules: bool) -> experiment.Finding:
+        return experiment.decide("a claim", "section 1", rules, "1 point", "-9 to 9")
+
+    assert decide(held=False, bends=True, other=True).verdict == "bends"
+    found = decide(held=False, bends=False)
+    assert found.verdict == "not testable here"
+    assert found.value == "undecided: 1 point"
+
+
 def test_a_table_shows_four_digits_and_a_dash_for_nothing() -> None:
     text = experiment.markdown(["a", "b|c"], [[1.23456, None]])
     assert text == "| a | b\\|c |\n| --- | --- |\n| 1.235 | – |"
@@ -72,14 +89,25 @@ def test_impossible_flags_are_one_clear_line(
     assert message in capsys.readouterr().err
 
 
-def test_a_quick_run_has_two_seeds_and_a_full_run_five() -> None:
-    def seeds(*flags: str) -> int:
+def test_a_quick_run_has_two_seeds_and_a_full_run_five_that_no_design_has_seen() -> None:
+    def seeds(*flags: str) -> range:
         args = experiment.parse_args([*flags], None, names=False)
         return experiment.setting_of(args).seeds
 
-    assert seeds() == 5
-    assert seeds("--quick") == 2
-    assert seeds("--seeds", "10") == 10
+    assert seeds() == range(100, 105)
+    assert seeds("--quick") == range(2)
+    assert seeds("--seeds", "10") == range(100, 110)
+    assert seeds("--first-seed", "0") == range(5)
+
+
+def test_the_random_sets_depend_on_the_first_seed() -> None:
+    def drawn(first: int) -> float:
+        seeds = range(first, first + 2)
+        setting = experiment.Setting(Path("a model"), torch.device("cpu"), seeds, quick=False)
+        assert setting.more_seeds(2) == range(first, first + 4)
+        return setting.rng("parity").random()
+
+    assert drawn(0) == drawn(0) != drawn(100)
 
 
 def test_an_unknown_model_is_one_clear_line() -> None:
@@ -104,10 +132,22 @@ def test_the_page_and_the_figures_are_drawn_again_without_computing(
     assert [path.name for path in tmp_path.glob("*.png")] == ["outliers.png"]
 
 
+def test_results_of_an_older_version_are_one_line_that_says_what_to_run(tmp_path: Path) -> None:
+    found = json.loads(FULL_RUN.read_text())
+    found["judge"]["results"] = {"judged": [1, 2]}
+    page = experiment.report(found)
+    assert "\njudge: results of an older version; run `make paper ARGS=judge`\n" in page
+    assert "[judge.py]" not in page and "[outliers.py]" in page
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    experiment.write_page(tmp_path, ["judge"])  # draws nothing
+    assert [*tmp_path.glob("*.png")] == []
+
+
 def test_every_script_has_full_results_and_a_figure() -> None:
     found = json.loads(FULL_RUN.read_text())
     assert list(experiment.SCRIPTS) == [name for name in experiment.ORDER if name in found]
     for name, entry in found.items():
+        assert experiment.is_current(name, entry["results"])
         assert not entry["quick"] and entry["seeds"] >= 5
         assert (experiment.HERE / f"{name}.png").exists()
 

@@ -1,9 +1,7 @@
 """The verdicts of the scripts that train and judge follow from the numbers, each way."""
 
 import pytest
-import torch
 
-from helpers.bounds import gamma
 from paper import (
     dataset_quality,
     judge,
@@ -74,25 +72,35 @@ def test_all_layers_are_needed_if_they_beat_each_part_and_rank_is_equivalence() 
     assert verdicts(layers_and_rank.findings(wild_ranks))[1] == "not testable here"
 
 
-def of_codes(scores: dict[tuple[str, str], list[float]]) -> dict:
-    keys = [(three_bits.DENSE, "default"), *((c, s) for c in three_bits.BITS for s in STARTS)]
-    cells = [
-        {"code": code, "start": start, "after": scores.get((code, start), around(90.0))}
-        for code, start in keys
-    ]
+def of_codes(long: dict[str, list[float]], short: dict[str, list[float]] | None = None) -> dict:
+    """Scores by code and start after long and short training; 90 points where none are given."""
+    names = [f"{three_bits.DENSE}, default"]
+    names += [f"{code}, {start}" for code in three_bits.BITS for start in STARTS]
+    cells = {
+        name: {
+            "long": long.get(name, around(90.0)),
+            "short": (long if short is None else short).get(name, around(90.0)),
+        }
+        for name in names
+    }
     return {"cells": cells}
 
 
-def test_fewer_bits_are_recovered_if_equivalent_to_a_dense_base() -> None:
-    assert verdicts(three_bits.findings(of_codes({}))) == ["held", "held", "did not hold"]
+def test_fewer_bits_are_recovered_if_equivalent_to_a_dense_base_early_and_late() -> None:
     low = around(70, NOISE[::-1])
-    from_zero = {("NF2", "default"): low, ("NF3", "default"): around(85, WILD)}
-    assert verdicts(three_bits.findings(of_codes(from_zero))) == ["bends", "bends", "held"]
-    lost = from_zero | {("NF2", "pissa"): low, ("NF2", "loftq"): around(75)}
-    lost |= {("NF3", start): around(88, WILD) for start in STARTS}
-    expected = ["not testable here", "did not hold", "bends"]
-    assert verdicts(three_bits.findings(of_codes(lost))) == expected
-    wild = {("NF2", "pissa"): around(91, WILD)}
+    lost = {"NF2, default": low, "NF3, default": around(88, WILD)}
+    found = three_bits.findings(of_codes({}))
+    assert verdicts(found) == ["held", "held", "did not hold"]
+    assert verdicts(three_bits.findings(of_codes({}, lost)))[:2] == ["bends", "bends"]
+    expected = ["not testable here", "did not hold"]
+    assert verdicts(three_bits.findings(of_codes(lost)))[:2] == expected
+
+
+def test_a_start_of_the_adapters_matters_if_it_is_better_than_zero_early_and_late() -> None:
+    low = {"NF2, default": around(70, NOISE[::-1])}
+    assert verdicts(three_bits.findings(of_codes(low)))[2] == "held"
+    assert verdicts(three_bits.findings(of_codes({}, low)))[2] == "bends"
+    wild = {"NF2, pissa": around(91, WILD)}
     assert verdicts(three_bits.findings(of_codes(wild)))[2] == "not testable here"
 
 
@@ -168,7 +176,8 @@ def test_several_languages_help_if_they_beat_english_and_cost_nothing_within_the
     assert verdicts(multilingual.findings(languages(80, 90, 80))) == ["did not hold"] * 3
     wild = multilingual.findings(languages(88, 90, 87, WILD))
     assert verdicts(wild) == ["not testable here"] * 3
-    assert multilingual.not_worse([around(0), WILD]) == "bends"
+    rules = multilingual.not_worse([around(0), WILD])
+    assert [verdict for verdict, is_true in rules.items() if is_true] == ["bends"]
 
 
 def judged(odds: dict[tuple[int, int], float], first: float, letter: float) -> list[dict]:
@@ -207,12 +216,3 @@ def test_judges_agree_only_if_their_rankings_do() -> None:
     assert verdicts(judge.findings(results))[2] == "did not hold"
     results["judged"]["judge 1"] = [right, wrong, right, wrong]
     assert verdicts(judge.findings(results))[2] == "not testable here"
-
-
-def test_elo_moves_from_loser_to_winner_and_depends_on_the_order() -> None:
-    matches = [(0, 1)] * 3 + [(1, 0)] * 3
-    forward, backward = judge.elo(matches, 2), judge.elo(matches[::-1], 2)
-    rounding = gamma(100, torch.float64) * 2000  # of a few operations for each match
-    assert abs(sum(forward) - 2000) <= rounding
-    assert all(abs(a - b) <= rounding for a, b in zip(forward, backward[::-1]))
-    assert forward[0] < forward[1]

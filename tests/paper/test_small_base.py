@@ -1,15 +1,16 @@
 """The small model of the scripts: its answers, its grade, its adapters."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from data.chat_template import IGNORE_INDEX
 from helpers.models import save_tiny_llama
 from lora import QLoRALinear, names_of
-from nf4 import NF4
-from paper import dataset_quality, orders, small_base
+from paper import dataset_quality, orders, small_base, small_llama
 from paper.experiment import Setting
 from training.loss_and_eval import generate_answers
 
@@ -17,12 +18,29 @@ from training.loss_and_eval import generate_answers
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> small_base.Base:
     folder = save_tiny_llama(tmp_path_factory.mktemp("tiny"))
-    return small_base.Base(Setting(folder, torch.device("cpu"), 2, True))
+    return small_base.Base(Setting(folder, torch.device("cpu"), range(2), True))
 
 
 def pairs(count: int) -> list[tuple[str, str]]:
     rng = random.Random(0)
     return [orders.extraction(rng, "German") for _ in range(count)]
+
+
+def test_a_model_is_made_once_and_a_half_written_one_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_llama, "MODELS", tmp_path)
+    made = []
+
+    def make() -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
+        made.append(1)
+        return small_llama.small_llama(64, 32, 32, layers=1, key_value_heads=2), own
+
+    own = small_base.tokenizer()
+    (tmp_path / "tiny").mkdir()  # as an interrupted run would leave it
+    assert small_llama.cached("tiny", make) == small_llama.cached("tiny", make)
+    assert made == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_no_word_of_the_orders_is_unknown_to_the_small_tokenizer() -> None:
@@ -68,7 +86,7 @@ def test_every_layer_is_quantized_and_adapters_alone_are_trained(
 def test_layers_that_are_not_targets_are_quantized_without_an_adapter(
     base: small_base.Base,
 ) -> None:
-    layers = names_of(base.adapted(0, NF4, ["q_proj", "v_proj"], r=2), QLoRALinear)
+    layers = names_of(base.adapted(0, targets=["q_proj", "v_proj"], r=2), QLoRALinear)
     assert sorted(layer.r for layer in layers) == [0] * 10 + [2] * 4
 
 
