@@ -1,0 +1,193 @@
+"""Runs the tests of a lesson on a student's file, as a plugin of pytest in a process of its own.
+
+Each law is reported as soon as its tests have run, so a process that ends early does not undo it.
+The reference is loaded only after the last law, to compute the values wanted.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+from _pytest.runner import runtestprotocol
+from hypothesis import Phase, settings
+from hypothesis.internal.conjecture import engine
+
+from course import explain, guard
+from course.lessons import ROOT, Law, Lesson
+
+Send = Callable[[dict[str, object]], None]
+OPTIONS = f"""-q --noconftest -W ignore -o addopts= --rootdir={ROOT} -c {ROOT}/pyproject.toml
+    -p _hypothesis_pytestplugin -p no:cacheprovider -p no:unraisableexception
+    -p no:threadexception --hypothesis-profile=grade""".split()
+MOST_LINES = 6  # of the message of a failed assertion
+ORACLES = ("helpers.bounds", "helpers.naive", "helpers.strategies")
+SHRINKING_SECONDS = 1  # Hypothesis makes a failing input smaller for at most so long
+
+
+def profile(phases: list[Phase], examples: int) -> settings:
+    """The same examples at each call; a failing one is not saved."""
+    return settings(
+        max_examples=examples,
+        phases=phases,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+    )
+
+
+def run(lesson: Lesson, laws: list[Law], path: str, examples: int, send: Send) -> None:
+    """Load a student's file and grade it.
+
+    Sends {"begin": index of a law}, then {"end": index, "passed": bool, "text": why not}; at last
+    {"end": ...} again with the values wanted and got. {"fault": text} says why grading stops.
+    """
+    os.chdir(ROOT)
+    torch.set_num_threads(1)  # the limit of time counts all threads
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.meta_path.insert(0, guard.AbsentPeers())
+    for name in [*ORACLES, *guard.imports_of_ours(lesson)]:
+        importlib.import_module(name)
+    engine.MAX_SHRINKING_SECONDS = SHRINKING_SECONDS
+    settings.register_profile("grade", profile([Phase.generate, Phase.shrink], examples))
+    watch = guard.Watch(path)
+    try:
+        module = guard.load(lesson, path)
+    except BaseException as error:
+        line = explain.line_in(path, error)
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        fault = watch.fault or f"your file cannot be imported: line {line}: {what}"
+        return send({"fault": fault})
+    if watch.check():
+        return send({"fault": watch.fault})
+    exam = Exam(lesson, laws, module, watch, send)
+    ids = [name for law in laws for name in lesson.test_ids(law)]
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    pytest.main([*OPTIONS, *dict.fromkeys(ids)], plugins=[exam])
+    if exam.broken:
+        watch.active = False
+        exam.show_values(load_reference(lesson))
+
+
+def load_reference(lesson: Lesson) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference", lesson.source)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["reference"] = module  # where dataclasses look up their module
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass
+class Failure:
+    """A test that failed, its message, and the calls of the student's functions in it."""
+
+    test: str
+    message: str
+    calls: list[explain.Call]
+    values: str = ""  # wanted and got
+
+    def __str__(self) -> str:
+        return f"{self.values or self.message}\ntest: {self.test}"
+
+
+class Exam:
+    """The plugin: takes the tests that pytest collected, and runs them law by law."""
+
+    def __init__(
+        self,
+        lesson: Lesson,
+        laws: list[Law],
+        module: ModuleType,
+        watch: guard.Watch,
+        send: Send,
+    ) -> None:
+        self.lesson = lesson
+        self.laws = laws
+        self.module = module
+        self.watch = watch
+        self.send = send
+        self.trace = explain.Trace(module)
+        self.not_collected = ""
+        self.broken: dict[int, Failure] = {}
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.not_collected = first_lines(report)
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        for number, law in enumerate(self.laws):
+            self.send({"begin": number})
+            failure = self.first_failure(law, session.items)
+            if self.watch.check():
+                self.send({"fault": self.watch.fault})
+                break
+            if failure:
+                self.broken[number] = failure
+            self.send({"end": number, "passed": not failure, "text": str(failure or "")})
+        return True  # the tests have been run
+
+    def first_failure(self, law: Law, items: list[pytest.Item]) -> Failure | None:
+        self.trace.start()
+        for name in self.lesson.test_ids(law):
+            mine = [item for item in items if item.nodeid.partition("[")[0] == name]
+            if not mine:
+                return Failure(name, self.not_collected or "there is no such test", [])
+            for item in mine:
+                message = self.message_of(item)
+                if message is not None:
+                    return Failure(name, message, self.trace.calls)
+        return None
+
+    def message_of(self, item: pytest.Item) -> str | None:
+        """Run a test: on random examples first, because Hypothesis makes those smaller."""
+        test = item.obj
+        if not hasattr(test, "hypothesis"):
+            self.trace.start()
+            return message_in(runtestprotocol(item, log=False))
+        if not hasattr(test.hypothesis.inner_test, "is_traced"):
+            test.hypothesis.inner_test = self.traced(test.hypothesis.inner_test)
+        message = message_in(runtestprotocol(item, log=False))
+        if message is None and hasattr(test, "hypothesis_explicit_examples"):
+            usual = test._hypothesis_internal_use_settings
+            test._hypothesis_internal_use_settings = profile([Phase.explicit], 1)
+            message = message_in(runtestprotocol(item, log=False))
+            test._hypothesis_internal_use_settings = usual
+        return message
+
+    def traced(self, inner_test: Callable[..., None]) -> Callable[..., None]:
+        """A test of Hypothesis that forgets the calls of the example before."""
+
+        def traced(*args: object, **kwargs: object) -> None:
+            self.trace.start()
+            inner_test(*args, **kwargs)
+
+        traced.is_traced = True
+        return traced
+
+    def show_values(self, reference: ModuleType) -> None:
+        """Send again why each law is broken, with the values wanted and got if they differ."""
+        for number, failure in self.broken.items():
+            failure.values = explain.explain(failure.calls, self.module, reference)
+            self.send({"end": number, "passed": False, "text": str(failure)})
+
+
+def message_in(reports: list[pytest.TestReport]) -> str | None:
+    """The message of the first of the reports (setup, call, teardown) that failed, or None."""
+    for report in reports:
+        if report.failed:
+            return first_lines(report)
+    return None
+
+
+def first_lines(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """The first lines of what pytest says about a failure."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash else str(report.longrepr)
+    lines = [line for line in text.splitlines() if line.strip()][:MOST_LINES]
+    return "\n".join(lines)
