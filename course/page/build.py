@@ -2,12 +2,15 @@
 
     python -m course.page.build        writes course/site
 
-Each page is one file that needs no other: style, widgets, their tables and the pictures are in it.
-It works from the file system and without a network. The same sources give the same bytes.
+`slides` writes a lesson with a slide for each of its sections, from the same text. Each page is one
+file that needs no other: style, widgets, their tables and the pictures are in it. It works from the
+file system and without a network. The same sources give the same bytes.
 """
 
 import json
 import os
+import re
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -20,7 +23,8 @@ SITE = COURSE / "site"
 PAGE = Path(__file__).parent
 WIDGETS = PAGE / "widgets"
 LARGEST = 2 * 10**6  # bytes of the site
-TITLE = "QLoRA, one file per concept"
+TITLE = "A course on QLoRA"
+SECTION = re.compile(r"(?=<h2 )")
 
 
 def main() -> None:
@@ -54,19 +58,50 @@ def build(paths: list[Path], site: Path) -> list[Path]:
 
 def rendered_pages(paths: list[Path], site: Path) -> dict[str, str]:
     """The files of the site, by name, with links that hold in the folder `site`."""
+    rendered = [render(path, _resolver(paths, site)) for path in paths]
+    names = [page_name(path) for path in paths]
+    pages = {"index.html": _index(paths, rendered)}
+    for place, (name, lesson) in enumerate(zip(names, rendered)):
+        before = _link("Before", names, rendered, place - 1)
+        after = _link("Next", names, rendered, place + 1)
+        body = f"<h1>{_title(lesson)}</h1>\n{lesson.body}"
+        number = f'<p class="number">Lesson {number_of(paths[place])}</p>\n'
+        pages[name] = _page(lesson, number + body, before + after)
+    return pages
+
+
+def slides(path: Path, site: Path) -> Path:
+    """Writes a lesson as slides: its title, and one for each section. Arrow keys turn them."""
+    lesson = render(path, _resolver(lessons(path.parent.parent), site))
+    number = f'<p class="number">Lesson {number_of(path)}</p>\n'
+    title = f"{number}<h1>{_title(lesson)}</h1>\n"
+    first, *others = SECTION.split(lesson.body)
+    parts = [title + first, *others]
+    body = "\n".join(f'<section class="slide">\n{part}</section>' for part in parts)
+    text = _page(lesson, body, footer="", extra=[PAGE / "slides.js"])
+    site.mkdir(parents=True, exist_ok=True)
+    target = site / page_name(path).replace(".html", ".slides.html")
+    target.write_text(text)
+    return target
+
+
+def number_of(lesson: Path) -> str:
+    """The number of a lesson: what its folder begins with.
+
+    >>> number_of(Path("course/2_nf4/lesson.md"))
+    '2'
+    """
+    return lesson.parent.name.partition("_")[0]
+
+
+def _resolver(paths: list[Path], site: Path) -> Callable[[Path], str]:
+    """A function from a local file to its address in the site."""
     addresses = {path.resolve(): page_name(path) for path in paths}
 
     def resolve(target: Path) -> str:
         return addresses.get(target) or Path(os.path.relpath(target, site.resolve())).as_posix()
 
-    rendered = [render(path, resolve) for path in paths]
-    names = [page_name(path) for path in paths]
-    pages = {"index.html": _index(names, rendered)}
-    for place, (name, lesson) in enumerate(zip(names, rendered)):
-        before = _link("Before", names, rendered, place - 1)
-        after = _link("Next", names, rendered, place + 1)
-        pages[name] = _page(lesson, footer=before + after)
-    return pages
+    return resolve
 
 
 def page_name(lesson: Path) -> str:
@@ -78,34 +113,34 @@ def page_name(lesson: Path) -> str:
     return f"{lesson.parent.name}.html"
 
 
-def _index(names: list[str], rendered: list[Rendered]) -> str:
+def _index(paths: list[Path], rendered: list[Rendered]) -> str:
     """The first page: what the course is, and its lessons."""
     items = "\n".join(
-        f'<li><a href="{name}">{_title(lesson)}</a></li>' for name, lesson in zip(names, rendered)
+        f'<li value="{number_of(path)}"><a href="{page_name(path)}">{_title(lesson)}</a></li>'
+        for path, lesson in zip(paths, rendered)
     )
     text = (PAGE / "index.html").read_text()
-    body = Template(text).substitute(lessons=items)
-    return _page(Rendered(TITLE, body, [], []), footer="")
+    body = Template(text).substitute(title=TITLE, lessons=items)
+    return _page(Rendered(TITLE, body, [], []), body, footer="")
 
 
-def _page(rendered: Rendered, footer: str) -> str:
-    """A whole HTML file. It holds the widgets of this page only, and their tables."""
+def _page(rendered: Rendered, body: str, footer: str, extra: Sequence[Path] = ()) -> str:
+    """A whole HTML file, with the widgets of this page only, their tables, and extra scripts."""
     known = sorted(path.stem for path in WIDGETS.glob("*.js"))
     for name in rendered.widgets:
         if name not in known:
             raise ValueError(f"the widgets are {', '.join(known)}; got {name}, so correct its name")
     used = sorted({*rendered.widgets})
-    scripts = [PAGE / "page.js", *(WIDGETS / f"{name}.js" for name in used)]
+    scripts = [PAGE / "page.js", *(WIDGETS / f"{name}.js" for name in used), *extra]
     tables = {name: export.TABLES[name]() for name in used}
     return Template((PAGE / "page.html").read_text()).substitute(
         title=_title(rendered),
-        heading=_title(rendered),
         style=(PAGE / "style.css").read_text().strip(),
         tables=json.dumps(tables, separators=(",", ":")).replace("</", "<\\/"),
         script="\n".join(path.read_text().strip() for path in scripts),
         contents=_contents(rendered.sections),
-        body=rendered.body.strip(),
-        footer=footer,
+        body=body.strip(),
+        footer=footer.strip(),
     )
 
 

@@ -107,12 +107,22 @@ page.numbers = function (parent, names) {
   };
 };
 
-// A drawing of fixed height and the width of its parent, drawn again when that changes.
-// draw(svg, width) adds shapes by svg.add(tag, attributes, text).
+// What colours mean: [[style, text], ...]. The styles are those of the shapes in style.css.
+page.legend = function (parent, entries) {
+  const legend = page.element("p", { class: "legend" });
+  for (const [style, text] of entries) {
+    const swatch = page.element("span", { class: "swatch " + style });
+    legend.append(page.element("span", {}, swatch, text));
+  }
+  parent.append(legend);
+};
+
+// A drawing as wide as its parent and of a height in CSS, drawn again when its size changes.
+// draw(svg, width, height) adds shapes by svg.add(tag, attributes, text).
 page.drawing = function (parent, height, draw) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("role", "img");
-  svg.style.height = height + "px";
+  svg.style.height = height;
   parent.append(svg);
   svg.add = function (tag, attributes, text) {
     const shape = document.createElementNS(svg.namespaceURI, tag);
@@ -125,7 +135,8 @@ page.drawing = function (parent, height, draw) {
   };
   svg.redraw = function () {
     svg.replaceChildren();
-    if (svg.clientWidth) draw(svg, svg.clientWidth); // 0 in a window that is not shown
+    const { clientWidth: width, clientHeight: height } = svg;
+    if (width) draw(svg, width, height); // 0 in a window that is not shown
   };
   window.addEventListener("resize", svg.redraw);
   return svg;

@@ -4,6 +4,7 @@ The widgets run in a headless Chromium (helpers/browser.py), and are used by key
 """
 
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from coverage import Coverage
 
 import double_quant
 import nf4
-from course.page import build, export
+from course.page import build, export, notebook
 from course.page.markdown import picture_size, render
 from cuda_kernels import dequantize
 from helpers import warpsim
@@ -62,7 +63,8 @@ Seven: $2^3 - 1$ levels are *negative*.
 ## A worked example
 
 ```python
->>> [round(level, 4) for level in nf4.normal_float(2).tolist()]  # a comment that makes it too long
+>>> bits = 2
+>>> [round(level, 4) for level in nf4.normal_float(bits).tolist()]  # a comment that makes it long
 [-1.0, 0.0, 0.4358, 1.0]
 ```
 
@@ -214,6 +216,66 @@ def test_a_png_is_embedded_too(tmp_path: Path) -> None:
     (tmp_path / "lesson.md").write_text("# A\n\n![b](figure.png)\n\n[c](https://arxiv.org)")
     body = render(tmp_path / "lesson.md", str).body
     assert 'src="data:image/png;base64,' in body and 'href="https://arxiv.org"' in body
+
+
+# slides and notebooks
+
+
+@pytest.fixture
+def deck(browser: Browser, lessons: list[Path], tmp_path: Path) -> Path:
+    return build.slides(lessons[0], tmp_path)
+
+
+def test_each_section_is_a_slide_and_arrow_keys_turn_them(browser: Browser, deck: Path) -> None:
+    browser.show(deck, 1280, 720)
+    assert browser.run("document.querySelectorAll('.slide').length") == 1 + 4
+    top = """[...document.querySelectorAll(".slide")].findIndex(function (slide) {
+      return Math.abs(slide.getBoundingClientRect().top) < 2;
+    })"""
+    for key, place in (("ArrowRight", 1), ("PageDown", 2), ("ArrowLeft", 1), ("ArrowRight", 2)):
+        browser.press(key)
+        assert browser.run(top) == place
+    for _ in range(9):
+        browser.press("PageDown")
+    assert browser.run(top) == 4  # the last
+    assert browser.problems == []
+
+
+def test_a_slider_keeps_its_arrow_keys_in_slides(browser: Browser, deck: Path) -> None:
+    browser.show(deck)
+    press(browser, "bins", "block size", "ArrowRight")
+    place = browser.run("scrollY")
+    press(browser, "bins", "block size", "ArrowRight")
+    assert browser.run("scrollY") == place
+    said = "document.querySelector('#widget-bins output').textContent"
+    assert browser.run(said) == "256 weights"
+
+
+def test_the_cells_of_a_notebook_run_and_give_the_values_of_the_lesson(
+    lessons: list[Path], tmp_path: Path
+) -> None:
+    path = notebook.write(lessons[0], tmp_path)
+    assert path.name == "2_levels.ipynb"
+    cells = json.loads(path.read_text())["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    texts = "".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
+    assert "widget" not in texts and "](../2_levels/figure.svg)" in texts
+    assert "[next lesson](../3_next/lesson.md#what-you-will-know)" in texts
+    first, cell = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
+    assert first == notebook.FIRST
+    names: dict[str, object] = {"nf4": nf4}
+    statement, expression = cell.splitlines()
+    exec(statement, names)
+    assert eval(expression, names) == [-1.0, 0.0, 0.4358, 1.0]
+
+
+def test_python_that_is_folded_stays_in_the_text_of_a_notebook() -> None:
+    folded = "<details>\n\n```python\nx = 1\n```\n\n</details>\n"
+    assert notebook.split(f"{folded}\n```python\ny = 2\n```\n") == [
+        ("markdown", f"{folded}\n"),
+        ("code", "y = 2\n"),
+    ]
+    assert notebook.sources("y = 2\n") == ["y = 2"]
 
 
 # the page
@@ -422,6 +484,14 @@ def test_bins_hold_as_many_weights_as_in_python_and_the_errors_agree(page: Brows
             assert abs(got[name] - wanted[name]) <= 2 * gamma(n, torch.float64) * wanted[name]
 
 
+def test_a_weight_between_two_levels_takes_the_lower_one_as_in_python(page: Browser) -> None:
+    midpoints = (nf4.NF4[1:] + nf4.NF4[:-1]) / 2
+    weights = torch.cat([midpoints, torch.ones(1)])
+    script = "(...all) => page.widgets.bins.quantize(...all).codes"
+    codes = page.call(script, weights.tolist(), len(weights), nf4.NF4.tolist())
+    assert codes == codes_of(nf4.quantize(weights, len(weights))).tolist() == [*range(15), 15]
+
+
 def test_the_widget_of_bins_is_used_by_keyboard(page: Browser) -> None:
     press(page, "bins", "block size", "ArrowRight", "ArrowRight")
     press(page, "bins", "the outlier", "End")
@@ -434,7 +504,7 @@ def test_the_widget_of_bins_is_used_by_keyboard(page: Browser) -> None:
         "in all other blocks": f"{wanted['errorOutside']:.4f}",
         "levels used in its block": f"{used} of 15",
     }
-    assert page.run("document.querySelectorAll('#widget-bins rect.hot').length") == 15 + 1
+    assert page.run("document.querySelectorAll('#widget-bins rect.hot').length") == 15
 
 
 def test_the_cost_of_a_code_is_that_of_its_bytes(page: Browser) -> None:
@@ -466,7 +536,7 @@ def test_the_widget_of_codes_is_used_by_keyboard(page: Browser) -> None:
         "bits per weight": "4.000",
         "as nf4.py stores it": "5.000",
     }
-    ticks = page.run("document.querySelectorAll('#widget-code svg:first-child line.mark').length")
+    ticks = page.run("document.querySelectorAll('#widget-code svg line.mark').length")
     assert ticks == 8
 
 
@@ -521,7 +591,7 @@ def test_the_widget_of_the_pager_is_used_by_keyboard(page: Browser) -> None:
     label = page.run("document.querySelector('#widget-pager svg').ariaLabel")
     assert label == f"on the device: pages {', '.join(map(str, resident))}"
     said = page.run("document.querySelector('#widget-pager .said').textContent")
-    assert said.startswith("Step 2. fault: page 1 is not on the device, page ")
+    assert said.startswith("Step 2: page 1 is not on the device, a fault; page ")
     press(page, "pager", "Start again", "Enter")
     assert numbers(page, "pager")["faults"] == "0"
 

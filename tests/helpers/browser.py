@@ -30,6 +30,7 @@ FLAGS = """
 LAUNCH = "import os, sys; a, b, *c = sys.argv[1:]; os.dup2(int(a), 3); os.dup2(int(b), 4); "
 LAUNCH += "os.execv(c[0], c)"
 KEYS = {"Tab": 9, "Enter": 13, " ": 32, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
+KEYS |= {"PageUp": 33, "PageDown": 34}
 TEXTS = {"Enter": "\r", " ": " "}
 
 Json = dict[str, "Json"] | list["Json"] | str | float | int | bool | None

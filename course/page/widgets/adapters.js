@@ -41,8 +41,19 @@ page.widgets.adapters = {
       update,
     );
     const layers = page.choice(controls, "layers", Object.keys(this.layers), update);
-    const drawing = page.drawing(stage, 250, (svg, width) => {
-      this.draw(svg, width, table[select.value], 2 ** rank.value, this.layers[layers.value]);
+    page.legend(stage, [
+      ["bar", "a map that gets an adapter, to scale"],
+      ["hot", "A below it, B at its right"],
+    ]);
+    const drawing = page.drawing(stage, "clamp(130px, 36vw, 240px)", (svg, width, height) => {
+      this.draw(
+        svg,
+        width,
+        height,
+        table[select.value],
+        2 ** rank.value,
+        this.layers[layers.value],
+      );
     });
     const show = page.numbers(stage, [
       "trainable parameters",
@@ -54,12 +65,12 @@ page.widgets.adapters = {
   },
 
   // The maps of a layer, all to one scale: A lies below its map, B at its right.
-  draw(svg, width, model, r, chosen) {
+  draw(svg, width, height, model, r, chosen) {
     const maps = Object.entries(model.maps);
     const gap = 12;
     const wide = maps.reduce((sum, [, size]) => sum + size[1] + r, 0);
     const high = Math.max(...maps.map(([, size]) => size[0] + r));
-    const scale = Math.min((width - gap * (maps.length - 1)) / wide, 205 / high);
+    const scale = Math.min((width - gap * (maps.length - 1)) / wide, (height - 26) / high);
     let x = (width - scale * wide - gap * (maps.length - 1)) / 2;
     for (const [name, [out, into]] of maps) {
       const isChosen = chosen.includes(name);
@@ -74,8 +85,6 @@ page.widgets.adapters = {
       }
       x += scale * (into + r) + gap;
     }
-    const note = `one of ${model.layers} layers, to scale; in red A below and B at right`;
-    svg.add("text", { class: "quiet", x: 0, y: 246 }, note);
     svg.setAttribute("aria-label", `adapters of rank ${r} on ${chosen.join(", ")}`);
   },
 };

@@ -81,7 +81,11 @@ page.widgets.bins = {
       update,
     );
     const code = page.choice(controls, "code", Object.keys(table.codes), update);
-    const drawing = page.drawing(stage, 272, (svg, width) => {
+    page.legend(stage, [
+      ["bar", "share of the weights of all other blocks"],
+      ["hot", "share of the weights of the outlier's block"],
+    ]);
+    const drawing = page.drawing(stage, "232px", (svg, width) => {
       this.draw(svg, width, table.codes[code.value], this.shown);
     });
     const show = page.numbers(stage, [
@@ -95,9 +99,9 @@ page.widgets.bins = {
 
   // A bar per level: the share of the outlier's block, beside the share of the other blocks.
   draw(svg, width, levels, shown) {
-    const bottom = 230;
-    const place = (level) => 50 + ((level + 1) / 2) * (width - 66);
-    const half = Math.max(2, Math.min(9, (width - 66) / 60));
+    const bottom = 190;
+    const place = (level) => 66 + ((level + 1) / 2) * (width - 82);
+    const half = Math.max(2, Math.min(9, (width - 82) / 60));
     const shares = [shown.outside, shown.inside].map((counts) => {
       const all = counts.reduce((a, b) => a + b);
       return counts.map((count) => (all ? count / all : 0));
@@ -105,8 +109,8 @@ page.widgets.bins = {
     const top = [0.2, 0.4, 1].find((share) => share >= Math.max(...shares.flat()));
     for (const share of [0, top / 2, top]) {
       const y = bottom - (170 * share) / top;
-      svg.add("line", { class: "axis", x1: 40, x2: width, y1: y, y2: y });
-      svg.add("text", { class: "quiet end", x: 34, y: y + 4 }, `${Math.round(100 * share)} %`);
+      svg.add("line", { class: "axis", x1: 54, x2: width, y1: y, y2: y });
+      svg.add("text", { class: "quiet end", x: 46, y: y + 4 }, `${Math.round(100 * share)} %`);
     }
     [
       ["bar", -half],
@@ -140,10 +144,6 @@ page.widgets.bins = {
       { class: "quiet middle", x: place(0), y: bottom + 37 },
       "levels: weight / absmax of its block",
     );
-    svg.add("rect", { class: "bar", x: 0, y: 2, width: 10, height: 10 });
-    svg.add("text", { x: 15, y: 12 }, "share of the weights of all other blocks");
-    svg.add("rect", { class: "hot", x: 0, y: 20, width: 10, height: 10 });
-    svg.add("text", { x: 15, y: 30 }, "share of the weights of the outlier's block");
     const fullest = Math.round(100 * Math.max(...shares[1]));
     svg.setAttribute("aria-label", `the fullest level holds ${fullest} % of the outlier's block`);
   },

@@ -47,10 +47,14 @@ page.widgets.code = {
       update,
     );
     const isDouble = page.checkbox(controls, "double quantization of the constants", true, update);
-    const levels = page.drawing(stage, 190, (svg, width) =>
+    page.legend(stage, [
+      ["mark", "NormalFloat"],
+      ["other", "integers"],
+    ]);
+    const levels = page.drawing(stage, "172px", (svg, width) =>
       this.drawLevels(svg, width, table, ...settings()),
     );
-    const trade = page.drawing(stage, 242, (svg, width) =>
+    const trade = page.drawing(stage, "242px", (svg, width) =>
       this.drawTrade(svg, width, table, ...settings()),
     );
     const show = page.numbers(stage, [
@@ -70,26 +74,24 @@ page.widgets.code = {
     const top = Math.max(...density);
     const points = density.map((y, i) => {
       const x = place(-1 + (2 * i + 1) / density.length);
-      return `${x.toFixed(1)},${(112 - (80 * y) / top).toFixed(1)}`;
+      return `${x.toFixed(1)},${(94 - (80 * y) / top).toFixed(1)}`;
     });
     svg.add("polygon", {
       class: "area",
-      points: [`${place(-1)},112`, ...points, `${place(1)},112`].join(" "),
+      points: [`${place(-1)},94`, ...points, `${place(1)},94`].join(" "),
     });
     svg.add("polyline", { class: "curve", points: points.join(" ") });
-    svg.add("line", { class: "axis", x1: 0, x2: width, y1: 112, y2: 112 });
+    svg.add("line", { class: "axis", x1: 0, x2: width, y1: 94, y2: 94 });
     for (const x of table.levels.nf[bits]) {
-      svg.add("line", { class: "mark", x1: place(x), x2: place(x), y1: 102, y2: 126 });
+      svg.add("line", { class: "mark", x1: place(x), x2: place(x), y1: 84, y2: 108 });
     }
     for (const x of table.levels.int[bits]) {
-      svg.add("line", { class: "other", x1: place(x), x2: place(x), y1: 134, y2: 146 });
+      svg.add("line", { class: "other", x1: place(x), x2: place(x), y1: 116, y2: 128 });
     }
-    for (const x of [-1, 0, 1]) svg.add("text", { class: "quiet middle", x: place(x), y: 162 }, x);
-    svg.add("text", { class: "strong", x: 0, y: 12 }, "| NormalFloat");
-    svg.add("text", { class: "blue", x: 110, y: 12 }, "| integers");
+    for (const x of [-1, 0, 1]) svg.add("text", { class: "quiet middle", x: place(x), y: 146 }, x);
     svg.add(
       "text",
-      { class: "quiet middle", x: width / 2, y: 182 },
+      { class: "quiet middle", x: width / 2, y: 166 },
       "weight / absmax, and how often it occurs",
     );
     svg.setAttribute("aria-label", `${table.levels.nf[bits].length} levels from -1 to 1`);

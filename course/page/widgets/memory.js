@@ -170,7 +170,13 @@ page.widgets.memory = {
     const isCheckpointing = page.checkbox(checks, "gradient checkpointing", true, update);
     const isPaged = page.checkbox(checks, "AdamW's moments paged out", false, update);
     const sizes = this.inputs(stage, table, update);
-    const drawing = page.drawing(stage, 40 + 26 * table.cards.length, (svg, width) =>
+    page.legend(stage, [
+      ["unused", "CUDA"],
+      ["part0", "weights"],
+      ["part1", "adapters, gradients, moments"],
+      ["part2", "activations, loss, buffer"],
+    ]);
+    const drawing = page.drawing(stage, `${26 * table.cards.length + 6}px`, (svg, width) =>
       this.draw(svg, width, table),
     );
     const said = page.element("p", { class: "said short", role: "status" });
@@ -219,22 +225,15 @@ page.widgets.memory = {
   // A bar per card: how much of it the step takes, split by component.
   draw(svg, width, table) {
     const { atPeak, peak } = this.shown;
-    const left = 64;
-    const room = width - left - 84;
+    const left = 72;
+    const room = width - left - 96;
     const groups = [
-      ["weights", ["base", "constants", "embedding, head", "norms"]],
-      ["adapters", ["adapters", "gradients", "AdamW moments"]],
-      ["activations", ["activations", "loss", "buffer"]],
-    ].map(([name, parts]) => [name, parts.reduce((sum, part) => sum + atPeak[part], 0)]);
-    const legend = [["unused", "CUDA"], ...groups.map(([name], i) => [`part${i}`, name])];
-    let at = 0;
-    for (const [style, name] of legend) {
-      svg.add("rect", { class: style, x: at, y: 3, width: 10, height: 10 });
-      svg.add("text", { x: at + 14, y: 13 }, name);
-      at += 30 + 7 * name.length;
-    }
+      ["base", "constants", "embedding, head", "norms"],
+      ["adapters", "gradients", "AdamW moments"],
+      ["activations", "loss", "buffer"],
+    ].map((parts) => parts.reduce((sum, part) => sum + atPeak[part], 0));
     table.cards.forEach((size, row) => {
-      const y = 26 + 26 * row;
+      const y = 4 + 26 * row;
       const bytes = size * 2 ** 30;
       const scale = room / Math.max(bytes, peak + table.outside);
       svg.add("text", { class: "end", x: left - 8, y: y + 15 }, `${size} GiB`);
@@ -247,14 +246,14 @@ page.widgets.memory = {
         height: 14,
       });
       let x = left + table.outside * scale;
-      groups.forEach(([, part], i) => {
+      groups.forEach((part, i) => {
         svg.add("rect", { class: `part${i}`, x, y: y + 3, width: part * scale, height: 14 });
         x += part * scale;
       });
       const end = left + bytes * scale;
       svg.add("line", { class: "mark", x1: end, x2: end, y1: y - 2, y2: y + 22 });
       const [style, answer] = this.fits(table, size) ? ["", "✓ fits"] : ["quiet", "✗ too large"];
-      svg.add("text", { class: style, x: width - 76, y: y + 15 }, answer);
+      svg.add("text", { class: style, x: width - 88, y: y + 15 }, answer);
     });
     svg.setAttribute("aria-label", `the step needs ${page.gigabytes(peak)}`);
   },

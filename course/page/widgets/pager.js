@@ -25,10 +25,10 @@ page.widgets.pager = {
       if (place >= 0) {
         counters.hits += 1;
         state.cache.splice(place, 1);
-        state.events.push(`hit: page ${index} is on the device`);
+        state.events.push(`page ${index} is on the device, a hit`);
       } else {
         counters.faults += 1;
-        state.events.push(`fault: page ${index} is not on the device`);
+        state.events.push(`page ${index} is not on the device, a fault`);
         while (state.resident + pages[index] > budget) evict();
         state.resident += pages[index];
         if (state.saved[index]) {
@@ -71,7 +71,7 @@ page.widgets.pager = {
       const { counters, events } = this.state;
       const step = Math.ceil(this.visits / pages.length);
       said.textContent = this.visits
-        ? `Step ${step}. ${events.join(", ")}.`
+        ? `Step ${step}: ${events.join("; ")}.`
         : "Nothing is on the device yet. Press Next page.";
       show({
         hits: counters.hits,
@@ -93,7 +93,7 @@ page.widgets.pager = {
     page.button(buttons, "Next page", () => advance(1));
     page.button(buttons, "End of step", () => advance(pages.length - (this.visits % pages.length)));
     page.button(buttons, "Start again", restart);
-    const drawing = page.drawing(stage, 200, (svg, width) =>
+    const drawing = page.drawing(stage, "186px", (svg, width) =>
       this.draw(svg, width, table, budget.value * 2 ** 20),
     );
     const said = page.element("p", { class: "said", role: "status" });

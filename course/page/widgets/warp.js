@@ -70,11 +70,13 @@ page.widgets.warp = {
     controls.append(buttons);
     const back = page.button(buttons, "Back", () => move(-1));
     const next = page.button(buttons, "Next", () => move(1));
-    const input = page.drawing(stage, 106, (svg, width) => this.drawInput(svg, width, ...now()));
-    const one = page.drawing(stage, 112, (svg, width) =>
+    const input = page.drawing(stage, "98px", (svg, width) => this.drawInput(svg, width, ...now()));
+    const one = page.drawing(stage, "92px", (svg, width) =>
       this.drawWord(svg, width, table, ...now()),
     );
-    const output = page.drawing(stage, 106, (svg, width) => this.drawOutput(svg, width, ...now()));
+    const output = page.drawing(stage, "98px", (svg, width) =>
+      this.drawOutput(svg, width, ...now()),
+    );
     const said = page.element("p", { class: "said", role: "status" });
     stage.append(said);
     const show = page.numbers(stage, names);
