@@ -152,11 +152,6 @@ def test_the_command_builds_the_lessons_of_the_course(
     assert len(lines) == 3 and lines[0].startswith("wrote ") and "index.html" in lines[0]
 
 
-def test_the_sites_of_the_real_lessons_fit() -> None:
-    pages = build.rendered_pages(build.lessons(build.COURSE), build.SITE)
-    assert "index.html" in pages
-
-
 def test_links_lead_to_pages_and_to_files(lessons: list[Path], site: Path) -> None:
     text = (site / "2_levels.html").read_text()
     assert 'href="3_next.html#what-you-will-know"' in text
@@ -297,6 +292,16 @@ def test_a_phone_needs_no_horizontal_scrolling(browser: Browser, site: Path, nam
     browser.show(site / name, PHONE, 740)
     browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     assert browser.run("document.documentElement.scrollWidth") == PHONE
+
+
+def test_the_lessons_of_the_course_become_a_site_that_a_phone_can_show(
+    browser: Browser, tmp_path: Path
+) -> None:
+    for path in build.build(build.lessons(build.COURSE), tmp_path):
+        browser.show(path, PHONE, 740)
+        browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+        assert browser.run("document.documentElement.scrollWidth") == PHONE, path.name
+    assert browser.problems == []
 
 
 USE_EVERYTHING = """
