@@ -35,6 +35,7 @@ from helpers.bounds import (
 )
 from helpers.strategies import Adapted, Tower, TowerWithHead, adapted, same_bits
 from lora import FrozenWeight, QLoRALinear
+from memory.measured import Live
 
 # dtype of x, dtype of autocast or None, compute_dtype
 MODES = [
@@ -258,6 +259,24 @@ def test_forward_saves_x_and_h_and_the_mask_and_nothing_dense(
     mask = tokens * 48 if dropout else 0
     parameters = layer.lora_A.nbytes + layer.lora_B.nbytes
     assert sum(tensor.nbytes for tensor in kept) == x_and_h + mask + parameters
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_after_forward_nothing_is_alive_but_the_output_and_what_is_saved(
+    dtype: torch.dtype, dropout: float
+) -> None:
+    """Nor in a place that is not for saved tensors."""
+    case = Adapted(48, 40, 3, leading=(10,), lora_dropout=dropout)
+    layer = adapt(case)
+    x = case.x(dtype).requires_grad_()
+    with Live(x, *layer.parameters(), *layer.buffers()) as live:
+        before = live.now()
+        y = layer(x)
+        after = live.now()
+    h = 10 * 3 * dtype.itemsize
+    mask = 10 * 48 if dropout else 0
+    assert after - before == y.nbytes + h + mask
 
 
 def test_a_frozen_adapter_saves_nothing_of_x() -> None:
