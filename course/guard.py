@@ -134,18 +134,13 @@ def public_code(tree: ast.Module, lesson: Lesson) -> dict[str, str]:
 
 def without_private(node: ast.ClassDef, lesson: Lesson) -> ast.ClassDef:
     """A class without its docstring, its private methods and those of the exercise."""
-    body = [
-        part
-        for part in node.body
-        if not isinstance(part, ast.Expr)
-        and not (
-            isinstance(part, ast.FunctionDef)
-            and (
-                f"{node.name}.{part.name}" in lesson.cut
-                or (part.name.startswith("_") and not part.name.startswith("__"))
-            )
-        )
-    ]
+    body = []
+    for part in node.body:
+        name = getattr(part, "name", "")
+        is_private = name.startswith("_") and not name.startswith("__")
+        is_cut = f"{node.name}.{name}" in lesson.cut
+        if not (is_private or is_cut or isinstance(part, ast.Expr)):
+            body.append(part)
     return ast.ClassDef(node.name, node.bases, node.keywords, body, node.decorator_list)
 
 

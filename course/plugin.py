@@ -58,7 +58,10 @@ def run(lesson: Lesson, laws: list[Law], path: str, examples: int, send: Send) -
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     sys.meta_path.insert(0, guard.AbsentPeers())
     os.environ["QLORA_KERNELS"] = "reference"  # compiling takes longer than the tests
-    for name in [*ORACLES, *guard.imports_of_ours(lesson), "kernels.cpu.launch"]:
+    modules = guard.imports_of_ours(lesson)
+    if "kernels" in modules:
+        modules.append("kernels.cpu.launch")  # dispatch imports it when it is first called
+    for name in [*ORACLES, *modules]:
         importlib.import_module(name)
     engine.MAX_SHRINKING_SECONDS = SHRINKING_SECONDS
     settings.register_profile("grade", profile([Phase.generate, Phase.shrink], examples))

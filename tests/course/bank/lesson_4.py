@@ -141,12 +141,10 @@ WRONG = [
         {"        ctx.base = base\n": "        ctx.base = base\n        ctx.W = base(x.dtype)\n"},
     ),
     Answer(
-        "x is saved before and after dropout",
+        "each layer saves its own copy of x, as dropout leaves it",
         SAVED,
         {
-            SAVE: SAVE.replace("lora_B)", "lora_B, _drop(x, keep))"),
-            "x, h, keep, lora_A, lora_B = ctx.saved_tensors": "x, h, keep, lora_A, lora_B, _ = "
-            "ctx.saved_tensors",
+            SAVE: "dropped = _drop(x, keep)\n        " + SAVE.replace("(x if", "(dropped if"),
         },
     ),
     Answer(
@@ -241,7 +239,7 @@ RIGHT = [
         },
     ),
     Answer(
-        "what dropout leaves of x is saved instead of x",
+        "dropout by masked_fill, and products by @",
         functions={
             "LoRAMatmul.forward": """
     def forward(ctx, x, lora_A, lora_B, bias, keep, scaling, base):
@@ -249,7 +247,7 @@ RIGHT = [
         h = dropped @ lora_A.to(x.dtype).T
         y = base.matmul(x, bias=bias) + (h @ lora_B.to(x.dtype).T) * scaling
         _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        saved = dropped if needs_A else None, h if needs_B else None
+        saved = x if needs_A else None, h if needs_B else None
         ctx.save_for_backward(*saved, keep, lora_A, lora_B)
         ctx.scaling, ctx.base = scaling, base
         return y
