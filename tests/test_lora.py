@@ -35,7 +35,7 @@ from helpers.bounds import (
 )
 from helpers.strategies import Adapted, Tower, TowerWithHead, adapted, same_bits
 from lora import FrozenWeight, QLoRALinear
-from memory.measured import Live
+from memory.live import Live
 
 # dtype of x, dtype of autocast or None, compute_dtype
 MODES = [

@@ -13,7 +13,7 @@ from course import explain, guard, plugin
 from course.lessons import LESSONS, ROOT
 from helpers import bounds, strategies
 from helpers.bounds import Bounded
-from memory.measured import Live
+from memory.live import Live
 
 DOUBLE = """
 import torch
