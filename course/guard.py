@@ -87,11 +87,6 @@ def is_our_module(name: str) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-def is_ours(module: str) -> bool:
-    top = module.partition(".")[0]
-    return (ROOT / top).is_dir() or (ROOT / f"{top}.py").is_file()
-
-
 def names_of(node: ast.AST) -> set[str]:
     """The unsafe name that a node is, if it is one."""
     if isinstance(node, ast.Name):
