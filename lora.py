@@ -320,16 +320,7 @@ class QLoRALinear(nn.Module):
         Raises: ValueError if r, lora_alpha, lora_dropout or compute_dtype is not possible, and
         where `nf4.quantize` does.
         """
-        if type(r) is not int or r < 1:
-            raise ValueError(f"r must be an integer >= 1, such as 8; got {r}")
-        if not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
-            raise ValueError(
-                f"lora_alpha must be an int or float, positive and finite; got {lora_alpha!r}"
-            )
-        if not isinstance(lora_dropout, int | float) or not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout is a probability, 0 <= p < 1; got {lora_dropout!r}")
-        if compute_dtype not in (None, *COMPUTE_DTYPES):
-            raise ValueError(f"compute_dtype must be one of {COMPUTE_DTYPES}; got {compute_dtype}")
+        check_settings(r, lora_alpha, lora_dropout, compute_dtype)
         if isinstance(linear, QLoRALinear):
             base = linear.base
             compute_dtype = compute_dtype or linear.compute_dtype
@@ -375,6 +366,22 @@ class QLoRALinear(nn.Module):
         """What the adapter adds to the weight: s B A (out, in), in the dtype of the adapter."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
             return (self.lora_B @ self.lora_A).detach() * self.scaling
+
+
+def check_settings(
+    r: int, lora_alpha: float, lora_dropout: float, compute_dtype: torch.dtype | None
+) -> None:
+    """Raise a ValueError if an adapter cannot have these settings."""
+    if type(r) is not int or r < 1:
+        raise ValueError(f"r must be an integer >= 1, such as 8; got {r}")
+    if not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
+        raise ValueError(
+            f"lora_alpha must be an int or float, positive and finite; got {lora_alpha!r}"
+        )
+    if not isinstance(lora_dropout, int | float) or not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout is a probability, 0 <= p < 1; got {lora_dropout!r}")
+    if compute_dtype not in (None, *COMPUTE_DTYPES):
+        raise ValueError(f"compute_dtype must be one of {COMPUTE_DTYPES}; got {compute_dtype}")
 
 
 class NoTensor:

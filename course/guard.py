@@ -78,13 +78,13 @@ def imports_of_ours(lesson: Lesson) -> list[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    return sorted(name for name in names if is_ours(name))
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return sorted(filter(is_our_module, names))
 
 
-def is_ours(module: str) -> bool:
-    top = module.partition(".")[0]
-    return (ROOT / top).is_dir() or (ROOT / f"{top}.py").is_file()
+def is_our_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
 def names_of(node: ast.AST) -> set[str]:
@@ -107,6 +107,8 @@ def changed_by_student(tree: ast.Module, lesson: Lesson) -> str | None:
     found = public_code(tree, lesson)
     for name in sorted({*wanted, *found}):
         if name in wanted and wanted[name] != found.get(name):
+            if any(cut.startswith(f"{name}.") for cut in lesson.cut):
+                name = f"what you do not write of the class {name}"
             return f"{name} is not part of this exercise: leave it as `make lesson` wrote it"
     return None
 
@@ -122,11 +124,24 @@ def public_code(tree: ast.Module, lesson: Lesson) -> dict[str, str]:
             names = [part.id for target in targets for part in ast.walk(target) if is_name(part)]
         else:
             continue
-        cut = {*lesson.cut, *(method.partition(".")[0] for method in lesson.cut)}
+        if isinstance(node, ast.ClassDef):
+            node = without_private(node, lesson)
         for name in names:
-            if not name.startswith("_") and name not in cut:
+            if not name.startswith("_") and name not in lesson.cut:
                 code[name] = code.get(name, "") + ast.dump(node)
     return code
+
+
+def without_private(node: ast.ClassDef, lesson: Lesson) -> ast.ClassDef:
+    """A class without its docstring, its private methods and those of the exercise."""
+    body = []
+    for part in node.body:
+        name = getattr(part, "name", "")
+        is_private = name.startswith("_") and not name.startswith("__")
+        is_cut = f"{node.name}.{name}" in lesson.cut
+        if not (is_private or is_cut or isinstance(part, ast.Expr)):
+            body.append(part)
+    return ast.ClassDef(node.name, node.bases, node.keywords, body, node.decorator_list)
 
 
 def is_name(node: ast.AST) -> bool:
@@ -156,8 +171,15 @@ class Watch:
         torch = sys.modules["torch"]
         names = [name for name in self._modules() if not name.startswith(("torch.", "_pytest."))]
         names += ["torch.nn.functional", "_pytest.runner", "_pytest.python", "_pytest.outcomes"]
-        names += ["numpy", "_pytest.raises"]
-        return [builtins, math, torch.Tensor, *(sys.modules[name] for name in names)]
+        names += ["numpy", "_pytest.raises", "torch.autograd", "torch.autograd.graph", "torch.nn"]
+        modules = [sys.modules[name] for name in names]
+        of_helpers = [
+            value
+            for name, module in zip(names, modules)
+            for value in vars(module).values()
+            if isinstance(value, type) and value.__module__ == name and name.startswith("helpers.")
+        ]
+        return [builtins, math, torch.Tensor, *modules, *of_helpers]
 
     def check(self) -> str | None:
         """The fault so far; looks for functions and modules that were replaced."""

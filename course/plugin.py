@@ -4,12 +4,16 @@ Each law is reported as soon as its tests have run, so a process that ends early
 The reference is loaded only after the last law, to compute the values wanted.
 """
 
+import ast
 import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -17,6 +21,7 @@ import torch
 from _pytest.runner import runtestprotocol
 from hypothesis import Phase, settings
 from hypothesis.internal.conjecture import engine
+from torch import Tensor
 
 from course import explain, guard
 from course.lessons import ROOT, Law, Lesson
@@ -52,10 +57,15 @@ def run(lesson: Lesson, laws: list[Law], path: str, examples: int, send: Send) -
     torch.set_num_threads(1)  # the limit of time counts all threads
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     sys.meta_path.insert(0, guard.AbsentPeers())
-    for name in [*ORACLES, *guard.imports_of_ours(lesson)]:
+    os.environ["QLORA_KERNELS"] = "reference"  # compiling takes longer than the tests
+    modules = guard.imports_of_ours(lesson)
+    if "kernels" in modules:
+        modules.append("kernels.cpu.launch")  # dispatch imports it when it is first called
+    for name in [*ORACLES, *modules]:
         importlib.import_module(name)
     engine.MAX_SHRINKING_SECONDS = SHRINKING_SECONDS
     settings.register_profile("grade", profile([Phase.generate, Phase.shrink], examples))
+    comparisons = Comparisons()
     watch = guard.Watch(path)
     try:
         module = guard.load(lesson, path)
@@ -66,7 +76,7 @@ def run(lesson: Lesson, laws: list[Law], path: str, examples: int, send: Send) -
         return send({"fault": fault})
     if watch.check():
         return send({"fault": watch.fault})
-    exam = Exam(lesson, laws, module, watch, send)
+    exam = Exam(lesson, laws, module, watch, comparisons, send)
     ids = [name for law in laws for name in lesson.test_ids(law)]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     pytest.main([*OPTIONS, *dict.fromkeys(ids)], plugins=[exam])
@@ -105,20 +115,23 @@ class Exam:
         laws: list[Law],
         module: ModuleType,
         watch: guard.Watch,
+        comparisons: "Comparisons",
         send: Send,
     ) -> None:
         self.lesson = lesson
         self.laws = laws
         self.module = module
         self.watch = watch
+        self.comparisons = comparisons
         self.send = send
         self.trace = explain.Trace(module)
+        self.given: dict[str, object] = {}  # the arguments of the test that runs
         self.not_collected = ""
         self.broken: dict[int, Failure] = {}
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.not_collected = first_lines(report)
+            self.not_collected = "\n".join(first_lines(report))
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         for number, law in enumerate(self.laws):
@@ -148,27 +161,43 @@ class Exam:
         """Run a test: on random examples first, because Hypothesis makes those smaller."""
         test = item.obj
         if not hasattr(test, "hypothesis"):
-            self.trace.start()
-            return message_in(runtestprotocol(item, log=False))
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            self.start(parameters)
+            return self.message_in(runtestprotocol(item, log=False))
         if not hasattr(test.hypothesis.inner_test, "is_traced"):
             test.hypothesis.inner_test = self.traced(test.hypothesis.inner_test)
-        message = message_in(runtestprotocol(item, log=False))
+        message = self.message_in(runtestprotocol(item, log=False))
         if message is None and hasattr(test, "hypothesis_explicit_examples"):
             usual = test._hypothesis_internal_use_settings
             test._hypothesis_internal_use_settings = profile([Phase.explicit], 1)
-            message = message_in(runtestprotocol(item, log=False))
+            message = self.message_in(runtestprotocol(item, log=False))
             test._hypothesis_internal_use_settings = usual
         return message
 
+    def start(self, given: dict[str, object]) -> None:
+        """Forget the calls of the test, or example, before; given: the arguments of this one."""
+        self.trace.start()
+        self.comparisons.last = None
+        self.given = given
+
     def traced(self, inner_test: Callable[..., None]) -> Callable[..., None]:
-        """A test of Hypothesis that forgets the calls of the example before."""
+        """A test of Hypothesis that starts anew for each example."""
 
         def traced(*args: object, **kwargs: object) -> None:
-            self.trace.start()
+            self.start(signature(inner_test).bind(*args, **kwargs).arguments)
             inner_test(*args, **kwargs)
 
         traced.is_traced = True
         return traced
+
+    def message_in(self, reports: list[pytest.TestReport]) -> str | None:
+        """What failed in the first of the reports (setup, call, teardown) that failed, or None."""
+        for report in reports:
+            if report.failed:
+                given = ", ".join(f"{name}={explain.short(x)}" for name, x in self.given.items())
+                text = why(report, self.comparisons.last, self.module.__file__)
+                return f"{text}\n  in      the test with {given}" if given else text
+        return None
 
     def show_values(self, reference: ModuleType) -> None:
         """Send again why each law is broken, with the values wanted and got if they differ."""
@@ -177,17 +206,78 @@ class Exam:
             self.send({"end": number, "passed": False, "text": str(failure)})
 
 
-def message_in(reports: list[pytest.TestReport]) -> str | None:
-    """The message of the first of the reports (setup, call, teardown) that failed, or None."""
-    for report in reports:
-        if report.failed:
-            return first_lines(report)
-    return None
+class Comparisons:
+    """Lets the helpers of the tests remember their last comparison that failed.
+
+    last: the tensors wanted and got. Numbers within their bounds are shown as those wanted.
+    """
+
+    def __init__(self) -> None:
+        self.last: tuple[Tensor, Tensor] | None = None
+        strategies = sys.modules["helpers.strategies"]
+        strategies.same_bits = self._of_bits(strategies.same_bits)
+        bounded = sys.modules["helpers.bounds"].Bounded
+        bounded.allows = self._of_bounds(bounded.allows)
+
+    def _of_bits(self, same_bits: Callable[..., bool]) -> Callable[..., bool]:
+        @wraps(same_bits)
+        def remembering(a: Tensor, b: Tensor) -> bool:
+            passed = same_bits(a, b)
+            if not passed:
+                self.last = b.detach().clone(), a.detach().clone()
+            return passed
+
+        return remembering
+
+    def _of_bounds(self, allows: Callable[..., bool]) -> Callable[..., bool]:
+        @wraps(allows)
+        def remembering(bounded: object, computed: Tensor, reference: Tensor | None = None) -> bool:
+            passed = allows(bounded, computed, reference)
+            if not passed:
+                wanted = (bounded.value if reference is None else reference).detach()
+                got = computed.detach().double()
+                if got.shape == wanted.shape:
+                    got = torch.where((got - wanted).abs() <= bounded.error, wanted, got)
+                self.last = wanted.float(), got.float()
+            return passed
+
+        return remembering
 
 
-def first_lines(report: pytest.TestReport | pytest.CollectReport) -> str:
+def why(report: pytest.TestReport, compared: tuple[Tensor, Tensor] | None, student: str) -> str:
+    """Why a test failed: what it wanted, and what it got; student: the path of the student's file.
+
+    compared: the tensors wanted and got by the last comparison that failed.
+    """
+    crash = getattr(report.longrepr, "reprcrash", None)
+    lines = first_lines(report)
+    if crash is None:
+        return "\n".join(lines)
+    if not Path(crash.path).is_relative_to(ROOT / "tests"):
+        where = f", in line {crash.lineno} of your file" if crash.path == student else ""
+        return f"  wanted  no error\n  got     {lines[0]}{where}"
+    statement = statement_at(crash.path, crash.lineno)
+    if compared and "assert" in lines[0]:
+        return explain.side_by_side(statement, *compared)
+    return f"  wanted  {statement}\n  got     " + "\n          ".join(lines)
+
+
+def statement_at(path: str, line: int) -> str:
+    """The statement in a line of a file: what an assert asserts, the head of a with."""
+    source = Path(path).read_text()
+    statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+    around = [node for node in statements if node.lineno <= line <= node.end_lineno]
+    node = min(around, key=lambda node: node.end_lineno - node.lineno)
+    if isinstance(node, ast.Assert):
+        node = node.test
+    elif isinstance(node, ast.With):
+        node = node.items[0].context_expr
+    return " ".join(ast.get_source_segment(source, node).split())
+
+
+def first_lines(report: pytest.TestReport | pytest.CollectReport) -> list[str]:
     """The first lines of what pytest says about a failure."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash else str(report.longrepr)
     lines = [line for line in text.splitlines() if line.strip()][:MOST_LINES]
-    return "\n".join(lines)
+    return [explain.cut_off(line, 3 * explain.WIDTH) for line in lines]

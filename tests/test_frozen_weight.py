@@ -44,6 +44,16 @@ def state_of(frozen: FrozenWeight) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in frozen.named_buffers()}
 
 
+def bytes_held(frozen: FrozenWeight) -> int:
+    """The bytes of all tensors of a weight, whether it counts them or not, without codebooks."""
+    tensors = vars(frozen) | dict(frozen.named_buffers()) | dict(frozen.named_parameters())
+    return sum(
+        tensor.nbytes
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Tensor) and not name.endswith("codebook")
+    )
+
+
 def is_in_state(frozen: FrozenWeight, state: dict[str, Tensor]) -> bool:
     now = state_of(frozen)
     return now.keys() == state.keys() and all(same_bits(now[name], state[name]) for name in state)
@@ -75,7 +85,8 @@ def test_the_error_is_within_that_of_both_quantizations(recipe: Recipe) -> None:
     weight = recipe.tensor()
     frozen = FrozenWeight(weight, recipe.block_size)
     q = nf4.quantize(weight, recipe.block_size)
-    nested = frozen.nested_absmax.repeat_interleave(256)[: q.absmax.numel()]
+    nested = double_quant.quantize(q.absmax).absmax
+    nested = nested.repeat_interleave(256)[: q.absmax.numel()]
     bound = both_quantized(
         q.absmax, nested, nf4.NF4, double_quant.DYNAMIC, recipe.dtype, recipe.dtype
     )
@@ -120,8 +131,10 @@ def test_a_weight_costs_exactly_4_bits_and_its_constants_and_one_mean(blocks: in
     frozen = FrozenWeight(torch.randn(64 * blocks, 256))
     n = 64 * blocks * 256
     assert 8 * frozen.nbytes == n * 4 + n * 8 // 64 + n * 32 // (64 * 256) + 32
+    assert bytes_held(frozen) == frozen.nbytes
     without = FrozenWeight(torch.randn(64, 256), double_quant=False)
     assert 8 * without.nbytes == 64 * 256 * 4 + 64 * 256 * 32 // 64
+    assert bytes_held(without) == without.nbytes
     saved = frozen.state_dict()
     assert saved.pop("_extra_state").nbytes < 256  # how it is decoded
     assert frozen.nbytes == sum(tensor.nbytes for tensor in saved.values())

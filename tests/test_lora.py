@@ -1,6 +1,7 @@
 """The laws of lora.py: the hand-derived backward pass and what it saves, attach, and merge."""
 
 import copy
+import dataclasses
 import gc
 import math
 import re
@@ -15,12 +16,6 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    MixtralConfig,
-)
 
 import double_quant
 import lora
@@ -40,6 +35,7 @@ from helpers.bounds import (
 )
 from helpers.strategies import Adapted, Tower, TowerWithHead, adapted, same_bits
 from lora import FrozenWeight, QLoRALinear
+from memory.live import Live
 
 # dtype of x, dtype of autocast or None, compute_dtype
 MODES = [
@@ -81,14 +77,24 @@ def saved_by(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
         return run(), kept
 
 
+def decoded(weight: Tensor, double: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+    """W', the weight in 4 bits and back, by the functions of the files before lora.py."""
+    q = nf4.quantize(weight)
+    if double:
+        absmax = double_quant.dequantize(double_quant.quantize(q.absmax))
+        q = dataclasses.replace(q, absmax=absmax)
+    return nf4.dequantize(q, dtype)
+
+
 def plain_lora(
-    layer: QLoRALinear, x: Tensor, lora_A: Tensor, lora_B: Tensor, keep: Tensor | None
+    case: Adapted, x: Tensor, lora_A: Tensor, lora_B: Tensor, keep: Tensor | None
 ) -> Tensor:
     """The textbook formula in float64 on the dequantized weight, differentiated by autograd."""
-    bias = None if layer.bias is None else layer.bias.detach().double()
-    dropped = x if keep is None else x * keep / (1 - layer.lora_dropout)
-    update = dropped @ lora_A.T @ lora_B.T * (layer.lora_alpha / layer.r)
-    return F.linear(x, layer.base(torch.float64), bias) + update
+    linear = case.linear()
+    bias = None if linear.bias is None else linear.bias.detach().double()
+    dropped = x if keep is None else x * keep / (1 - case.lora_dropout)
+    update = dropped @ lora_A.T @ lora_B.T * (case.lora_alpha / case.r)
+    return F.linear(x, decoded(linear.weight, case.double_quant).double(), bias) + update
 
 
 # the layer
@@ -119,12 +125,13 @@ def test_output_and_gradients_are_those_of_a_plain_autograd_lora(
     g_flat = g.reshape(-1, case.out_features)
     inputs = flat, layer.lora_A, layer.lora_B
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    plain = plain_lora(layer, *exact, keep)
+    plain = plain_lora(case, *exact, keep)
     gradients = torch.autograd.grad(plain, exact, g_flat.double())
 
-    operands = flat, layer.base(torch.float32), layer.lora_A, layer.lora_B
+    linear = case.linear()
+    operands = flat, decoded(linear.weight, case.double_quant), layer.lora_A, layer.lora_B
     scaling = case.lora_alpha / case.r / (1 - case.lora_dropout)
-    forward = lora_forward(*operands, layer.bias, scaling, keep, dtype)
+    forward = lora_forward(*operands, linear.bias, scaling, keep, dtype)
     forward = forward if result == dtype else forward.to(result)
     assert forward.allows(y.reshape(-1, case.out_features), plain)
     of_x, of_A, of_B = lora_backward(g_flat, *operands, scaling, keep, dtype)
@@ -252,6 +259,24 @@ def test_forward_saves_x_and_h_and_the_mask_and_nothing_dense(
     mask = tokens * 48 if dropout else 0
     parameters = layer.lora_A.nbytes + layer.lora_B.nbytes
     assert sum(tensor.nbytes for tensor in kept) == x_and_h + mask + parameters
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_after_forward_nothing_is_alive_but_the_output_and_what_is_saved(
+    dtype: torch.dtype, dropout: float
+) -> None:
+    """Nor in a place that is not for saved tensors."""
+    case = Adapted(48, 40, 3, leading=(10,), lora_dropout=dropout)
+    layer = adapt(case)
+    x = case.x(dtype).requires_grad_()
+    with Live(x, *layer.parameters(), *layer.buffers()) as live:
+        before = live.now()
+        y = layer(x)
+        after = live.now()
+    h = 10 * 3 * dtype.itemsize
+    mask = 10 * 48 if dropout else 0
+    assert after - before == y.nbytes + h + mask
 
 
 def test_a_frozen_adapter_saves_nothing_of_x() -> None:
@@ -463,15 +488,27 @@ def test_all_linear_says_which_layers_keep_the_adapter_they_had(
     assert "unchanged: 1 linear layers that had an adapter" in capsys.readouterr().out
 
 
+def mixtral() -> nn.Module:
+    from transformers import AutoModelForCausalLM, MixtralConfig  # slow, and only here needed
+
+    return AutoModelForCausalLM.from_config(MixtralConfig(**TINY))
+
+
+def classifier() -> nn.Module:
+    from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+    return AutoModelForSequenceClassification.from_config(LlamaConfig(**TINY))
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [
         (
-            lambda: AutoModelForCausalLM.from_config(MixtralConfig(**TINY)),
+            mixtral,
             "left dense: 1 MixtralTopKRouter (gate); 1 MixtralExperts (experts)",
         ),
         (
-            lambda: AutoModelForSequenceClassification.from_config(LlamaConfig(**TINY)),
+            classifier,
             "left dense: 1 Linear (score)",
         ),
         (
@@ -690,17 +727,20 @@ def test_training_a_small_adapted_model_lowers_its_loss_and_moves_nothing_else(
     assert all(same_bits(model.state_dict()[name], tensor) for name, tensor in frozen.items())
 
 
+@pytest.mark.parametrize("codebook", [None, nf4.NF4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_on_a_dense_16_bit_base_it_is_ordinary_lora(dtype: torch.dtype) -> None:
+def test_the_output_is_that_of_lora_on_a_dense_and_on_a_4_bit_base(
+    dtype: torch.dtype, codebook: Tensor | None
+) -> None:
     case = Adapted()
     linear = case.linear(dtype)
-    layer = case.trained(QLoRALinear.from_linear(linear, codebook=None, **case.settings()))
-    assert layer.base().data_ptr() == linear.weight.data_ptr()
+    layer = case.trained(QLoRALinear.from_linear(linear, codebook=codebook, **case.settings()))
+    assert (layer.base().data_ptr() == linear.weight.data_ptr()) == (codebook is None)
     assert layer.lora_A.dtype == torch.float32
+    weight = linear.weight if codebook is None else decoded(linear.weight)
     x = case.x(dtype)
-    bound = lora_forward(
-        x, linear.weight, layer.lora_A, layer.lora_B, linear.bias, layer.scaling, None, dtype
-    )
+    operands = weight, layer.lora_A, layer.lora_B, linear.bias
+    bound = lora_forward(x, *operands, case.lora_alpha / case.r, None, dtype)
     assert bound.allows(layer(x))
 
 
@@ -714,7 +754,8 @@ def test_a_merged_model_computes_what_the_adapted_one_did(
     assume(math.prod(case.leading))
     layer = adapt(case, dtype, **{"codebook": None} if dense else {}).eval()
     x = case.x(torch.float32).reshape(-1, case.in_features)
-    base = layer.base(torch.float32)
+    weight = case.linear(dtype).weight
+    base = weight if dense else decoded(weight, case.double_quant)
     scaling = case.lora_alpha / case.r
     bound = merged_forward(
         x, base, layer.lora_A, layer.lora_B, layer.bias, scaling, dtype, torch.float32
@@ -734,10 +775,9 @@ def test_the_audit_measures_what_a_4_bit_merge_would_change(case: Adapted, size:
     layer = adapt(case)
     with torch.no_grad():
         layer.lora_B.mul_(size)
-    base = layer.base()
+    base = decoded(case.linear().weight, case.double_quant)
     update = layer.update()
-    fourbit = FrozenWeight(base + update, 64, case.double_quant)
-    realized = (fourbit() - base).double()
+    realized = (decoded(base + update, case.double_quant) - base).double()
     wanted = update.double()
     assume(realized.any())
     _, audit = lora.merge(nn.Sequential(layer))
@@ -768,11 +808,10 @@ def test_a_huge_update_is_kept_up_to_the_error_of_quantization(factor: float) ->
     layer = adapt(case)
     with torch.no_grad():
         layer.lora_B.mul_(factor)
-    target = layer.base() + layer.update()
+    target = decoded(case.linear().weight) + layer.update()
     update = layer.update().double()
-    frozen = FrozenWeight(target)
     absmax = nf4.quantize(target).absmax
-    nested = frozen.nested_absmax.expand(len(absmax))
+    nested = double_quant.quantize(absmax).absmax.expand(len(absmax))
     codes = (nf4.NF4, double_quant.DYNAMIC)
     error = both_quantized(absmax, nested, *codes, torch.float32, torch.float32)
     two_sums = 2 * cast(2 * target.abs().max().item(), torch.float32)
@@ -836,9 +875,8 @@ def test_a_merged_weight_is_rounded_once(dtype: torch.dtype) -> None:
     case = Adapted(48, 40, 3)
     layer = case.trained(QLoRALinear.from_linear(case.linear(dtype), **case.settings()))
     update = Bounded.exact(layer.lora_B).matmul(Bounded.exact(layer.lora_A), torch.float32)
-    total = update.times(layer.scaling, torch.float32).plus(
-        Bounded.exact(layer.base(torch.float32)), torch.float32
-    )
+    base = Bounded.exact(decoded(case.linear(dtype).weight))
+    total = update.times(case.lora_alpha / case.r, torch.float32).plus(base, torch.float32)
     merged, _ = lora.merge(nn.Sequential(layer))
     assert merged[0].weight.dtype == dtype
     assert (total if dtype == torch.float32 else total.to(dtype)).allows(merged[0].weight)

@@ -737,8 +737,8 @@ LORA_MUTANTS = [
         "lora",
         "torch.promote_types(base.dtype, torch.float32)",
         "base.dtype",
-        "test_on_a_dense_16_bit_base_it_is_ordinary_lora",
-        {"dtype": torch.float16},
+        "test_the_output_is_that_of_lora_on_a_dense_and_on_a_4_bit_base",
+        {"dtype": torch.float16, "codebook": None},
         seen_in="PEFT #1090, before 0.11",
     ),
     Mutant(

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import lora
 from kernels import dispatch
 from lora import FrozenWeight, LoRAMatmul, QLoRALinear
-from memory.measured import Live
+from memory.live import Live
 
 LAYERS = 12
 WIDTH = 256
