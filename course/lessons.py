@@ -29,8 +29,8 @@ class Lesson:
     """One lesson, in the folder course/{number}_{slug}.
 
     file: the file that the student writes a part of.
-    cut: the functions that the student writes, as "name" or "Class.name"; private ones may be
-        replaced by others.
+    cut: the functions that the student writes, as "name", "Class.name" or "outer.inner"; private
+        ones may be replaced by others.
     given: private helpers that stay, although only the functions of `cut` use them.
     suite: the file of tests where the tests of the laws are.
     """
@@ -64,7 +64,6 @@ class Lesson:
 
     def test_ids(self, law: Law) -> list[str]:
         return [name if "::" in name else f"{self.suite}::{name}" for name in law.tests]
-
 
 QUANTIZATION = Lesson(
     number=1,
@@ -459,7 +458,225 @@ QLORA_LAYER = Lesson(
     ),
 )
 
+PAGED_OPTIMIZER = Lesson(
+    number=6,
+    slug="paged_optimizer",
+    title="A paged optimizer: AdamW and its pager",
+    file="paged_optim.py",
+    cut=("Pager.fetch", "Pager._load", "Pager._evict", "adamw_"),
+    given=(),
+    suite="tests/test_paged_optim.py",
+    laws=(
+        Law(
+            "A page says what was last written to it, also after it has left and come back.",
+            3,
+            ("tests/test_pager.py::test_every_page_says_what_was_last_written",),
+        ),
+        Law(
+            "The pages that are held never exceed the budget, not even while one is loaded.",
+            3,
+            ("tests/test_pager.py::test_the_pages_that_are_held_never_exceed_the_budget",),
+        ),
+        Law(
+            "The page that leaves is the one that was not used for the longest time.",
+            3,
+            (
+                "tests/test_pager.py::"
+                "test_the_least_recently_used_page_is_evicted_not_the_first_in_nor_the_last_used",
+                "tests/test_pager.py::test_the_pages_that_were_used_last_are_resident",
+            ),
+        ),
+        Law(
+            "A page that leaves is written only if the store has an older value.",
+            1,
+            ("tests/test_pager.py::test_a_clean_page_is_not_written_back_and_a_dirty_one_once",),
+        ),
+        Law(
+            "Hits, faults, evictions and bytes are those of a plain recount.",
+            2,
+            ("tests/test_pager.py::test_every_counter_is_a_plain_recount",),
+        ),
+        Law(
+            "If the pages exceed the budget, each step of AdamW moves all of them in and out.",
+            1,
+            ("test_above_the_budget_each_step_moves_all_of_the_state_in_and_out",),
+        ),
+        Law(
+            "Two hundred updates end where AdamW's do, within the rounding of the dtype.",
+            3,
+            (
+                "test_two_hundred_steps_end_within_rounding_of_torchs_one_kernel",
+                "test_moments_start_at_zero_whatever_their_memory_held",
+            ),
+        ),
+        Law(
+            "An update has the bits of torch.optim.AdamW.",
+            2,
+            ("test_any_page_size_and_budget_gives_the_bits_of_torch",),
+        ),
+        Law(
+            "Any page size and any budget give the bits of a single page.",
+            2,
+            ("test_any_page_size_and_budget_gives_the_bits_of_one_page",),
+        ),
+    ),
+)
+
+CUDA_KERNELS = Lesson(
+    number=7,
+    slug="cuda_kernels",
+    title="CUDA kernels: decoding on a GPU, step by step",
+    file="cuda_kernels/dequantize.py",
+    cut=("v1.naive", "v2.by_byte", "eight", "v3.by_word", "four", "v4.swapped"),
+    given=(),
+    suite="tests/cuda_kernels/test_cuda_kernels.py",
+    laws=(
+        Law(
+            "v1: a thread decodes an element, to the bits of the reference.",
+            4,
+            ("test_v1_gives_each_element_the_bits_of_the_reference",),
+        ),
+        Law(
+            "v2: a thread decodes a byte, to the bits of the reference.",
+            3,
+            ("test_v2_gives_each_pair_the_bits_of_the_reference",),
+        ),
+        Law(
+            "v3: a thread decodes a word of 8 codes, to the bits of the reference.",
+            3,
+            ("test_v3_gives_each_word_the_bits_of_the_reference",),
+        ),
+        Law(
+            "v4: a warp decodes a run of 1024 elements, to the bits of the reference.",
+            4,
+            ("test_v4_gives_each_run_the_bits_of_the_reference",),
+        ),
+        Law(
+            "Each element that was asked for is written once, and nothing else is written.",
+            2,
+            ("test_each_element_is_written_once_and_nothing_beyond_them",),
+        ),
+        Law(
+            "Whichever warps and lanes run first, the results are the same.",
+            2,
+            ("test_every_order_of_threads_gives_the_same_bits",),
+        ),
+        Law(
+            "A thread reads and writes as many bytes at once as the table of the docstring says.",
+            1,
+            ("test_each_rung_reads_and_writes_as_many_bytes_at_once_as_it_promises",),
+        ),
+        Law(
+            "Each write of a warp fills whole sectors of 32 bytes.",
+            1,
+            ("test_each_write_of_a_warp_fills_whole_sectors",),
+        ),
+    ),
+)
+
+TRAINING = Lesson(
+    number=8,
+    slug="training",
+    title="Training, and judging the result",
+    file="training/loss_and_eval.py",
+    cut=(
+        "CrossEntropy.forward",
+        "CrossEntropy.backward",
+        "label_loss",
+        "perplexity",
+        "exact_match",
+    ),
+    given=("_some_rows",),
+    suite="tests/training/test_loss_and_eval.py",
+    laws=(
+        Law(
+            "The loss of logits is the sum of their cross entropies, however large they are.",
+            2,
+            ("test_the_cross_entropy_is_that_of_float64",),
+        ),
+        Law(
+            "Its gradient is softmax minus one-hot, times the gradient that comes in.",
+            3,
+            ("test_the_gradient_of_the_cross_entropy_is_that_of_float64",),
+        ),
+        Law(
+            "The gradient is computed in float32 and rounded once to the dtype of the logits.",
+            1,
+            (
+                "test_a_factor_that_bfloat16_cannot_hold_scales_the_gradient_without_a_bias",
+                "test_the_gradient_has_the_dtype_of_the_logits",
+            ),
+        ),
+        Law(
+            "Only logits and labels are saved, and only `overwrite` lets backward change logits.",
+            2,
+            (
+                "test_the_cross_entropy_saves_the_logits_and_keeps_them",
+                "test_a_gradient_that_overwrites_the_logits_is_right_and_computed_once",
+            ),
+        ),
+        Law(
+            "Position t predicts token t + 1, and the head computes only logits with a label.",
+            2,
+            ("test_the_head_sees_only_the_positions_with_a_label_and_the_loss_is_theirs",),
+        ),
+        Law(
+            "A token with a label counts once, an end token too; padding does not count.",
+            2,
+            (
+                "test_each_token_in_the_loss_counts_once",
+                "test_the_loss_does_not_depend_on_the_padding_token",
+            ),
+        ),
+        Law(
+            "Losses and gradients of small batches add up to those of one large batch.",
+            2,
+            ("test_losses_and_gradients_of_small_batches_add_up_to_those_of_the_large_one",),
+        ),
+        Law(
+            "What the model does to its logits after the head is part of the gradient.",
+            1,
+            ("test_logits_that_the_model_needs_for_its_gradient_are_not_overwritten",),
+        ),
+        Law(
+            "Perplexity is exp of the total loss over the total number of labels, without dropout.",
+            2,
+            (
+                "test_the_perplexity_of_uniform_predictions_is_the_size_of_the_vocabulary",
+                "test_perplexity_is_exp_of_the_mean_loss_whatever_the_batches_are",
+                "test_perplexity_is_measured_in_evaluation_mode",
+            ),
+        ),
+        Law(
+            "Exact match is the share of answers with the expected characters, and no others.",
+            2,
+            (
+                "test_exact_match_counts_answers_that_equal_the_expected_text",
+                "test_only_an_answer_of_the_same_characters_is_a_match",
+                "test_the_model_is_asked_the_prompts_alone_and_has_room_for_the_longest_answer",
+            ),
+        ),
+        Law(
+            "Several processes add up what they found, and count each example once.",
+            1,
+            (
+                "test_the_losses_of_all_processes_are_added_each_example_once",
+                "test_the_right_answers_of_all_processes_are_added_each_example_once",
+            ),
+        ),
+    ),
+)
+
 LESSONS = {
     lesson.number: lesson
-    for lesson in (QUANTIZATION, NORMAL_FLOAT, DOUBLE_QUANTIZATION, LORA, QLORA_LAYER)
+    for lesson in (
+        QUANTIZATION,
+        NORMAL_FLOAT,
+        DOUBLE_QUANTIZATION,
+        LORA,
+        QLORA_LAYER,
+        PAGED_OPTIMIZER,
+        CUDA_KERNELS,
+        TRAINING,
+    )
 }

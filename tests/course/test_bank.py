@@ -1,5 +1,6 @@
 """Every wrong answer of the bank breaks its law, every right one none, no attack wins a point."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,11 +11,11 @@ from pathlib import Path
 import pytest
 from coverage import Coverage
 
-from bank import answers, lesson_1, lesson_2, lesson_3, lesson_4, lesson_5
+from bank import answers
 from bank.hostile import HOSTILE, Hostile
 from course.lessons import LESSONS, ROOT
 
-BANKS = {1: lesson_1, 2: lesson_2, 3: lesson_3, 4: lesson_4, 5: lesson_5}
+BANKS = {number: importlib.import_module(f"bank.lesson_{number}") for number in LESSONS}
 WRONG = [(number, answer) for number, bank in BANKS.items() for answer in bank.WRONG]
 RIGHT = [(number, answer) for number, bank in BANKS.items() for answer in bank.RIGHT]
 SCRIPT = Path(__file__).with_name("grade_bank.py")
