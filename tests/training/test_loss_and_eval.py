@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from data.chat_template import Example
 from data.dataset import Batch, Task, collate
 from helpers import models
 from helpers.bounds import gamma
-from training import distributed, loss_and_eval
+from training import loss_and_eval
 from training.loss_and_eval import (
     CrossEntropy,
     evaluate,
@@ -28,8 +29,25 @@ TWO_EXAMPLES = [
 ]
 
 
+UNEQUAL = [
+    Example([5, 6, 7, 8, 9, 2], [-100, 6, 7, 8, 9, 2]),
+    Example([9, 8, 2], [-100, -100, 2]),
+    Example([4, 3, 2, 7], [-100, -100, 2, 7]),
+]
+
+
 def batch_of_two() -> Batch:
     return collate(TWO_EXAMPLES, pad_id=2)
+
+
+def require_within(what: str, got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
+    """Fails with the first number that is not within its bound. Each tensor has one shape."""
+    within = (got.double() - wanted.double()).abs() <= bound
+    for place in (~within).nonzero().tolist():
+        index = tuple(place)
+        raise AssertionError(
+            f"{what}{place or ''}: wanted {wanted[index].item():.9g}, got {got[index].item():.9g}"
+        )
 
 
 def test_the_head_sees_only_the_positions_with_a_label_and_the_loss_is_theirs() -> None:
@@ -46,9 +64,48 @@ def test_the_head_sees_only_the_positions_with_a_label_and_the_loss_is_theirs() 
     hidden = torch.stack([output.last_hidden_state[row, column] for row, column in positions])
     logits = F.linear(hidden, model.lm_head.weight)
     labels = torch.tensor([7, 8, 9, 8, 7])
-    assert torch.equal(loss, F.cross_entropy(logits, labels, reduction="none").sum())
-    assert shapes == [(5, 49152)]
+    wanted = F.cross_entropy(logits, labels, reduction="none").sum()
+    assert torch.equal(loss, wanted), f"the loss: wanted {wanted.item()}, got {loss.item()}"
+    assert shapes == [(5, 49152)], f"logits: wanted [(5, 49152)], got {[*map(tuple, shapes)]}"
     assert not model.lm_head._forward_pre_hooks, "the hook is removed afterwards"
+
+
+@torch.no_grad()
+def test_each_token_in_the_loss_counts_once() -> None:
+    """Also an end token, although the padding has its id. Each loss is log V."""
+    model = models.tiny_llama(vocab_size=1024)
+    model.lm_head.weight.zero_()
+    loss = label_loss(model, collate(UNEQUAL, pad_id=2), torch.float32).item()
+    assert round(loss / math.log(1024)) == 5 + 1 + 2
+    documents = [Example(example.ids, example.ids) for example in UNEQUAL]
+    loss = label_loss(model, collate(documents, pad_id=2), torch.float32).item()
+    assert round(loss / math.log(1024)) == 5 + 2 + 3, "the first token of each is not predicted"
+
+
+@torch.no_grad()
+def test_the_loss_does_not_depend_on_the_padding_token() -> None:
+    model = models.tiny_llama(vocab_size=256)
+    losses = [label_loss(model, collate(UNEQUAL, pad_id), torch.float32) for pad_id in (2, 6)]
+    assert torch.equal(*losses)
+
+
+def test_losses_and_gradients_of_small_batches_add_up_to_those_of_the_large_one() -> None:
+    """So accumulation changes nothing, if each is divided by the labels of the whole step.
+
+    The sums are those of float64, in another order; a unit of float32 is far above their error.
+    """
+    model = models.tiny_llama(torch.float64, vocab_size=256)
+
+    def loss_and_gradient(examples: list[Example]) -> tuple[Tensor, Tensor]:
+        loss = label_loss(model, collate(examples, pad_id=2), torch.float32)
+        (gradient,) = torch.autograd.grad(loss, model.model.norm.weight)
+        return loss.detach(), gradient
+
+    loss, gradient = loss_and_gradient(UNEQUAL)
+    losses, gradients = zip(*(loss_and_gradient([example]) for example in UNEQUAL))
+    require_within("the sum of the losses", sum(losses), loss, gamma(1) * loss)
+    bound = gamma(1) * gradient.norm()
+    require_within("the sum of the gradients", sum(gradients), gradient, bound)
 
 
 @pytest.mark.parametrize("n", [0, 1, 16, 37])
@@ -71,7 +128,7 @@ def test_the_cross_entropy_has_the_gradient_of_its_own_sum(n: int) -> None:
                 below = CrossEntropy.apply(logits - step, labels, False)
                 differences[row, column] = (above - below) / (2 * h)
     bound = h**2 / 60 + gamma(7 + n + 8, torch.float64) * (loss.item() + 1) / h
-    assert ((differences - gradient).abs() <= bound).all()
+    require_within("the gradient at ", gradient, differences, bound)
 
 
 def test_a_gradient_that_overwrites_the_logits_is_the_same_and_computed_once() -> None:
@@ -86,7 +143,8 @@ def test_a_gradient_that_overwrites_the_logits_is_the_same_and_computed_once() -
     copy = logits * 1
     loss = CrossEntropy.apply(copy, labels, True)
     (gradient,) = torch.autograd.grad(loss / 2, logits, retain_graph=True)
-    assert torch.equal(gradient, expected) and torch.equal(copy, expected)
+    assert torch.equal(gradient, expected)
+    assert torch.equal(copy, expected), "the gradient is not in the memory of the logits"
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -125,14 +183,17 @@ def test_logits_that_the_model_needs_for_its_gradient_are_not_overwritten(after:
     assert (gradient - expected).norm() <= gamma(5) * 16 * expected.norm()
 
 
+@pytest.mark.parametrize("scale", [3, 300])  # exp of a logit overflows from 89 on
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_cross_entropy_and_its_gradient_are_those_of_float64(dtype: torch.dtype) -> None:
+def test_the_cross_entropy_and_its_gradient_are_those_of_float64(
+    dtype: torch.dtype, scale: float
+) -> None:
     """The bound: exp and log have an error of a few units (4 are allowed), the sum over the classes
     has gamma of their number, and p - 1 has a unit of 1. The factor 1/n is rounded to float32, and
     the gradient to the dtype of the logits twice: before and after it is scaled."""
     torch.manual_seed(0)
     n, classes = 120, 300  # 1/120 is far from a number in bfloat16
-    logits = (3 * torch.randn(n, classes)).to(dtype).requires_grad_()
+    logits = (scale * torch.randn(n, classes)).to(dtype).requires_grad_()
     labels = torch.randint(classes, (n,))
     loss = CrossEntropy.apply(logits, labels, False)
     (gradient,) = torch.autograd.grad(loss / n, logits)
@@ -142,12 +203,14 @@ def test_the_cross_entropy_and_its_gradient_are_those_of_float64(dtype: torch.dt
     # No term of the loss of a row is larger.
     largest = exact.detach().abs().amax(1) + math.log(classes)
     of_log = gamma(classes + 8) + 2 * gamma(1) * largest
-    assert abs(loss.double() - each.sum()) <= (of_log.sum() + gamma(n) * each.sum())
+    of_sum = of_log.sum() + gamma(n) * each.sum()
+    require_within("the loss", loss.detach(), each.sum().detach(), of_sum.detach())
     probability = n * expected + F.one_hot(labels, classes)
     of_exp = torch.expm1(of_log + gamma(1) * largest)[:, None] + gamma(8)
     of_gradient = probability * of_exp / n + gamma(2, dtype) * expected.abs()
     tiny = torch.finfo(dtype).smallest_normal
-    assert ((gradient.double() - expected).abs() <= of_gradient + gamma(4) / n + tiny).all()
+    bound = of_gradient + gamma(4) / n + tiny
+    require_within("the gradient at ", gradient, expected, bound)
 
 
 def test_a_factor_that_bfloat16_cannot_hold_scales_the_gradient_without_a_bias() -> None:
@@ -179,20 +242,25 @@ def test_the_cross_entropy_saves_the_logits_and_keeps_them() -> None:
     labels = torch.zeros(40, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         CrossEntropy.apply(logits, labels, False).backward()
-    assert saved[0] is logits and saved[1] is labels and len(saved) == 2
-    assert torch.equal(logits, before)
+    shapes = [tuple(tensor.shape) for tensor in saved]
+    assert shapes == [(40, 50), (40,)], "saved: the logits and the labels, and nothing else"
+    assert saved[0] is logits and saved[1] is labels, "a copy is saved"
+    assert torch.equal(logits, before), "the logits have changed"
 
 
-def test_the_perplexity_of_uniform_predictions_is_the_size_of_the_vocabulary() -> None:
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_perplexity_of_uniform_predictions_is_the_size_of_the_vocabulary(
+    batch_size: int,
+) -> None:
     model = models.tiny_llama(vocab_size=1024)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    examples = [Example([5, 6, 7, 8], [-100, 6, 7, 8])] * 3
+    examples = [Example([5, 6, 7, 8], [5, 6, 7, 8])] * 3  # the first token is not predicted
     # Each loss is log 1024, rounded; their sum and their mean round a few times more. exp turns
     # this into a relative error.
     rounding = math.expm1(math.log(1024) * gamma(len(examples) * 3 + 2))
-    found = perplexity(model, examples, 2, 2, torch.float32)
-    assert abs(found - 1024) <= 1024 * rounding
+    found = perplexity(model, examples, batch_size, 2, torch.float32)
+    assert abs(found - 1024) <= 1024 * rounding, f"wanted 1024, got {found}"
 
 
 def test_answers_do_not_depend_on_their_neighbours() -> None:
@@ -245,6 +313,35 @@ def test_an_answer_differs_once_no_further_token_can_make_it_the_wanted_one(
     assert loss_and_eval.Differs(tokenizer, [wanted], 0).differs(text, wanted) == differs
 
 
+class Answers:
+    """Stands for generate_answers: knows the answers, and records what it is asked."""
+
+    def __init__(self, known: dict[tuple[int, ...], str]) -> None:
+        self.known = known
+        self.asked: list[list[int]] = []
+        self.rooms: list[int] = []
+
+    def __call__(
+        self,
+        model: object,
+        tokenizer: object,
+        prompts: list[list[int]],
+        length: int,
+        *_: object,
+        **options: object,
+    ) -> list[str]:
+        self.asked += prompts
+        self.rooms += [length] * len(prompts)
+        return [self.known[tuple(prompt)] for prompt in prompts]
+
+
+ASKED = [
+    Example([1, 2], [-100, 2], "first", "yes"),
+    Example([5, 6, 7, 8, 2], [-100, -100, 7, 8, 2], "second", "no"),
+    Example([7, 3, 2], [-100, 3, 2], "third", "perhaps"),
+]
+
+
 def test_exact_match_counts_answers_that_equal_the_expected_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -259,6 +356,25 @@ def test_exact_match_counts_answers_that_equal_the_expected_text(
     task = Task("exact match", examples, examples, [])
     assert evaluate(model, None, task, 2, torch.float32) == [2 / 4, None]
     assert capsys.readouterr().out == "", "during training no answer is printed"
+
+
+@pytest.mark.parametrize("answer", ["yes", "Yes", "yes.", "yes sir", "ye", ""])
+def test_only_an_answer_of_the_same_characters_is_a_match(
+    answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_and_eval, "generate_answers", Answers({(1,): answer}))
+    share = exact_match(models.tiny_llama(vocab_size=256), None, [ASKED[0]], torch.float32)
+    assert share == (answer == "yes"), f"{answer!r} for 'yes' counts {share}"
+
+
+def test_the_model_is_asked_the_prompts_alone_and_has_room_for_the_longest_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = Answers({(1,): "yes", (5, 6): "no", (7,): "maybe"})
+    monkeypatch.setattr(loss_and_eval, "generate_answers", answers)
+    assert exact_match(models.tiny_llama(vocab_size=256), None, ASKED, torch.float32) == 2 / 3
+    assert sorted(answers.asked) == [[1], [5, 6], [7]], f"asked: {answers.asked}"
+    assert min(answers.rooms) >= 3, "the longest answer has 3 tokens"
 
 
 def test_generation_from_a_batch_takes_no_copy_of_the_head_for_each_sequence(
@@ -278,19 +394,50 @@ def test_generation_from_a_batch_takes_no_copy_of_the_head_for_each_sequence(
     assert contiguous and all(contiguous)
 
 
-def test_perplexity_is_exp_of_the_mean_loss() -> None:
-    model = models.tiny_llama()
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_perplexity_is_exp_of_the_mean_loss_whatever_the_batches_are(batch_size: int) -> None:
+    """In float64: exp(loss / 8) has the relative error of loss / 8, and a few units more."""
+    model = models.tiny_llama(torch.float64, vocab_size=256)
     with torch.no_grad():
-        loss = label_loss(model, batch_of_two(), torch.float32).item()
-    assert perplexity(model, TWO_EXAMPLES, 2, 2, torch.float32) == math.exp(loss / 5)
+        loss = label_loss(model, collate(UNEQUAL, pad_id=2), torch.float32).item()
+    found = perplexity(model, UNEQUAL, batch_size, 2, torch.float32)
+    wanted = math.exp(loss / 8)
+    assert abs(found - wanted) <= gamma(1) * wanted, f"wanted {wanted}, got {found}"
 
 
-def test_an_example_that_another_rank_counts_does_not_count_twice(
+def test_perplexity_is_measured_in_evaluation_mode() -> None:
+    model = models.tiny_llama(vocab_size=256).train()
+    modes = []
+    with model.register_forward_pre_hook(lambda model, inputs: modes.append(model.training)):
+        perplexity(model, UNEQUAL, 2, 2, torch.float32)
+    assert modes and not any(modes), "dropout is on in training mode"
+
+
+def be_the_second_process_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one adds 1 to every sum. Of three examples this one counts the second."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda sums: sums.add_(1))
+
+
+def test_the_losses_of_all_processes_are_added_each_example_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = models.tiny_llama(vocab_size=256)
-    examples = [Example(ids, ids) for ids in ([5, 6, 7, 8], [9, 10, 11])]
-    alone = loss_and_eval.perplexity(model, examples, 2, 2, torch.float32)
-    padded = [*examples, examples[0]]
-    monkeypatch.setattr(distributed, "split_among_ranks", lambda items: (list(padded), 2))
-    assert loss_and_eval.perplexity(model, examples, 3, 2, torch.float32) == alone
+    with torch.no_grad():
+        loss = label_loss(model, collate(UNEQUAL[1:2], pad_id=2), torch.float32).item()
+    be_the_second_process_of_two(monkeypatch)
+    found = perplexity(model, UNEQUAL, 1, 2, torch.float32)
+    wanted = math.exp((loss + 1) / (1 + 1))  # of one label here, and of one of the other process
+    assert found == wanted, f"wanted {wanted}, got {found}"
+
+
+def test_the_right_answers_of_all_processes_are_added_each_example_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = Answers({(1,): "yes", (5, 6): "wrong", (7,): "maybe"})
+    monkeypatch.setattr(loss_and_eval, "generate_answers", answers)
+    be_the_second_process_of_two(monkeypatch)
+    share = exact_match(models.tiny_llama(vocab_size=256), None, ASKED, torch.float32)
+    assert share == 1 / 3, f"wanted 1/3: none here, one of the other process; got {share}"
