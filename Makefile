@@ -7,6 +7,9 @@
 # make gpu        test and measure the kernels on this machine's NVIDIA GPU; ARGS="-k managed" selects tests
 # make bench      measure speed and memory next to the peers, and write the tables in docs/; ARGS="ops --quick"
 # make paper      test each claim of the paper, and write paper/RESULTS.md; ARGS="parity --seeds 10"
+# make lesson     write the file of an exercise into work/, never over an existing one; LESSON=2
+# make grade      grade your answer: which laws hold, and the smallest input that breaks one; LESSON=2
+# make course     draw the figures of the lessons and write their page into course/site
 # make lint       check with ruff: rules and formatting
 # make figures    draw the figure in the README
 # make clean      remove the virtual environment, the model and the output
@@ -20,7 +23,7 @@ TORCH := $(shell grep -o '^torch==[0-9.]*' requirements.txt)
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: train test test-long gpu mutate bench paper lint figures clean
+.PHONY: train test test-long gpu mutate bench paper lesson grade course lint figures clean
 train: $(VENV)/run
 	$(BIN)/python train.py $(if $(ARGS),$(ARGS),--output-dir out/demo --overwrite)
 
@@ -55,6 +58,15 @@ bench: $(VENV)/dev
 
 paper: $(VENV)/dev
 	$(BIN)/python -m paper $(ARGS)
+
+lesson: $(VENV)/run
+	@$(BIN)/python -m course lesson $(LESSON)
+
+grade: $(VENV)/dev
+	@$(BIN)/python -m course grade $(LESSON)
+
+course: $(VENV)/dev
+	$(BIN)/python -m course build
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

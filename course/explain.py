@@ -2,8 +2,9 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from inspect import BoundArguments, signature
 from types import FunctionType, ModuleType
@@ -26,10 +27,11 @@ class Raised:
 
 @dataclass
 class Call:
-    """A call of a public function of the student's file, with copies of what it was given."""
+    """A call of a public function, with copies of its arguments before and after it."""
 
     function: str
     arguments: dict[str, object]
+    after: dict[str, object] = field(default_factory=dict)
     result: object = None
 
 
@@ -54,7 +56,7 @@ class Trace:
         def recording(*args: object, **kwargs: object) -> object:
             if self.inside:
                 return function(*args, **kwargs)
-            call = Call(name, self._copies(function, args, kwargs))
+            call = self._call(name, signature(function).bind(*args, **kwargs).arguments)
             self.calls.append(call)
             self.inside = True
             try:
@@ -66,18 +68,17 @@ class Trace:
                 raise
             finally:
                 self.inside = False
+                call.after = copied(signature(function).bind(*args, **kwargs).arguments)
 
         return recording
 
-    def _copies(
-        self, function: Callable, args: tuple, kwargs: dict[str, object]
-    ) -> dict[str, object]:
-        """The arguments by name; a tensor that the module defines, such as NF4, is not copied."""
-        arguments = signature(function).bind(*args, **kwargs).arguments
+    def _call(self, name: str, arguments: dict[str, object]) -> Call:
+        """A tensor that the module defines, such as NF4, is not copied, so it has its name."""
         own = {id(value) for value in tensors_of(self.module).values()}
-        return {
-            name: value if id(value) in own else copied(value) for name, value in arguments.items()
+        before = {
+            key: value if id(value) in own else copied(value) for key, value in arguments.items()
         }
+        return Call(name, before)
 
 
 def tensors_of(module: ModuleType) -> dict[str, Tensor]:
@@ -90,10 +91,14 @@ def tensors_of(module: ModuleType) -> dict[str, Tensor]:
 
 
 def copied(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: copied(part) for key, part in value.items()}
     try:
         return copy.deepcopy(value)
-    except Exception:  # such as a tensor with a gradient function
-        return value.detach().clone() if isinstance(value, Tensor) else value
+    except RuntimeError:  # a tensor that was computed with a gradient
+        if isinstance(value, Tensor):
+            return value.detach().clone().requires_grad_()
+        return value
 
 
 def line_in(path: str, error: BaseException) -> int | None:
@@ -114,26 +119,31 @@ def explain(calls: list[Call], student: ModuleType, reference: ModuleType) -> st
     differs, the tensors that the modules define are compared.
     """
     prefix = student.__name__.rpartition(".")[2]
-    for call in calls:
-        wanted = again(call, reference)
-        if different(wanted, call.result):
-            title = f"{prefix}.{call.function}({described(call.arguments, student)})"
-            return side_by_side(title, wanted, call.result)
-    for name, wanted in tensors_of(reference).items():
-        got = vars(student).get(name)
-        if different(wanted, got):
-            return side_by_side(f"{prefix}.{name}", wanted, got)
+    for got in calls:
+        wanted = again(got, reference)
+        title = f"{prefix}.{got.function}({described(got.arguments, student)})"
+        if different(wanted.result, got.result):
+            return side_by_side(title, wanted.result, got.result)
+        for name, value in wanted.after.items():
+            if different(value, got.after[name]):
+                title += f"\n  {name}, after the call:"
+                return side_by_side(title, value, got.after[name])
+    for name, value in tensors_of(reference).items():
+        own = vars(student).get(name)
+        if different(value, own):
+            return side_by_side(f"{prefix}.{name}", value, own)
     return ""
 
 
-def again(call: Call, reference: ModuleType) -> object:
-    """The result of the same call of the reference."""
+def again(call: Call, reference: ModuleType) -> Call:
+    """The same call of the reference."""
     function = getattr(reference, call.function)
+    bound = BoundArguments(signature(function), copied(call.arguments))
     try:
-        bound = BoundArguments(signature(function), copied(call.arguments))
-        return function(*bound.args, **bound.kwargs)
+        result = function(*bound.args, **bound.kwargs)
     except Exception as error:
-        return Raised(error)
+        result = Raised(error)
+    return Call(call.function, call.arguments, bound.arguments, result)
 
 
 def different(wanted: object, got: object) -> bool:
@@ -157,7 +167,7 @@ def short(value: object) -> str:
         return f"{type(value).__name__}({', '.join(fields)})"
     if callable(value):
         return getattr(value, "__name__", type(value).__name__)
-    return repr(value)
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 def listed(numbers: list[str]) -> str:
@@ -201,7 +211,8 @@ def parts_of(value: object) -> dict[str, Part]:
     """The fields of a result by name; a result without fields has the name ""."""
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        return {"": Part(f"{dtype} {tuple(value.shape)}", elements(value))}
+        gradient = ", with a gradient" if value.requires_grad else ""
+        return {"": Part(f"{dtype} {tuple(value.shape)}{gradient}", elements(value))}
     if dataclasses.is_dataclass(value) and not isinstance(value, Raised):
         named = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     elif isinstance(value, tuple) and not isinstance(value, torch.Size):
@@ -218,14 +229,18 @@ def parts_of(value: object) -> dict[str, Part]:
 def outcome_text(value: object) -> str:
     if isinstance(value, Raised):
         first = str(value.error).partition("\n")[0]
-        return f"{type(value.error).__name__}: {first}"
+        where = f", in line {value.line} of your file" if value.line else ""
+        return f"raises {type(value.error).__name__}{where}{': ' if first else ''}{first}"
     if isinstance(value, torch.Size):
         return str(tuple(value))
-    return repr(value)
+    return short(value)
 
 
 def side_by_side(title: str, wanted: object, got: object) -> str:
     """A table of wanted and got; an arrow marks what differs."""
+    if isinstance(wanted, Raised) or isinstance(got, Raised):
+        lines = [title, f"  wanted  {outcome_text(wanted)}", f"  got     {outcome_text(got)}"]
+        return "\n".join(cut_off(line, 3 * WIDTH) for line in lines)
     rows = [("", "wanted", "got")]
     wanted_parts = parts_of(wanted)
     got_parts = parts_of(got)
@@ -238,14 +253,12 @@ def side_by_side(title: str, wanted: object, got: object) -> str:
             same.append(name)
         else:
             rows += rows_of(name, left, right)
-    if isinstance(got, Raised) and got.line:
-        rows.append(("", "", f"raised in line {got.line} of your file"))
     label_width = max(len(row[0]) for row in rows)
     room = (WIDTH - label_width - 12) // 2
     wanted_width = min(room, max(len(row[1]) for row in rows))
     lines = [cut_off(title, 3 * WIDTH)]
     for number, (label, left, right) in enumerate(rows):
-        mark = "  <-" if number and left else ""
+        mark = "  <-" if number and left != right and left else ""
         text = f"  {label:{label_width}}  {cut_off(left, room):{wanted_width}}  "
         lines.append((text + cut_off(right, room) + mark).rstrip())
     if same:
@@ -259,20 +272,22 @@ def cut_off(text: str, width: int) -> str:
 
 def rows_of(name: str, wanted: Part, got: Part) -> list[tuple[str, str, str]]:
     """The rows for one field: all its numbers, or the first that differ if they are many."""
-    rows = []
-    if wanted.kind != got.kind:
-        rows.append((name, wanted.kind or "(no tensor)", got.kind or "(no tensor)"))
     most = max(len(wanted.elements), len(got.elements))
+    if wanted.kind != got.kind:
+        kinds = [(name, wanted.kind or "(no tensor)", got.kind or "(no tensor)")]
+        return [*kinds, (name, joined(wanted), joined(got))]
     if most <= SHOWN_NUMBERS:
-        return [*rows, (name, joined(wanted), joined(got))]
+        return [(name, joined(wanted), joined(got))]
     pairs = zip(wanted.elements, got.elements)
     places = [place for place, (left, right) in enumerate(pairs) if left != right]
-    for place in places[:MOST_ROWS]:
-        rows.append((f"{name}[{place}]", wanted.elements[place], got.elements[place]))
+    rows = [
+        (f"{name}[{place}]", wanted.elements[place], got.elements[place])
+        for place in places[:MOST_ROWS]
+    ]
     if len(places) > MOST_ROWS:
         rows.append((name, "", f"and {len(places) - MOST_ROWS} more that differ"))
     return rows
 
 
 def joined(part: Part) -> str:
-    return part.elements[0] if not part.kind else f"[{', '.join(part.elements)}]"
+    return listed(part.elements) if part.kind else part.elements[0]

@@ -22,8 +22,9 @@ from course import explain, guard
 from course.lessons import ROOT, Law, Lesson
 
 Send = Callable[[dict[str, object]], None]
-OPTIONS = "-q -p no:cacheprovider -p no:xdist -p no:cov --noconftest -W ignore".split()
-OPTIONS += ["-o", "addopts=", f"--rootdir={ROOT}", "-c", f"{ROOT}/pyproject.toml"]
+OPTIONS = f"""-q --noconftest -W ignore -o addopts= --rootdir={ROOT} -c {ROOT}/pyproject.toml
+    -p _hypothesis_pytestplugin -p no:cacheprovider -p no:unraisableexception
+    -p no:threadexception --hypothesis-profile=grade""".split()
 MOST_LINES = 6  # of the message of a failed assertion
 ORACLES = ("helpers.bounds", "helpers.naive", "helpers.strategies")
 SHRINKING_SECONDS = 1  # Hypothesis makes a failing input smaller for at most so long
@@ -67,7 +68,8 @@ def run(lesson: Lesson, laws: list[Law], path: str, examples: int, send: Send) -
         return send({"fault": watch.fault})
     exam = Exam(lesson, laws, module, watch, send)
     ids = [name for law in laws for name in lesson.test_ids(law)]
-    pytest.main([*OPTIONS, "--hypothesis-profile=grade", *dict.fromkeys(ids)], plugins=[exam])
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    pytest.main([*OPTIONS, *dict.fromkeys(ids)], plugins=[exam])
     if exam.broken:
         watch.active = False
         exam.show_values(load_reference(lesson))

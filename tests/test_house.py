@@ -27,6 +27,7 @@ ORDER = [
     "train",
     "bench",
     "paper",
+    "course",
 ]
 PACKAGES = [name for name in ORDER if (ROOT / name).is_dir()]
 FILES = [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))]

@@ -1,0 +1,1 @@
+"""Answers to the exercises, wrong and right: what the grader must say about each is tested."""

@@ -1,0 +1,72 @@
+"""Grades the answers of the bank in one process, which imports torch and pytest once.
+
+    python tests/course/grade_bank.py              all lessons, and the attacks
+    python tests/course/grade_bank.py 2 hostile    some of them
+
+A wrong answer is graded by the law that it breaks; a right one, the stub and the real file by all
+laws. Prints a line of JSON
+for each answer: lesson, name, points, most points, and what the student reads.
+"""
+
+import importlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[level]) for level in (0, 1, 2)]
+
+from bank import answers  # noqa: E402 (after the path is set)
+from bank.hostile import HOSTILE, Hostile  # noqa: E402
+from course import grade, plugin  # noqa: E402
+from course.lessons import LESSONS, Law, Lesson  # noqa: E402
+from course.stubs import stub  # noqa: E402
+
+
+def bank_of(lesson: Lesson) -> list[answers.Answer]:
+    module = importlib.import_module(f"bank.lesson_{lesson.number}")
+    return [*module.WRONG, *module.RIGHT]
+
+
+def graded(
+    source: str, lesson: Lesson, folder: Path, laws: tuple[Law, ...] | None = None
+) -> grade.Grade:
+    path = folder / lesson.source.name
+    path.write_text(source)
+    return grade.grade(lesson, path, laws)
+
+
+def graded_answer(answer: answers.Answer, lesson: Lesson, folder: Path) -> grade.Grade:
+    laws = (answers.law_of(answer, lesson),) if answer.law else None
+    return graded(answers.source_of(answer, lesson), lesson, folder, laws)
+
+
+def graded_attack(hostile: Hostile, folder: Path) -> grade.Grade:
+    """By two laws: one about the levels alone, one that calls the code of the attack."""
+    lesson = LESSONS[2]
+    source = answers.source_of(hostile.answer, lesson) + hostile.at_import
+    return graded(source, lesson, folder, (lesson.laws[0], lesson.laws[2]))
+
+
+def show(group: int | str, name: str, result: grade.Grade) -> None:
+    print(json.dumps([group, name, result.points, result.most, str(result)]), flush=True)
+
+
+def main(numbers: list[int], hostile: bool) -> None:
+    for name in plugin.ORACLES:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in numbers:
+            lesson = LESSONS[number]
+            show(number, "stub", graded(stub(lesson), lesson, Path(folder)))
+            show(number, "real", graded(lesson.source.read_text(), lesson, Path(folder)))
+            for answer in bank_of(lesson):
+                show(number, answer.name, graded_answer(answer, lesson, Path(folder)))
+        grade.SECONDS_OF_A_LAW = 2
+        for attack in HOSTILE if hostile else []:
+            show("hostile", attack.name, graded_attack(attack, Path(folder)))
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:] or [*LESSONS, "hostile"]
+    main([int(word) for word in words if word != "hostile"], "hostile" in words)
