@@ -121,6 +121,8 @@ def explain(calls: list[Call], student: ModuleType, reference: ModuleType) -> st
     prefix = student.__name__.rpartition(".")[2]
     for got in calls:
         wanted = again(got, reference)
+        if isinstance(wanted.result, Raised) and not isinstance(wanted.result.error, ValueError):
+            continue  # only the test can make this call: it has replaced something
         title = f"{prefix}.{got.function}({described(got.arguments, student)})"
         if different(wanted.result, got.result):
             return side_by_side(title, wanted.result, got.result)
