@@ -42,13 +42,15 @@ def batch_of_two() -> Batch:
 
 
 def require_within(what: str, got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
-    """Fails with the first number that is not within its bound. Each tensor has one shape."""
+    """Fails with the first number that is not within its bound."""
     within = (got.double() - wanted.double()).abs() <= bound
-    for place in (~within).nonzero().tolist():
-        index = tuple(place)
-        raise AssertionError(
-            f"{what}{place or ''}: wanted {wanted[index].item():.9g}, got {got[index].item():.9g}"
-        )
+    assert within.all(), f"{what}{first_outside(within, wanted, got)}"
+
+
+def first_outside(within: Tensor, wanted: Tensor, got: Tensor) -> str:
+    place = (~within).nonzero()[0].tolist()
+    numbers = [tensor[tuple(place)].item() for tensor in (wanted, got)]
+    return f"{place or ''}: wanted {numbers[0]:.9g}, got {numbers[1]:.9g}"
 
 
 def loss_by_torch(model: nn.Module, examples: list[Example]) -> Tensor:
