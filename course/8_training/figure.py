@@ -8,6 +8,9 @@ from paper.experiment import equivalent, interval, p_value
 from training.loss_and_eval import CrossEntropy
 
 LABELS = (2, 4, 8, 16)  # of the four batches of a step
+BY_STEP = "#1f3a5f"
+BY_BATCH = "#9db8d2"
+DIFFERENT = "#b5442e"
 MARGIN = 2.0  # points of exact match that would not matter
 DIFFERENCES = {  # of two methods, in points, one number for each seed
     "3 seeds": [3.0, -3.0, 1.0],
@@ -40,8 +43,8 @@ def draw_weights(axes: Axes) -> None:
     by_batch = weights([n * n_batches for n in LABELS])
     by_step = weights([sum(LABELS)] * n_batches)
     places = range(sum(LABELS))
-    axes.bar(places, by_batch, width=1, color="#e3b5a4", label="each batch by its own labels")
-    axes.step(places, by_step, where="mid", color="#1a5fa8", label="by the labels of the step")
+    axes.bar(places, by_batch, width=1, color=BY_BATCH, label="each batch by its own labels")
+    axes.step(places, by_step, where="mid", color=BY_STEP, label="by the labels of the step")
     start = 0
     for n in LABELS:
         axes.text(start + (n - 1) / 2, 0.003, str(n), ha="center", fontsize=9)
@@ -59,7 +62,7 @@ def draw_intervals(axes: Axes) -> None:
     axes.axvline(0, color="gray", linewidth=0.8, linestyle=":")
     for place, (name, values) in enumerate(DIFFERENCES.items()):
         mean, low, high = interval(values, level=0.90)
-        color = "#1a5fa8" if equivalent(values, MARGIN) else "#b3261e"
+        color = BY_STEP if equivalent(values, MARGIN) else DIFFERENT
         axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=color)
         axes.text(-5.3, place - 0.18, f"{name}: {verdict(values)}", fontsize=9)
     axes.set_xlim(-5.5, 5.5)
