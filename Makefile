@@ -9,6 +9,7 @@
 # make paper      test each claim of the paper, and write paper/RESULTS.md; ARGS="parity --seeds 10"
 # make lesson     write the file of an exercise into work/, never over an existing one; LESSON=2
 # make grade      grade your answer: which laws hold, and the smallest input that breaks one; LESSON=2
+# make autograder write the zip that grades an exercise on Gradescope; LESSON=2
 # make course     draw the figures of the lessons and write their page into course/site
 # make lint       check with ruff: rules and formatting
 # make figures    draw the figure in the README
@@ -23,7 +24,7 @@ TORCH := $(shell grep -o '^torch==[0-9.]*' requirements.txt)
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: train test test-long gpu mutate bench paper lesson grade course lint figures clean
+.PHONY: train test test-long gpu mutate bench paper lesson grade autograder course lint figures clean
 train: $(VENV)/run
 	$(BIN)/python train.py $(if $(ARGS),$(ARGS),--output-dir out/demo --overwrite)
 
@@ -64,6 +65,9 @@ lesson: $(VENV)/run
 
 grade: $(VENV)/dev
 	@$(BIN)/python -m course grade $(LESSON)
+
+autograder: $(VENV)/run
+	@$(BIN)/python -m course autograder $(LESSON)
 
 course: $(VENV)/dev
 	$(BIN)/python -m course build

@@ -2,19 +2,21 @@
 
 python -m course lesson 2     write the student's file of lesson 2
 python -m course grade 2      grade it, and write results.json beside it
+python -m course autograder 2 write the zip that grades it on Gradescope
 python -m course build        draw the figures of the lessons and write the page
 """
 
 import importlib.util
 import sys
 
-from course import figures
+from course import autograder, figures
 from course.grade import grade_and_write
 from course.lessons import LESSONS, ROOT
 from course.stubs import write_stub
 
 NUMBERS = ", ".join(map(str, LESSONS))
-USAGE = f"use: make lesson LESSON=N or make grade LESSON=N, with N one of {NUMBERS}; make course"
+COMMANDS = "make lesson LESSON=N, make grade LESSON=N or make autograder LESSON=N"
+USAGE = f"use: {COMMANDS}, with N one of {NUMBERS}; or make course"
 
 
 def build() -> None:
@@ -37,6 +39,8 @@ def main(argv: list[str]) -> None:
             result = grade_and_write(lessons[number])
             print(result)
             sys.exit(result.points < result.most)
+        case ["autograder", number] if number in lessons:
+            print(f"wrote {autograder.write(lessons[number])}")
         case _:
             sys.exit(USAGE)
 

@@ -225,7 +225,8 @@ def exact_match(
 ) -> float | None:
     """The fraction of generated answers that equal the expected ones; None without examples.
 
-    Each rank generates a share of the answers. show: how many of them are printed.
+    Each rank generates a share of the answers.
+    show: how many of them are printed, each with its question and the expected answer.
     """
     if not examples:
         return None
