@@ -11,7 +11,8 @@ import sys
 
 from course import autograder, figures
 from course.grade import grade_and_write
-from course.lessons import LESSONS, ROOT
+from course.lesson import ROOT
+from course.lessons import LESSONS
 from course.stubs import write_stub
 
 NUMBERS = ", ".join(map(str, LESSONS))

@@ -10,7 +10,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-from course.lessons import ROOT, Lesson
+from course.lesson import ROOT, Lesson
 
 SETUP = """#!/usr/bin/env bash
 # Sets up the grader, once for all submissions. Python 3.11 or newer is needed.

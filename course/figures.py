@@ -8,7 +8,7 @@ import importlib.util
 import io
 from pathlib import Path
 
-from course.lessons import Lesson
+from course.lesson import Lesson
 
 STYLE = {
     "svg.hashsalt": "course",  # the ids in the file, else random

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from course import guard
-from course.lessons import ROOT, Law, Lesson
+from course.lesson import ROOT, Law, Lesson
 
 EXAMPLES = 60  # of each property test
 SECONDS_OF_A_LAW = 10  # of processor time

@@ -15,7 +15,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from course.lessons import ROOT, Lesson
+from course.lesson import ROOT, Lesson
 from course.stubs import stub
 
 LIBRARIES = {"numpy", "scipy", "torch"}

@@ -24,7 +24,7 @@ from hypothesis.internal.conjecture import engine
 from torch import Tensor
 
 from course import explain, guard
-from course.lessons import ROOT, Law, Lesson
+from course.lesson import ROOT, Law, Lesson
 
 Send = Callable[[dict[str, object]], None]
 OPTIONS = f"""-q --noconftest -W ignore -o addopts= --rootdir={ROOT} -c {ROOT}/pyproject.toml

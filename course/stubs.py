@@ -7,7 +7,7 @@ they are.
 
 import ast
 
-from course.lessons import ROOT, Lesson
+from course.lesson import ROOT, Lesson
 
 
 def definitions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
@@ -29,7 +29,8 @@ def stub(lesson: Lesson) -> str:
     functions = definitions(tree)
     missing = [name for name in lesson.cut if name not in functions]
     if missing:
-        raise ValueError(f"{lesson.file} has no function {missing[0]}: see course/lessons.py")
+        where = f"course/exercises/{lesson.slug}.py"
+        raise ValueError(f"{lesson.file} has no function {missing[0]}: see {where}")
     lines = source.splitlines(keepends=True)
     changed = {*lesson.cut, *only_used_by_cut(tree, lesson)}
     for name in sorted(changed, key=lambda name: -functions[name].lineno):  # the last one first

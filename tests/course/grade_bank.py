@@ -19,7 +19,8 @@ sys.path[:0] = [str(Path(__file__).parents[level]) for level in (0, 1, 2)]
 from bank import answers  # noqa: E402 (after the path is set)
 from bank.hostile import HOSTILE, Hostile  # noqa: E402
 from course import grade, plugin  # noqa: E402
-from course.lessons import LESSONS, Law, Lesson  # noqa: E402
+from course.lesson import Law, Lesson  # noqa: E402
+from course.lessons import LESSONS  # noqa: E402
 from course.stubs import stub  # noqa: E402
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from course import __main__, lessons
+from course import __main__
 
 
 def grade(autograder: Path) -> dict:
@@ -23,7 +23,7 @@ def grade(autograder: Path) -> dict:
 def test_the_zip_grades_a_submission_in_a_folder_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lessons, "WORK", tmp_path / "work")
+    monkeypatch.setattr("course.lesson.WORK", tmp_path / "work")
     __main__.main(["autograder", "2"])
     path = tmp_path / "work" / "2" / "autograder.zip"
     assert str(path) in capsys.readouterr().out

@@ -13,7 +13,8 @@ from coverage import Coverage
 
 from bank import answers
 from bank.hostile import HOSTILE, Hostile
-from course.lessons import LESSONS, ROOT
+from course.lesson import ROOT
+from course.lessons import LESSONS
 
 BANKS = {number: importlib.import_module(f"bank.lesson_{number}") for number in LESSONS}
 WRONG = [(number, answer) for number, bank in BANKS.items() for answer in bank.WRONG]

@@ -8,14 +8,15 @@ from types import ModuleType
 import pytest
 import torch
 
-from course import __main__, explain, guard, lessons
+from course import __main__, explain, guard
 from course.grade import Grade, Verdict, end_of, grade_and_write
+from course.lesson import Lesson
 from course.lessons import LESSONS
 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(lessons, "WORK", tmp_path)
+    monkeypatch.setattr("course.lesson.WORK", tmp_path)
     return tmp_path
 
 
@@ -79,7 +80,7 @@ def test_the_end_of_the_process_is_told() -> None:
 
 
 @pytest.mark.parametrize("lesson", LESSONS.values(), ids=lambda lesson: lesson.slug)
-def test_the_real_file_has_no_fault(lesson: lessons.Lesson) -> None:
+def test_the_real_file_has_no_fault(lesson: Lesson) -> None:
     assert guard.fault_of(lesson.source.read_text(), lesson) is None
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from course import __main__, figures
-from course.lessons import LESSONS, ROOT, Lesson
+from course.lesson import ROOT, Lesson
+from course.lessons import LESSONS
 
 HEADINGS = [
     "What you will know",

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from course import lessons, stubs
-from course.lessons import LESSONS, Lesson
+from course import stubs
+from course.lesson import ROOT, Lesson
+from course.lessons import LESSONS
 
 each_lesson = pytest.mark.parametrize("lesson", LESSONS.values(), ids=lambda lesson: lesson.slug)
 
@@ -91,14 +92,14 @@ class Kept:
 
 def test_a_function_that_the_real_file_does_not_have_is_an_error(tmp_path: Path) -> None:
     lesson = lesson_on("x = 1\n", tmp_path, cut=("absent",))
-    with pytest.raises(ValueError, match="has no function absent: see course/lessons.py"):
+    with pytest.raises(ValueError, match="has no function absent: see course/exercises/quantization.py"):
         stubs.stub(lesson)
 
 
 def test_the_students_file_is_written_once_and_never_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lessons, "WORK", tmp_path)
+    monkeypatch.setattr("course.lesson.WORK", tmp_path)
     lesson = LESSONS[2]
     assert stubs.write_stub(lesson).endswith("then: make grade LESSON=2")
     assert lesson.answer.read_text() == stubs.stub(lesson)
@@ -112,7 +113,7 @@ def test_the_tests_of_every_law_exist(lesson: Lesson) -> None:
     for law in lesson.laws:
         for name in lesson.test_ids(law):
             path, _, function = name.partition("::")
-            assert function in stubs.definitions(ast.parse((lessons.ROOT / path).read_text()))
+            assert function in stubs.definitions(ast.parse((ROOT / path).read_text()))
 
 
 @each_lesson

@@ -2,7 +2,8 @@
 
 import pytest
 
-from course.lessons import LESSONS, ROOT, Lesson
+from course.lesson import ROOT, Lesson
+from course.lessons import LESSONS
 
 SYLLABUS = (ROOT / "course" / "README.md").read_text()
 

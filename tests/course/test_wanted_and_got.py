@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from course import explain, guard, plugin
-from course.lessons import LESSONS, ROOT
+from course.lesson import ROOT
+from course.lessons import LESSONS
 from helpers import bounds, strategies
 from helpers.bounds import Bounded
 from memory.live import Live

@@ -3,7 +3,7 @@
 import ast
 from dataclasses import dataclass, field
 
-from course.lessons import Law, Lesson
+from course.lesson import Law, Lesson
 from course.stubs import definitions
 
 
