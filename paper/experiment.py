@@ -340,9 +340,9 @@ def conditions(entry: dict) -> str:
     )
     quick = "a quick run, " if entry["quick"] else ""
     first = entry["first seed"]
-    last = first + entry["seeds"] - 1
     return (
-        f"<sub>{quick}{entry['model']}, seeds {first} to {last}, {entry['seconds']:.0f} s on "
+        f"<sub>{quick}{entry['model']}, --seeds {entry['seeds']} --first-seed {first}, "
+        f"{entry['seconds']:.0f} s on "
         f"{entry['device']} ({entry['machine']['cpu']}, {entry['machine']['threads']} threads), "
         f"commit {entry['machine']['commit']}, {versions}</sub>"
     )
