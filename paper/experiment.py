@@ -60,7 +60,9 @@ STYLE = {
     "font.size": 10,
     "legend.frameon": False,
 }
-COLORS = ["#1f3a5f", "#b5442e", "#3f8f6b", "#d39b2a", "#7a5a9e", "#6f7f8f", "#2f9fb5", "#a0527a"]
+COLORS = """
+#1f3a5f #b5442e #3f8f6b #d39b2a #7a5a9e #6f7f8f #2f9fb5 #a0527a #8a6d3b
+""".split()
 
 
 @dataclass(frozen=True)
