@@ -60,7 +60,9 @@ STYLE = {
     "font.size": 10,
     "legend.frameon": False,
 }
-COLORS = ["#1f3a5f", "#b5442e", "#3f8f6b", "#d39b2a", "#7a5a9e", "#6f7f8f", "#2f9fb5", "#a0527a"]
+COLORS = """
+#1f3a5f #b5442e #3f8f6b #d39b2a #7a5a9e #6f7f8f #2f9fb5 #a0527a #8a6d3b
+""".split()
 
 
 @dataclass(frozen=True)
@@ -340,9 +342,9 @@ def conditions(entry: dict) -> str:
     )
     quick = "a quick run, " if entry["quick"] else ""
     first = entry["first seed"]
-    last = first + entry["seeds"] - 1
     return (
-        f"<sub>{quick}{entry['model']}, seeds {first} to {last}, {entry['seconds']:.0f} s on "
+        f"<sub>{quick}{entry['model']}, --seeds {entry['seeds']} --first-seed {first}, "
+        f"{entry['seconds']:.0f} s on "
         f"{entry['device']} ({entry['machine']['cpu']}, {entry['machine']['threads']} threads), "
         f"commit {entry['machine']['commit']}, {versions}</sub>"
     )
