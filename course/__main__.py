@@ -6,8 +6,8 @@ python -m course autograder 2 write the zip that grades it on Gradescope
 python -m course build        draw the figures of the lessons and write the page
 """
 
-import importlib.util
 import sys
+from importlib.util import find_spec
 
 from course import autograder, figures
 from course.grade import grade_and_write
@@ -23,7 +23,7 @@ USAGE = f"use: {COMMANDS}, with N one of {NUMBERS}; or make course"
 def build() -> None:
     for lesson in LESSONS.values():
         print(f"drew {figures.write(lesson).relative_to(ROOT)}")
-    if importlib.util.find_spec("course.page"):
+    if find_spec("course.page"):
         from course.page import build as page
 
         page.main()
