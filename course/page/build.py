@@ -60,38 +60,24 @@ def rendered_pages(paths: list[Path], site: Path) -> dict[str, str]:
     """The files of the site, by name, with links that hold in the folder `site`."""
     rendered = [render(path, _resolver(paths, site)) for path in paths]
     names = [page_name(path) for path in paths]
-    pages = {"index.html": _index(paths, rendered)}
+    pages = {"index.html": _index(names, rendered)}
     for place, (name, lesson) in enumerate(zip(names, rendered)):
         before = _link("Before", names, rendered, place - 1)
         after = _link("Next", names, rendered, place + 1)
-        body = f"<h1>{_title(lesson)}</h1>\n{lesson.body}"
-        number = f'<p class="number">Lesson {number_of(paths[place])}</p>\n'
-        pages[name] = _page(lesson, number + body, before + after)
+        pages[name] = _page(lesson, f"<h1>{_title(lesson)}</h1>\n{lesson.body}", before + after)
     return pages
 
 
 def slides(path: Path, site: Path) -> Path:
     """Writes a lesson as slides: its title, and one for each section. Arrow keys turn them."""
     lesson = render(path, _resolver(lessons(path.parent.parent), site))
-    number = f'<p class="number">Lesson {number_of(path)}</p>\n'
-    title = f"{number}<h1>{_title(lesson)}</h1>\n"
-    first, *others = SECTION.split(lesson.body)
-    parts = [title + first, *others]
+    parts = SECTION.split(f"<h1>{_title(lesson)}</h1>\n{lesson.body}")
     body = "\n".join(f'<section class="slide">\n{part}</section>' for part in parts)
     text = _page(lesson, body, footer="", extra=[PAGE / "slides.js"])
     site.mkdir(parents=True, exist_ok=True)
     target = site / page_name(path).replace(".html", ".slides.html")
     target.write_text(text)
     return target
-
-
-def number_of(lesson: Path) -> str:
-    """The number of a lesson: what its folder begins with.
-
-    >>> number_of(Path("course/2_nf4/lesson.md"))
-    '2'
-    """
-    return lesson.parent.name.partition("_")[0]
 
 
 def _resolver(paths: list[Path], site: Path) -> Callable[[Path], str]:
@@ -113,11 +99,10 @@ def page_name(lesson: Path) -> str:
     return f"{lesson.parent.name}.html"
 
 
-def _index(paths: list[Path], rendered: list[Rendered]) -> str:
+def _index(names: list[str], rendered: list[Rendered]) -> str:
     """The first page: what the course is, and its lessons."""
     items = "\n".join(
-        f'<li value="{number_of(path)}"><a href="{page_name(path)}">{_title(lesson)}</a></li>'
-        for path, lesson in zip(paths, rendered)
+        f'<li><a href="{name}">{_title(lesson)}</a></li>' for name, lesson in zip(names, rendered)
     )
     text = (PAGE / "index.html").read_text()
     body = Template(text).substitute(title=TITLE, lessons=items)

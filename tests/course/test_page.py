@@ -489,12 +489,15 @@ def test_bins_hold_as_many_weights_as_in_python_and_the_errors_agree(page: Brows
             assert abs(got[name] - wanted[name]) <= 2 * gamma(n, torch.float64) * wanted[name]
 
 
-def test_a_weight_between_two_levels_takes_the_lower_one_as_in_python(page: Browser) -> None:
+def test_a_weight_near_a_midpoint_takes_the_level_that_it_takes_in_python(page: Browser) -> None:
+    """Each block has the 15 midpoints, times its absmax: only the same roundings decide alike."""
     midpoints = (nf4.NF4[1:] + nf4.NF4[:-1]) / 2
-    weights = torch.cat([midpoints, torch.ones(1)])
+    absmax = torch.cat([torch.ones(1), torch.rand(400, generator=torch.manual_seed(0)) * 8])
+    weights = (absmax[:, None] * torch.cat([midpoints, torch.ones(1)])).flatten()
     script = "(...all) => page.widgets.bins.quantize(...all).codes"
-    codes = page.call(script, weights.tolist(), len(weights), nf4.NF4.tolist())
-    assert codes == codes_of(nf4.quantize(weights, len(weights))).tolist() == [*range(15), 15]
+    codes = page.call(script, weights.tolist(), 16, nf4.NF4.tolist())
+    assert codes[:16] == [*range(16)]
+    assert codes == codes_of(nf4.quantize(weights, 16)).tolist()
 
 
 def test_the_widget_of_bins_is_used_by_keyboard(page: Browser) -> None:
@@ -719,6 +722,15 @@ def test_a_warp_of_the_page_decodes_what_the_reference_does(page: Browser) -> No
         assert step["scale"] == constants[step["block"]]
         assert step["packed"] == q.packed[step["element"] // 2]
         assert step["codes"] == codes_of(q)[step["element"] :][:2].tolist()
+
+
+def test_numbers_of_the_page_are_rounded_to_bfloat16_as_torch_does(page: Browser) -> None:
+    """Ties, their neighbours, and normal numbers."""
+    ties = torch.arange(128, 256).bfloat16().float() + 0.5
+    near = [torch.nextafter(ties, torch.full_like(ties, end)) for end in (0.0, 999.0)]
+    numbers = torch.cat([ties, *near, torch.tensor(export.sample())])
+    rounded = page.call("(all) => all.map(page.widgets.warp.bfloat16)", numbers.tolist())
+    assert rounded == numbers.bfloat16().tolist()
 
 
 @pytest.fixture
