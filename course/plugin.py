@@ -32,6 +32,7 @@ OPTIONS = f"""-q --noconftest -W ignore -o addopts= --rootdir={ROOT} -c {ROOT}/p
     -p no:threadexception --hypothesis-profile=grade""".split()
 MOST_LINES = 6  # of the message of a failed assertion
 ORACLES = ("helpers.bounds", "helpers.naive", "helpers.strategies")
+PATCHING = ("torch._dynamo",)  # replaces functions of torch when it is imported
 SHRINKING_SECONDS = 1  # Hypothesis makes a failing input smaller for at most so long
 
 
@@ -61,7 +62,7 @@ def run(lesson: Lesson, laws: list[Law], path: str, examples: int, send: Send) -
     modules = guard.imports_of_ours(lesson)
     if "kernels" in modules:
         modules.append("kernels.cpu.launch")  # dispatch imports it when it is first called
-    for name in [*ORACLES, *modules]:
+    for name in [*ORACLES, *PATCHING, *modules]:
         importlib.import_module(name)
     engine.MAX_SHRINKING_SECONDS = SHRINKING_SECONDS
     settings.register_profile("grade", profile([Phase.generate, Phase.shrink], examples))
