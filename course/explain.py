@@ -191,7 +191,8 @@ def explain(calls: list[Call], student: ModuleType, reference: ModuleType) -> st
             except Exception:  # for these arguments there is nothing to compare with
                 continue
             got = settled(wanted, got)
-            title += f"\n  gradient of the output: {short(got.g)}" if got.g is not None else ""
+            if got.g is not None:
+                title = cut_off(title, 2 * WIDTH) + f"\n  gradient of the output: {short(got.g)}"
         elif any(isinstance(value, nn.Module) for value in got.arguments.values()):
             continue  # the reference does not know the student's classes
         else:
@@ -394,7 +395,8 @@ def rows_of(name: str, wanted: Part, got: Part) -> list[tuple[str, str, str]]:
     if wanted.kind != got.kind:
         kinds = [(name, wanted.kind or "(no tensor)", got.kind or "(no tensor)")]
         return [*kinds, (name, joined(wanted), joined(got))]
-    if most <= SHOWN_NUMBERS:
+    widest = max(len(joined(wanted)), len(joined(got)))
+    if most <= SHOWN_NUMBERS and widest <= WIDTH // 3:
         return [(name, joined(wanted), joined(got))]
     pairs = zip(wanted.elements, got.elements)
     places = [place for place, (left, right) in enumerate(pairs) if left != right]

@@ -49,11 +49,10 @@ def explained(code: str, x: torch.Tensor) -> str:
 
 def test_a_gradient_that_differs_is_shown_with_the_gradient_of_the_output() -> None:
     text = explained(DOUBLE.replace("g * ctx.factor", "g"), torch.ones(2, requires_grad=True))
-    assert text.splitlines()[:2] == [
-        "sample.Double(x=tensor([1, 1]), factor=2.0)",
-        "  gradient of the output: tensor([1, 1])",
-    ]
-    assert text.splitlines()[3].split("  ")[-3:] == ["[2, 2]", "[1, 1]", "<-"]
+    call, g, _, gradient, _ = text.splitlines()
+    assert call == "sample.Double(x=tensor([1, 1]), factor=2.0)"
+    assert g == "  gradient of the output: tensor([1, 1], strides (0,))"
+    assert gradient == "  gradient of x  [2, 2]  [1, 1]  <-"
     assert "the same: output" in text
 
 
@@ -114,8 +113,8 @@ def test_the_last_comparison_that_failed_is_remembered(comparisons: plugin.Compa
     assert not almost.allows(torch.tensor([1.25, 2.0]))
     wanted, got = comparisons.last
     assert wanted.tolist() == [1, 1] and got.tolist() == [1, 2]
-    assert not almost.allows(torch.ones(3), reference=two)
-    assert comparisons.last[0].tolist() == [1, 2] and len(comparisons.last[1]) == 3
+    assert not almost.allows(torch.ones(1), reference=two)
+    assert comparisons.last[0].tolist() == [1, 2] and len(comparisons.last[1]) == 1
 
 
 def failed(path: Path, line: int, message: str) -> SimpleNamespace:
@@ -129,10 +128,10 @@ def line_of(text: str) -> int:
 
 
 def test_an_assertion_is_shown_as_it_stands_in_the_test() -> None:
-    line = line_of("    assert text.splitlines()[:2] == [")
+    line = line_of("    assert gradient == ")
     text = plugin.why(failed(Path(__file__), line, "assert 1 == 2\n + where"), None, "lora.py")
     wanted, *got = text.splitlines()
-    assert wanted.startswith('  wanted  text.splitlines()[:2] == [ "sample.Double(x=tensor')
+    assert wanted == '  wanted  gradient == "  gradient of x  [2, 2]  [1, 1]  <-"'
     assert got == ["  got     assert 1 == 2", "           + where"]
 
 
