@@ -112,6 +112,7 @@ class Pager:
         return self.cache[page]
 
     def _load(self, page: Page) -> None:
+        """Make room for a page and load it, with its value if it has one."""
         while self.resident + page.nbytes > self.budget:
             self._evict()
         self.cache[page] = page.store.load(page) if page.store else page.empty()
@@ -121,6 +122,7 @@ class Pager:
             self.counters["bytes_in"] += page.nbytes
 
     def _evict(self) -> None:
+        """Remove the least recently used page; if the store has an older value, it is written."""
         page, tensor = self.cache.popitem(last=False)
         page.store.evict(page, tensor)
         if not page.saved:

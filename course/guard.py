@@ -78,8 +78,13 @@ def imports_of_ours(lesson: Lesson) -> list[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    return sorted(name for name in names if is_ours(name))
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return sorted(filter(is_our_module, names))
+
+
+def is_our_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
 def is_ours(module: str) -> bool:

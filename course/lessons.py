@@ -29,8 +29,8 @@ class Lesson:
     """One lesson, in the folder course/{number}_{slug}.
 
     file: the file that the student writes a part of.
-    cut: the functions that the student writes, as "name" or "Class.name"; private ones may be
-        replaced by others.
+    cut: the functions that the student writes, as "name", "Class.name" or "outer.inner"; private
+        ones may be replaced by others.
     given: private helpers that stay, although only the functions of `cut` use them.
     suite: the file of tests where the tests of the laws are.
     """
@@ -283,4 +283,129 @@ DOUBLE_QUANTIZATION = Lesson(
     ),
 )
 
-LESSONS = {lesson.number: lesson for lesson in (QUANTIZATION, NORMAL_FLOAT, DOUBLE_QUANTIZATION)}
+PAGED_OPTIMIZER = Lesson(
+    number=6,
+    slug="paged_optimizer",
+    title="A paged optimizer: AdamW and its pager",
+    file="paged_optim.py",
+    cut=("Pager.fetch", "Pager._load", "Pager._evict", "adamw_"),
+    given=(),
+    suite="tests/test_paged_optim.py",
+    laws=(
+        Law(
+            "A page says what was last written to it, also after it has left and come back.",
+            3,
+            ("tests/test_pager.py::test_every_page_says_what_was_last_written",),
+        ),
+        Law(
+            "The pages that are held never exceed the budget, not even while one is loaded.",
+            3,
+            ("tests/test_pager.py::test_the_pages_that_are_held_never_exceed_the_budget",),
+        ),
+        Law(
+            "The page that leaves is the one that was not used for the longest time.",
+            3,
+            (
+                "tests/test_pager.py::"
+                "test_the_least_recently_used_page_is_evicted_not_the_first_in_nor_the_last_used",
+                "tests/test_pager.py::test_the_pages_that_were_used_last_are_resident",
+            ),
+        ),
+        Law(
+            "A page that leaves is written only if the store has an older value.",
+            1,
+            ("tests/test_pager.py::test_a_clean_page_is_not_written_back_and_a_dirty_one_once",),
+        ),
+        Law(
+            "Hits, faults, evictions and bytes are those of a plain recount.",
+            2,
+            ("tests/test_pager.py::test_every_counter_is_a_plain_recount",),
+        ),
+        Law(
+            "If the pages exceed the budget, each step of AdamW moves all of them in and out.",
+            1,
+            ("test_above_the_budget_each_step_moves_all_of_the_state_in_and_out",),
+        ),
+        Law(
+            "Two hundred updates end where AdamW's do, within the rounding of the dtype.",
+            3,
+            (
+                "test_two_hundred_steps_end_within_rounding_of_torchs_one_kernel",
+                "test_moments_start_at_zero_whatever_their_memory_held",
+            ),
+        ),
+        Law(
+            "An update has the bits of torch.optim.AdamW.",
+            2,
+            ("test_any_page_size_and_budget_gives_the_bits_of_torch",),
+        ),
+        Law(
+            "Any page size and any budget give the bits of a single page.",
+            2,
+            ("test_any_page_size_and_budget_gives_the_bits_of_one_page",),
+        ),
+    ),
+)
+
+CUDA_KERNELS = Lesson(
+    number=7,
+    slug="cuda_kernels",
+    title="CUDA kernels: decoding on a GPU, step by step",
+    file="cuda_kernels/dequantize.py",
+    cut=("v1.naive", "v2.by_byte", "eight", "v3.by_word", "four", "v4.swapped"),
+    given=(),
+    suite="tests/cuda_kernels/test_cuda_kernels.py",
+    laws=(
+        Law(
+            "v1: a thread decodes an element, to the bits of the reference.",
+            4,
+            ("test_v1_gives_each_element_the_bits_of_the_reference",),
+        ),
+        Law(
+            "v2: a thread decodes a byte, to the bits of the reference.",
+            3,
+            ("test_v2_gives_each_pair_the_bits_of_the_reference",),
+        ),
+        Law(
+            "v3: a thread decodes a word of 8 codes, to the bits of the reference.",
+            3,
+            ("test_v3_gives_each_word_the_bits_of_the_reference",),
+        ),
+        Law(
+            "v4: a warp decodes a run of 1024 elements, to the bits of the reference.",
+            4,
+            ("test_v4_gives_each_run_the_bits_of_the_reference",),
+        ),
+        Law(
+            "Each element that was asked for is written once, and nothing else is written.",
+            2,
+            ("test_each_element_is_written_once_and_nothing_beyond_them",),
+        ),
+        Law(
+            "Whichever warps and lanes run first, the results are the same.",
+            2,
+            ("test_every_order_of_threads_gives_the_same_bits",),
+        ),
+        Law(
+            "A thread reads and writes as many bytes at once as the table of the docstring says.",
+            1,
+            ("test_each_rung_reads_and_writes_as_many_bytes_at_once_as_it_promises",),
+        ),
+        Law(
+            "Each write of a warp fills whole sectors of 32 bytes.",
+            1,
+            ("test_each_write_of_a_warp_fills_whole_sectors",),
+        ),
+    ),
+)
+
+LESSONS = {
+    lesson.number: lesson
+    for lesson in (
+        QUANTIZATION,
+        NORMAL_FLOAT,
+        DOUBLE_QUANTIZATION,
+        PAGED_OPTIMIZER,
+        CUDA_KERNELS,
+    )
+}

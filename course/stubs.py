@@ -11,14 +11,14 @@ from course.lessons import ROOT, Lesson
 
 
 def definitions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
-    """The functions of a file and the methods of its classes, by "name" and "Class.name"."""
+    """The functions of a file by "name"; methods, and functions in functions, by "outer.name"."""
     found = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
             found[node.name] = node
-        elif isinstance(node, ast.ClassDef):
-            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
-            found |= {f"{node.name}.{method.name}": method for method in methods}
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            inner = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            found |= {f"{node.name}.{part.name}": part for part in inner}
     return found
 
 

@@ -217,8 +217,7 @@ def _load4_written(context, builder, kinds, args):
 
 def store4(memory, unit, a, b, c, d):
     """Write words 4 unit ... 4 unit + 3, in one instruction."""
-    for i, word in enumerate((a, b, c, d)):
-        memory[4 * int(unit) + i] = word
+    memory[4 * int(unit) : 4 * int(unit) + 4] = (a, b, c, d)
 
 
 @compiled(store4, types.void, MEMORY, U32, U32, U32, U32, U32)

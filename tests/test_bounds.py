@@ -75,7 +75,8 @@ LAWS = {
     "gradcheck": "test_the_backward_passes_gradcheck_in_float64",
     "nothing dense": "test_a_stack_saves_x_and_h_and_the_mask_of_each_layer_and_nothing_dense",
     "no frozen-branch input": "test_x_is_saved_for_A_alone",
-    "paged AdamW": "test_any_page_size_and_budget_gives_the_bits_of_one_page_and_of_torch",
+    "paged AdamW": "test_any_page_size_and_budget_gives_the_bits_of_one_page",
+    "paged and resident AdamW": "test_any_page_size_and_budget_gives_the_bits_of_torch",
     "resume after a kill": "test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped",
     "a kill in a save": "test_a_save_that_fails_at_any_moment_leaves_the_old_file_and_no_other",
 }

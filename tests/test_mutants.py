@@ -104,8 +104,11 @@ ROW_NORMS = "test_the_norm_is_that_of_the_rows_of_the_dense_sum"
 CANCELLED = "test_rows_that_the_update_cancels_leave_all_that_is_computed_finite"
 UNTRAINED = "test_an_untrained_layer_gives_the_output_of_its_base_to_the_bit"
 ZERO_ROW = "test_a_row_of_zeros_is_the_bias_and_can_learn"
-RECOUNT = "test_every_page_says_what_was_last_written_and_every_counter_is_a_plain_recount"
-TORCH_BITS = "test_any_page_size_and_budget_gives_the_bits_of_one_page_and_of_torch"
+SAYS = "test_every_page_says_what_was_last_written"
+HELD = "test_the_pages_that_are_held_never_exceed_the_budget"
+RECENT = "test_the_pages_that_were_used_last_are_resident"
+RECOUNT = "test_every_counter_is_a_plain_recount"
+TORCH_BITS = "test_any_page_size_and_budget_gives_the_bits_of_torch"
 # Examples of property tests that a few random ones may miss
 LONG_BLOCK = {"recipe": Recipe((1, 4096), block_size=4096), "codebook": nf4.NF4}
 PRESSED = {
@@ -1438,7 +1441,7 @@ OPTIMIZER_MUTANTS = [
         "paged_optim",
         "if write:",
         "if write and not page.saved:",
-        RECOUNT,
+        SAYS,
         PRESSED,
         suite="test_pager",
     ),
@@ -1447,7 +1450,7 @@ OPTIMIZER_MUTANTS = [
         "kernels.page_store",
         "page.in_store().copy_(tensor, non_blocking=self.non_blocking)",
         "None",
-        RECOUNT,
+        SAYS,
         PRESSED,
     ),
     Mutant(
@@ -1455,7 +1458,7 @@ OPTIMIZER_MUTANTS = [
         "kernels.page_store",
         "if not page.saved:",
         "if page.saved:",
-        RECOUNT,
+        SAYS,
         PRESSED,
     ),
     Mutant(
@@ -1463,7 +1466,7 @@ OPTIMIZER_MUTANTS = [
         "paged_optim",
         "self.resident + page.nbytes > self.budget",
         "self.resident > self.budget",
-        RECOUNT,
+        HELD,
         PRESSED,
         suite="test_pager",
     ),
@@ -1472,7 +1475,7 @@ OPTIMIZER_MUTANTS = [
         "paged_optim",
         "self.resident + page.nbytes > self.budget",
         "self.cache and self.resident + page.nbytes >= self.budget",
-        RECOUNT,
+        RECENT,
         PRESSED,
         suite="test_pager",
     ),
@@ -1481,7 +1484,7 @@ OPTIMIZER_MUTANTS = [
         "paged_optim",
         "            self.cache.move_to_end(page)\n",
         "",
-        RECOUNT,
+        RECENT,
         PRESSED,
         suite="test_pager",
     ),
@@ -1490,7 +1493,7 @@ OPTIMIZER_MUTANTS = [
         "paged_optim",
         "popitem(last=False)",
         "popitem(last=True)",
-        RECOUNT,
+        RECENT,
         PRESSED,
         suite="test_pager",
     ),
@@ -1508,7 +1511,7 @@ OPTIMIZER_MUTANTS = [
         "kernels.page_store",
         "if page.saved:\n            tensor",
         "if not page.saved:\n            tensor",
-        RECOUNT,
+        SAYS,
         PRESSED,
     ),
     Mutant(
@@ -1516,7 +1519,7 @@ OPTIMIZER_MUTANTS = [
         "paged_optim",
         "max(self.peak, self.resident)",
         "self.resident",
-        RECOUNT,
+        HELD,
         SMALLER,
         suite="test_pager",
     ),
@@ -1525,7 +1528,7 @@ OPTIMIZER_MUTANTS = [
         "kernels.page_store",
         "offset += page.nbytes",
         "offset += page.nbytes // 2",
-        RECOUNT,
+        SAYS,
         PRESSED,
     ),
     Mutant(

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import paged_optim
 from helpers.strategies import DTYPES
@@ -64,70 +66,145 @@ def recount(
     return resident, counters
 
 
-shapes = st.lists(
+Looks = list[tuple[tuple[int, int], torch.dtype]]  # shape and dtype of each page
+Accesses = list[tuple[int, bool]]  # which page, counted modulo their number, and whether to write
+
+looks_of_pages = st.lists(
     st.tuples(st.tuples(st.integers(1, 3), st.integers(1, 9)), st.sampled_from(DTYPES)),
     min_size=1,
     max_size=6,
 )
-accesses = st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=40)
+accesses_to_pages = st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=40)
+spares = st.integers(0, 300)
 
 
-@given(shapes, accesses, st.integers(0, 300))
+def started(looks: Looks, accesses: Accesses, spare: int) -> tuple[Pager, list[Page], Accesses]:
+    """A pager whose budget holds the largest page and `spare` bytes, its pages, and the fetches."""
+    pages = [Page(shape, dtype, CPU) for shape, dtype in looks]
+    pager = Pager(max(page.nbytes for page in pages) + spare)
+    pager.reserve_store(pages)
+    return pager, pages, [(index % len(pages), write) for index, write in accesses]
+
+
+def story(pager: Pager, pages: list[Page], fetches: Accesses) -> str:
+    """What was fetched, for the message of a failure."""
+    order = [f"page {index} to write" if write else f"page {index}" for index, write in fetches]
+    sizes = [page.nbytes for page in pages]
+    return f"budget: {pager.budget}, bytes of pages: {sizes}; fetched: {', '.join(order)}"
+
+
+def difference(got: dict[str, int], wanted: dict[str, int]) -> str:
+    """The counters that are not as wanted."""
+    texts = [
+        f"{name}: wanted {wanted[name]}, got {got[name]}"
+        for name in wanted
+        if got[name] != wanted[name]
+    ]
+    return "; ".join(texts)
+
+
+@given(looks_of_pages, accesses_to_pages, spares)
 # Alignment.
 @example(
     [((2, 1), torch.float16), ((2, 1), torch.float64)],
     [(0, True), (1, True), (0, False), (1, False)],
     0,
 )
-def test_every_page_says_what_was_last_written_and_every_counter_is_a_plain_recount(
-    looks: list[tuple[tuple[int, int], torch.dtype]], accesses: list[tuple[int, bool]], spare: int
+def test_every_page_says_what_was_last_written(
+    looks: Looks, accesses: Accesses, spare: int
 ) -> None:
-    pages = [Page(shape, dtype, CPU) for shape, dtype in looks]
-    budget = max(page.nbytes for page in pages) + spare
-    fetches = [(index % len(pages), write) for index, write in accesses]
-    pager = Pager(budget)
+    pager, pages, fetches = started(looks, accesses, spare)
     written = {}
-    peaks = [0]
-    pager.reserve_store(pages)
-    for value, (index, write) in enumerate(fetches):
+    for count, (index, write) in enumerate(fetches, start=1):
         tensor = pager.fetch(pages[index], write=write)
         assert tensor.shape == pages[index].shape and tensor.dtype == pages[index].dtype
         if index in written:
-            assert torch.equal(tensor, torch.full_like(tensor, written[index]))
+            wrong = tensor[tensor != written[index]]
+            assert not len(wrong), (
+                f"page {index}: wanted {written[index]}, got {wrong[0]}; "
+                f"{story(pager, pages, fetches[:count])}"
+            )
         if write:
-            tensor.fill_(value)
-            written[index] = value
-        assert pager.resident == sum(tensor.nbytes for tensor in pager.cache.values()) <= budget
-        peaks.append(pager.resident)
-    resident, counters = recount(pages, fetches, budget)
-    assert list(pager.cache) == [pages[index] for index in resident]
-    assert pager.counters == counters
-    assert pager.peak == max(peaks)
+            tensor.fill_(count)
+            written[index] = count
+
+
+@given(looks_of_pages, accesses_to_pages, spares)
+def test_the_pages_that_are_held_never_exceed_the_budget(
+    looks: Looks, accesses: Accesses, spare: int
+) -> None:
+    pager, pages, fetches = started(looks, accesses, spare)
+    made: list[weakref.ref[Tensor]] = []
+    peaks = [0]
+
+    def held() -> int:
+        """The bytes of all tensors of pages that still exist."""
+        return sum(tensor.nbytes for tensor in (ref() for ref in made) if tensor is not None)
+
+    def empty(page: Page) -> Tensor:
+        most = held() + page.nbytes
+        assert most <= pager.budget, (
+            f"bytes held: wanted {pager.budget} or less, got {most}; {story(pager, pages, fetches)}"
+        )
+        tensor = torch.empty(page.shape, dtype=page.dtype)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Page, "empty", empty)
+        for index, write in fetches:
+            pager.fetch(pages[index], write)
+            peaks.append(held())
+            assert pager.resident == held(), f"resident: wanted {held()}, got {pager.resident}"
+    assert pager.peak == max(peaks), f"peak: wanted {max(peaks)}, got {pager.peak}"
+
+
+@given(looks_of_pages, accesses_to_pages, spares)
+def test_the_pages_that_were_used_last_are_resident(
+    looks: Looks, accesses: Accesses, spare: int
+) -> None:
+    pager, pages, fetches = started(looks, accesses, spare)
+    for index, write in fetches:
+        pager.fetch(pages[index], write)
+    resident, _ = recount(pages, fetches, pager.budget)
+    got = [index for index, page in enumerate(pages) if page in pager.cache]
+    assert got == sorted(resident), (
+        f"resident pages: wanted {sorted(resident)}, got {got}; {story(pager, pages, fetches)}"
+    )
+
+
+@given(looks_of_pages, accesses_to_pages, spares)
+def test_every_counter_is_a_plain_recount(looks: Looks, accesses: Accesses, spare: int) -> None:
+    pager, pages, fetches = started(looks, accesses, spare)
+    for index, write in fetches:
+        pager.fetch(pages[index], write)
+    _, counters = recount(pages, fetches, pager.budget)
+    assert pager.counters == counters, (
+        f"{difference(pager.counters, counters)}; {story(pager, pages, fetches)}"
+    )
 
 
 def test_the_least_recently_used_page_is_evicted_not_the_first_in_nor_the_last_used() -> None:
-    pager, (a, b, c) = three_pages()
-    for page in (a, b, a, c):
-        pager.fetch(page, write=True)
-    assert list(pager.cache) == [a, c]
+    pager, pages = three_pages()
+    fetches = [(0, True), (1, True), (0, True), (2, True)]
+    for index, write in fetches:
+        pager.fetch(pages[index], write)
+    got = [index for index, page in enumerate(pages) if page in pager.cache]
+    assert got == [0, 2], f"wanted [0, 2], got {got}; {story(pager, pages, fetches)}"
 
 
 def test_a_clean_page_is_not_written_back_and_a_dirty_one_once() -> None:
-    pager, (a, b, c) = three_pages(budget=16)
-    pager.fetch(a, write=True).fill_(1)
-    pager.fetch(b, write=True).fill_(2)
-    assert pager.counters["bytes_out"] == 16
-    assert pager.fetch(a).tolist() == [[1, 1], [1, 1]]
-    pager.fetch(b)  # evicts a, which is clean by now
-    assert pager.counters == {
-        "hits": 0,
-        "faults": 4,
-        "evictions": 3,
-        "bytes_in": 32,
-        "bytes_out": 32,
-        "prefetches": 0,
-    }
-    assert pager.fetch(a).tolist() == [[1, 1], [1, 1]]
+    pager, pages = three_pages(budget=16)
+    fetches = [(0, True), (1, True), (0, False), (1, False)]  # the last one evicts a clean page
+    for value, (index, write) in enumerate(fetches, start=1):
+        tensor = pager.fetch(pages[index], write)
+        if write:
+            tensor.fill_(value)
+    wanted = {"hits": 0, "faults": 4, "evictions": 3, "bytes_in": 32, "bytes_out": 32}
+    assert pager.counters == wanted | {"prefetches": 0}, (
+        f"{difference(pager.counters, wanted)}; {story(pager, pages, fetches)}"
+    )
+    assert pager.fetch(pages[0]).tolist() == [[1, 1], [1, 1]]
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the platform takes no hints")
@@ -309,11 +386,17 @@ fetch = Pager.fetch
 
 
 @pytest.mark.parametrize(
-    "mutant", [first_in_first_out, forgets_a_second_write, writes_clean_pages_too]
+    ("mutant", "law"),
+    [
+        (first_in_first_out, test_the_pages_that_were_used_last_are_resident),
+        (forgets_a_second_write, test_every_page_says_what_was_last_written),
+        (writes_clean_pages_too, test_every_counter_is_a_plain_recount),
+    ],
 )
-def test_a_mutant_of_the_pager_is_noticed(mutant: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    prop = test_every_page_says_what_was_last_written_and_every_counter_is_a_plain_recount
-    law = prop.hypothesis.inner_test
+def test_a_mutant_of_the_pager_is_noticed(
+    mutant: Callable[..., Tensor], law: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    law = law.hypothesis.inner_test
     looks = [((2, 2), torch.float32)] * 3
     fetches = [(index, write) for write in (True, True, False, False) for index in (0, 1, 0, 2)]
     law(looks, fetches, 16)

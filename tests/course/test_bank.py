@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from coverage import Coverage
 
-from bank import answers, lesson_1, lesson_2, lesson_3
+from bank import answers, lesson_1, lesson_2, lesson_3, lesson_6, lesson_7
 from bank.hostile import HOSTILE, Hostile
 from course.lessons import LESSONS, ROOT
 
-BANKS = {1: lesson_1, 2: lesson_2, 3: lesson_3}
+BANKS = {1: lesson_1, 2: lesson_2, 3: lesson_3, 6: lesson_6, 7: lesson_7}
 WRONG = [(number, answer) for number, bank in BANKS.items() for answer in bank.WRONG]
 RIGHT = [(number, answer) for number, bank in BANKS.items() for answer in bank.RIGHT]
 SCRIPT = Path(__file__).with_name("grade_bank.py")

@@ -148,6 +148,7 @@ def test_arguments_are_short() -> None:
     assert explain.short(torch.ones(2, 3).T).endswith("shape (3, 2), strides (1, 3))")
     assert explain.short(test_arguments_are_short) == "test_arguments_are_short"
     assert explain.short(object()) == "<object object>"
+    assert explain.short({"lr": 0.1, "params": [torch.ones(2)]}) == "{lr=0.1, params=[1 tensors]}"
     assert explain.short(torch.tensor([2], dtype=torch.uint8)) == "tensor([0x02], uint8)"
 
 
@@ -166,6 +167,13 @@ def test_a_call_within_a_call_is_not_recorded_and_a_result_that_differs_is_expla
     assert [call.function for call in trace.calls] == ["f", "g"]
     lines = explain.explain(trace.calls, student, sample(real)).splitlines()
     assert lines[0] == "sample.f(x=3)" and lines[2].split() == ["7", "8", "<-"]
+
+
+def test_only_the_first_calls_of_a_test_are_recorded() -> None:
+    student = sample("def f(x): return x\n")
+    trace = explain.Trace(student)
+    assert [student.f(x) for x in range(120)] == [*range(120)]
+    assert len(trace.calls) == explain.MOST_CALLS
 
 
 def test_where_all_calls_agree_the_tensors_of_the_module_are_compared() -> None:

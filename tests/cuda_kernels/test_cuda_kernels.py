@@ -7,9 +7,11 @@ show is in test_gpu.py.
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,8 +22,10 @@ from hypothesis import strategies as st
 from test_dispatch import dense, random, said, weight_of
 from torch import Tensor
 
+import double_quant
 import nf4
 from cuda_kernels import dequantize
+from cuda_kernels.device import FLOATS
 from helpers import warpsim
 from helpers.bounds import few_rows
 from helpers.strategies import (
@@ -39,6 +43,7 @@ from kernels.packed_weight import flatten
 orders = st.integers(0, 2)
 BLOCKS = [8, 16, 32, 64, 128, 256]  # what `quantize` has a kernel for
 HALVES = [torch.bfloat16, torch.float16]
+SECTOR = 32  # bytes that memory moves at least
 FEW = settings(max_examples=25)
 
 
@@ -219,32 +224,223 @@ def test_constants_that_are_not_finite_decode_as_the_reference_decodes_them(bad:
         assert same_bits(decoded.nan_to_num(7), expected.nan_to_num(7))
 
 
-RUNGS: dict[str, Callable[[str], launch_cuda.Kernel]] = {
-    name: getattr(dequantize, name) for name in ("v1", "v2", "v3", "v4")
-}
+# the ladder: the same results by four kernels
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("order", [0, 1, 2])
-def test_each_rung_of_the_ladder_has_the_same_bits(
-    rung: str, dtype: torch.dtype, order: int
-) -> None:
-    n = 9 * 1024  # more than a block of each
-    q, constants = weight_of(Recipe((n,), dtype), True)
-    kernel = RUNGS[rung](launch_cuda.NAMES[dtype])
-    out = torch.full((n,), torch.nan, dtype=dtype)
-    rest = {
-        "v1": (q.packed, out, 0, n),
-        "v2": (q.packed, out, n),
-        "v3": (out, n),
-        "v4": (out, n // 1024),
-    }[rung]
-    threads = n // {"v1": 1, "v2": 2, "v3": 8, "v4": 32}[rung]
-    blocks = -(-threads // kernel.threads)
-    weight = launch_cuda.kernel_weight(flatten(q, constants))
-    warpsim.run(kernel, blocks, (weight, *rest), order)
-    assert same_bits(out, dense(q, constants))
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """A kernel of the ladder, and what it promises for numbers of 16 bits."""
+
+    name: str
+    elements: int  # that a thread decodes
+    read: int  # bytes of `packed` at once
+    written: int  # bytes of `out` at once
+    levels: int  # how often a block reads a level from global memory; 0: once for each element
+
+    def __str__(self) -> str:
+        return self.name
+
+
+V1 = Rung("v1", 1, 1, 2, 0)
+V2 = Rung("v2", 2, 1, 4, 0)
+V3 = Rung("v3", 8, 4, 16, 16)
+V4 = Rung("v4", 32, 16, 16, 16)
+THREADS = 288  # a block and one more warp
+each_rung = pytest.mark.parametrize("rung", [V1, V2, V3, V4], ids=str)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Elements `start` ... n - 1 of a weight that a rung decodes; only v1 has a start."""
+
+    rung: Rung
+    recipe: Recipe
+    n: int
+    start: int = 0
+    double: bool = True
+    dtype: torch.dtype = torch.bfloat16
+
+    def weight(self) -> tuple[nf4.Quantized, double_quant.DoubleQuantized | None]:
+        return weight_of(self.recipe, self.double)
+
+    def run(self, order: int, accesses: list[warpsim.Access] | None = None) -> "Decoded":
+        """Decode into memory that is all NaN, and as long as the weight."""
+        q, constants = self.weight()
+        out = torch.full((math.prod(self.recipe.shape),), torch.nan, dtype=self.dtype)
+        kernel = getattr(dequantize, self.rung.name)(launch_cuda.NAMES[self.dtype])
+        weight = launch_cuda.kernel_weight(flatten(q, constants))
+        arguments = {
+            "v1": (q.packed, out, self.start, self.n),
+            "v2": (q.packed, out, self.n),
+            "v3": (out, self.n),
+            "v4": (out, self.n // 1024),
+        }[self.rung.name]
+        blocks = -(-(self.n - self.start) // (self.rung.elements * kernel.threads))
+        try:
+            warpsim.run(kernel, blocks, (weight, *arguments), order, accesses)
+        except (IndexError, RuntimeError, ValueError) as error:
+            pytest.fail(f"{self}: wanted numbers, got {type(error).__name__}: {error}")
+        return Decoded(out, weight[0], weight[1])
+
+    def difference(self, order: int) -> str:
+        """Where the numbers differ from those of the reference; "" if they have the same bits."""
+        q, constants = self.weight()
+        wanted = dense(q, constants, self.dtype)
+        got = self.run(order).out
+        differs = (bits(got) != bits(wanted)).nonzero().flatten()
+        if not len(differs):
+            return ""
+        first = differs[0]
+        return (
+            f"{self}, order of threads {order}: element {first}: wanted {wanted[first]}, "
+            f"got {got[first]}; {len(differs)} of {self.n} differ"
+        )
+
+    def __str__(self) -> str:
+        constants = "double-quantized" if self.double else "float32"
+        return (
+            f"{self.rung} to {launch_cuda.NAMES[self.dtype]}, {self.n} elements in blocks of "
+            f"{self.recipe.block_size}, {constants} constants"
+        )
+
+
+class Decoded(NamedTuple):
+    """What a kernel wrote, and two of the tensors that it read."""
+
+    out: Tensor
+    packed: Tensor
+    levels: Tensor
+
+
+def decodings(
+    rung: Rung, unit: int, most: int, block_sizes: list[int], dtypes: list[torch.dtype]
+) -> st.SearchStrategy[Decoding]:
+    """Weights of up to `most` times `unit` elements."""
+
+    def decoding(count: int, dtype: torch.dtype, double: bool, *fields: object) -> Decoding:
+        recipe = Recipe((count * unit,), dtype, "contiguous", *fields)
+        return Decoding(rung, recipe, count * unit, 0, double, dtype)
+
+    return st.builds(
+        decoding,
+        st.integers(1, most),
+        st.sampled_from(dtypes),
+        st.booleans(),
+        st.sampled_from(block_sizes),
+        st.sampled_from(["normal", "zero blocks", "blocks of all sizes", "largest"]),
+        st.integers(-100, 60),
+        st.integers(0, 99),
+    )
+
+
+FEWER = settings(max_examples=12)
+
+
+@FEW
+@given(decodings(V1, 1, 600, [2, 8, 64, 4096], HALF_AND_SINGLE), orders)
+def test_v1_gives_each_element_the_bits_of_the_reference(decoding: Decoding, order: int) -> None:
+    difference = decoding.difference(order)
+    assert not difference, difference
+
+
+@FEW
+@given(decodings(V2, 2, 550, [2, 8, 64, 4096], HALVES), orders)
+def test_v2_gives_each_pair_the_bits_of_the_reference(decoding: Decoding, order: int) -> None:
+    difference = decoding.difference(order)
+    assert not difference, difference
+
+
+@FEWER
+@given(decodings(V3, 8, 500, [8, 64, 4096], HALVES), orders)
+def test_v3_gives_each_word_the_bits_of_the_reference(decoding: Decoding, order: int) -> None:
+    difference = decoding.difference(order)
+    assert not difference, difference
+
+
+@FEWER
+@given(decodings(V4, 1024, 9, [8, 64, 4096], HALF_AND_SINGLE), orders)
+@example(Decoding(V4, Recipe((9216,)), 9216, dtype=torch.float32), 0)
+def test_v4_gives_each_run_the_bits_of_the_reference(decoding: Decoding, order: int) -> None:
+    difference = decoding.difference(order)
+    assert not difference, difference
+
+
+def many_threads(rung: Rung, start: int = 0, more: int = 0) -> Decoding:
+    """A block of threads and a warp; the weight has `more` elements than are decoded."""
+    n = start + rung.elements * THREADS
+    return Decoding(rung, Recipe((n + more,)), n, start)
+
+
+@each_rung
+def test_every_order_of_threads_gives_the_same_bits(rung: Rung) -> None:
+    for order in range(6):
+        difference = many_threads(rung).difference(order)
+        assert not difference, difference
+
+
+@each_rung
+def test_each_element_is_written_once_and_nothing_beyond_them(rung: Rung) -> None:
+    decoding = many_threads(rung, start=40 if rung is V1 else 0, more=1024)
+    accesses: list[warpsim.Access] = []
+    out = decoding.run(0, accesses).out
+    written = Counter()
+    for access in accesses:
+        if access.is_write:
+            first = (access.address - out.data_ptr()) // out.itemsize
+            written.update(range(first, first + access.nbytes // out.itemsize))
+    wanted = Counter(range(decoding.start, decoding.n))
+    wrong = sorted({*(written - wanted), *(wanted - written)})
+    assert not wrong, (
+        f"{decoding}: wanted {wanted[wrong[0]]} writes of element {wrong[0]}, "
+        f"got {written[wrong[0]]}; so with {len(wrong)} elements"
+    )
+
+
+def counted(accesses: list[warpsim.Access], tensor: Tensor) -> dict[int, int]:
+    """How many accesses to a tensor there were, by their bytes."""
+    end = tensor.data_ptr() + tensor.nbytes
+    found = [access for access in accesses if tensor.data_ptr() <= access.address < end]
+    return dict(Counter(access.nbytes for access in found))
+
+
+@each_rung
+def test_each_rung_reads_and_writes_as_many_bytes_at_once_as_it_promises(rung: Rung) -> None:
+    decoding = many_threads(rung)
+    accesses: list[warpsim.Access] = []
+    decoded = decoding.run(0, accesses)
+    blocks = 1 + max(access.block for access in accesses)
+    wanted = {
+        "packed": {rung.read: THREADS},
+        "out": {rung.written: 2 * decoding.n // rung.written},
+        "levels": {4: rung.levels * blocks or decoding.n},
+    }
+    for name, numbers in wanted.items():
+        got = counted(accesses, getattr(decoded, name))
+        assert got == numbers, (
+            f"{decoding}: accesses to `{name}` by their bytes: wanted {numbers}, got {got}"
+        )
+
+
+@each_rung
+def test_each_write_of_a_warp_fills_whole_sectors(rung: Rung) -> None:
+    """The k-th writes of the 32 threads of a warp are one instruction."""
+    decoding = many_threads(rung)
+    accesses: list[warpsim.Access] = []
+    out = decoding.run(0, accesses).out
+    assert out.data_ptr() % SECTOR == 0
+    done = Counter()
+    sectors = set()
+    for access in accesses:
+        if access.is_write:
+            thread = access.block, access.thread
+            instruction = access.block, access.thread // 32, done[thread]
+            done[thread] += 1
+            sectors.add((instruction, access.address // SECTOR))
+    wanted = out.nbytes // SECTOR
+    assert len(sectors) == wanted, (
+        f"{decoding}: sectors of {SECTOR} bytes that the writes touch, one instruction after "
+        f"the other: wanted {wanted}, got {len(sectors)}"
+    )
 
 
 def test_what_does_not_start_at_16_bytes_is_decoded_one_by_one() -> None:
@@ -563,6 +759,20 @@ def test_the_simulator_finds_a_loop_without_end() -> None:
 
     with pytest.raises(RuntimeError, match="never ends"):
         warpsim.run(launch_cuda.Kernel(endless, (warpsim.U32,), 1), 1, (1,))
+
+
+def test_the_simulator_records_accesses_and_finds_a_negative_index() -> None:
+    def copying(x, y, back):  # noqa: ANN001, ANN202
+        y[0] = x[2 - int(back)]
+
+    kernel = launch_cuda.Kernel(copying, (FLOATS, FLOATS, warpsim.U32), 1)
+    x, y = torch.arange(3.0), torch.zeros(1)
+    accesses: list[warpsim.Access] = []
+    warpsim.run(kernel, 1, (x, y, 0), accesses=accesses)
+    assert y.item() == 2
+    assert accesses == [(0, 0, False, x.data_ptr() + 8, 4), (0, 0, True, y.data_ptr(), 4)]
+    with pytest.raises(IndexError, match="a thread reads index -1 of 3"):
+        warpsim.run(kernel, 1, (x, y, 3), accesses=accesses)
 
 
 def test_the_simulator_starts_with_garbage_and_knows_bounds() -> None:

@@ -6,8 +6,9 @@ random. A fast warp runs as far ahead as barriers allow: so a kernel with a miss
 what is not written yet, or overwrites what is still to be read. Shared and local memory start as
 garbage (NaN, as floats).
 
-A pointer is an array with the bounds of its tensor, and an index outside is an error. While a
-kernel runs, it sees the class FakeCuda as `cuda`, and its `inlined` functions as plain Python.
+A pointer is an array with the bounds of its tensor, and an index outside is an error. `run` can
+record each access to global memory. While a kernel runs, it sees the class FakeCuda as `cuda`, and
+its `inlined` functions as plain Python.
 """
 
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import greenlet
 import numpy as np
@@ -125,6 +127,48 @@ def resume(warp: list[Thread], draw: np.random.Generator, arguments: list) -> No
         thread.switch(*([] if has_started else arguments))
 
 
+class Access(NamedTuple):
+    """A thread reads, or writes, `nbytes` of global memory at once, from an address on."""
+
+    block: int
+    thread: int
+    is_write: bool
+    address: int
+    nbytes: int
+
+
+class Recorded:
+    """A pointer that records what threads read and write; an index below 0 is an error, too."""
+
+    def __init__(self, memory: np.ndarray, accesses: list[Access]) -> None:
+        self.memory = memory
+        self.accesses = accesses
+        self.address = memory.__array_interface__["data"][0]
+
+    def __getitem__(self, index: int | slice) -> np.generic | np.ndarray:
+        self._record(index, is_write=False)
+        return self.memory[index]
+
+    def __setitem__(self, index: int | slice, value: object) -> None:
+        self._record(index, is_write=True)
+        self.memory[index] = value
+
+    def _record(self, index: int | slice, is_write: bool) -> None:
+        if isinstance(index, slice):
+            start, stop = index.start, index.stop
+        else:
+            start, stop = int(index), int(index) + 1
+        size = self.memory.size
+        if not 0 <= start < stop <= size:
+            verb = "writes" if is_write else "reads"
+            raise IndexError(f"a thread {verb} index {start} of {size}")
+        width = self.memory.itemsize
+        place = self.address + start * width
+        thread = greenlet.getcurrent()
+        access = Access(thread.block, thread.index, is_write, place, (stop - start) * width)
+        self.accesses.append(access)
+
+
 @contextmanager
 def in_python() -> Iterator[None]:
     """Modules of kernels see the simulator as `cuda`, and their inlined functions as plain ones."""
@@ -156,19 +200,33 @@ def pointer(tensor: Tensor, kind: type[np.generic]) -> np.ndarray:
     return memory[: memory.size // width * width].view(kind)
 
 
-def seen_by_kernel(argument: Tensor | float | tuple, kind: types.Type) -> object:
+def seen_by_kernel(
+    argument: Tensor | float | tuple, kind: types.Type, accesses: list[Access] | None = None
+) -> object:
     """An argument as the kernel's parameter of this type."""
     if isinstance(argument, tuple):
-        return tuple(seen_by_kernel(*pair) for pair in zip(argument, kind, strict=True))
+        pairs = zip(argument, kind, strict=True)
+        return tuple(seen_by_kernel(*pair, accesses) for pair in pairs)
     if isinstance(argument, Tensor):
-        return pointer(argument, NUMBERS[kind.dtype])
+        memory = pointer(argument, NUMBERS[kind.dtype])
+        return memory if accesses is None else Recorded(memory, accesses)
     return NUMBERS[kind](argument)
 
 
-def run(kernel: Kernel, blocks: int, arguments: tuple, seed: int = 0) -> None:
-    """Run a kernel as launch_cuda.launch would start it, on tensors of the CPU."""
+def run(
+    kernel: Kernel,
+    blocks: int,
+    arguments: tuple,
+    seed: int = 0,
+    accesses: list[Access] | None = None,
+) -> None:
+    """Run a kernel as launch_cuda.launch would start it, on tensors of the CPU.
+
+    accesses: if given, each access to the memory of an argument is appended to it.
+    """
     draw = np.random.default_rng(seed)
-    seen = [seen_by_kernel(*pair) for pair in zip(arguments, kernel.signature, strict=True)]
+    pairs = zip(arguments, kernel.signature, strict=True)
+    seen = [seen_by_kernel(*pair, accesses) for pair in pairs]
     with in_python(), np.errstate(all="ignore"):
         for block in draw.permutation(blocks):
             run_block(kernel.function, int(block), kernel.threads, seen, draw)
