@@ -5,8 +5,8 @@ python -m course grade 2      grade it, and write results.json beside it
 python -m course build        draw the figures of the lessons and write the page
 """
 
-import importlib.util
 import sys
+from importlib.util import find_spec
 
 from course import figures
 from course.grade import grade_and_write
@@ -20,7 +20,7 @@ USAGE = f"use: make lesson LESSON=N or make grade LESSON=N, with N one of {NUMBE
 def build() -> None:
     for lesson in LESSONS.values():
         print(f"drew {figures.write(lesson).relative_to(ROOT)}")
-    if importlib.util.find_spec("course.page"):
+    if find_spec("course.page"):
         from course.page import build as page
 
         page.main()

@@ -10,7 +10,7 @@ import nf4
 WEIGHTS = "#1f3a5f"
 LEVELS = "#9db8d2"
 OUTLIER = "#b5442e"
-CODE = torch.linspace(-1, 1, 15)  # levels at equal distances, with an exact zero
+CODE = torch.arange(-7, 8) / 7  # levels at equal distances, with an exact zero
 SIZES = [2**k for k in range(4, 13)]
 
 

@@ -2,6 +2,7 @@
 
 from statistics import NormalDist
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -28,7 +29,7 @@ def draw_levels(axes: Axes) -> None:
     axes.vlines(levels, 0, density(levels), color=NORMAL_FLOAT, linewidth=1.4)
     even = torch.linspace(-LARGEST, LARGEST, 16)
     axes.plot(even, torch.full_like(even, -0.02), "|", color=CURVE, markersize=9)
-    axes.annotate("16 levels at\nequal distances", (-3, -0.036), fontsize=8, color=CURVE)
+    axes.annotate("equal\ndistances", (-3, -0.036), fontsize=8, color=CURVE)
     axes.set(
         title="NF4 has more levels where weights are dense",
         xlabel="weight, in standard deviations",
@@ -42,17 +43,16 @@ def density(x: Tensor) -> Tensor:
 
 
 def draw_shares(axes: Axes) -> None:
-    place = torch.arange(16)
+    place = np.arange(16)
     for codebook, color, shift, name in (
         (nf4.NF4, NORMAL_FLOAT, -0.2, "NF4"),
         (torch.linspace(-1, 1, 16), EVEN, 0.2, "equal distances"),
     ):
-        axes.bar(place + shift, 100 * shares(codebook), width=0.4, color=color, label=name)
-    axes.axhline(100 / 16, color=CURVE, linewidth=0.8, linestyle="dashed")
-    axes.annotate("if all were used equally", (15.4, 6.5), fontsize=8, color=CURVE, ha="right")
+        axes.bar(place + shift, 100 * shares(codebook).numpy(), width=0.4, color=color, label=name)
+    axes.axhline(100 / 16, color=CURVE, linewidth=0.8, linestyle="dashed", label="equal use")
     axes.set(
-        title="how often normal weights use each level, blocks of 64",
-        xlabel="code",
+        title="how often normal weights use each level",
+        xlabel="code, in blocks of 64",
         ylabel="% of the weights",
         xticks=range(0, 16, 3),
     )

@@ -1,5 +1,6 @@
 """Left: what a weight costs by block size. Right: constants, and the levels that they take."""
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ def draw(figure: Figure) -> None:
 def draw_costs(axes: Axes) -> None:
     """Bits of a weight: the code, and its share of the constants, counted in stored bytes."""
     weight = torch.ones(2**20)
-    place = torch.arange(len(SIZES))
+    place = np.arange(len(SIZES))
     single, double = [], []
     for size in SIZES:
         q = nf4.quantize(weight, size)
@@ -55,8 +56,8 @@ def draw_constants(axes: Axes) -> None:
     axes.axvline(dq.offset.item(), color=CURVE, linewidth=0.8, linestyle="dashed")
     axes.annotate(" mean", (dq.offset.item(), 1.02 * max(counts)), color=CURVE, fontsize=8)
     axes.set(
-        title="constants of blocks of 64 normal weights; the 256 levels",
-        xlabel="absmax",
+        title="constants of normal weights; the 256 levels",
+        xlabel="absmax of blocks of 64",
         yticks=[],
         ylim=(-0.11 * max(counts), 1.1 * max(counts)),
     )

@@ -3,7 +3,9 @@
 import doctest
 import importlib
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -103,14 +105,21 @@ def test_the_figure_is_what_the_code_draws_byte_for_byte(lesson: Lesson) -> None
     assert figures.drawn(lesson) == (lesson.folder / "figure.svg").read_bytes()
 
 
+@pytest.mark.parametrize("has_page", [False, True])
 def test_build_draws_every_figure_and_builds_the_page(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    has_page: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(figures, "drawn", lambda lesson: b"drawing")
     monkeypatch.setattr(Lesson, "folder", property(lambda lesson: tmp_path))
     monkeypatch.setattr(__main__, "LESSONS", {2: LESSONS[2]})
     monkeypatch.setattr(__main__, "ROOT", tmp_path)
-    monkeypatch.setattr(__main__.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(__main__, "find_spec", lambda name: has_page or None)
+    page = SimpleNamespace(build=SimpleNamespace(main=lambda: print("wrote the page")))
+    monkeypatch.setitem(sys.modules, "course.page", page)
     __main__.main(["build"])
     assert (tmp_path / "figure.svg").read_bytes() == b"drawing"
-    assert capsys.readouterr().out == "drew figure.svg\n"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == ["drew figure.svg", *(["wrote the page"] if has_page else [])]

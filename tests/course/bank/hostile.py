@@ -85,6 +85,7 @@ HOSTILE = [
     ),
     Hostile("no Python", "this is not Python", at_import="def normal_float(:"),
     Hostile("a name that is not there", "NameError", at_import="levels_of(4)"),
+    Hostile("a name that the tests need is deleted", "has no attribute", at_import="del NF4"),
     # the reference
     Hostile("ctypes", "ctypes is not for this exercise", at_import="import ctypes"),
     Hostile("a peer", "bitsandbytes is not for this", in_call="import bitsandbytes"),
