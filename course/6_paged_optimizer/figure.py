@@ -63,6 +63,7 @@ def draw_resident_pages(axes: Axes) -> None:
     axes.set_title(f"{PAGES} pages, room for {BUDGET}: every fetch (x) is a fault", fontsize=10)
     axes.set_xlabel(f"fetch ({PAGES} to a step)")
     axes.set_ylabel("page (blue: on the device)")
+    axes.set_xticks(range(0, STEPS * PAGES, 3))
     axes.invert_yaxis()
 
 

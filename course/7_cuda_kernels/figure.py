@@ -59,7 +59,7 @@ def draw_writes(axes: Axes, recorded: dict[str, tuple[list[warpsim.Access], Tens
                 done[access.thread] += 1
                 span = (access.address - out.data_ptr(), access.nbytes)
                 color = colors[access.thread % len(colors)]
-                axes.broken_barh([span], (row - 0.4, 0.8), color=color)
+                axes.broken_barh([span], (row - 0.4, 0.8), color=color, linewidth=0)
         count = max(done.values())
         labels += [f"{rung}, write {number + 1}" for number in range(count)]
     axes.set_yticks(range(len(labels)), labels)
@@ -79,6 +79,7 @@ def draw_accesses(axes: Axes, recorded: dict[str, tuple[list[warpsim.Access], Te
             place, writes, bottom=reads, color="#b5442e", label="writes" if first else ""
         )
         axes.bar_label(top, [f"{reads + writes:.2f}"], padding=2)
+    axes.margins(y=0.1)
     axes.set_xticks(range(len(RUNGS)), RUNGS)
     axes.set_title("Accesses to global memory, per element", fontsize=10)
     axes.legend(frameon=False)
