@@ -116,6 +116,7 @@ def changed_by_student(tree: ast.Module, lesson: Lesson) -> str | None:
 def public_code(tree: ast.Module, lesson: Lesson) -> dict[str, str]:
     """The code that defines each public name at the top level, outside the exercise."""
     code = {}
+    outer = {cut.partition(".")[0] for cut in lesson.cut}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names = [node.name]
@@ -126,18 +127,20 @@ def public_code(tree: ast.Module, lesson: Lesson) -> dict[str, str]:
             continue
         if isinstance(node, ast.ClassDef):
             node = without_private(node, lesson)
+        if isinstance(node, ast.FunctionDef) and node.name in outer:
+            continue  # a function of the exercise, or around one
         for name in names:
-            if not name.startswith("_") and name not in lesson.cut:
+            if not name.startswith("_"):
                 code[name] = code.get(name, "") + ast.dump(node)
     return code
 
 
 def without_private(node: ast.ClassDef, lesson: Lesson) -> ast.ClassDef:
-    """A class without its docstring, its private methods and those of the exercise."""
+    """A class without docstring, __init__, private methods and those of the exercise."""
     body = []
     for part in node.body:
         name = getattr(part, "name", "")
-        is_private = name.startswith("_") and not name.startswith("__")
+        is_private = name.startswith("_") and (not name.startswith("__") or name == "__init__")
         is_cut = f"{node.name}.{name}" in lesson.cut
         if not (is_private or is_cut or isinstance(part, ast.Expr)):
             body.append(part)

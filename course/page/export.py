@@ -15,7 +15,7 @@ import nf4
 from memory.__main__ import CARDS
 from memory.formula import OUTSIDE_TORCH, ROWS, SHAPES, Shape
 from paged_optim import PagedAdamW
-from paper.codebooks import BlockDistribution
+from paper.codebooks import BlockDistribution, integers
 
 Json = dict[str, "Json"] | list["Json"] | str | float | int | bool
 
@@ -37,16 +37,6 @@ OTHER_MODELS = {
     "Llama-3.1-70B": Shape(80, 8192, 28672, 64, 8, 128, 128256),
 }
 MAPS = ["q", "k", "v", "o", "gate", "up", "down"]  # in the order of Shape.maps
-
-
-def integers(bits: int) -> Tensor:
-    """The symmetric integer code with a zero, divided by its largest integer.
-
-    >>> integers(2).tolist()
-    [-1.0, 0.0, 1.0]
-    """
-    largest = 2 ** (bits - 1) - 1
-    return torch.arange(-largest, largest + 1, dtype=torch.float32) / largest
 
 
 def shortest(tensor: Tensor) -> list[float]:
