@@ -5,15 +5,16 @@ adds up the points and writes the result.
 """
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
-import sys
 import tempfile
 from dataclasses import dataclass
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
-from course import guard
+from course import guard, plugin
 from course.lesson import ROOT, Law, Lesson
 
 EXAMPLES = 60  # of each property test
@@ -98,35 +99,28 @@ def grade(
         result.fault = f"{name}, {fault}"
         return result
     with tempfile.TemporaryDirectory() as folder:
-        child, pipe = start_tests(result, Path(folder), examples)
+        pipe, out = os.pipe()
+        arguments = (result, Path(folder), examples, out)
+        child = multiprocessing.get_context("fork").Process(target=run_tests, args=arguments)
+        child.start()
+        os.close(out)
         collect(result, child, pipe)
     return result
 
 
-def start_tests(result: Grade, folder: Path, examples: int) -> tuple[int, int]:
-    """Run the tests in a fork. Returns its process id and a pipe with its messages."""
-    from course import plugin  # it imports torch and pytest, which takes seconds
+def run_tests(result: Grade, folder: Path, examples: int, out: int) -> None:
+    """Run the tests in this process, a fork, and write a line of JSON for each message."""
+    set_limits(folder)
 
-    pipe, out = os.pipe()
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        os.close(out)
-        return child, pipe
-    try:
-        set_limits(folder)
-        laws = [verdict.law for verdict in result.verdicts]
+    def send(message: dict[str, object]) -> None:
+        """Each message gives the code that runs after it a new limit of time."""
+        signal.setitimer(signal.ITIMER_PROF, SECONDS_OF_A_LAW)
+        os.write(out, json.dumps(message).encode() + b"\n")
 
-        def send(message: dict[str, object]) -> None:
-            """Each message gives the code that runs after it a new limit of time."""
-            signal.setitimer(signal.ITIMER_PROF, SECONDS_OF_A_LAW)
-            os.write(out, json.dumps(message).encode() + b"\n")
-
-        send({})
-        plugin.run(result.lesson, laws, str(result.path.resolve()), examples, send)
-        send({"done": True})
-    finally:
-        os._exit(0)
+    send({})
+    laws = [verdict.law for verdict in result.verdicts]
+    plugin.run(result.lesson, laws, str(result.path.resolve()), examples, send)
+    send({"done": True})
 
 
 def set_limits(folder: Path) -> None:
@@ -143,7 +137,7 @@ def set_limits(folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def collect(result: Grade, child: int, pipe: int) -> None:
+def collect(result: Grade, child: ForkProcess, pipe: int) -> None:
     """Read the messages of the tests until their process ends, and say how it ended."""
     current = None
     done = False
@@ -156,9 +150,9 @@ def collect(result: Grade, child: int, pipe: int) -> None:
                 verdict = result.verdicts[message["end"]]
                 verdict.passed = message["passed"]
                 verdict.text = message["text"]
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    child.join()
     if not done and not result.fault:
-        result.fault = end_of(status)
+        result.fault = end_of(child.exitcode)
         if current is not None:
             result.fault += f" It happened at the law: {result.verdicts[current].law.name}"
 

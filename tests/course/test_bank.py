@@ -30,13 +30,19 @@ def name_of(parameter: object) -> str:
 def graded() -> dict[tuple[int | str, str], tuple[int, int, str]]:
     """For each answer: points, most points, and what the student reads."""
     measure = ["-m", "coverage", "run", "--parallel-mode"] if Coverage.current() else []
-    command = [sys.executable, *measure, SCRIPT]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    lines = map(json.loads, run.stdout.splitlines())
+    measured = ["3", "hostile"]  # enough to reach every line: measuring takes time
+    others = [str(number) for number in LESSONS if str(number) not in measured]
+    runs = [[*measure, SCRIPT, *measured], [SCRIPT, *others]]
+    lines = [json.loads(line) for run in runs for line in output_of(run).splitlines()]
     return {(group, name): (points, most, text) for group, name, points, most, text in lines}
+
+
+def output_of(command: list[str | Path]) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *command]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_every_lesson_has_wrong_and_right_answers_of_different_names() -> None:

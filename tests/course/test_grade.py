@@ -1,6 +1,7 @@
 """What the grader writes and prints, and how it shows values; test_bank.py tests what it finds."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -100,6 +101,54 @@ def test_what_a_file_must_not_do_is_told_with_its_line(code: str, fault: str) ->
 def test_a_missing_given_function_is_told() -> None:
     source = LESSONS[2].source.read_text().replace("def check_finite", "def check")
     assert guard.fault_of(source, LESSONS[2]).startswith("check_finite is not part of this")
+
+
+def test_a_file_nested_too_deeply_is_told() -> None:
+    assert "this is not Python" in guard.fault_of("x = " + "-" * 10**5 + "1", LESSONS[2])
+
+
+@pytest.fixture
+def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> guard.Watch:
+    """A watch that this process does not keep."""
+    monkeypatch.setattr(sys, "addaudithook", lambda hook: None)
+    return guard.Watch(str(tmp_path / "nf4.py"))
+
+
+def run_as_student(watch: guard.Watch, event: str, *args: str) -> None:
+    code = compile("audit(event, args)", watch.path, "exec")
+    exec(code, {"audit": watch.audit, "event": event, "args": args})
+
+
+def test_the_students_code_may_open_its_own_file_and_those_of_libraries(
+    watch: guard.Watch,
+) -> None:
+    run_as_student(watch, "open", watch.path)
+    run_as_student(watch, "open", torch.__file__)
+    run_as_student(watch, "compile", "x")
+    watch.audit("open", (str(LESSONS[2].source),))  # not the student's code
+    assert watch.check() is None
+
+
+@pytest.mark.parametrize("event", ["open", "os.system", "ctypes.dlopen"])
+def test_the_students_code_may_not_open_the_real_file_nor_leave_python(
+    watch: guard.Watch, event: str
+) -> None:
+    with pytest.raises(PermissionError, match=f"must not do this: {event}"):
+        run_as_student(watch, event, str(LESSONS[2].source))
+    assert watch.check() == watch.fault
+    watch.active = False
+    run_as_student(watch, event, str(LESSONS[2].source))
+
+
+def test_a_peer_is_there_only_in_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", [guard.AbsentPeers(), *sys.meta_path])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trl"]:
+        monkeypatch.delitem(sys.modules, name)
+    import trl.trainer
+
+    assert isinstance(trl.trainer.Trainer, type) and not hasattr(trl, "__version__")
+    for name in ("trl", "trl.trainer"):
+        del sys.modules[name]
 
 
 # wanted and got
