@@ -75,7 +75,9 @@ looks_of_pages = st.lists(
     max_size=6,
 )
 accesses_to_pages = st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=40)
-spares = st.integers(0, 300)
+spares = st.one_of(st.integers(0, 40), st.integers(0, 300))
+THREE = [((2, 2), torch.float32)] * 3  # pages of 16 bytes
+TWICE = [(page, write) for write in (True, True, False, False) for page in (0, 1, 0, 2)]
 
 
 def started(looks: Looks, accesses: Accesses, spare: int) -> tuple[Pager, list[Page], Accesses]:
@@ -110,6 +112,7 @@ def difference(got: dict[str, int], wanted: dict[str, int]) -> str:
     [(0, True), (1, True), (0, False), (1, False)],
     0,
 )
+@example(THREE, TWICE, 16)
 def test_every_page_says_what_was_last_written(
     looks: Looks, accesses: Accesses, spare: int
 ) -> None:
@@ -397,12 +400,10 @@ def test_a_mutant_of_the_pager_is_noticed(
     mutant: Callable[..., Tensor], law: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     law = law.hypothesis.inner_test
-    looks = [((2, 2), torch.float32)] * 3
-    fetches = [(index, write) for write in (True, True, False, False) for index in (0, 1, 0, 2)]
-    law(looks, fetches, 16)
+    law(THREE, TWICE, 16)
     monkeypatch.setattr(Pager, "fetch", mutant)
     with pytest.raises(AssertionError):
-        law(looks, fetches, 16)
+        law(THREE, TWICE, 16)
 
 
 # Laws that only mutants had broken

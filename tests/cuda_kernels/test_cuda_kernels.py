@@ -282,19 +282,18 @@ class Decoding:
             pytest.fail(f"{self}: wanted numbers, got {type(error).__name__}: {error}")
         return Decoded(out, weight[0], weight[1])
 
-    def difference(self, order: int) -> str:
-        """Where the numbers differ from those of the reference; "" if they have the same bits."""
+    def check(self, order: int) -> None:
+        """Fail unless the numbers have the bits of the reference."""
         q, constants = self.weight()
         wanted = dense(q, constants, self.dtype)
         got = self.run(order).out
         differs = (bits(got) != bits(wanted)).nonzero().flatten()
-        if not len(differs):
-            return ""
-        first = differs[0]
-        return (
-            f"{self}, order of threads {order}: element {first}: wanted {wanted[first]}, "
-            f"got {got[first]}; {len(differs)} of {self.n} differ"
-        )
+        if len(differs):
+            first = differs[0]
+            pytest.fail(
+                f"{self}, order of threads {order}:\n  element {first}: wanted {wanted[first]}, "
+                f"got {got[first]}; {len(differs)} of {self.n} differ"
+            )
 
     def __str__(self) -> str:
         constants = "double-quantized" if self.double else "float32"
@@ -339,30 +338,26 @@ FEWER = settings(max_examples=12)
 @FEW
 @given(decodings(V1, 1, 600, [2, 8, 64, 4096], HALF_AND_SINGLE), orders)
 def test_v1_gives_each_element_the_bits_of_the_reference(decoding: Decoding, order: int) -> None:
-    difference = decoding.difference(order)
-    assert not difference, difference
+    decoding.check(order)
 
 
 @FEW
 @given(decodings(V2, 2, 550, [2, 8, 64, 4096], HALVES), orders)
 def test_v2_gives_each_pair_the_bits_of_the_reference(decoding: Decoding, order: int) -> None:
-    difference = decoding.difference(order)
-    assert not difference, difference
+    decoding.check(order)
 
 
 @FEWER
 @given(decodings(V3, 8, 500, [8, 64, 4096], HALVES), orders)
 def test_v3_gives_each_word_the_bits_of_the_reference(decoding: Decoding, order: int) -> None:
-    difference = decoding.difference(order)
-    assert not difference, difference
+    decoding.check(order)
 
 
 @FEWER
 @given(decodings(V4, 1024, 9, [8, 64, 4096], HALF_AND_SINGLE), orders)
 @example(Decoding(V4, Recipe((9216,)), 9216, dtype=torch.float32), 0)
 def test_v4_gives_each_run_the_bits_of_the_reference(decoding: Decoding, order: int) -> None:
-    difference = decoding.difference(order)
-    assert not difference, difference
+    decoding.check(order)
 
 
 def many_threads(rung: Rung, start: int = 0, more: int = 0) -> Decoding:
@@ -374,8 +369,7 @@ def many_threads(rung: Rung, start: int = 0, more: int = 0) -> Decoding:
 @each_rung
 def test_every_order_of_threads_gives_the_same_bits(rung: Rung) -> None:
     for order in range(6):
-        difference = many_threads(rung).difference(order)
-        assert not difference, difference
+        many_threads(rung).check(order)
 
 
 @each_rung
