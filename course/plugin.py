@@ -159,9 +159,7 @@ class Exam:
             for item in mine:
                 message = self.message_of(item)
                 if message is not None:
-                    # What a test replaced is back in place: its calls have other results now.
-                    replaces = "monkeypatch" in item.fixturenames
-                    return Failure(name, message, [] if replaces else self.trace.calls)
+                    return Failure(name, message, self.trace.calls)
         return None
 
     def message_of(self, item: pytest.Item) -> str | None:

@@ -44,7 +44,8 @@ def batch_of_two() -> Batch:
 def require_within(what: str, got: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
     """Fails with the first number that is not within its bound."""
     within = (got.double() - wanted.double()).abs() <= bound
-    assert within.all(), f"{what}{first_outside(within, wanted, got)}"
+    is_within = bool(within.all())  # a short message, which students read
+    assert is_within, f"{what}{first_outside(within, wanted, got)}"
 
 
 def first_outside(within: Tensor, wanted: Tensor, got: Tensor) -> str:
