@@ -80,8 +80,8 @@ LESSON = Lesson(
             2,
             (
                 "test_exact_match_counts_answers_that_equal_the_expected_text",
-                "test_only_an_answer_of_the_same_characters_is_a_match",
                 "test_the_model_is_asked_the_prompts_alone_and_has_room_for_the_longest_answer",
+                "test_only_an_answer_of_the_same_characters_is_a_match",
             ),
         ),
         Law(
