@@ -78,6 +78,6 @@ def draw_trained(axes: Axes) -> None:
             place = {"ha": "left", "va": "top"} if r < 256 else {"ha": "right", "va": "bottom"}
             axes.text(r * (1.15 if r < 256 else 0.85), share, f"{share:.2f} %", **place)
     axes.set_xticks(RANKS, [str(r) for r in RANKS])
-    axes.set_title(f"Trained numbers of {MODEL}, adapters on all seven maps", fontsize=10)
+    axes.set_title(f"Trained share of {MODEL} (all seven maps)", fontsize=10)
     axes.set_xlabel("rank r")
     axes.set_ylabel("% of the model's parameters")
