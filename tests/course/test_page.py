@@ -217,6 +217,17 @@ def test_a_png_is_embedded_too(tmp_path: Path) -> None:
 
 
 @pytest.fixture
+def unmeasured() -> Iterator[None]:
+    """Coverage follows the lanes of the simulator only where test_cuda_kernels.py sets it up."""
+    measuring = Coverage.current()
+    if measuring:
+        measuring.stop()
+    yield
+    if measuring:
+        measuring.start()
+
+
+@pytest.fixture
 def deck(browser: Browser, lessons: list[Path], tmp_path: Path) -> Path:
     return build.slides(lessons[0], tmp_path)
 
@@ -264,13 +275,33 @@ def test_the_cells_of_a_notebook_run_and_give_the_values_of_the_lesson(
     assert eval(expression, names) == [-1.0, 0.0, 0.4358, 1.0]
 
 
-def test_python_that_is_folded_stays_in_the_text_of_a_notebook() -> None:
-    folded = "<details>\n\n```python\nx = 1\n```\n\n</details>\n"
-    assert notebook.split(f"{folded}\n```python\ny = 2\n```\n") == [
-        ("markdown", f"{folded}\n"),
-        ("code", "y = 2\n"),
+def test_examples_that_are_folded_become_hidden_cells_after_the_text(tmp_path: Path) -> None:
+    folded = "<details>\n\nSeven.\n\n```python\n>>> x = 1\n```\n\n</details>\n"
+    hint = "<details>\n\n```python\ny = ...\n```\n\n</details>\n"
+    (tmp_path / "lesson.md").write_text(f"# A\n\n{folded}\n{hint}\n```python\n>>> x\n1\n```\n")
+    path = notebook.write(tmp_path / "lesson.md", tmp_path)
+    cells = json.loads(path.read_text())["cells"]
+    assert [(cell["source"], cell["metadata"]) for cell in cells] == [
+        (notebook.FIRST, {}),
+        ("# A\n\n<details>\n\nSeven.\n\n\n</details>", {}),
+        ("x = 1", {"jupyter": {"source_hidden": True}}),
+        (hint.strip(), {}),
+        ("x", {}),
     ]
-    assert notebook.sources("y = 2\n") == ["y = 2"]
+
+
+def test_the_notebooks_of_the_course_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unmeasured: None
+) -> None:
+    """Their cells in one namespace, without a kernel of Jupyter."""
+    monkeypatch.chdir(build.COURSE.parent)
+    monkeypatch.syspath_prepend(tmp_path)  # what the first cell adds is taken away again
+    for lesson in build.lessons(build.COURSE):
+        cells = json.loads(notebook.write(lesson, tmp_path).read_text())["cells"]
+        names: dict[str, object] = {"__name__": lesson.parent.name}
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec(compile(cell["source"], lesson, "exec"), names)
 
 
 # the page
@@ -727,17 +758,6 @@ def test_numbers_of_the_page_are_rounded_to_bfloat16_as_torch_does(page: Browser
     numbers = torch.cat([ties, *near, torch.tensor(export.sample())])
     rounded = page.call("(all) => all.map(page.widgets.warp.bfloat16)", numbers.tolist())
     assert rounded == numbers.bfloat16().tolist()
-
-
-@pytest.fixture
-def unmeasured() -> Iterator[None]:
-    """Coverage follows the threads of the simulator only where test_cuda_kernels.py sets it up."""
-    measuring = Coverage.current()
-    if measuring:
-        measuring.stop()
-    yield
-    if measuring:
-        measuring.start()
 
 
 def test_lanes_read_and_write_as_those_of_the_kernel_do(
