@@ -37,7 +37,7 @@ WRONG = [
         "softmax without the one-hot",
         GRADIENT,
         {"            softmax.scatter_add_(1, label, minus_one[: len(some)])\n": ""},
-        shows="the gradient at [",
+        shows="gradient of logits[",
     ),
     Answer(
         "one-hot minus softmax",
@@ -58,7 +58,7 @@ WRONG = [
         "a float32 gradient of 16-bit logits",
         ROUNDED,
         {"torch.empty_like(logits)": "torch.empty_like(logits, dtype=torch.float32)"},
-        shows="wanted torch.bfloat16, got torch.float32",
+        shows="float32 (3, 4)  <-",
     ),
     Answer(
         "softmax is saved, as F.cross_entropy does",
