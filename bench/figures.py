@@ -15,6 +15,7 @@ from matplotlib.axes import Axes  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 OPS = ["ours", "bitsandbytes", "torchao", "dense"]  # the columns
+ALLOCATING = "ours, allocating"  # a dequantize that allocates its result, as the peers do
 COLORS = {"ours": "tab:blue", "bitsandbytes": "tab:orange", "torchao": "tab:green", "dense": "0.5"}
 
 
@@ -156,13 +157,22 @@ def ops_notes(part: dict) -> str:
     extra = rows["forward + backward bfloat16 256"]["extra_bytes"]
     memory = ", ".join(f"{who} {extra[who] / 1e6:.1f} MB" for who in OPS)
     product = 256 * part["side"] * 2 / 1e6
+    allocating = allocating_note(rows)
     return (
         f"\nMedians in milliseconds. In a loop, a plain copy moves {speed / 1e9:.0f} GB/s and "
         f"dequantizing to bfloat16 reaches {alone:.0f} % of that; in turns, where the peers fill "
         f"the caches, {in_turns:.0f} %. Memory at the peak of forward + backward of 256 rows, "
         f"beyond what existed before and what is returned: {memory}; each includes the product, "
-        f"{product:.1f} MB.\n"
+        f"{product:.1f} MB. Dequantizing writes ours into an existing buffer, as a matmul does; "
+        f"the peers allocate the result. {allocating}\n"
     )
+
+
+def allocating_note(rows: dict) -> str:
+    """What ours takes to dequantize if it allocates, too."""
+    names = [name for name, entry in rows.items() if ALLOCATING in entry]
+    times = [f"{1e3 * rows[name][ALLOCATING]['seconds']:.2f} ms to {name}" for name in names]
+    return f"If it allocates, ours takes {' and '.join(times)}."
 
 
 def optim_table(part: dict) -> str:
@@ -243,6 +253,7 @@ def summary_table(ops: dict, step: dict) -> str:
     table = header(f"a {side} × {side} weight, or a step of SmolLM2-135M", *columns)
     for name in ("quantize float32", "dequantize bfloat16", "forward + backward float32 256"):
         entry = ops["rows"][name]
+        entry = entry | {"ours": entry.get(ALLOCATING, entry["ours"])}  # as the peers do
         cells = [f"{1e3 * entry[who]['seconds']:.1f}" if who in entry else "–" for who in columns]
         table += row(f"{op_title(name)}, ms", *cells)
     entries = [step["rows"]["plain"][who] for who in ("ours", *STEP_PEERS)]

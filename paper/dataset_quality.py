@@ -27,7 +27,7 @@ from paper.parity import MARGIN
 from paper.small_base import LORA_LR, Base, exact_match, train
 
 STEPS = 40
-RUNS = 5  # for each seed asked for: the spread of the first 10 seeds asks for more than 20
+RUNS = 5  # for each seed asked for: the spread of 10 runs asks for more than 20
 N_CLEAN = 20
 TIMES = 10
 KINDS = ["random", "systematic"]
@@ -113,7 +113,7 @@ def table(results: dict) -> str:
             row += [mean.span(".1f"), f"{gain.mean:+.1f} ({gain.span('+.1f')})", f"{p:.3f}"]
             rows.append(row)
     header = ["examples", "exact match, %", "95 % interval", "minus clean, points", "p (Holm)"]
-    note = "The paper's scores by data set are not in our reference."
+    note = "The paper's scores are of other tasks and models: they are not comparable."
     return f"{experiment.markdown(header, rows)}\n\n{note}"
 
 

@@ -48,7 +48,7 @@ KEY = "the key"
 PAIRS = [("judge 1", "judge 2"), ("judge 1", KEY), ("judge 2", KEY)]
 MEASURES = {"Kendall": stats.kendalltau, "Spearman": stats.spearmanr}
 BIASES = {"first": "the first answer", "letter": "the letter A"}
-QUESTIONS = 6  # for each seed: 10 questions left the agreement of judges open
+QUESTIONS = 6  # for each seed
 MARGIN = 0.05  # of the share that is picked
 WEAK = 0.4  # a Kendall correlation
 RATINGS = [1000.0, 1050.0, 1100.0, 1150.0]  # of the synthetic systems
@@ -178,7 +178,7 @@ def table(results: dict) -> str:
         experiment.markdown(["", *(f"picks {of}" for of in BIASES.values())], bias),
         experiment.markdown(["rank correlation per question", *MEASURES], agree),
         experiment.markdown(["fields", "Elo by judge 1", "standard deviation over orders"], rated),
-        "The paper's shares and correlations are not in our reference.",
+        "The paper's judges are GPT-4 and people: their numbers are not comparable.",
     ]
     return "\n\n".join(parts)
 

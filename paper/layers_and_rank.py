@@ -86,8 +86,8 @@ def table(results: dict) -> str:
     mean, low, high = experiment.interval(results["full"])
     rows.append([FULL, None, "everything", f"{mean:.1f}", f"{low:.1f} to {high:.1f}"])
     header = ["adapters on", "rank", "weights trained", "exact match, %", "95 % interval"]
-    paper = "The paper's figures 2 and 4 show it as points in a plot; their numbers are not in our"
-    return f"{experiment.markdown(header, rows)}\n\n{paper} reference."
+    paper = "The paper shows it as points in figures 2 and 4, without numbers."
+    return f"{experiment.markdown(header, rows)}\n\n{paper}"
 
 
 def draw(results: dict, figure: Figure) -> None:

@@ -10,8 +10,8 @@ examples and steps. Each model is tested on each language, half of it in unseen 
 Three questions: what a language gains from the mixture against training in English alone; whether
 the mixture costs English anything; whether it reaches training in the language itself.
 
-The number of runs was chosen from the spread of earlier ones, so that an interval is about as wide
-as the margin on either side.
+The number of runs was chosen from the spread of 10 runs, so that the margin is about as wide as
+half an interval.
 """
 
 import random
@@ -25,7 +25,7 @@ from paper.parity import MARGIN
 from paper.small_base import LORA_LR, Base, exact_match, train
 
 STEPS = 25
-RUNS = 10  # for each seed asked for: the spread of the first 10 seeds asks for about 50
+RUNS = 10  # for each seed asked for: the spread of 10 runs asks for about 50
 N_TRAIN = 300
 ENGLISH, *OTHERS = LANGUAGES = list(orders.LANGUAGES)
 MIXED = "all three"

@@ -315,9 +315,8 @@ def _permute_8(builder, table, codes):
     """table[code] for a table of 8 floats and integers of 0 to 7."""
     if LOOK_UP != "avx2":
         return _permute(builder, _join(builder, [table] * 2), codes)
-    eight = ir.VectorType(FLOAT, 8)
     name = "llvm.x86.avx2.permps"
-    parts = [_call(builder, name, eight, table, part) for part in _parts(builder, codes, 8)]
+    parts = [_call(builder, name, table.type, table, part) for part in _parts(builder, codes, 8)]
     return _join(builder, parts)
 
 
