@@ -119,7 +119,10 @@ def run_tests(result: Grade, folder: Path, examples: int, out: int) -> None:
 
     send({})
     laws = [verdict.law for verdict in result.verdicts]
-    plugin.run(result.lesson, laws, str(result.path.resolve()), examples, send)
+    try:
+        plugin.run(result.lesson, laws, str(result.path.resolve()), examples, send)
+    except Exception as error:
+        send({"fault": f"the grader failed: {type(error).__name__}: {error}"})
     send({"done": True})
 
 

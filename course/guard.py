@@ -136,11 +136,11 @@ def public_code(tree: ast.Module, lesson: Lesson) -> dict[str, str]:
 
 
 def without_private(node: ast.ClassDef, lesson: Lesson) -> ast.ClassDef:
-    """A class without docstring, __init__, private methods and those of the exercise."""
+    """A class without its docstring, its private methods and those of the exercise."""
     body = []
     for part in node.body:
         name = getattr(part, "name", "")
-        is_private = name.startswith("_") and (not name.startswith("__") or name == "__init__")
+        is_private = name.startswith("_") and not name.startswith("__")
         is_cut = f"{node.name}.{name}" in lesson.cut
         if not (is_private or is_cut or isinstance(part, ast.Expr)):
             body.append(part)

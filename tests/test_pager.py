@@ -163,6 +163,12 @@ def test_the_pages_that_are_held_never_exceed_the_budget(
 
 
 @given(looks_of_pages, accesses_to_pages, spares)
+# The page that was used first is not the smallest.
+@example(
+    [((2, 2), torch.float32), ((2, 1), torch.float32), ((2, 2), torch.float32)],
+    [(0, True), (1, True), (2, True)],
+    16,
+)
 def test_the_pages_that_were_used_last_are_resident(
     looks: Looks, accesses: Accesses, spare: int
 ) -> None:

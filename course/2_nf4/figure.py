@@ -23,11 +23,11 @@ def draw(figure: Figure) -> None:
 
 
 def draw_levels(axes: Axes) -> None:
-    x = torch.linspace(-3, 3, 301)
+    x = torch.linspace(-3, 3, 301, dtype=torch.float64)
     axes.plot(x, density(x), color=CURVE)
-    levels = nf4.NF4 * LARGEST
+    levels = nf4.NF4.double() * LARGEST
     axes.vlines(levels, 0, density(levels), color=NORMAL_FLOAT, linewidth=1.4)
-    even = torch.linspace(-LARGEST, LARGEST, 16)
+    even = torch.linspace(-LARGEST, LARGEST, 16, dtype=torch.float64)
     axes.plot(even, torch.full_like(even, -0.02), "|", color=CURVE, markersize=9)
     axes.annotate("equal\ndistances", (-3, -0.036), fontsize=8, color=CURVE)
     axes.set(
@@ -61,7 +61,7 @@ def draw_shares(axes: Axes) -> None:
 
 def shares(codebook: Tensor) -> Tensor:
     """The share of each code (16,) in a million normal numbers, quantized in blocks of 64."""
-    weight = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
-    packed = nf4.quantize(weight, 64, codebook).packed
+    weight = torch.from_numpy(np.random.default_rng(0).standard_normal(2**20))
+    packed = nf4.quantize(weight.float(), 64, codebook).packed
     codes = torch.cat([packed >> 4, packed & 15]).flatten()
     return codes.bincount(minlength=16) / weight.numel()

@@ -64,7 +64,7 @@ def main(numbers: list[int], hostile: bool) -> None:
             show(number, "real", graded(lesson.source.read_text(), lesson, Path(folder)))
             for answer in bank_of(lesson):
                 show(number, answer.name, graded_answer(answer, lesson, Path(folder)))
-        grade.SECONDS_OF_A_LAW = 2
+        grade.SECONDS_OF_A_LAW = 4
         for attack in HOSTILE if hostile else []:
             show("hostile", attack.name, graded_attack(attack, Path(folder)))
 

@@ -9,10 +9,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from course import __main__, explain, guard
+import training
+from course import __main__, explain, guard, lessons
 from course.grade import Grade, Verdict, end_of, grade_and_write
 from course.lesson import Lesson
 from course.lessons import LESSONS
+from training import end_tokens
 
 
 @pytest.fixture
@@ -140,6 +142,18 @@ def test_the_students_code_may_not_open_the_real_file_nor_leave_python(
     run_as_student(watch, event, str(LESSONS[2].source))
 
 
+def test_a_file_of_a_package_takes_the_place_of_the_real_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lesson = replace(LESSONS[1], file="training/end_tokens.py")
+    path = tmp_path / "end_tokens.py"
+    path.write_text("mine = True\n")
+    monkeypatch.setitem(sys.modules, lesson.module, end_tokens)
+    monkeypatch.setattr(training, "end_tokens", end_tokens)
+    module = guard.load(lesson, str(path))
+    assert module.mine and sys.modules[lesson.module] is training.end_tokens is module
+
+
 def test_a_peer_is_there_only_in_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", [guard.AbsentPeers(), *sys.meta_path])
     for name in [name for name in sys.modules if name.partition(".")[0] == "trl"]:
@@ -237,6 +251,8 @@ def test_a_tensor_with_a_gradient_is_copied() -> None:
     x = torch.ones(2, requires_grad=True) * 2
     copy = explain.copied(x)
     assert copy is not x and copy.requires_grad and copy.tolist() == [2, 2]
+    holds_one = [x]  # cannot be copied, so it is shown as it is after the call
+    assert explain.copied(holds_one) is holds_one
 
 
 def test_a_law_may_name_a_test_of_another_file() -> None:
