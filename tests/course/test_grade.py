@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import training
-from course import __main__, explain, guard, lessons
+from course import __main__, explain, guard
 from course.grade import Grade, Verdict, end_of, grade_and_write
 from course.lesson import Lesson
 from course.lessons import LESSONS
