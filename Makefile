@@ -9,8 +9,9 @@
 # make paper      test each claim of the paper, and write paper/RESULTS.md; ARGS="parity --seeds 10"
 # make lesson     write the file of an exercise into work/, never over an existing one; LESSON=2
 # make grade      grade your answer: which laws hold, and the smallest input that breaks one; LESSON=2
+# make slides     write a lesson as slides into course/site; LESSON=2
 # make autograder write the zip that grades an exercise on Gradescope; LESSON=2
-# make course     draw the figures of the lessons and write their page into course/site
+# make course     draw the figures of the lessons, write their pages into course/site, and notebooks
 # make lint       check with ruff: rules and formatting
 # make figures    draw the figure in the README
 # make clean      remove the virtual environment, the model and the output
@@ -24,7 +25,7 @@ TORCH := $(shell grep -o '^torch==[0-9.]*' requirements.txt)
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: train test test-long gpu mutate bench paper lesson grade autograder course lint figures clean
+.PHONY: train test test-long gpu mutate bench paper lesson grade slides autograder course lint figures clean
 train: $(VENV)/run
 	$(BIN)/python train.py $(if $(ARGS),$(ARGS),--output-dir out/demo --overwrite)
 
@@ -65,6 +66,9 @@ lesson: $(VENV)/run
 
 grade: $(VENV)/dev
 	@$(BIN)/python -m course grade $(LESSON)
+
+slides: $(VENV)/dev
+	@$(BIN)/python -m course slides $(LESSON)
 
 autograder: $(VENV)/run
 	@$(BIN)/python -m course autograder $(LESSON)

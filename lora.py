@@ -296,7 +296,7 @@ class QLoRALinear(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """s = lora_alpha / r; lora_alpha / sqrt(r) with use_rslora, for large ranks."""
+        """s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora, for large ranks; 0 for r = 0."""
         if self.r == 0:
             return 0.0
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
@@ -314,8 +314,9 @@ class QLoRALinear(nn.Module):
         compute_dtype: torch.dtype | None = None,
         use_rslora: bool = False,
     ) -> "QLoRALinear":
-        """Quantize a dense layer and add an adapter. If `linear` is a QLoRALinear, keep its base.
+        """Quantize a dense layer and add an adapter. The new layer is in the mode of the old one.
 
+        If `linear` is a QLoRALinear, its base is kept, and its compute_dtype unless one is given.
         codebook=None keeps the weight dense, for 16-bit LoRA. compute_dtype: see `forward`.
         Raises: ValueError if r, lora_alpha, lora_dropout or compute_dtype is not possible, and
         where `nf4.quantize` does.
@@ -363,7 +364,10 @@ class QLoRALinear(nn.Module):
         super()._load_from_state_dict(state, prefix, *others)
 
     def update(self) -> Tensor:
-        """What the adapter adds to the weight: s B A (out, in), in the dtype of the adapter."""
+        """What the adapter adds to the weight: s B A (out, in), in the dtype of the adapter.
+
+        No gradient is recorded, and autocast does not change the dtype.
+        """
         with torch.autocast(self.lora_A.device.type, enabled=False):
             return (self.lora_B @ self.lora_A).detach() * self.scaling
 
@@ -608,7 +612,8 @@ class MergeAudit(NamedTuple):
 def merge(model: nn.Module) -> tuple[nn.Module, dict[str, MergeAudit]]:
     """Replace each QLoRALinear, in place, by a dense nn.Linear of base + update.
 
-    The weight has the dtype of the base, or that to which the model was cast, and is rounded once.
+    The weight has the dtype of the base, or that to which the model was cast, is rounded once, and
+    stays frozen.
     Returns the model and, for each 4-bit layer, what a merge into 4 bits would keep: an update is
     small compared with the gaps between levels, so rounding removes much of it. Hooks of the layers
     are not kept.

@@ -3,30 +3,41 @@
 python -m course lesson 2     write the student's file of lesson 2
 python -m course grade 2      grade it, and write results.json beside it
 python -m course autograder 2 write the zip that grades it on Gradescope
-python -m course build        draw the figures of the lessons and write the page
+python -m course slides 2     write lesson 2 as slides
+python -m course build        draw the figures of the lessons, and write the pages and the notebooks
 """
 
 import sys
-from importlib.util import find_spec
 
 from course import autograder, figures
 from course.grade import grade_and_write
-from course.lesson import ROOT
+from course.lesson import ROOT, Lesson
 from course.lessons import LESSONS
 from course.stubs import write_stub
 
+NOTEBOOKS = ROOT / "course" / "notebooks"
 NUMBERS = ", ".join(map(str, LESSONS))
-COMMANDS = "make lesson LESSON=N, make grade LESSON=N or make autograder LESSON=N"
+COMMANDS = "make lesson LESSON=N; the others are grade, slides and autograder in place of lesson"
 USAGE = f"use: {COMMANDS}, with N one of {NUMBERS}; or make course"
 
 
 def build() -> None:
+    from course.page import build as page  # needs packages of requirements-dev.txt
+    from course.page import notebook
+
     for lesson in LESSONS.values():
         print(f"drew {figures.write(lesson).relative_to(ROOT)}")
-    if find_spec("course.page"):
-        from course.page import build as page
+    page.main()
+    for lesson in LESSONS.values():
+        path = notebook.write(lesson.folder / "lesson.md", NOTEBOOKS)
+        print(f"wrote {path.relative_to(ROOT)}")
 
-        page.main()
+
+def write_slides(lesson: Lesson) -> None:
+    from course.page import build as page
+
+    path = page.slides(lesson.folder / "lesson.md", page.SITE)
+    print(f"wrote {path.relative_to(ROOT)}; arrow keys turn the slides")
 
 
 def main(argv: list[str]) -> None:
@@ -40,6 +51,8 @@ def main(argv: list[str]) -> None:
             result = grade_and_write(lessons[number])
             print(result)
             sys.exit(result.points < result.most)
+        case ["slides", number] if number in lessons:
+            write_slides(lessons[number])
         case ["autograder", number] if number in lessons:
             print(f"wrote {autograder.write(lessons[number])}")
         case _:

@@ -241,7 +241,7 @@ NF4_MUTANTS = [
         "torch.cartesian_prod(sixteen, sixteen)",
         "torch.cartesian_prod(sixteen, sixteen).flip(1)",
         ROUNDTRIP,
-        seen_in="AMD Quark #30",
+        seen_in="AMD Quark #30: another order than announced",
     ),
     Mutant(
         "the odd last number is paired with code 0",
@@ -297,7 +297,7 @@ NF4_MUTANTS = [
         "F.pad(flat, (0, missing))",
         "F.pad(flat, (0, missing), value=1e3)",
         NEAREST,
-        seen_in="bitsandbytes #1884",
+        seen_in="bitsandbytes #1884, in Triton kernels",
     ),
     Mutant(
         "the ragged last block takes the constant of the one before",
@@ -482,7 +482,7 @@ CONSTANT_MUTANTS = [
         "nf4.Quantized(dq.codes, dq.absmax,",
         "nf4.Quantized(dq.codes, dq.absmax.roll(1),",
         CONSTANTS,
-        seen_in="NVIDIA Model-Optimizer #2421: groups mixed up",
+        seen_in="NVIDIA Model-Optimizer #2421: all groups mixed up",
     ),
     Mutant(
         "constants are quantized in blocks of 64 too",
@@ -595,7 +595,7 @@ CONSTANT_MUTANTS = [
         "q = dispatch.quantize(weight, block_size, codebook)",
         "q, self.__dict__['source'] = dispatch.quantize(weight, block_size, codebook), weight",
         "test_the_dense_weights_are_freed",
-        seen_in="transformers #44728",
+        seen_in="transformers 5 #43032, reported",
         suite="test_lora",
     ),
     Mutant(
@@ -630,7 +630,7 @@ LORA_MUTANTS = [
         "self.r if self.use_rslora",
         "test_with_use_rslora_the_scaling_is_alpha_over_the_root_of_r",
         {"use_rslora": True, "scaling": 6 / 3},
-        seen_in="aprender #2189",
+        seen_in="aprender #2189, in its merge",
     ),
     Mutant(
         "what dropout keeps is not scaled up",
@@ -832,7 +832,7 @@ LORA_MUTANTS = [
         "keep, lora_A, lora_B, base(x.dtype))\n",
         SAVED,
         ONE_DTYPE,
-        seen_in="bitsandbytes #1935",
+        seen_in="F.linear(x, dequantize(W)) under autograd",
     ),
     Mutant(
         "the dense weight is kept where no hook sees it",
@@ -889,7 +889,7 @@ LORA_MUTANTS = [
         "(base() + update.to(base.dtype))",
         "test_a_merged_weight_is_rounded_once",
         {"dtype": torch.bfloat16},
-        seen_in="PEFT #1388",
+        seen_in="PEFT #1388, with a 16-bit adapter",
     ),
     Mutant(
         "the head is adapted too",
@@ -1590,7 +1590,7 @@ OPTIMIZER_MUTANTS = [
         ".div_((1 - beta2**step) ** 0.5)",
         "",
         TORCH_BITS,
-        seen_in="apex #1124, BERT's Adam",
+        seen_in="BERT's Adam",
     ),
     Mutant(
         "eps is inside the square root",

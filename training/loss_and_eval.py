@@ -116,7 +116,10 @@ def perplexity(
     pad_id: int,
     dtype: torch.dtype,
 ) -> float:
-    """exp of the mean loss per label over all examples; each rank computes a share of them."""
+    """exp of the mean loss per label over all examples, without dropout.
+
+    Each rank computes a share of the examples. The model stays in evaluation mode.
+    """
     model.eval()
     share, n_own = distributed.split_among_ranks(examples)
     # All ranks get the same number of examples. Those that do not count here get no labels.

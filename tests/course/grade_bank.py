@@ -4,8 +4,8 @@
     python tests/course/grade_bank.py 2 hostile    some of them
 
 A wrong answer is graded by the law that it breaks; a right one, the stub and the real file by all
-laws. Prints a line of JSON
-for each answer: lesson, name, points, most points, and what the student reads.
+laws. Prints for each its name and what the student reads. With --json it prints a line of JSON for
+each: lesson, name, points, most points, and what the student reads.
 """
 
 import importlib
@@ -49,26 +49,28 @@ def graded_attack(hostile: Hostile, folder: Path) -> grade.Grade:
     return graded(source, lesson, folder, (lesson.laws[0], lesson.laws[2]))
 
 
-def show(group: int | str, name: str, result: grade.Grade) -> None:
-    print(json.dumps([group, name, result.points, result.most, str(result)]), flush=True)
+def show(group: int | str, name: str, result: grade.Grade, as_json: bool) -> None:
+    line = json.dumps([group, name, result.points, result.most, str(result)])
+    print(line if as_json else f"# {name}\n\n{result}\n", flush=True)
 
 
-def main(numbers: list[int], hostile: bool) -> None:
+def main(numbers: list[int], hostile: bool, as_json: bool) -> None:
     sys.meta_path.insert(0, guard.AbsentPeers())
     for name in [*plugin.ORACLES, *plugin.PATCHING, "transformers.models.llama.modeling_llama"]:
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         for number in numbers:
             lesson = LESSONS[number]
-            show(number, "stub", graded(stub(lesson), lesson, Path(folder)))
-            show(number, "real", graded(lesson.source.read_text(), lesson, Path(folder)))
+            show(number, "stub", graded(stub(lesson), lesson, Path(folder)), as_json)
+            show(number, "real", graded(lesson.source.read_text(), lesson, Path(folder)), as_json)
             for answer in bank_of(lesson):
-                show(number, answer.name, graded_answer(answer, lesson, Path(folder)))
+                show(number, answer.name, graded_answer(answer, lesson, Path(folder)), as_json)
         grade.SECONDS_OF_A_LAW = 4
         for attack in HOSTILE if hostile else []:
-            show("hostile", attack.name, graded_attack(attack, Path(folder)))
+            show("hostile", attack.name, graded_attack(attack, Path(folder)), as_json)
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:] or [*LESSONS, "hostile"]
-    main([int(word) for word in words if word != "hostile"], "hostile" in words)
+    words = [word for word in sys.argv[1:] if word != "--json"] or [*LESSONS, "hostile"]
+    numbers = [int(word) for word in words if word != "hostile"]
+    main(numbers, "hostile" in words, as_json="--json" in sys.argv)

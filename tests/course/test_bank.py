@@ -32,7 +32,7 @@ def graded() -> dict[tuple[int | str, str], tuple[int, int, str]]:
     measure = ["-m", "coverage", "run", "--parallel-mode"] if Coverage.current() else []
     measured = ["3", "hostile"]  # enough to reach every line: measuring takes time
     others = [str(number) for number in LESSONS if str(number) not in measured]
-    runs = [[*measure, SCRIPT, *measured], [SCRIPT, *others]]
+    runs = [[*measure, SCRIPT, "--json", *measured], [SCRIPT, "--json", *others]]
     lines = [json.loads(line) for run in runs for line in output_of(run).splitlines()]
     return {(group, name): (points, most, text) for group, name, points, most, text in lines}
 

@@ -2,16 +2,16 @@
 
 import doctest
 import importlib
+import json
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from course import __main__, figures
 from course.lesson import ROOT, Lesson
 from course.lessons import LESSONS
+from course.page import build
 
 HEADINGS = [
     "What you will know",
@@ -23,7 +23,7 @@ HEADINGS = [
     "In real systems",
     "Further reading",
 ]
-MOST_LINES = 280
+MOST_LINES = 300
 each_lesson = pytest.mark.parametrize("lesson", LESSONS.values(), ids=lambda lesson: lesson.slug)
 
 
@@ -106,21 +106,34 @@ def test_the_figure_is_what_the_code_draws_byte_for_byte(lesson: Lesson) -> None
     assert figures.drawn(lesson) == (lesson.folder / "figure.svg").read_bytes()
 
 
-@pytest.mark.parametrize("has_page", [False, True])
-def test_build_draws_every_figure_and_builds_the_page(
-    has_page: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+def test_build_draws_every_figure_and_writes_the_pages_and_the_notebooks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(figures, "drawn", lambda lesson: b"drawing")
-    monkeypatch.setattr(Lesson, "folder", property(lambda lesson: tmp_path))
+    monkeypatch.setattr(build, "main", lambda: print("wrote the pages"))
+    folder = tmp_path / "2_nf4"
+    folder.mkdir()
+    (folder / "lesson.md").write_text(text_of(LESSONS[2]))
+    monkeypatch.setattr(Lesson, "folder", property(lambda lesson: folder))
     monkeypatch.setattr(__main__, "LESSONS", {2: LESSONS[2]})
     monkeypatch.setattr(__main__, "ROOT", tmp_path)
-    monkeypatch.setattr(__main__, "find_spec", lambda name: has_page or None)
-    page = SimpleNamespace(build=SimpleNamespace(main=lambda: print("wrote the page")))
-    monkeypatch.setitem(sys.modules, "course.page", page)
+    monkeypatch.setattr(__main__, "NOTEBOOKS", tmp_path / "notebooks")
     __main__.main(["build"])
-    assert (tmp_path / "figure.svg").read_bytes() == b"drawing"
+    assert (folder / "figure.svg").read_bytes() == b"drawing"
+    assert json.loads((tmp_path / "notebooks" / "2_nf4.ipynb").read_text())["cells"]
     printed = capsys.readouterr().out.splitlines()
-    assert printed == ["drew figure.svg", *(["wrote the page"] if has_page else [])]
+    assert printed == [
+        "drew 2_nf4/figure.svg",
+        "wrote the pages",
+        "wrote notebooks/2_nf4.ipynb",
+    ]
+
+
+def test_the_slides_of_a_lesson_are_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "SITE", tmp_path)
+    monkeypatch.setattr(__main__, "ROOT", tmp_path)
+    __main__.main(["slides", "2"])
+    assert capsys.readouterr().out == "wrote 2_nf4.slides.html; arrow keys turn the slides\n"
+    assert (tmp_path / "2_nf4.slides.html").read_text().count('class="slide"') == 1 + len(HEADINGS)

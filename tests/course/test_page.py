@@ -634,6 +634,16 @@ def test_the_widget_of_the_pager_is_used_by_keyboard(page: Browser) -> None:
 SHAPES_TO_PRICE = SHAPES | export.OTHER_MODELS | {"odd": Shape(3, 24, 55, 3, 1, 10, 101, tied=True)}
 
 
+def test_other_models_have_the_published_numbers_of_parameters() -> None:
+    assert {name: shape.parameters() for name, shape in export.OTHER_MODELS.items()} == {
+        "SmolLM2-135M": 134_515_008,
+        "TinyLlama-1.1B": 1_100_048_384,
+        "Mistral-7B": 7_241_732_096,
+        "Llama-3.1-8B": 8_030_261_248,
+        "Llama-3.1-70B": 70_553_706_496,
+    }
+
+
 def test_the_price_of_a_step_is_that_of_the_formula_to_the_byte(page: Browser) -> None:
     cases = [
         {

@@ -1,9 +1,12 @@
 """The syllabus has every lesson, and every lesson has the points that it names."""
 
+import re
+
 import pytest
 
 from course.lesson import ROOT, Lesson
 from course.lessons import LESSONS
+from course.page import export
 
 SYLLABUS = (ROOT / "course" / "README.md").read_text()
 
@@ -13,3 +16,14 @@ def test_every_lesson_is_in_the_syllabus_with_20_points(lesson: Lesson) -> None:
     assert f"[{lesson.number} " in SYLLABUS
     assert f"({lesson.folder.name}/lesson.md)" in SYLLABUS
     assert sum(law.points for law in lesson.laws) == 20
+
+
+def test_the_widgets_to_show_are_on_the_pages_of_that_lecture() -> None:
+    rows = SYLLABUS.partition("**What to show.**")[2].partition("\n\n")[2].splitlines()[2:]
+    shown = [set(re.findall(r"`(\w+)`", row)) & {*export.TABLES} for row in rows[:4]]
+    for lecture, names in enumerate(shown, start=1):
+        texts = [
+            (LESSONS[n].folder / "lesson.md").read_text() for n in (2 * lecture - 1, 2 * lecture)
+        ]
+        on_pages = {*re.findall(r"<!-- widget: (\w+) -->", "".join(texts))}
+        assert names == on_pages, f"lecture {lecture}"
