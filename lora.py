@@ -296,7 +296,7 @@ class QLoRALinear(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora, for large ranks; 0 for r = 0."""
+        """s = lora_alpha / r; lora_alpha / sqrt(r) with use_rslora, for large ranks. 0 if r = 0."""
         if self.r == 0:
             return 0.0
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
