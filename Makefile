@@ -64,16 +64,16 @@ paper: $(VENV)/dev
 lesson: $(VENV)/run
 	@$(BIN)/python -m course lesson $(LESSON)
 
-grade: $(VENV)/dev
+grade: $(VENV)/course
 	@$(BIN)/python -m course grade $(LESSON)
 
-slides: $(VENV)/dev
+slides: $(VENV)/course
 	@$(BIN)/python -m course slides $(LESSON)
 
 autograder: $(VENV)/run
 	@$(BIN)/python -m course autograder $(LESSON)
 
-course: $(VENV)/dev
+course: $(VENV)/course
 	$(BIN)/python -m course build
 
 lint: $(VENV)/dev
@@ -91,7 +91,11 @@ $(VENV)/run: requirements.txt requirements-gpu.txt $(VENV)/torch
 	$(PIP) install -r requirements.txt $(if $(HAS_GPU),-r requirements-gpu.txt)
 	@touch $@
 
-$(VENV)/dev: requirements-dev.txt requirements-gpu.txt $(VENV)/run
+$(VENV)/course: requirements-course.txt $(VENV)/run
+	$(PIP) install -r requirements-course.txt
+	@touch $@
+
+$(VENV)/dev: requirements-dev.txt requirements-gpu.txt $(VENV)/course
 	$(PIP) install -r requirements-dev.txt
 	@touch $@
 

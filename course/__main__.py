@@ -22,7 +22,7 @@ USAGE = f"use: {COMMANDS}, with N one of {NUMBERS}; or make course"
 
 
 def build() -> None:
-    from course.page import build as page  # needs packages of requirements-dev.txt
+    from course.page import build as page  # needs packages of requirements-course.txt
     from course.page import notebook
 
     for lesson in LESSONS.values():

@@ -28,7 +28,8 @@ from course import explain, guard
 from course.lesson import ROOT, Law, Lesson
 
 Send = Callable[[dict[str, object]], None]
-OPTIONS = f"""-q --noconftest -W ignore -o addopts= --rootdir={ROOT} -c {ROOT}/pyproject.toml
+OPTIONS = f"""-q --tb=native --noconftest -W ignore
+    -o addopts= --rootdir={ROOT} -c {ROOT}/pyproject.toml
     -p _hypothesis_pytestplugin -p no:cacheprovider -p no:unraisableexception
     -p no:threadexception --hypothesis-profile=grade""".split()
 MOST_LINES = 6  # of the message of a failed assertion

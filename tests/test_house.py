@@ -138,7 +138,8 @@ def test_the_bounds_of_the_tests_import_nothing_of_ours() -> None:
 
 def test_the_readme_names_every_file_of_the_method_and_every_package() -> None:
     readme = (ROOT / "README.md").read_text()
-    others = ["Makefile", "requirements.txt", "requirements-gpu.txt", "requirements-dev.txt"]
+    others = ["Makefile", "requirements.txt", "requirements-gpu.txt"]
+    others += ["requirements-course.txt", "requirements-dev.txt"]
     others += ["pyproject.toml", "LICENSE", "tests/", "docs/"]
     names = [*(f"{name}.py" for name in [*METHOD, "train"]), *(f"{name}/" for name in PACKAGES)]
     assert not [name for name in [*names, *others] if name not in readme]

@@ -23,6 +23,8 @@ from course.lesson import Law, Lesson  # noqa: E402
 from course.lessons import LESSONS  # noqa: E402
 from course.stubs import stub  # noqa: E402
 
+SLOW = ("numba.cuda", "transformers.models.llama.modeling_llama")  # imported once for all answers
+
 
 def bank_of(lesson: Lesson) -> list[answers.Answer]:
     module = importlib.import_module(f"bank.lesson_{lesson.number}")
@@ -56,7 +58,7 @@ def show(group: int | str, name: str, result: grade.Grade, as_json: bool) -> Non
 
 def main(numbers: list[int], hostile: bool, as_json: bool) -> None:
     sys.meta_path.insert(0, guard.AbsentPeers())
-    for name in [*plugin.ORACLES, *plugin.PATCHING, "transformers.models.llama.modeling_llama"]:
+    for name in [*plugin.ORACLES, *plugin.PATCHING, *SLOW]:
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         for number in numbers:
