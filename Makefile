@@ -61,7 +61,7 @@ bench: $(VENV)/dev
 paper: $(VENV)/dev
 	$(BIN)/python -m paper $(ARGS)
 
-lesson: $(VENV)/run
+lesson: $(VENV)/course
 	@$(BIN)/python -m course lesson $(LESSON)
 
 grade: $(VENV)/course
@@ -70,7 +70,7 @@ grade: $(VENV)/course
 slides: $(VENV)/course
 	@$(BIN)/python -m course slides $(LESSON)
 
-autograder: $(VENV)/run
+autograder: $(VENV)/course
 	@$(BIN)/python -m course autograder $(LESSON)
 
 course: $(VENV)/course

@@ -18,7 +18,8 @@ set -euo pipefail
 apt-get update
 apt-get install -y make
 apt-get install -y python3.12-venv || apt-get install -y python3.11-venv
-make -C /autograder/source/qlora PYTHON="$(command -v python3.12 python3.11 | head -n 1)" .venv/course
+python="$(command -v python3.12 python3.11 | head -n 1)"
+make -C /autograder/source/qlora PYTHON="$python" .venv/course
 """
 RUN = """#!/usr/bin/env bash
 # Grades a submission. A missing file and a broken law are in the results, too.
