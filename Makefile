@@ -91,11 +91,11 @@ $(VENV)/run: requirements.txt requirements-gpu.txt $(VENV)/torch
 	$(PIP) install -r requirements.txt $(if $(HAS_GPU),-r requirements-gpu.txt)
 	@touch $@
 
-$(VENV)/course: requirements-course.txt $(VENV)/run
+$(VENV)/course: requirements-course.txt requirements-gpu.txt $(VENV)/run
 	$(PIP) install -r requirements-course.txt
 	@touch $@
 
-$(VENV)/dev: requirements-dev.txt requirements-gpu.txt $(VENV)/course
+$(VENV)/dev: requirements-dev.txt $(VENV)/course
 	$(PIP) install -r requirements-dev.txt
 	@touch $@
 

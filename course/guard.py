@@ -136,15 +136,32 @@ def public_code(tree: ast.Module, lesson: Lesson) -> dict[str, str]:
 
 
 def without_private(node: ast.ClassDef, lesson: Lesson) -> ast.ClassDef:
-    """A class without its docstring, its private methods and those of the exercise."""
+    """A class without its docstring, its private methods and those of the exercise.
+
+    __init__ is left without assignments to private attributes, which a student may add.
+    """
     body = []
     for part in node.body:
         name = getattr(part, "name", "")
         is_private = name.startswith("_") and not name.startswith("__")
         is_cut = f"{node.name}.{name}" in lesson.cut
+        if name == "__init__" and not is_cut:
+            part.body = [line for line in part.body if not sets_private_attribute(line)]
         if not (is_private or is_cut or isinstance(part, ast.Expr)):
             body.append(part)
     return ast.ClassDef(node.name, node.bases, node.keywords, body, node.decorator_list)
+
+
+def sets_private_attribute(node: ast.stmt) -> bool:
+    """Whether a statement is `self._name = value`."""
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return all(
+        isinstance(target, ast.Attribute)
+        and isinstance(target.value, ast.Name)
+        and target.value.id == "self"
+        and target.attr.startswith("_")
+        for target in targets
+    )
 
 
 def is_name(node: ast.AST) -> bool:

@@ -1,9 +1,12 @@
 """The syllabus has every lesson, and every lesson has the points that it names."""
 
+import ast
 import re
+import sys
 
 import pytest
 
+from course import guard
 from course.lesson import ROOT, Lesson
 from course.lessons import LESSONS
 from course.page import export
@@ -27,3 +30,16 @@ def test_the_widgets_to_show_are_on_the_pages_of_that_lecture() -> None:
         ]
         on_pages = {*re.findall(r"<!-- widget: (\w+) -->", "".join(texts))}
         assert names == on_pages, f"lecture {lecture}"
+
+
+def test_the_packages_that_the_course_imports_are_in_its_requirements() -> None:
+    """make lesson and make grade install no others."""
+    texts = [(ROOT / f"requirements{kind}.txt").read_text() for kind in ("", "-gpu", "-course")]
+    installed = {*re.findall(r"^[\w-]+", "\n".join(texts), re.MULTILINE)}
+    names = {"markdown_it": "markdown-it-py", "math_core": "math-core", "_pytest": "pytest"}
+    names["mdit_py_plugins"] = "mdit-py-plugins"
+    for path in (ROOT / "course").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            for name in guard.imported(node) - {*sys.stdlib_module_names}:
+                is_ours = name in ("bank", "helpers") or guard.is_our_module(name)
+                assert is_ours or names.get(name, name) in installed, f"{path}: {name}"

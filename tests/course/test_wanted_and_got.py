@@ -166,6 +166,12 @@ def test_of_a_class_only_the_methods_of_the_exercise_and_private_ones_may_change
         "    def update(self)", "    def _own(self): pass\n\n    def update(self)"
     )
     assert guard.fault_of(helper, lesson) is None
+    own = source.replace(
+        "        self.r = r\n", "        self.r = r\n        self._mine: int = 1\n"
+    )
+    assert own != source and guard.fault_of(own, lesson) is None
+    other = own.replace("self._mine: int = 1", "self._mine = self.lora_alpha = 1")
+    assert guard.fault_of(other, lesson)
     changed = source.replace("A = torch.empty(r, self.in", "A = torch.zeros(r, self.in")
     assert changed != source and ast.parse(changed)
     fault = guard.fault_of(changed, lesson)

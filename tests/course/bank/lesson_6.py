@@ -229,20 +229,20 @@ RIGHT = [
         "the time of the last use of each page, in one function",
         edits={
             "        self.resident = 0  # bytes\n": "        self.resident = 0  # bytes\n"
-            "        self.time = 0\n        self.last_use = {}\n"
+            "        self._time = 0\n        self._last_use = {}\n"
         },
         functions={
             "Pager.fetch": """
     def fetch(self, page, write=False):
-        self.time += 1
-        self.last_use[page] = self.time
+        self._time += 1
+        self._last_use[page] = self._time
         if page in self.cache:
             self.counters["hits"] += 1
             page.saved = page.saved and not write
             return self.cache[page]
         self.counters["faults"] += 1
         while page.nbytes > self.budget - self.resident:
-            old = min(self.cache, key=self.last_use.get)
+            old = min(self.cache, key=self._last_use.get)
             page_of_store = self.cache.pop(old)
             self.resident -= old.nbytes
             self.counters["evictions"] += 1
