@@ -139,7 +139,7 @@ class Exam:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.not_collected = "\n".join(first_lines(report))
+            self.not_collected = str(report.longrepr).splitlines()[-1].removeprefix("E").strip()
 
     def pytest_internalerror(self, excinfo: pytest.ExceptionInfo) -> None:
         """What fails here fails because the student's code replaced something, or by our fault."""
@@ -288,7 +288,7 @@ def statement_at(path: str, line: int) -> str:
     return re.sub(r"\s*\n\s*", " ", ast.get_source_segment(source, node))
 
 
-def first_lines(report: pytest.TestReport | pytest.CollectReport) -> list[str]:
+def first_lines(report: pytest.TestReport) -> list[str]:
     """The first lines of what pytest says about a failure."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash else str(report.longrepr)

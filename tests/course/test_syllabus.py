@@ -38,8 +38,18 @@ def test_the_packages_that_the_course_imports_are_in_its_requirements() -> None:
     installed = {*re.findall(r"^[\w-]+", "\n".join(texts), re.MULTILINE)}
     names = {"markdown_it": "markdown-it-py", "math_core": "math-core", "_pytest": "pytest"}
     names["mdit_py_plugins"] = "mdit-py-plugins"
-    for path in (ROOT / "course").rglob("*.py"):
+    suites = {
+        name.partition("::")[0]
+        for lesson in LESSONS.values()
+        for law in lesson.laws
+        for name in lesson.test_ids(law)
+    }
+    paths = [*(ROOT / "course").rglob("*.py"), *(ROOT / suite for suite in suites)]
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
-            for name in guard.imported(node) - {*sys.stdlib_module_names}:
-                is_ours = name in ("bank", "helpers") or guard.is_our_module(name)
+            for name in guard.imported(node) - {*sys.stdlib_module_names, *guard.PEERS}:
+                folders = [ROOT, ROOT / "tests", path.parent, ROOT / "tests" / "kernels"]
+                is_ours = any(
+                    [*folder.glob(f"{name}.py"), *folder.glob(name)] for folder in folders
+                )
                 assert is_ours or names.get(name, name) in installed, f"{path}: {name}"
