@@ -32,6 +32,8 @@ OPTIONS = f"""-q --tb=native --noconftest -W ignore
     -o addopts= --rootdir={ROOT} -c {ROOT}/pyproject.toml
     -p _hypothesis_pytestplugin -p no:cacheprovider -p no:unraisableexception
     -p no:threadexception --hypothesis-profile=grade""".split()
+# What a test says itself, without what pytest and Hypothesis add
+OWN_MESSAGE = r"(?:AssertionError|Failed): ((?s:.*?wanted.*?))(?=\n(?:assert|Failing) |\Z)"
 MOST_LINES = 6  # of the message of a failed assertion
 ORACLES = ("helpers.bounds", "helpers.naive", "helpers.strategies")
 PATCHING = ("torch._dynamo",)  # replaces functions of torch when it is imported
@@ -207,7 +209,8 @@ class Exam:
             if report.failed:
                 given = ", ".join(f"{name}={explain.short(x)}" for name, x in self.given.items())
                 text = why(report, self.comparisons.last, self.module.__file__)
-                return f"{text}\n  in      the test with {given}" if given else text
+                is_told = text.startswith("  wanted")  # without the input
+                return f"{text}\n  in      the test with {given}" if given and is_told else text
         return None
 
     def show_values(self, reference: ModuleType) -> None:
@@ -267,6 +270,9 @@ def why(report: pytest.TestReport, compared: tuple[Tensor, Tensor] | None, stude
     if not Path(crash.path).is_relative_to(ROOT / "tests"):
         where = f", in line {crash.lineno} of your file" if crash.path == student else ""
         return f"  wanted  no error\n  got     {lines[0]}{where}"
+    own = re.match(OWN_MESSAGE, crash.message)
+    if own:  # the test says itself what it wanted
+        return "\n".join(f"  {line}" for line in own[1].splitlines()[:MOST_LINES])
     statement = statement_at(crash.path, crash.lineno)
     if compared and "assert" in lines[0]:
         return explain.side_by_side(statement, *compared)

@@ -42,7 +42,7 @@ LESSON = Lesson(
             ("test_every_order_of_threads_gives_the_same_bits",),
         ),
         Law(
-            "A thread reads and writes as many bytes at once as the table of the docstring says.",
+            "Codes, levels, constants and results are accessed as seldom as the docstrings say.",
             1,
             ("test_each_rung_reads_and_writes_as_many_bytes_at_once_as_it_promises",),
         ),

@@ -22,7 +22,7 @@ LESSON = Lesson(
             ("tests/test_pager.py::test_the_pages_that_are_held_never_exceed_the_budget",),
         ),
         Law(
-            "The page that leaves is the one that was not used for the longest time.",
+            "The page that leaves is the one that has not been used for the longest time.",
             3,
             (
                 "tests/test_pager.py::"

@@ -135,6 +135,13 @@ def test_an_assertion_is_shown_as_it_stands_in_the_test() -> None:
     assert got == ["  got     assert 1 == 2", "           + where"]
 
 
+def test_what_a_test_says_itself_is_shown_alone() -> None:
+    said = "AssertionError: v2:\n  element 1: wanted 2, got 3"
+    for noise in ("", "\nassert 2 == 3", "\nFailing test case: f(\n)"):
+        text = plugin.why(failed(Path(__file__), 1, said + noise), None, "lora.py")
+        assert text == "  v2:\n    element 1: wanted 2, got 3"
+
+
 def test_a_with_statement_is_shown_without_its_body() -> None:
     line = line_of("    with Live(x) as live:")
     assert plugin.statement_at(__file__, line) == "Live(x)"

@@ -236,15 +236,16 @@ class Rung:
     read: int  # bytes of `packed` at once
     written: int  # bytes of `out` at once
     levels: int  # how often a block reads a level from global memory; 0: once for each element
+    share: int  # elements for which a constant is read once
 
     def __str__(self) -> str:
         return self.name
 
 
-V1 = Rung("v1", 1, 1, 2, 0)
-V2 = Rung("v2", 2, 1, 4, 0)
-V3 = Rung("v3", 8, 4, 16, 16)
-V4 = Rung("v4", 32, 16, 16, 16)
+V1 = Rung("v1", 1, 1, 2, 0, 1)
+V2 = Rung("v2", 2, 1, 4, 0, 2)
+V3 = Rung("v3", 8, 4, 16, 16, 8)
+V4 = Rung("v4", 32, 16, 16, 16, 8)
 THREADS = 288  # a block and one more warp
 each_rung = pytest.mark.parametrize("rung", [V1, V2, V3, V4], ids=str)
 
@@ -280,7 +281,7 @@ class Decoding:
             warpsim.run(kernel, blocks, (weight, *arguments), order, accesses)
         except (IndexError, RuntimeError, ValueError) as error:
             pytest.fail(f"{self}: wanted numbers, got {type(error).__name__}: {error}")
-        return Decoded(out, weight[0], weight[1])
+        return Decoded(out, weight[0], weight[1], weight[3])
 
     def check(self, order: int) -> None:
         """Fail unless the numbers have the bits of the reference."""
@@ -304,11 +305,12 @@ class Decoding:
 
 
 class Decoded(NamedTuple):
-    """What a kernel wrote, and two of the tensors that it read."""
+    """What a kernel wrote, and three of the tensors that it read."""
 
     out: Tensor
     packed: Tensor
     levels: Tensor
+    constants: Tensor  # as 8-bit codes
 
 
 def decodings(
@@ -413,6 +415,9 @@ def test_each_rung_reads_and_writes_as_many_bytes_at_once_as_it_promises(rung: R
         assert got == numbers, (
             f"{decoding}: accesses to `{name}` by their bytes: wanted {numbers}, got {got}"
         )
+    most = decoding.n // rung.share
+    reads = counted(accesses, decoded.constants)[1]
+    assert reads <= most, f"{decoding}: reads of constants: wanted at most {most}, got {reads}"
 
 
 @each_rung

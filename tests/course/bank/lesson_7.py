@@ -8,7 +8,7 @@ V3 = "v3:"
 V4 = "v4:"
 ONCE = "Each element that was asked for"
 ORDER = "Whichever warps"
-BYTES = "A thread reads and writes"
+BYTES = "Codes, levels, constants"
 SECTORS = "Each write of a warp"
 
 STORE_OF_EIGHT = "store4(out, unit, pairs[0], pairs[1], pairs[2], pairs[3])"
@@ -157,6 +157,16 @@ WRONG = [
             "            store4(words, thread, a, b, c, d)\n        cuda.syncthreads()\n": "     "
             "       store4(words, thread, a, b, c, d)\n"
         },
+    ),
+    Answer(
+        "both numbers of a pair find their constant",
+        BYTES,
+        {
+            "pack(mul(levels[pair >> U32(4)], scale), mul(levels[pair & U32(15)], scale))": "pack("
+            "mul(levels[pair >> U32(4)], scale), mul(levels[pair & U32(15)],"
+            " constant(i >> U32(shift - U32(1)), weight)))"
+        },
+        shows="reads of constants",
     ),
     Answer(
         "each code looks its level up in global memory",
