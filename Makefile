@@ -8,7 +8,7 @@
 # make bench      measure speed and memory next to the peers, and write the tables in docs/; ARGS="ops --quick"
 # make paper      test each claim of the paper, and write paper/RESULTS.md; ARGS="parity --seeds 10"
 # make lesson     write the file of an exercise into work/, never over an existing one; LESSON=2
-# make grade      grade your answer: which laws hold, and the smallest input that breaks one; LESSON=2
+# make grade      grade your answer: which laws hold, and a small input that breaks one; LESSON=2
 # make slides     write a lesson as slides into course/site; LESSON=2
 # make autograder write the zip that grades an exercise on Gradescope; LESSON=2
 # make course     draw the figures of the lessons, write their pages into course/site, and notebooks

@@ -85,6 +85,7 @@ def quantize(
 ) -> DoubleQuantized:
     """Quantize a tensor of constants >= 0, of any shape, to 8 bits.
 
+    Their mean is right also where a float32 sum overflows; without constants it is 0.
     quantizer: nf4.quantize, or a faster function with the same result.
     Error: |absmax - dequantize(...)| <= h8 * nested_absmax of its block, plus rounding.
     Raises: ValueError for a negative constant, and wherever `nf4.quantize` does.

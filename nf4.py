@@ -104,6 +104,7 @@ def quantize(weight: Tensor, block_size: int = 64, codebook: Tensor = NF4) -> Qu
 
     A number exactly between two levels takes the lower one. Zero stays zero if the codebook has
     a zero. The levels may be in any order; if two codes have the same level, the first is used.
+    No gradient is recorded.
     Error: |weight - dequantize(...)| <= half the widest gap * absmax, plus rounding.
     Raises: ValueError for a dtype that is not floating-point; for NaN, infinity or a number beyond
     float32, with the count and the first index; for a block size that is not a power of two >= 2;

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 MOST_ROWS = 4  # of a result with many numbers, the first that differ
 WIDTH = 100
-SHOWN_NUMBERS = 6  # of a tensor
+SHOWN_NUMBERS = 6  # of a tensor that is wanted or got
+NUMBERS_OF_ARGUMENTS = 16  # of a tensor that is an argument
 MOST_CALLS = 100  # of a test that are recorded
 
 
@@ -253,24 +254,37 @@ def settled(wanted: Passes, got: Passes) -> Passes:
 
 
 def different(wanted: object, got: object) -> bool:
+    if isinstance(wanted, Raised) and isinstance(got, Raised):
+        return repr(wanted.error) != repr(got.error)  # the line is known of one of them
     return parts_of(wanted) != parts_of(got)
 
 
 def described(arguments: dict[str, object], module: ModuleType) -> str:
     """The arguments of a call; a tensor that the module defines is shown by its name."""
-    names = {id(value): name for name, value in tensors_of(module).items()}
     return ", ".join(
-        f"{name}={names.get(id(value)) or short(value)}" for name, value in arguments.items()
+        f"{name}={name_of(value, module) or short(value)}" for name, value in arguments.items()
     )
+
+
+def name_of(value: object, module: ModuleType) -> str | None:
+    """The name of the tensor of a module that has this value."""
+    if isinstance(value, Tensor):
+        for name, own in tensors_of(module).items():
+            if value.dtype == own.dtype and torch.equal(value, own):
+                return name
+    return None
 
 
 def short(value: object) -> str:
     """An argument in a few words."""
     if isinstance(value, Tensor):
-        return f"tensor({listed(elements(value))}{kind_unless_plain(value)})"
+        numbers = listed(elements(value), NUMBERS_OF_ARGUMENTS)
+        return f"tensor({numbers}{kind_unless_plain(value)})"
     if dataclasses.is_dataclass(value):
         fields = [f"{f.name}={short(getattr(value, f.name))}" for f in dataclasses.fields(value)]
         return f"{type(value).__name__}({', '.join(fields)})"
+    if isinstance(value, torch.Size):
+        return str(tuple(value))
     if isinstance(value, dict):
         fields = [f"{key}={short(part)}" for key, part in value.items()]
         return f"{{{', '.join(fields)}}}"
@@ -281,9 +295,9 @@ def short(value: object) -> str:
     return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
-def listed(numbers: list[str]) -> str:
-    if len(numbers) > SHOWN_NUMBERS:
-        numbers = [*numbers[: SHOWN_NUMBERS - 2], "...", numbers[-1]]
+def listed(numbers: list[str], most: int) -> str:
+    if len(numbers) > most:
+        numbers = [*numbers[: most - 2], "...", numbers[-1]]
     return f"[{', '.join(numbers)}]"
 
 
@@ -292,7 +306,7 @@ def kind_unless_plain(tensor: Tensor) -> str:
     words = []
     if tensor.dtype != torch.float32:
         words.append(str(tensor.dtype).removeprefix("torch."))
-    if tensor.dim() != 1 or tensor.numel() > SHOWN_NUMBERS:
+    if tensor.dim() != 1 or tensor.numel() > NUMBERS_OF_ARGUMENTS:
         words.append(f"shape {tuple(tensor.shape)}")
     if not tensor.is_contiguous():
         words.append(f"strides {tensor.stride()}")
@@ -344,8 +358,6 @@ def outcome_text(value: object) -> str:
         first = str(value.error).partition("\n")[0]
         where = f", in line {value.line} of your file" if value.line else ""
         return f"raises {type(value.error).__name__}{where}{': ' if first else ''}{first}"
-    if isinstance(value, torch.Size):
-        return str(tuple(value))
     if isinstance(value, dict):
         return ", ".join(value)
     return short(value)
@@ -406,4 +418,4 @@ def rows_of(name: str, wanted: Part, got: Part) -> list[tuple[str, str, str]]:
 
 
 def joined(part: Part) -> str:
-    return listed(part.elements) if part.kind else part.elements[0]
+    return listed(part.elements, SHOWN_NUMBERS) if part.kind else part.elements[0]

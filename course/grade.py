@@ -4,9 +4,11 @@ The tests run in a fork of this process, which has limits and may end in any way
 adds up the points and writes the result.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import tempfile
@@ -54,6 +56,8 @@ class Grade:
 
     def __str__(self) -> str:
         lines = [f"lesson {self.lesson.number}: {self.lesson.title}", ""]
+        if self.fault:
+            lines += [f"stopped: {self.fault}", ""]
         for verdict in self.verdicts:
             state = "ok      " if verdict.passed else "BROKEN  "
             if verdict.text == "not tested":
@@ -61,8 +65,6 @@ class Grade:
             lines.append(f"{state}{verdict.points}/{verdict.law.points}  {verdict.law.name}")
             if state.startswith("BROKEN"):
                 lines += ["", *(f"    {line}" for line in verdict.text.splitlines()), ""]
-        if self.fault:
-            lines += ["", f"stopped: {self.fault}"]
         return "\n".join([*lines, "", f"{self.points} of {self.most} points"])
 
     def results(self) -> dict[str, object]:
@@ -99,12 +101,15 @@ def grade(
         result.fault = f"{name}, {fault}"
         return result
     with tempfile.TemporaryDirectory() as folder:
+        stack = Path(folder) / "stack"
         pipe, out = os.pipe()
         arguments = (result, Path(folder), examples, out)
         child = multiprocessing.get_context("fork").Process(target=run_tests, args=arguments)
         child.start()
         os.close(out)
         collect(result, child, pipe)
+        if child.exitcode == -signal.SIGPROF:
+            result.fault += last_line(stack.read_text(), result.path)
     return result
 
 
@@ -127,7 +132,12 @@ def run_tests(result: Grade, folder: Path, examples: int, out: int) -> None:
 
 
 def set_limits(folder: Path) -> None:
-    """Limit the memory of this process, and send what it prints to a file."""
+    """Limit the memory of this process, and send what it prints to a file.
+
+    A file "stack" tells where it was when its time ended.
+    """
+    stack = os.open(folder / "stack", os.O_WRONLY | os.O_CREAT)
+    faulthandler.register(signal.SIGPROF, stack, all_threads=False, chain=True)
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -158,6 +168,12 @@ def collect(result: Grade, child: ForkProcess, pipe: int) -> None:
         result.fault = end_of(child.exitcode)
         if current is not None:
             result.fault += f" It happened at the law: {result.verdicts[current].law.name}"
+
+
+def last_line(stack: str, path: Path) -> str:
+    """Where in the student's file a process was, by what faulthandler wrote."""
+    found = re.search(rf'"{re.escape(str(path.resolve()))}", line (\d+)', stack)
+    return f" It was in line {found[1]} of your file." if found else ""
 
 
 def end_of(status: int) -> str:

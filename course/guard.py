@@ -29,8 +29,9 @@ UNSAFE_NAMES = set(
     " open setattr vars".split()
 )
 UNSAFE_ATTRIBUTES = set(
-    "__builtins__ __code__ __dict__ __globals__ __subclasses__ builtins ctypes ctypeslib gc hub"
-    " importlib inspect ops os subprocess sys".split()
+    "__builtins__ __code__ __dict__ __globals__ __subclasses__ __traceback__ builtins ctypes"
+    " ctypeslib f_back f_builtins f_globals f_locals gc gi_frame hub importlib inspect ops os"
+    " subprocess sys tb_frame tofile".split()
 )
 PEERS = {"bitsandbytes", "peft", "torchao", "trl"}
 # Events of sys.addaudithook that no exercise needs, in addition to opening a file of the project.
@@ -53,7 +54,7 @@ def fault_of(source: str, lesson: Lesson) -> str | None:
     in_real = {name for node in ast.walk(real) for name in names_of(node)}
     for node in [part for part in ast.walk(tree) if part is not tree]:
         for module in sorted(imported(node) - allowed):
-            remedy = f"import only {', '.join(sorted(LIBRARIES | imported(real)))}"
+            remedy = f"import only {', '.join(sorted(allowed - {'__future__'}))}"
             return f"line {node.lineno}: {module} is not for this exercise: {remedy}"
         for name in names_of(node) - in_real:
             return f"line {node.lineno}: {name} is not for this exercise"

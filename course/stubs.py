@@ -104,4 +104,7 @@ def write_stub(lesson: Lesson) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(stub(lesson))
     functions = ", ".join(lesson.cut)
-    return f"wrote {name}: write {functions}; then: make grade LESSON={lesson.number}"
+    return f"""\
+wrote {name}: write {functions}
+to try it:  PYTHONPATH={name.parent}:. .venv/bin/python   and there: import {path.stem}
+to grade it:  make grade LESSON={lesson.number}"""

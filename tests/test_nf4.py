@@ -106,7 +106,7 @@ def test_a_normal_float_ascends_from_minus_one_to_one_through_an_exact_zero(bits
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 64])
 def test_a_normal_float_of_other_than_2_to_8_bits_is_refused(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"2 to 8 bits, got {bits}"):
+    with pytest.raises(ValueError, match=str(bits)):
         nf4.normal_float(bits)
 
 

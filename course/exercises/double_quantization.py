@@ -30,9 +30,12 @@ LESSON = Lesson(
             ("test_the_mean_is_subtracted_so_that_equal_constants_come_back_exactly",),
         ),
         Law(
-            "Every constant takes its nearest 8-bit level.",
+            "Every constant takes its nearest 8-bit level, and is decoded by the stored codebook.",
             3,
-            ("test_every_constant_takes_its_nearest_8_bit_level",),
+            (
+                "test_every_constant_takes_its_nearest_8_bit_level",
+                "test_constants_are_decoded_with_the_codebook_that_is_stored",
+            ),
         ),
         Law(
             "The error is at most half the widest gap of the 8-bit levels times nested absmax.",

@@ -20,9 +20,12 @@ LESSON = Lesson(
             ),
         ),
         Law(
-            "The 16 levels of NF4 are the published ones, bit for bit.",
+            "The 16 levels of NF4 are the published ones, bit for bit; 2 to 8 bits likewise.",
             3,
-            ("test_the_nf4_levels_are_the_published_ones_bit_for_bit",),
+            (
+                "test_the_nf4_levels_are_the_published_ones_bit_for_bit",
+                "tests/test_naive.py::test_the_levels_of_a_normal_float_are_those_of_the_oracle",
+            ),
         ),
         Law(
             "Every number takes the level that is nearest to number / absmax of its block.",

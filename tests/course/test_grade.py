@@ -38,7 +38,7 @@ def test_a_grade_names_each_law_its_points_and_why_it_is_broken() -> None:
     assert f"BROKEN  0/3  {laws[1].name}" in lines
     assert "    got that" in lines
     assert f"--      0/4  {laws[2].name}" in lines
-    assert "stopped: a crash" in lines and lines[-1] == "2 of 9 points"
+    assert lines[2] == "stopped: a crash" and lines[-1] == "2 of 9 points"
 
 
 def test_the_results_are_in_the_format_of_gradescope() -> None:

@@ -101,7 +101,7 @@ def test_the_students_file_is_written_once_and_never_overwritten(
 ) -> None:
     monkeypatch.setattr("course.lesson.WORK", tmp_path)
     lesson = LESSONS[2]
-    assert stubs.write_stub(lesson).endswith("then: make grade LESSON=2")
+    assert stubs.write_stub(lesson).endswith("make grade LESSON=2")
     assert lesson.answer.read_text() == stubs.stub(lesson)
     lesson.answer.write_text("mine")
     assert "is there already and was not changed" in stubs.write_stub(lesson)

@@ -41,11 +41,10 @@ class Thread(greenlet.greenlet):
     shared = 0
 
     def __init__(
-        self, function: Callable, block: int, index: int, arrays: list[np.ndarray]
+        self, function: Callable, place: tuple[int, int, int], arrays: list[np.ndarray]
     ) -> None:
         super().__init__(function)
-        self.block = block
-        self.index = index
+        self.block, self.index, self.threads = place
         self.arrays = arrays
         self.gr_context = copy_context()  # where NumPy keeps its warning state
 
@@ -57,10 +56,15 @@ class Thread(greenlet.greenlet):
 
 
 class FakeCuda:
-    """What kernels use of numba.cuda, and `of_all_lanes`, by which device.py simulates a warp."""
+    """What kernels of one dimension use of numba.cuda: ours, and those of students.
+
+    `of_all_lanes` is not of numba.cuda: device.py simulates shuffles by it.
+    """
 
     threadIdx = property(lambda _: SimpleNamespace(x=greenlet.getcurrent().index))
     blockIdx = property(lambda _: SimpleNamespace(x=greenlet.getcurrent().block))
+    blockDim = property(lambda _: SimpleNamespace(x=greenlet.getcurrent().threads))
+    laneid = property(lambda _: greenlet.getcurrent().index % 32)
     shared = property(lambda self: SimpleNamespace(array=self._shared))
     local = property(lambda self: SimpleNamespace(array=garbage))
 
@@ -69,21 +73,30 @@ class FakeCuda:
         greenlet.getcurrent().wait(THE_BLOCK)
 
     @staticmethod
+    def syncwarp(mask: int = 0xFFFFFFFF) -> None:
+        greenlet.getcurrent().wait(THE_WARP)
+
+    @staticmethod
+    def grid(ndim: int) -> int:
+        thread = greenlet.getcurrent()
+        return thread.block * thread.threads + thread.index
+
+    @staticmethod
     def of_all_lanes(value: object) -> list:
         return greenlet.getcurrent().wait(THE_WARP, value)
 
     @staticmethod
-    def _shared(shape: int, kind: type[np.generic], alignment: int | None = None) -> np.ndarray:
+    def _shared(shape: int, dtype: type[np.generic], alignment: int | None = None) -> np.ndarray:
         """A thread's first array is the first array of each thread of its block, and so on."""
         thread = greenlet.getcurrent()
         thread.shared += 1
         if len(thread.arrays) < thread.shared:
-            thread.arrays.append(garbage(shape, kind))
+            thread.arrays.append(garbage(shape, dtype))
         return thread.arrays[thread.shared - 1]
 
 
-def garbage(shape: int | tuple[int, ...], kind: type[np.generic]) -> np.ndarray:
-    array = np.empty(shape, kind)
+def garbage(shape: int | tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    array = np.empty(shape, dtype)
     array.view(np.uint8)[...] = GARBAGE
     return array
 
@@ -96,7 +109,7 @@ def run_block(
     Raises: RuntimeError if threads wait for others that have ended or wait elsewhere.
     """
     arrays: list[np.ndarray] = []
-    everyone = [Thread(function, block, index, arrays) for index in range(threads)]
+    everyone = [Thread(function, (block, index, threads), arrays) for index in range(threads)]
     warps = [everyone[start : start + 32] for start in range(0, threads, 32)]
     warps = [warps[warp] for warp in draw.permutation(len(warps))]  # the fastest first
     for _ in range(MAX_WAITS):

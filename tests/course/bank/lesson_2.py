@@ -19,6 +19,12 @@ NORMALIZED = "_normalize(blocks, absmax)"
 
 WRONG = [
     Answer(
+        "the largest probability is that of 4 bits for any number of bits",
+        PUBLISHED,
+        {"round(1 - (1 / (2 * size) + 1 / (2 * (size - 1))) / 2, 7)": "0.9677083"},
+        shows="wanted",
+    ),
+    Answer(
         "equation 4 as it is printed",
         CODE,
         functions={

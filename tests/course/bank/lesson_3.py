@@ -13,6 +13,16 @@ UNCHANGED = "The constants and their stored form"
 
 WRONG = [
     Answer(
+        "constants are decoded by DYNAMIC, whichever codebook is stored",
+        NEAREST,
+        {"dq.absmax, dq.codebook, shape": "dq.absmax, DYNAMIC, shape"},
+    ),
+    Answer(
+        "a negative constant takes its magnitude",
+        RANGE,
+        {"absmax.clamp_(0, torch": "absmax.abs_().clamp_(0, torch"},
+    ),
+    Answer(
         "the mean is not removed, nor added",
         OFFSET,
         {"offset = absmax.mean() if": "offset = absmax.new_zeros(()) if"},

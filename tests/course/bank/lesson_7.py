@@ -228,6 +228,22 @@ WRONG = [
 
 RIGHT = [
     Answer(
+        "more of numba.cuda: grid, blockDim, laneid, syncwarp, arguments by name",
+        edits={
+            "U32(start + U32(cuda.blockIdx.x) * U32(THREADS) + U32(cuda.threadIdx.x))": "U32(start)"
+            " + U32(cuda.grid(1))",
+            "        i = U32(U32(cuda.blockIdx.x) * U32(THREADS) + U32(cuda.threadIdx.x))\n"
+            "        if U32(2)": "        i = U32(cuda.blockIdx.x * cuda.blockDim.x"
+            " + cuda.threadIdx.x)\n        if U32(2)",
+            "lane = thread & U32(31)": "lane = U32(cuda.laneid)",
+            "words = cuda.shared.array(STASH, U32, alignment=16)": "words = cuda.shared.array("
+            "shape=STASH, dtype=U32, alignment=16)",
+            "numbers = cuda.local.array(4, U32)": "numbers = cuda.local.array(shape=4, dtype=U32)",
+            "            store4(words, thread, a, b, c, d)\n": "            store4("
+            "words, thread, a, b, c, d)\n        cuda.syncwarp()\n",
+        },
+    ),
+    Answer(
         "the words are exchanged by shuffles",
         edits={"    mul,\n    store4,\n": "    mul,\n    shuffle,\n    store4,\n"},
         functions={
