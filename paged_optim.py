@@ -140,6 +140,8 @@ class Pager:
 def adamw_(param: Tensor, grad: Tensor, moments: Tensor, step: int, group: StateDict) -> None:
     """Update a run of a parameter (k,) and its moments (2, k) in place; steps count from 1.
 
+    In step 1 the moments may hold anything, and count as 0.
+
     The kernels that dispatch.adamw chooses give the same bits.
     """
     if step == 1:

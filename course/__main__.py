@@ -55,6 +55,8 @@ def main(argv: list[str]) -> None:
             write_slides(lessons[number])
         case ["autograder", number] if number in lessons:
             print(f"wrote {autograder.write(lessons[number])}")
+        case ["lesson" | "grade" | "slides" | "autograder", number] if number.isdecimal():
+            sys.exit(f"there is no lesson {number}; {USAGE}")
         case _:
             sys.exit(USAGE)
 

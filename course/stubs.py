@@ -63,7 +63,8 @@ def with_blank_lines(node: ast.FunctionDef, lines: list[str]) -> slice:
 def only_used_by_cut(tree: ast.Module, lesson: Lesson) -> set[str]:
     """The private functions that only functions of the exercise use, directly or indirectly."""
     stay = {*lesson.cut, *lesson.given}
-    private = [name for name in definitions(tree) if name.startswith("_") and name not in stay]
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    private = [name for name in functions if name.startswith("_") and name not in stay]
     gone = set()
     while True:
         used = names_used(tree, without={*lesson.cut, *gone})

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -263,6 +264,14 @@ def test_the_state_dict_round_trips_bit_for_bit(recipe: Recipe, double: bool) ->
     twin = FrozenWeight(torch.zeros_like(weight), recipe.block_size, double)
     twin.load_state_dict(copy.deepcopy(frozen.state_dict()))
     assert is_in_state(twin, state_of(frozen)) and same_bits(twin(), frozen())
+
+
+def test_a_decoded_weight_is_not_kept() -> None:
+    frozen = FrozenWeight(torch.ones(64, 64))
+    decoded = frozen()
+    reference = weakref.ref(decoded)
+    del decoded
+    assert reference() is None, "wanted no dense weight after its last use, got one in the module"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -835,8 +835,9 @@ def test_merge_leaves_an_ordinary_model_with_the_same_training_mode_and_no_adapt
 
 
 def test_a_layer_that_is_used_twice_stays_one_layer_when_merged() -> None:
-    model, _ = lora.merge(lora.attach(TowerWithHead(), r=3))
+    model, audit = lora.merge(lora.attach(TowerWithHead(), r=3))
     assert model.blocks[0]["up"] is model.blocks[2]["up"]
+    assert audit["blocks.0.up"] == audit["blocks.2.up"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -113,6 +113,9 @@ def difference(got: dict[str, int], wanted: dict[str, int]) -> str:
     0,
 )
 @example(THREE, TWICE, 16)
+# A page is written to at a hit, after it was loaded to be read; and read after it was written to.
+@example(THREE, [(0, True), (1, False), (0, False), (0, True), (1, False), (0, False)], 0)
+@example(THREE, [(0, True), (0, False), (1, False), (0, False)], 0)
 def test_every_page_says_what_was_last_written(
     looks: Looks, accesses: Accesses, spare: int
 ) -> None:

@@ -118,7 +118,7 @@ def perplexity(
 ) -> float:
     """exp of the mean loss per label over all examples, without dropout.
 
-    Each rank computes a share of the examples. The model stays in evaluation mode.
+    Each rank computes a share of the examples.
     """
     model.eval()
     share, n_own = distributed.split_among_ranks(examples)

@@ -53,10 +53,11 @@ LESSON = Lesson(
             ("test_output_and_gradients_are_those_of_a_plain_autograd_lora",),
         ),
         Law(
-            "Settings that are not given are the documented ones.",
+            "Settings that are given are used, and the others are the documented ones.",
             1,
             (
                 "test_the_defaults_are_the_documented_ones",
+                "test_with_use_rslora_the_scaling_is_alpha_over_the_root_of_r",
                 "test_an_adapted_layer_is_in_the_mode_of_the_layer_it_replaces",
                 "test_an_adapter_takes_the_compute_dtype_of_the_layer_without_one_by_default",
             ),
@@ -68,6 +69,7 @@ LESSON = Lesson(
                 "tests/test_stack.py::"
                 "test_the_peak_is_the_packed_bytes_and_the_activations_and_no_dense_layer",
                 "test_the_dense_weights_are_freed",
+                "tests/test_frozen_weight.py::test_a_decoded_weight_is_not_kept",
             ),
         ),
         Law(

@@ -13,7 +13,11 @@ from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 
-FIRST = "import sys\n\nsys.path.insert(0, '../..')  # the root of the repository"
+FIRST = """import os
+import sys
+
+os.chdir("../..")  # to the root of the repository
+sys.path.insert(0, os.getcwd())"""
 WIDGET_LINE = re.compile(r"<!-- widget: \w+ -->\n?")
 OWN_FILE = re.compile(
     r"\]\((?!\w+:|#|\.\./)"

@@ -1,4 +1,5 @@
 // Slides: the arrow keys go to the next and the previous section, as a presenter's remote does.
+// What is longer than the window is scrolled through first.
 "use strict";
 
 page.turn = function (event) {
@@ -9,6 +10,13 @@ page.turn = function (event) {
   const slides = [...document.querySelectorAll(".slide")];
   const isPast = (slide) => slide.getBoundingClientRect().top < innerHeight / 2;
   const at = slides.findLastIndex(isPast);
+  const { top, bottom } = slides[at].getBoundingClientRect();
+  const left = steps[event.key] > 0 ? bottom - innerHeight : top; // of this slide
+  if (left * steps[event.key] > 1) {
+    const most = 0.8 * innerHeight;
+    scrollBy({ top: Math.max(-most, Math.min(most, left)), behavior: "instant" });
+    return;
+  }
   const next = Math.min(Math.max(at + steps[event.key], 0), slides.length - 1);
   slides[next].scrollIntoView({ behavior: "instant" });
 };

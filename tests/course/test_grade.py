@@ -70,11 +70,16 @@ def test_the_commands_write_the_stub_and_grade_it(
     assert "this is not Python" in printed and "0 of 20 points" in printed
 
 
-@pytest.mark.parametrize("argv", [[], ["lesson"], ["grade", "0"], ["grade", "x"], ["other"]])
+@pytest.mark.parametrize("argv", [[], ["lesson"], ["grade", "x"], ["other"]])
 def test_another_command_prints_what_there_is(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         __main__.main(argv)
     assert str(stop.value.code).startswith("use: make lesson LESSON=N")
+
+
+def test_a_lesson_that_does_not_exist_is_told() -> None:
+    with pytest.raises(SystemExit, match="^there is no lesson 9; use: make lesson"):
+        __main__.main(["grade", "9"])
 
 
 def test_the_end_of_the_process_is_told() -> None:

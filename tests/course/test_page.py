@@ -238,6 +238,7 @@ def test_each_section_is_a_slide_and_arrow_keys_turn_them(browser: Browser, deck
     top = """[...document.querySelectorAll(".slide")].findIndex(function (slide) {
       return Math.abs(slide.getBoundingClientRect().top) < 2;
     })"""
+    browser.show(deck, 1280, 5000)  # each slide fits
     for key, place in (("ArrowRight", 1), ("PageDown", 2), ("ArrowLeft", 1), ("ArrowRight", 2)):
         browser.press(key)
         assert browser.run(top) == place
@@ -245,6 +246,26 @@ def test_each_section_is_a_slide_and_arrow_keys_turn_them(browser: Browser, deck
         browser.press("PageDown")
     assert browser.run(top) == 4  # the last
     assert browser.problems == []
+
+
+def test_a_slide_that_is_too_long_is_shown_to_its_end_before_the_next(
+    browser: Browser, deck: Path
+) -> None:
+    browser.show(deck, 1280, 400)
+    ends = browser.run("""[...document.querySelectorAll(".slide")].map(function (slide) {
+      const { top, bottom } = slide.getBoundingClientRect();
+      return [Math.ceil(top), Math.floor(bottom)];
+    })""")
+    seen = set()
+    for _ in range(ends[-1][1] // 100):
+        top = int(browser.run("scrollY"))
+        seen |= {*range(top, top + 401)}
+        browser.press("ArrowRight")
+    for top, bottom in ends:
+        assert seen >= {*range(top, bottom)}, "every line was on the screen"
+    for _ in range(ends[-1][1] // 100):
+        browser.press("ArrowLeft")
+    assert browser.run("scrollY") == 0
 
 
 def test_a_slider_keeps_its_arrow_keys_in_slides(browser: Browser, deck: Path) -> None:
@@ -294,9 +315,9 @@ def test_the_notebooks_of_the_course_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unmeasured: None
 ) -> None:
     """Their cells in one namespace, without a kernel of Jupyter."""
-    monkeypatch.chdir(build.COURSE.parent)
     monkeypatch.syspath_prepend(tmp_path)  # what the first cell adds is taken away again
     for lesson in build.lessons(build.COURSE):
+        monkeypatch.chdir(lesson.parent)  # as deep as the folder of the notebooks
         cells = json.loads(notebook.write(lesson, tmp_path).read_text())["cells"]
         names: dict[str, object] = {"__name__": lesson.parent.name}
         for cell in cells:
@@ -701,7 +722,8 @@ def test_the_widget_of_memory_is_used_by_keyboard(page: Browser) -> None:
     assert shown["constants"] == f"{predicted.components['constants'] / 1e9:.3f} GB"
     card = min(size for size in CARDS if peak <= size * 2**30 - OUTSIDE_TORCH)
     said = page.run("document.querySelector('#widget-memory .said').textContent")
-    assert said.startswith(f"The smallest card it fits on has {card} GiB")
+    assert said.startswith(f"The smallest card it fits on has {card} GiB = ")
+    assert f"{card * 2**30 / 1e9:.3f} GB" in said
     texts = page.run(
         "[...document.querySelectorAll('#widget-memory text')].map((each) => each.textContent)"
     )
@@ -723,6 +745,12 @@ def test_any_other_model_can_be_priced(page: Browser) -> None:
         shape.layers,
     )
     assert numbers(page, "memory")["peak"] == f"{predict(shape, QLORA, 1, 512).peak() / 1e9:.3f} GB"
+    said = "document.querySelector('#widget-memory .said').textContent"
+    page.run("document.querySelector('#widget-memory .sizes input').value = 0")
+    page.run(
+        "document.querySelector('#widget-memory .sizes input').dispatchEvent(new Event('input'))"
+    )
+    assert page.run(said) == "layers: give a whole number from 1 on; shown is the step before."
     press(page, "memory", "head is", " ")
     tied = predict(shape._replace(tied=True), QLORA, 1, 512)
     assert numbers(page, "memory")["peak"] == f"{tied.peak() / 1e9:.3f} GB"

@@ -38,6 +38,14 @@ def test_every_other_line_is_one_of_the_real_file_in_its_order(lesson: Lesson) -
     assert all(line in real for line in others)  # `in` reads the iterator on to the line
 
 
+@each_lesson
+def test_what_is_removed_is_not_used_by_what_stays(lesson: Lesson) -> None:
+    cut = ast.parse(stubs.stub(lesson))
+    removed = {*stubs.definitions(ast.parse(lesson.source.read_text()))} - {*stubs.definitions(cut)}
+    used = stubs.names_used(cut, without=set())
+    assert not {name.rpartition(".")[2] for name in removed} & {*used}
+
+
 def test_a_private_helper_of_the_cut_functions_alone_goes_too(tmp_path: Path) -> None:
     source = '''
 def asked():
@@ -55,7 +63,10 @@ def _deeper():
 
 
 def _shared():
-    return 1
+    def inner():
+        return 1
+
+    return inner()
 
 
 class Kept:
@@ -75,7 +86,10 @@ def asked():
 
 
 def _shared():
-    return 1
+    def inner():
+        return 1
+
+    return inner()
 
 
 class Kept:

@@ -362,10 +362,12 @@ def test_v4_gives_each_run_the_bits_of_the_reference(decoding: Decoding, order: 
     decoding.check(order)
 
 
-def many_threads(rung: Rung, start: int = 0, more: int = 0) -> Decoding:
+def many_threads(
+    rung: Rung, start: int = 0, more: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> Decoding:
     """A block of threads and a warp; the weight has `more` elements than are decoded."""
     n = start + rung.elements * THREADS
-    return Decoding(rung, Recipe((n + more,)), n, start)
+    return Decoding(rung, Recipe((n + more,)), n, start, dtype=dtype)
 
 
 @each_rung
@@ -420,10 +422,12 @@ def test_each_rung_reads_and_writes_as_many_bytes_at_once_as_it_promises(rung: R
     assert reads <= most, f"{decoding}: reads of constants: wanted at most {most}, got {reads}"
 
 
-@each_rung
-def test_each_write_of_a_warp_fills_whole_sectors(rung: Rung) -> None:
+@pytest.mark.parametrize(
+    ("rung", "dtype"), [*((rung, torch.bfloat16) for rung in (V1, V2, V3, V4)), (V4, torch.float32)]
+)
+def test_each_write_of_a_warp_fills_whole_sectors(rung: Rung, dtype: torch.dtype) -> None:
     """The k-th writes of the 32 threads of a warp are one instruction."""
-    decoding = many_threads(rung)
+    decoding = many_threads(rung, dtype=dtype)
     accesses: list[warpsim.Access] = []
     out = decoding.run(0, accesses).out
     assert out.data_ptr() % SECTOR == 0

@@ -130,7 +130,8 @@ page.widgets.memory = {
       show({ peak: page.gigabytes(this.shown.peak) });
       const card = table.cards.find((size) => this.fits(table, size));
       said.textContent = card
-        ? `The smallest card it fits on has ${card} GiB; 1 GiB of it is left to CUDA.`
+        ? `The smallest card it fits on has ${card} GiB = ${page.gigabytes(card * 2 ** 30)}; ` +
+          "1 GiB of it is left to CUDA."
         : `It fits on none of these cards; the largest has ${table.cards.at(-1)} GiB.`;
     };
     const choose = () => {
@@ -181,6 +182,7 @@ page.widgets.memory = {
     );
     const said = page.element("p", { class: "said short", role: "status" });
     stage.append(said);
+    this.said = said;
     const any = this.predict(Object.values(table.shapes)[0], settings());
     const show = page.numbers(stage, ["peak", ...Object.keys(any.atPeak)]);
     choose();
@@ -208,7 +210,10 @@ page.widgets.memory = {
       }
       const input = page.element("input", { type: "number", min: 1, step: 1 });
       input.addEventListener("input", () => {
-        if (!input.checkValidity() || !input.value) return;
+        if (!input.checkValidity() || !input.value) {
+          this.said.textContent = `${label}: give a whole number from 1 on; shown is the step before.`;
+          return;
+        }
         this.shape[name] = Number(input.value);
         update();
       });

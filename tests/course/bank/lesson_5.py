@@ -6,7 +6,7 @@ COST = "A weight costs"
 DECODED = "The decoded weight"
 DENSE = "With codebook=None"
 LAYER = "A layer with its adapter"
-DEFAULTS = "Settings that are not given"
+DEFAULTS = "Settings that are given"
 FREED = "A dense weight is freed"
 ATTACH = "attach replaces"
 NAMED = "If one layer cannot"
@@ -22,6 +22,21 @@ TRAINED = 'parameter.requires_grad_(layer.r > 0 and name != "bias")'
 SUM = "weight = (base(update.dtype) + update).to(base.decoded_dtype)"
 
 WRONG = [
+    Answer(
+        "the decoded weight is kept for the next time",
+        FREED,
+        {
+            "        return dispatch.dequantize(q, dtype, constants)\n": "        self.decoded = "
+            "dispatch.dequantize(q, dtype, constants)\n        return self.decoded\n"
+        },
+    ),
+    Answer(
+        "use_rslora is not passed on",
+        DEFAULTS,
+        {
+            "compute_dtype, use_rslora)\n        return": "compute_dtype)\n        return",
+        },
+    ),
     Answer(
         "the constants are not quantized",
         COST,

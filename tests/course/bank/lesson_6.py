@@ -18,6 +18,19 @@ ROOM = "while self.resident + page.nbytes > self.budget:"
 
 WRONG = [
     Answer(
+        "a write counts at a fault alone, not at a hit",
+        SAYS,
+        {
+            "(page)\n        if write:\n            page.saved = False\n": "(page)\n"
+            "            if write:\n                page.saved = False\n"
+        },
+    ),
+    Answer(
+        "a page that is read counts as saved",
+        SAYS,
+        {"        if write:\n            page.saved = False\n": "        page.saved = not write\n"},
+    ),
+    Answer(
         "a page that was written before is not written again",
         SAYS,
         {"if write:": "if write and not page.saved:"},
