@@ -1,16 +1,17 @@
 """What the grader writes and prints, and how it shows values; test_bank.py tests what it finds."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 import training
-from course import __main__, explain, guard
+from course import __main__, explain, grade, guard, plugin
 from course.grade import Grade, Verdict, end_of, grade_and_write
 from course.lesson import Lesson
 from course.lessons import LESSONS
@@ -80,6 +81,26 @@ def test_another_command_prints_what_there_is(argv: list[str]) -> None:
 def test_a_lesson_that_does_not_exist_is_told() -> None:
     with pytest.raises(SystemExit, match="^there is no lesson 9; use: make lesson"):
         __main__.main(["grade", "9"])
+
+
+def test_what_fails_in_the_grader_is_not_blamed_on_the_student(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr(grade, "set_limits", lambda folder: None)
+    monkeypatch.setattr(grade.signal, "setitimer", lambda *_: None)
+    monkeypatch.setattr(plugin, "run", fails)
+    pipe, out = os.pipe()
+    grade.run_tests(half_right(), Path(), 1, out)
+    os.close(out)
+    with open(pipe) as messages:
+        assert "the grader failed: KeyError: 'lost'" in messages.read()
+    sent = []
+    exam = SimpleNamespace(send=sent.append, watch=SimpleNamespace(check=lambda: None))
+    plugin.Exam.pytest_internalerror(exam, SimpleNamespace(exconly=lambda: "KeyError: 1"))
+    assert sent == [{"fault": "the grader failed: KeyError: 1"}]
 
 
 def test_the_end_of_the_process_is_told() -> None:
@@ -223,8 +244,8 @@ def test_arguments_are_short() -> None:
 
 def sample(code: str) -> ModuleType:
     module = ModuleType("sample")
-    module.__file__ = "sample.py"
-    exec(compile(code, "sample.py", "exec"), module.__dict__)
+    module.__file__ = "<sample>"
+    exec(compile(code, "<sample>", "exec"), module.__dict__)
     return module
 
 

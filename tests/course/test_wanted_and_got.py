@@ -33,8 +33,8 @@ class Double(torch.autograd.Function):
 
 def sample(code: str) -> ModuleType:
     module = ModuleType("sample")
-    module.__file__ = "sample.py"
-    exec(compile(code, "sample.py", "exec"), module.__dict__)
+    module.__file__ = "<sample>"
+    exec(compile(code, "<sample>", "exec"), module.__dict__)
     return module
 
 
